@@ -1,0 +1,60 @@
+# Everything runs in .venv, which make creates; nothing but Python 3.11+ and make is needed.
+#   make quickstart            train and evaluate a small cross-lingual tagger, offline
+#   make test                  the whole test suite
+# Another interpreter:         make test PYTHON=python3.12
+# Another torch build:         make test TORCH=torch==2.12.0 PIP_FLAGS="--index-url URL"
+# One file of tests:           make test PYTEST_FLAGS=tests/training/test_cli.py
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+PYTEST_FLAGS ?= -n 2 --dist worksteal
+DATA ?= ../shared
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(patsubst %/,%,$(dir $(wildcard metaxl_evo/__init__.py vision_tasks/__init__.py))) $(wildcard scripts)
+
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test lint format docs reproduce-ner-cpu clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
+	@echo "Targets: quickstart test lint format docs reproduce-ner-cpu clean"
+
+# One stamp an extra: the install runs again only when what it reads has changed.
+$(VENV)/.installed-%: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(VENV)/constraints.txt '$(TORCH)'
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(VENV)/constraints.txt -e '.$(if $(filter-out base,$*),[$*])'
+	@touch $@
+
+quickstart: $(VENV)/.installed-base
+	$(BIN)/python scripts/train_ner.py --config configs/ner/quickstart.yaml \
+		--output_dir runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+
+# One thread a worker: two workers on two cores beat one worker with two threads.
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(SOURCES)
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/test_docs.py
+
+reproduce-ner-cpu: $(VENV)/.installed-base
+	$(BIN)/python scripts/reproduce_ner_cpu.py --data $(DATA)
+
+# runs/ stays: it is the user's work.
+clean:
+	rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

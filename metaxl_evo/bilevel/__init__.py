@@ -1,0 +1,33 @@
+"""Bilevel problems in plain torch: trees, update rules, passes, mixed products, hypergradients."""
+
+from metaxl_evo.bilevel.passes import Counts, PassContext, stop_gradient
+from metaxl_evo.bilevel.problem import (
+    BilevelProblem,
+    Hypergradient,
+    InnerStep,
+    Response,
+    Split,
+    StepMade,
+    hypergradient,
+    run_episode,
+)
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.bilevel.update import SGD, Adam, AdamW
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "BilevelProblem",
+    "Counts",
+    "Hypergradient",
+    "InnerStep",
+    "PassContext",
+    "Response",
+    "Split",
+    "StepMade",
+    "Tree",
+    "hypergradient",
+    "run_episode",
+    "stop_gradient",
+]

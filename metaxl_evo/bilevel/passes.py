@@ -1,0 +1,255 @@
+"""The pass context: what every forward and backward of one meta step shares.
+
+One hypergradient is several passes over the same batches at neighbouring weights. Their differences are the signal, so
+everything else has to stand still: dropout masks and other noise (one seed a part of the batch), the stop-gradient
+inputs of the meta network (recorded once, replayed in perturbed passes), batch-norm buffers (frozen by the problem's own
+`scope`). A pass restores what it changed: the global random state, the attention kernels, the weights swapped into a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.tree import Tree
+
+if TYPE_CHECKING:
+    from metaxl_evo.bilevel.problem import BilevelProblem
+
+LossFn = Any  # (w, lam, batch) -> 0-d Tensor
+
+
+@dataclass
+class Counts:
+    """Work of one hypergradient, in passes over one part of a batch.
+
+    `forwards` and `backwards` are of whole losses, `hvps` are double backwards, `jvps` forward-mode products through a
+    gradient (each of these two includes its own forward and backward), `suffixes` are evaluations of a split's suffix.
+    """
+
+    forwards: int = 0
+    backwards: int = 0
+    hvps: int = 0
+    jvps: int = 0
+    suffixes: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class Inputs(Enum):
+    """What `stop_gradient` does in a pass."""
+
+    LIVE = "live"
+    RECORD = "record"
+    REPLAY = "replay"
+
+
+@dataclass
+class _Pass:
+    """The running pass: its recording tape and the managers that end with it."""
+
+    inputs: Inputs
+    tape: list[Tensor]
+    stack: ExitStack
+    position: int = 0
+
+
+_CURRENT: ContextVar[_Pass | None] = ContextVar("metaxl_evo_pass", default=None)
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    """`x.detach()`, except that a perturbed pass returns the value recorded at the unperturbed weights.
+
+    A meta network that reads a detached activation has a mixed partial which only sees its parameters at that very
+    activation. Finite differences and EvoGrad would see the activation move with the weights; replaying the recorded one
+    makes them estimate the same quantity as exact differentiation does.
+    """
+    current = _CURRENT.get()
+    if current is None or current.inputs is Inputs.LIVE:
+        return x.detach()
+    if current.inputs is Inputs.RECORD:
+        current.tape.append(x.detach().clone())
+        return x.detach()
+    if current.position >= len(current.tape):
+        raise RuntimeError(
+            "a perturbed pass calls stop_gradient more often than the recorded one: the loss must make the same calls each time"
+        )
+    current.position += 1
+    return current.tape[current.position - 1]
+
+
+@contextmanager
+def for_this_pass(manager: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enter `manager` until the current pass ends (its backward included); outside any pass, for the `with` block only."""
+    current = _CURRENT.get()
+    if current is None:
+        with manager:
+            yield
+    else:
+        current.stack.enter_context(manager)
+        yield
+
+
+@dataclass
+class PassContext:
+    """Runs the passes of one meta step and counts them.
+
+    `seed` fixes the randomness that the passes share; `noise` holds injected perturbations (for oracles), if any;
+    `devices` are the CUDA devices whose random state has to be kept.
+    """
+
+    problem: BilevelProblem
+    seed: int = 0
+    noise: Sequence[Tree] | None = None
+    devices: Sequence[torch.device] = ()
+    counts: Counts = field(default_factory=Counts)
+    _tapes: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def parts(self, batch: Any) -> list[tuple[int, Any]]:
+        """The numbered parts (micro-batches) whose losses add up to the loss of `batch`."""
+        return list(enumerate(self.problem.parts(batch)))
+
+    @contextmanager
+    def scope(
+        self, part: int, *, inputs: Inputs = Inputs.LIVE, second_order: bool = False, stream: int = 0
+    ) -> Iterator[None]:
+        """One pass over one part: forward and backward both belong inside.
+
+        `second_order` confines attention to the math kernel, the only one that can be differentiated twice or in forward
+        mode. `stream` other than 0 draws independent randomness.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(_seeded(mix_seed(self.seed, part, stream), self.devices))
+            stack.enter_context(self.problem.scope())
+            stack.enter_context(torch.enable_grad())
+            if second_order:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            tape = [] if inputs is Inputs.RECORD else self._tapes.get(part, [])
+            token = _CURRENT.set(_Pass(inputs, tape, stack))
+            try:
+                yield
+            finally:
+                _CURRENT.reset(token)
+            if inputs is Inputs.RECORD:
+                self._tapes[part] = tape
+
+    def record(self, w: Tree, lam: Tree, batch: Any) -> Inputs:
+        """Make sure that the stop-gradient inputs at `w` are on tape; returns the mode for perturbed passes."""
+        if not self.problem.stop_gradients:
+            return Inputs.LIVE
+        if not self._tapes:
+            self.inner_value(w, lam, batch, inputs=Inputs.RECORD)
+        return Inputs.REPLAY
+
+    def inner_value(
+        self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE, stream: int = 0
+    ) -> Tensor:
+        """Inner loss without a graph, a 0-d tensor."""
+        values = []
+        for index, part in self.parts(batch):
+            with self.scope(index, inputs=inputs, stream=stream), torch.no_grad():
+                values.append(self.problem.inner_loss(tree.detach(w), tree.detach(lam), part))
+            self.counts.forwards += 1
+        return torch.stack(values).sum()
+
+    def inner_grad(
+        self,
+        w: Tree,
+        lam: Tree,
+        batch: Any,
+        *,
+        wrt_w: Iterable[str] = (),
+        wrt_lam: Iterable[str] = (),
+        inputs: Inputs = Inputs.LIVE,
+        stream: int = 0,
+    ) -> tuple[Tensor, Tree, Tree]:
+        """Inner loss and its gradients at the named base and meta parameters, one part's graph at a time."""
+        value, grad_w, grad_lam, _ = self._grad(
+            self.problem.inner_loss, w, lam, batch, tuple(wrt_w), tuple(wrt_lam), inputs, stream
+        )
+        return value, grad_w, grad_lam
+
+    def outer_grad(
+        self, w: Tree, lam: Tree, batch: Any, *, wrt_w: Iterable[str], wrt_lam: Iterable[str]
+    ) -> tuple[Tensor, Tree, Tree, bool]:
+        """Outer loss, its gradients, and whether it reads any meta parameter at all (has a direct term)."""
+        return self._grad(self.problem.outer_loss, w, lam, batch, tuple(wrt_w), tuple(wrt_lam), Inputs.LIVE, 0)
+
+    def _grad(
+        self,
+        loss_fn: LossFn,
+        w: Tree,
+        lam: Tree,
+        batch: Any,
+        wrt_w: tuple[str, ...],
+        wrt_lam: tuple[str, ...],
+        inputs: Inputs,
+        stream: int,
+    ) -> tuple[Tensor, Tree, Tree, bool]:
+        values: list[Tensor] = []
+        grad_w: Tree = {}
+        grad_lam: Tree = {}
+        for index, part in self.parts(batch):
+            with self.scope(index, inputs=inputs, stream=stream):
+                w_leaves, lam_leaves = tree.leaves(w, wrt_w), tree.leaves(lam, wrt_lam)
+                loss = loss_fn(w_leaves, lam_leaves, part)
+                values.append(loss.detach())
+                self.counts.forwards += 1
+                targets = [*(w_leaves[n] for n in wrt_w), *(lam_leaves[n] for n in wrt_lam)]
+                if not loss.requires_grad or not targets:
+                    continue
+                found = torch.autograd.grad(loss, targets, allow_unused=True)
+                self.counts.backwards += 1
+            _accumulate(grad_w, wrt_w, found[: len(wrt_w)])
+            _accumulate(grad_lam, wrt_lam, found[len(wrt_w) :])
+        return torch.stack(values).sum(), _filled(grad_w, w, wrt_w), _filled(grad_lam, lam, wrt_lam), bool(grad_lam)
+
+
+def _accumulate(total: Tree, names: Sequence[str], found: Sequence[Tensor | None]) -> None:
+    """Add the gradients found to `total`."""
+    for name, gradient in zip(names, found, strict=True):
+        if gradient is not None:
+            total[name] = total[name] + gradient if name in total else gradient
+
+
+def _filled(found: Tree, like: Tree, names: Sequence[str]) -> Tree:
+    """`found` in the order of `names`, zeros where the loss did not reach a parameter."""
+    return {name: found[name] if name in found else torch.zeros_like(like[name]) for name in names}
+
+
+def devices_of(*trees: Mapping[str, Tensor]) -> tuple[torch.device, ...]:
+    """The distinct CUDA devices of the leaves, whose random state a pass has to keep."""
+    return tuple({leaf.device for t in trees for leaf in t.values() if leaf.device.type == "cuda"})
+
+
+def mix_seed(seed: int, *keys: int) -> int:
+    """A 63-bit seed for (seed, keys) that does not depend on the process (splitmix64)."""
+    value = seed & 0xFFFFFFFFFFFFFFFF
+    for key in keys:
+        value = (value + 0x9E3779B97F4A7C15 * (key + 1)) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 31
+    return value >> 1
+
+
+
+@contextmanager
+def _seeded(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
+    """Seed the CPU's and the given devices' global generators; put their states back at the end."""
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -1,0 +1,240 @@
+"""The bilevel problem, the response of an estimator, and the one formula that makes a hypergradient of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.passes import Counts, PassContext, devices_of
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.bilevel.update import UpdateRule, UpdateState
+
+Loss = Callable[[Tree, Tree, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The inner loss cut in two: `loss(w, hidden(w, lam, batch), batch)`, where the suffix reads only `names` of w.
+
+    `hidden` depends on lam and not on `names`, so copies that perturb only those share one pass of it.
+    """
+
+    names: frozenset[str]
+    hidden: Callable[[Tree, Tree, Any], Tensor]
+    loss: Callable[[Tree, Tensor, Any], Tensor]
+
+
+def _whole(batch: Any) -> Sequence[Any]:
+    return (batch,)
+
+
+@dataclass(frozen=True)
+class BilevelProblem:
+    """Base weights w trained on `inner_loss` by `update`; meta parameters lam judged by `outer_loss`.
+
+    Args:
+        inner_loss, outer_loss: (w, lam, batch) -> 0-d tensor; w and lam are dicts of tensors.
+        update: the inner optimiser's step.
+        parts: the micro-batches whose losses add up to the loss of a batch (default: the batch itself).
+        scope: a context manager around every pass (frozen buffers, dropout off).
+        split: the cheap form of the inner loss, where only a suffix of the base is perturbed.
+        second_order: whether the losses can be differentiated twice and in forward mode.
+        stop_gradients: whether the losses call `stop_gradient`, so that perturbed passes have inputs to replay.
+        direct_term: whether `outer_loss` reads lam; None where that is not known beforehand.
+    """
+
+    inner_loss: Loss
+    outer_loss: Loss
+    update: UpdateRule
+    parts: Callable[[Any], Sequence[Any]] = _whole
+    scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+    split: Split | None = None
+    second_order: bool = True
+    stop_gradients: bool = False
+    direct_term: bool | None = None
+
+
+@dataclass(frozen=True)
+class StepMade:
+    """An inner step that was really made: the weights after it, its gradient (before clipping), the state after it."""
+
+    w: Tree
+    grad: Tree
+    update_state: UpdateState
+
+
+@dataclass(frozen=True)
+class InnerStep:
+    """One inner step as an estimator sees it: from `w` on `batch`; `made` where the step has been made already."""
+
+    w: Tree
+    lam: Tree
+    batch: Any
+    update_state: UpdateState | None = None  # before the step
+    made: StepMade | None = None
+
+    @property
+    def current(self) -> Tree:
+        """Where the weights are now."""
+        return self.w if self.made is None else self.made.w
+
+
+@dataclass(frozen=True)
+class Response:
+    """Where the base weights go, and how a cotangent on them pulls back to lam.
+
+    Args:
+        value: where the outer loss is judged; keys and shapes of w.
+        vjp: cotangent on value -> cotangent on lam; linear; called once.
+        offset: what was pulled back already on the way.
+        wrt: the keys of value whose cotangent `vjp` reads (default: all); the outer backward stops there.
+    """
+
+    value: Tree
+    vjp: Callable[[Tree], Tree]
+    offset: Tree | None = None
+    wrt: Iterable[str] | None = None
+
+
+class HypergradientEstimator(Protocol):
+    """What this floor needs of an estimator (the family itself lives in `metaxl_evo.estimators`)."""
+
+    @property
+    def requires_direct_term(self) -> bool: ...
+
+    def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None: ...
+
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Any: ...
+
+    def observe(self, passes: PassContext, step: InnerStep, state: Any) -> Any: ...
+
+    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response: ...
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """An estimate of d outer_loss / d lam.
+
+    Args:
+        grads: like lam, at true scale.
+        outer_loss: the outer loss where it was judged, a 0-d tensor.
+        diagnostics: the estimator's own numbers (effective sample size, perturbation length, ...).
+        counts: the passes that it took.
+        w: the base weights at the end, where an episode was run.
+    """
+
+    grads: Tree
+    outer_loss: Tensor
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
+    w: Tree | None = None
+
+
+def hypergradient(
+    problem: BilevelProblem,
+    estimator: HypergradientEstimator,
+    w: Tree,
+    lam: Tree,
+    train_batch: Any,
+    val_batch: Any,
+    *,
+    state: Any = None,
+    generator: torch.Generator | None = None,
+    noise: Sequence[Tree] | None = None,
+    update_state: UpdateState | None = None,
+    made: StepMade | None = None,
+) -> Hypergradient:
+    """Estimate the hypergradient of one inner step.
+
+    Args:
+        w, lam: base and meta parameters before the step; left as they are, like the global random state.
+        train_batch, val_batch: the batches of the inner and the outer loss.
+        state: the estimator's state (default: a fresh one).
+        generator: where the randomness of this estimate is drawn from (default: the same on every call).
+        noise: perturbations to use in place of drawn ones, a sequence of trees at true scale (EvoGrad).
+        update_state: the inner optimiser's state before the step (default: that before a first step).
+        made: the step, where it was made already; the estimate is then of that very step.
+
+    Raises:
+        ValueError: where the estimator cannot serve this problem, with the reason.
+    """
+    w, lam = _parameters("w", w), _parameters("lam", lam)
+    estimator.check(problem, w, lam)
+    if state is None:
+        state = estimator.init(problem, w, lam)
+    passes = PassContext(problem, seed=_draw_seed(generator), noise=noise, devices=devices_of(w, lam))
+    step = InnerStep(w, lam, train_batch, update_state, made)
+    diagnostics: dict[str, float] = {}
+    response = estimator.respond(passes, step, state, diagnostics)
+    wrt = tuple(w) if response.wrt is None else tuple(response.wrt)
+    outer_loss, cotangent, direct, reads_lam = passes.outer_grad(response.value, lam, val_batch, wrt_w=wrt, wrt_lam=lam)
+    if estimator.requires_direct_term and not reads_lam:
+        raise ValueError(NO_DIRECT_TERM)
+    grads = tree.add(direct, response.vjp(cotangent))
+    if response.offset is not None:
+        grads = tree.add(grads, response.offset)
+    return Hypergradient(grads, outer_loss, diagnostics, passes.counts)
+
+
+NO_DIRECT_TERM = (
+    "first_order keeps only the direct term, and this outer loss does not read the meta parameters, so every hypergradient "
+    "would be zero: choose an estimator that differentiates the inner step (one_step, evograd)"
+)
+
+
+def run_episode(
+    problem: BilevelProblem,
+    estimator: HypergradientEstimator,
+    w0: Tree,
+    lam: Tree,
+    train_batches: Sequence[Any],
+    val_batch: Any,
+    *,
+    generator: torch.Generator | None = None,
+) -> Hypergradient:
+    """Run the inner steps from `w0` with lam held fixed and estimate the hypergradient at the end, without a Trainer.
+
+    The result's `w` holds the weights after the last step.
+
+    Raises:
+        ValueError: for an empty sequence of batches, or where the estimator cannot serve this problem.
+    """
+    if len(train_batches) == 0:
+        raise ValueError("run_episode needs at least one train batch")
+    w0, lam = _parameters("w", w0), _parameters("lam", lam)
+    estimator.check(problem, w0, lam)
+    w, update_state, state = w0, problem.update.init(w0), estimator.init(problem, w0, lam)
+    passes = PassContext(problem, seed=_draw_seed(generator), devices=devices_of(w0, lam))
+    for batch in train_batches:
+        _, grad, _ = passes.inner_grad(w, lam, batch, wrt_w=w)
+        after, after_state = problem.update(w, update_state, grad, lam)
+        step = InnerStep(w, lam, batch, update_state, StepMade(tree.detach(after), grad, after_state))
+        state = estimator.observe(passes, step, state)
+        w, update_state = step.current, after_state
+    result = hypergradient(
+        problem, estimator, step.w, lam, step.batch, val_batch,
+        state=state, generator=generator, update_state=step.update_state, made=step.made,
+    )  # fmt: skip
+    return Hypergradient(result.grads, result.outer_loss, result.diagnostics, result.counts, w)
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    if generator is None:
+        return torch.initial_seed()
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+
+
+def _parameters(what: str, parameters: Tree) -> Tree:
+    """The parameters outside any graph, checked."""
+    if not parameters:
+        raise ValueError(f"{what} is empty: there is nothing to differentiate")
+    for name, leaf in parameters.items():
+        if not leaf.is_floating_point():
+            raise ValueError(f"{what}[{name!r}] has dtype {leaf.dtype}: parameters must be floating point")
+    return tree.detach(parameters)

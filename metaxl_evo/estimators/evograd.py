@@ -1,0 +1,212 @@
+"""EvoGrad: an evolutionary inner step, differentiated by first-order passes only."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.passes import Counts, Inputs, PassContext, mix_seed
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response, Split
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.estimators.base import Estimator, Exactness
+from metaxl_evo.messages import unknown
+
+NOISES = ("sign", "gaussian")
+_NOISE = 0xE70  # keeps the perturbations' seeds apart from those of the passes (dropout)
+
+
+@dataclass(frozen=True)
+class EvoGrad(Estimator):
+    """value = w + sum_k w_k eps_k with w = softmax(-l / temperature), l_k = L_T(w + eps_k, lam) (Bohdal et al., 2021, eq. 3-5).
+
+    vjp(v) = sum_k a_k d_lam l_k with a_k = -(w_k / temperature) (s_k - sum_j w_j s_j), s_k = <v, eps_k>. One forward a
+    copy yields its loss and its lambda-gradient; noise is regenerated from seeds and one graph is alive at a time, so the
+    memory is a constant plus `copies` gradients of the size of lam. Where only the suffix of a split is perturbed, the encoder
+    runs once for all copies and a single backward reaches lam.
+
+    Args:
+        copies: number of perturbed copies K, at least 2.
+        sigma: size of the perturbation.
+        temperature: of the softmax over the copies' losses.
+        noise: `sign` (sigma times a fair sign, the published code) or `gaussian` (the paper's text).
+        antithetic: copies come in pairs +eps, -eps.
+        parameters: a regular expression on parameter names; only those that it finds are perturbed (default: all).
+        share_randomness: one dropout mask for all copies; False draws one a copy.
+        share_meta_inputs: replay the meta network's stop-gradient inputs at the unperturbed weights.
+
+    The published code's choices (ondrejbohdal/evograd, MetaXL): copies 2, sigma 1e-3, temperature 0.05, noise sign, parameters
+    `classifier`, share_randomness False, share_meta_inputs False, with dropout on in the meta passes and the order lookahead.
+    It sums w_k (w + eps_k); here it is w + sum w_k eps_k, the same number with two to three digits more in float32.
+
+    Raises:
+        ValueError: for values out of range, an unknown noise, or a pattern that finds no parameter.
+    """
+
+    copies: int = 2
+    sigma: float = 1e-3
+    temperature: float = 0.05
+    noise: Literal["sign", "gaussian"] = "sign"
+    antithetic: bool = False
+    parameters: str | None = None
+    share_randomness: bool = True
+    share_meta_inputs: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.copies, bool) or not isinstance(self.copies, int) or self.copies < 2:
+            raise ValueError(f"evograd: copies must be an integer of at least 2, not {self.copies}")
+        for field in ("sigma", "temperature"):
+            value = getattr(self, field)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"evograd: {field} must be a positive number, not {value}")
+        if self.noise not in NOISES:
+            raise ValueError(unknown("evograd noise", str(self.noise), NOISES))
+        if self.antithetic and self.copies % 2:
+            raise ValueError(f"evograd: antithetic copies come in pairs, copies={self.copies} is odd")
+        if self.parameters is not None:
+            try:
+                re.compile(self.parameters)
+            except re.error as error:
+                raise ValueError(f"evograd: parameters={self.parameters!r} is not a regular expression: {error}") from None
+
+    @property
+    def exact(self) -> Exactness:
+        return "in expectation"
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    @property
+    def citation(self) -> str:
+        return "Bohdal et al., EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization, NeurIPS 2021"
+
+    def cost(self, *, step_made: bool) -> Counts:
+        return Counts(forwards=self.copies + 1, backwards=self.copies + 1)
+
+    def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
+        super().check(problem, w, lam)
+        self._perturbed(w)
+
+    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+        w, names = step.current, self._perturbed(step.current)
+        noise = _Noise(self, {name: w[name] for name in names}, passes.seed, passes.noise)
+        split = passes.problem.split
+        shared = split is not None and self.share_randomness and names <= split.names
+        copies = _SharedPass(passes, step, noise, split) if shared and split else _FullPasses(self, passes, step, noise)
+        weights = torch.softmax(-copies.losses / self.temperature, dim=0)
+        diagnostics["effective_copies"] = float(1 / weights.square().sum())
+        diagnostics["loss_spread"] = float(copies.losses.std() / self.temperature)
+
+        def vjp(v: Tree) -> Tree:
+            along = torch.stack([tree.dot(noise[k], v) for k in range(noise.copies)])
+            return copies.pull_back(-(weights / self.temperature) * (along - (weights * along).sum()))
+
+        value = dict(w)
+        for k, weight in enumerate(weights.tolist()):
+            value = tree.add(value, noise[k], weight)
+        return Response(value, vjp, wrt=sorted(names))
+
+    def _perturbed(self, w: Tree) -> frozenset[str]:
+        if self.parameters is None:
+            return frozenset(w)
+        names = frozenset(name for name in w if re.search(self.parameters, name))
+        if not names:
+            examples = ", ".join(list(w)[:2] + list(w)[-2:])
+            raise ValueError(f"evograd: parameters={self.parameters!r} finds none of the base parameters, such as {examples}")
+        return names
+
+
+class _Noise:
+    """The perturbations eps_k of the chosen parameters: injected, or regenerated from seeds keyed by copy and tensor."""
+
+    def __init__(self, config: EvoGrad, like: Tree, seed: int, injected: Sequence[Tree] | None) -> None:
+        if injected is not None and len(injected) < 2:
+            raise ValueError(f"evograd: noise must hold at least 2 perturbations, not {len(injected)}")
+        self.config, self.like, self.seed, self.injected = config, like, seed, injected
+        self.copies = config.copies if injected is None else len(injected)
+
+    def __getitem__(self, k: int) -> Tree:
+        if self.injected is not None:
+            return {name: self.injected[k][name] for name in self.like}
+        pair, sign = divmod(k, 2) if self.config.antithetic else (k, 0)
+        draw = {name: self._draw(leaf, pair, index) for index, (name, leaf) in enumerate(sorted(self.like.items()))}
+        return tree.scale(draw, -1.0) if sign else draw
+
+    def _draw(self, leaf: Tensor, copy: int, index: int) -> Tensor:
+        generator = torch.Generator(leaf.device).manual_seed(mix_seed(self.seed, _NOISE, copy, index))
+        out = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        if self.config.noise == "gaussian":
+            return out.normal_(0.0, self.config.sigma, generator=generator)
+        return out.bernoulli_(0.5, generator=generator).mul_(2 * self.config.sigma).sub_(self.config.sigma)
+
+
+class _FullPasses:
+    """One whole forward a copy, which yields its loss and its lambda-gradient; the K gradients are kept."""
+
+    def __init__(self, config: EvoGrad, passes: PassContext, step: InnerStep, noise: _Noise) -> None:
+        w = step.current
+        inputs = passes.record(w, step.lam, step.batch) if config.share_meta_inputs else Inputs.LIVE
+        losses: list[Tensor] = []
+        self.gradients: list[Tree] = []
+        for k in range(noise.copies):
+            stream = 0 if config.share_randomness else k + 1
+            loss, _, gradient = passes.inner_grad(
+                tree.add(w, noise[k]), step.lam, step.batch, wrt_lam=step.lam, inputs=inputs, stream=stream
+            )
+            losses.append(loss.double())
+            self.gradients.append(gradient)
+        self.losses = torch.stack(losses)
+        self.lam = step.lam
+
+    def pull_back(self, coefficients: Tensor) -> Tree:
+        """sum_k a_k d_lam l_k."""
+        total = tree.zeros_like(self.lam)
+        for coefficient, gradient in zip(coefficients.tolist(), self.gradients, strict=True):
+            total = tree.add(total, gradient, coefficient)
+        return total
+
+
+class _SharedPass:
+    """One pass of the part that no copy perturbs; the copies are evaluations of the suffix, one backward reaches lam."""
+
+    def __init__(self, passes: PassContext, step: InnerStep, noise: _Noise, split: Split) -> None:
+        self.passes, self.step, self.noise, self.split = passes, step, noise, split
+        self.lam = tree.leaves(step.lam, step.lam)
+        self.hidden: list[Tensor] = []
+        losses = torch.zeros(noise.copies, dtype=torch.float64, device=next(iter(step.lam.values())).device)
+        for index, part in passes.parts(step.batch):
+            with passes.scope(index):
+                hidden = split.hidden(tree.detach(step.current), self.lam, part)
+            passes.counts.forwards += 1
+            self.hidden.append(hidden)
+            for k in range(noise.copies):
+                losses[k] += self._suffix(k, hidden.detach(), index, part).double()
+        self.losses = losses
+
+    def pull_back(self, coefficients: Tensor) -> Tree:
+        """Accumulate sum_k a_k d l_k / d hidden, then one backward to lam."""
+        total = tree.zeros_like(self.lam)
+        for index, part in self.passes.parts(self.step.batch):
+            hidden = self.hidden[index]
+            if not hidden.requires_grad:
+                continue
+            leaf = hidden.detach().requires_grad_()
+            cotangent = torch.zeros_like(leaf)
+            for k, coefficient in enumerate(coefficients.tolist()):
+                cotangent += coefficient * torch.autograd.grad(self._suffix(k, leaf, index, part), leaf)[0]
+            found = torch.autograd.grad(hidden, list(self.lam.values()), cotangent, allow_unused=True, materialize_grads=True)
+            self.passes.counts.backwards += 1
+            total = tree.add(total, dict(zip(self.lam, found, strict=True)))
+        return tree.detach(total)
+
+    def _suffix(self, k: int, hidden: Tensor, index: int, part: Any) -> Tensor:
+        self.passes.counts.suffixes += 1
+        with self.passes.scope(index):
+            return self.split.loss(tree.add(self.step.current, self.noise[k]), hidden, part)

@@ -1,0 +1,1 @@
+"""Models with a meta level: the bilevel module and the representation transform."""

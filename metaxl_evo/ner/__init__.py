@@ -1,0 +1,1 @@
+"""Cross-lingual named entity recognition: data, entity scores and a synthetic language family."""

@@ -1,0 +1,112 @@
+"""Settings of a cross-lingual NER run, and the methods that are compared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from metaxl_evo.messages import unknown
+from metaxl_evo.models.rtn import KINDS
+
+PAPER_LANGUAGES = ("qu", "cdo", "ilo", "xmf", "mhr", "mi", "tk", "gn")
+SELECTIONS = ("dev", "last")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method trains on and whether anything is learned on the meta level.
+
+    Args:
+        source, target: whether source and target rows are trained on.
+        transform: whether the source rows go through the RTN.
+        meta: whether the RTN is learned by hypergradients.
+        all_target_rows: train on every drawn target row instead of leaving the meta part out.
+        weight: of the source and the target mean in the inner loss.
+    """
+
+    source: bool = True
+    target: bool = True
+    transform: bool = False
+    meta: bool = False
+    all_target_rows: bool = False
+    weight: float = 1.0
+
+
+METHODS = {
+    "metaxl": Method(transform=True, meta=True),
+    "frozen_rtn": Method(transform=True),
+    "joint_training": Method(all_target_rows=True, weight=0.5),
+    "joint_training_equal": Method(),
+    "target_only": Method(source=False),
+    "zero_shot": Method(target=False),
+}
+
+
+@dataclass
+class NerArguments:
+    """Model, data, RTN and method; the optimisation is in MetaTrainingArguments.
+
+    Raises:
+        ValueError: one line for the first value that cannot be, with the valid choices.
+    """
+
+    model_name_or_path: str = field(
+        default="FacebookAI/xlm-roberta-base",
+        metadata={"help": "Hub id or folder of a model, or `synthetic`: a small random one for the synthetic data."},
+    )
+    dataset: str = field(
+        default="unimelb-nlp/wikiann",
+        metadata={"help": "Hub id (a configuration a language), a folder LANG/{train,dev,test}, or `synthetic`."},
+    )
+    source_languages: list[str] = field(default_factory=lambda: ["en"], metadata={"help": "The rich languages."})
+    target_languages: list[str] = field(
+        default_factory=lambda: list(PAPER_LANGUAGES), metadata={"help": "One run a language, each on its own."}
+    )
+    method: str = field(default="metaxl", metadata={"help": f"One of {', '.join(METHODS)}."})
+    train_size: int | None = field(default=5000, metadata={"help": "Source sentences a language (null: all)."})
+    target_train_size: int | None = field(default=100, metadata={"help": "Target sentences (null: all)."})
+    eval_size: int | None = field(default=None, metadata={"help": "Dev and test sentences at most (null: all)."})
+    sample_seed: int = field(default=42, metadata={"help": "Seed of the choice of sentences."})
+    max_length: int = field(default=200, metadata={"help": "Sub-tokens of a training sentence at most."})
+    eval_max_length: int = field(default=512, metadata={"help": "The same in evaluation; words beyond count as O."})
+    rtn_layers: list[int] | None = field(
+        default=None, metadata={"help": "Encoder layers whose output is transformed, counted from 1 (default: the last)."}
+    )
+    rtn_kind: str = field(default="gated_tied", metadata={"help": f"One of {', '.join(KINDS)}."})
+    rtn_bottleneck: int | None = field(default=None, metadata={"help": "Width of the RTN (default: by its kind)."})
+    rtn_per_language: bool = field(default=True, metadata={"help": "A network of its own for each source language."})
+    rtn_module_path: str | None = field(
+        default=None, metadata={"help": "Where the model's list of encoder layers is, if it is not found by itself."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel of the base model."})
+    select: str = field(
+        default="dev", metadata={"help": "dev: the checkpoint with the best dev F1; last: the last, no dev set is read."}
+    )
+    strict: bool = field(default=False, metadata={"help": "Count only well-formed IOB2 entities."})
+    check: bool = field(default=False, metadata={"help": "Run a few steps, print a verdict, write nothing."})
+
+    def __post_init__(self) -> None:
+        for name, valid in (("method", METHODS), ("rtn_kind", KINDS), ("select", SELECTIONS)):
+            if getattr(self, name) not in valid:
+                raise ValueError(unknown(name, str(getattr(self, name)), valid))
+        sizes = ("train_size", "target_train_size", "eval_size", "max_length", "eval_max_length", "rtn_bottleneck")
+        for name in sizes:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        for name in ("source_languages", "target_languages"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: name at least one language")
+        both = sorted(set(self.source_languages) & set(self.target_languages))
+        if both:
+            raise ValueError(f"{', '.join(both)} is both a source and a target language: name it once")
+
+    @property
+    def recipe(self) -> Method:
+        return METHODS[self.method]
+
+
+def steps_of(epochs: float, sentences: int, batch_size: int, accumulation: int) -> int:
+    """Optimizer steps of a run over the source sentences: the schedule that every method shares."""
+    batches = math.ceil(sentences / batch_size)
+    return math.ceil(epochs * math.ceil(batches / accumulation))

@@ -1,0 +1,188 @@
+"""NER data: one loader for the Hub, local folders and the synthetic family, and what a tagger needs of it.
+
+Whatever the source, a language becomes a `DatasetDict` in memory with the columns `tokens` (strings) and `ner_tags`
+(a `ClassLabel` over O, B-TYPE and I-TYPE), and all languages loaded together share one label set.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from metaxl_evo.messages import unknown
+from metaxl_evo.ner.sources import SPLITS, Corpus, Sentences, read_folder, read_hub, read_table
+
+if TYPE_CHECKING:
+    from metaxl_evo.ner.synthetic import SyntheticFamily
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # the label that PyTorch's cross entropy skips
+
+
+def load_ner_dataset(
+    dataset: str,
+    languages: Sequence[str],
+    *,
+    splits: Sequence[str] = ("train", "validation", "test"),
+    names: Sequence[str] | None = None,
+    synthetic: SyntheticFamily | None = None,
+) -> dict[str, DatasetDict]:
+    """Load the requested splits of every language, all with one label set.
+
+    Args:
+        dataset: a folder `LANGUAGE/{train,dev,test}` of text or parquet files, a Hub id with one configuration a
+            language, or the word `synthetic`.
+        languages: all that meet in one model, the source first. Text files declare no labels, so the first language's
+            entity types are the label set there, of which a later, smaller language may lack some.
+        splits: only these are required and read; `dev` and `valid` mean `validation`.
+        names: the label names of a trained model, which the data must then fit, instead of those of the data.
+        synthetic: the family that the word `synthetic` stands for; the default one if None.
+
+    Raises:
+        ValueError: an unknown language, a missing or empty split, a file that cannot be read, a malformed line or tag,
+            or label sets that differ. A stray I- is no error: it is counted and logged.
+        OSError: `dataset` is neither a folder nor a Hub id that can be reached or is in the cache.
+    """
+    for split in splits:
+        if split not in SPLITS:
+            raise ValueError(unknown("split", split, SPLITS))
+    wanted = list(dict.fromkeys(SPLITS[split] for split in splits))
+    languages = list(dict.fromkeys(languages))
+    if dataset == "synthetic":
+        corpus = _read_synthetic(synthetic, languages, wanted)
+    elif Path(dataset).expanduser().is_dir():
+        corpus = read_folder(Path(dataset).expanduser(), languages, wanted)
+    else:
+        corpus = read_hub(dataset, languages, wanted)
+    for language, parts in corpus.items():
+        for split, part in parts.items():
+            _check_sentences(part, f"{dataset}, {language}, {split}")
+    features = ner_features(_shared_names(corpus, names))
+    return {
+        language: DatasetDict({split: _to_dataset(part, features) for split, part in parts.items()})
+        for language, parts in corpus.items()
+    }
+
+
+def ner_features(names: Sequence[str]) -> Features:
+    """The columns of every NER data set here."""
+    return Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=list(names)))})
+
+
+def label_names(types: Iterable[str]) -> list[str]:
+    """The canonical label order: O, then B- and I- of each entity type, the types in alphabetical order."""
+    return ["O", *(f"{position}-{kind}" for kind in sorted(types) for position in "BI")]
+
+
+def sample(dataset: Dataset, size: int | None, seed: int) -> Dataset:
+    """Draw `size` sentences without replacement (None: all). Of one seed, a small sample is the start of a larger."""
+    if size is None:
+        return dataset
+    if size < 1:
+        raise ValueError(f"the number of sentences must be at least 1, not {size}")
+    if size > len(dataset):
+        logger.warning("%d sentences asked for, but there are only %d: taking all", size, len(dataset))
+    order = list(range(len(dataset)))
+    random.Random(seed).shuffle(order)
+    return dataset.select(order[:size], keep_in_memory=True)
+
+
+def encode(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, keep_words: bool = False
+) -> Dataset:
+    """Tokenize words; the first sub-token of each carries its label, all other positions carry -100.
+
+    The columns are `input_ids`, `attention_mask` and `labels`, unpadded, at most `max_length` long. With `keep_words`
+    also `word_positions`: where the first sub-token of each word is, or -1 where there is none, because the word lies
+    beyond `max_length` or the tokenizer makes nothing of it.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} cannot map sub-tokens to words: use a fast tokenizer")
+    batch = tokenizer(dataset["tokens"][:], is_split_into_words=True, truncation=True, max_length=max_length)
+    tags = dataset["ner_tags"][:]
+    positions = [_first_positions(batch.word_ids(row), len(tags[row])) for row in range(len(tags))]
+    columns = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "labels": [_spread(*row) for row in zip(tags, positions, map(len, batch["input_ids"]), strict=True)],
+    }
+    return Dataset.from_dict(columns | {"word_positions": positions} if keep_words else columns)
+
+
+def overlap(train: Dataset, test: Dataset) -> int:
+    """The number of different train sentences that also stand in the test set."""
+    return len(set(map(tuple, train["tokens"])) & set(map(tuple, test["tokens"])))
+
+
+def _first_positions(word_ids: list[int | None], n_words: int) -> list[int]:
+    positions = [-1] * n_words
+    for position, word in enumerate(word_ids):
+        if word is not None and positions[word] < 0:
+            positions[word] = position
+    return positions
+
+
+def _spread(tags: list[int], positions: list[int], length: int) -> list[int]:
+    labels = [IGNORED] * length
+    for tag, position in zip(tags, positions, strict=True):
+        if position >= 0:
+            labels[position] = tag
+    return labels
+
+
+def _to_dataset(part: Sentences, features: Features) -> Dataset:
+    return Dataset.from_dict({"tokens": part.tokens, "ner_tags": part.tags}, features=features)
+
+
+def _read_synthetic(family: SyntheticFamily | None, languages: Sequence[str], splits: Sequence[str]) -> Corpus:
+    from metaxl_evo.ner.synthetic import SyntheticFamily  # not above: that module builds on this one
+
+    family = family or SyntheticFamily()
+    loaded = {language: family.load(language) for language in languages}
+    return {
+        language: {split: read_table(parts[split], f"synthetic, {language}, {split}") for split in splits}
+        for language, parts in loaded.items()
+    }
+
+
+def _check_sentences(part: Sentences, where: str) -> None:
+    if not part.tokens:
+        raise ValueError(f"{where} is empty: it must hold at least one sentence")
+    for number, (words, tags) in enumerate(zip(part.tokens, part.tags, strict=True)):
+        if len(words) != len(tags):
+            raise ValueError(
+                f"{where}: sentence {number} has {len(words)} tokens but {len(tags)} tags: repair the data"
+            )
+    stray = sum(map(_stray_insides, part.tags))
+    if stray:
+        logger.warning("%s: %d I- tags do not continue an entity of their type (kept as they are)", where, stray)
+
+
+def _stray_insides(tags: list[str]) -> int:
+    return sum(tag[0] == "I" and tag[2:] != before[2:] for before, tag in zip(["O", *tags], tags, strict=False))
+
+
+def _shared_names(corpus: Corpus, names: Sequence[str] | None) -> list[str]:
+    """The label names: those given, else those that a language declares, else those of the first language's types."""
+    parts = [(language, part) for language, splits in corpus.items() for part in splits.values()]
+    declared = next(((language, part.declared) for language, part in parts if part.declared), None)
+    first = parts[0][0]
+    seen = {tag[2:] for language, part in parts if language == first for tags in part.tags for tag in tags} - {""}
+    owner, chosen = ("the model", list(names)) if names is not None else declared or (first, label_names(seen))
+    for language, part in parts:
+        labels = part.declared or sorted({tag for tags in part.tags for tag in tags})
+        # Declared label sets must be the same; labels merely seen in text, or judged by a model, may be fewer.
+        same = part.declared is None or names is not None or len(labels) == len(chosen)
+        if not (same and set(labels) <= set(chosen)):
+            raise ValueError(
+                f"label sets differ: {owner} has {', '.join(chosen)}, but {language} has {', '.join(labels)}: "
+                "load languages of one label set"
+            )
+    return chosen

@@ -1,0 +1,310 @@
+"""A cross-lingual NER run: data, model, training, scores, and the folder that is left behind."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+from transformers import (
+    AutoConfig,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.models.rtn import RepresentationTransform, encoder_layers
+from metaxl_evo.ner.arguments import NerArguments, steps_of
+from metaxl_evo.ner.card import card_sections
+from metaxl_evo.ner.data import encode, load_ner_dataset, overlap, sample
+from metaxl_evo.ner.evaluation import EvaluationSet, label_ids
+from metaxl_evo.ner.metrics import average, scores_table
+from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
+from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
+from metaxl_evo.training.trainer import MetaTrainer
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "results.json"
+SYNTHETIC = "synthetic"
+
+
+@dataclass
+class TargetData:
+    """The sentences of one run."""
+
+    sources: dict[str, Dataset]
+    target: Dataset | None
+    dev: Dataset | None
+    test: Dataset
+    names: list[str]
+    overlap: int
+
+
+def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, Any]:
+    """Train and evaluate one model per target language; returns and saves the results.
+
+    With one target the output folder is the model's; with several there is a folder a language and a summary above.
+
+    Raises:
+        ValueError: before any training, for what cannot work or would overwrite another run.
+    """
+    targets = ner.target_languages
+    folders = {t: Path(args.output_dir) / t if len(targets) > 1 else Path(args.output_dir) for t in targets}
+    resuming = args.resume_from_checkpoint is not None
+    for folder in {Path(args.output_dir), *folders.values()}:
+        refuse_another_run(folder, resuming)
+    data = {target: load_target(ner, target) for target in targets}
+    results = {}
+    for target in targets:
+        saved = folders[target] / RESULTS
+        if resuming and saved.exists():
+            results[target] = json.loads(saved.read_text(encoding="utf-8"))
+            continue
+        target_args = copy.copy(args)
+        target_args.output_dir = str(folders[target])
+        results[target] = train_target(ner, target_args, target, data[target])
+    summary = summarise(results)
+    if len(targets) > 1 and args.should_save:
+        write_results(Path(args.output_dir), summary)
+    if args.should_log:
+        print(scores_table({target: summary["test"][target] for target in targets}))
+    return summary
+
+
+def refuse_another_run(folder: Path, resuming: bool) -> None:
+    """Nothing of the user's is overwritten.
+
+    Raises:
+        ValueError: where the folder holds a run and this one does not resume it.
+    """
+    signs = [folder / RESULTS, folder / "config.json", *folder.glob("checkpoint-*")]
+    found = [sign.name for sign in signs if sign.exists()]
+    if found and not resuming:
+        raise ValueError(
+            f"{folder} holds another run ({found[0]}): choose another output_dir, or set resume_from_checkpoint: latest"
+        )
+
+
+def load_target(ner: NerArguments, target: str) -> TargetData:
+    """Source, target and evaluation sentences of one run, all with one label set.
+
+    Raises:
+        ValueError: for languages, splits or labels that are not there.
+    """
+    recipe, sources = ner.recipe, ner.source_languages
+    wants_dev = ner.select == "dev"
+    target_splits = ["train"] * recipe.target + ["validation"] * (wants_dev and recipe.target) + ["test"]
+    source_splits = ["train"] * recipe.source + ["validation"] * (wants_dev and not recipe.target)
+    loaded = {}
+    if source_splits:
+        loaded = load_ner_dataset(ner.dataset, sources, splits=source_splits)
+    names = next(iter(loaded.values()))["train"].features["ner_tags"].feature.names if loaded else None
+    of_target = load_ner_dataset(ner.dataset, [target], splits=target_splits, names=names)[target]
+    train = sample(of_target["train"], ner.target_train_size, ner.sample_seed) if recipe.target else None
+    dev = None
+    if wants_dev:  # a zero-shot run knows no target labels, not even for choosing a checkpoint
+        dev = of_target["validation"] if recipe.target else loaded[sources[0]]["validation"]
+    return TargetData(
+        sources={
+            language: sample(loaded[language]["train"], ner.train_size, ner.sample_seed)
+            for language in (sources if recipe.source else [])
+        },
+        target=train,
+        dev=None if dev is None else _first(dev, ner.eval_size),
+        test=_first(of_target["test"], ner.eval_size),
+        names=of_target["test"].features["ner_tags"].feature.names,
+        overlap=0 if train is None else overlap(train, of_target["test"]),
+    )
+
+
+def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, data: TargetData) -> dict[str, Any]:
+    """Train, select, test and save the tagger of one target language."""
+    set_seed(args.seed)
+    trainer, evaluation = build_trainer(ner, args, data)
+    started = tree.clone(trainer.model.meta_parameters())
+    begun = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_checkpoint(args))
+    seconds = time.perf_counter() - begun
+    results: dict[str, Any] = {"test": {target: evaluation["test"].predict(trainer)}}
+    if "dev" in evaluation:
+        results["dev"] = {target: evaluation["dev"].predict(trainer)}
+    results["settings"] = {**asdict(ner), "target_languages": [target], **_trainer_settings(trainer)}
+    results["run"] = {
+        "steps": trainer.state.global_step,
+        "train_seconds": seconds,
+        "rtn_relative_change": trainer.model.meta.relative_change(started),
+        "skipped_meta_steps": trainer.skipped_meta_steps,
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "test_sentences_in_train": data.overlap,
+    }
+    results = summarise({target: results})
+    trainer.save_model()
+    if args.should_save:
+        write_results(Path(args.output_dir), results)
+    trainer.card_sections = card_sections(results, ner, trainer.estimator)
+    finish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
+    finish(tasks="token-classification", language=target, dataset_tags=ner.dataset, model_name=Path(args.output_dir).name)
+    return results
+
+
+def build_trainer(
+    ner: NerArguments, args: MetaTrainingArguments, data: TargetData
+) -> tuple[MetaTrainer, dict[str, EvaluationSet]]:
+    """The trainer of one run and its evaluation sets (`test`, and `dev` where one is used)."""
+    recipe = ner.recipe
+    base, tokenizer = load_model(ner, data.names)
+    tagger = build_tagger(ner, base, tokenizer)
+    evaluation = {
+        split: EvaluationSet(sentences, tokenizer, ner.eval_max_length, data.names, ner.strict)
+        for split, sentences in (("dev", data.dev), ("test", data.test))
+        if sentences is not None
+    }
+    sources = [
+        _with_language(encode(sentences, tokenizer, ner.max_length), index if ner.rtn_per_language else 0)
+        for index, sentences in enumerate(data.sources.values())
+    ]
+    target = None if data.target is None else _with_language(encode(data.target, tokenizer, ner.max_length), TARGET)
+    trainer = MetaTrainer(
+        tagger,
+        _fit_arguments(ner, args, has_dev="dev" in evaluation),
+        train_dataset=concatenate_datasets(sources) if sources else target,
+        meta_dataset=target if sources else None,
+        eval_dataset=evaluation["dev"].rows if "dev" in evaluation else None,
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=evaluation["dev"].compute_metrics if "dev" in evaluation else None,
+        preprocess_logits_for_metrics=label_ids,
+    )
+    return trainer, evaluation
+
+
+def load_model(ner: NerArguments, names: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A float32 token classifier for the label names, and its fast tokenizer.
+
+    Raises:
+        ValueError: for a model that cannot be found, or whose trained head has other labels.
+    """
+    if ner.model_name_or_path == SYNTHETIC:
+        from metaxl_evo.ner.synthetic import SyntheticFamily, build_tagger
+
+        return build_tagger(SyntheticFamily())
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    kernel = {} if ner.attn_implementation is None else {"attn_implementation": ner.attn_implementation}
+    try:
+        config = AutoConfig.from_pretrained(ner.model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(ner.model_name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model_name_or_path: {ner.model_name_or_path!r} cannot be loaded ({reason}): give a folder, a Hub id that can be "
+            "reached, or set HF_HUB_OFFLINE=1 with a filled cache"
+        ) from error
+    if any("TokenClassification" in kind for kind in config.architectures or []):
+        trained = [config.id2label[number] for number in sorted(config.id2label)]
+        if trained != list(names):
+            raise ValueError(
+                f"the head of {ner.model_name_or_path} knows {trained}, the data set has {list(names)}: "
+                "use a model without a head, or data with the same labels in the same order"
+            )
+    base = AutoModelForTokenClassification.from_pretrained(ner.model_name_or_path, dtype="float32", **labels, **kernel)
+    return base, tokenizer
+
+
+def build_tagger(
+    ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> CrossLingualTagger:
+    """The two-level module: an RTN for the source languages on the chosen layers of the encoder."""
+    layers = ner.rtn_layers or [len(encoder_layers(base, ner.rtn_module_path))]
+    rtn = RepresentationTransform(
+        base.config.hidden_size,
+        layers=layers,
+        kind=ner.rtn_kind,
+        bottleneck=ner.rtn_bottleneck,
+        languages=ner.source_languages if ner.rtn_per_language else ["source"],
+    )
+    recipe = ner.recipe
+    return CrossLingualTagger(
+        base,
+        rtn,
+        pad_token_id=tokenizer.pad_token_id,
+        transform=recipe.transform,
+        source_weight=recipe.weight,
+        target_weight=recipe.weight,
+        module_path=ner.rtn_module_path,
+    )
+
+
+def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The results of several targets as one: scores per language and their average."""
+    summary: dict[str, Any] = {}
+    for split in ("test", "dev"):
+        scores = {target: found[split][target] for target, found in results.items() if split in found}
+        if scores:
+            summary[split] = {**scores, "average": average(scores)}
+    first = next(iter(results.values()))
+    if len(results) == 1:
+        return {**summary, "settings": first["settings"], "run": first["run"]}
+    summary["settings"] = {**first["settings"], "target_languages": list(results)}
+    return summary | {"run": {target: found["run"] for target, found in results.items()}}
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write `results.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _fit_arguments(ner: NerArguments, args: MetaTrainingArguments, *, has_dev: bool) -> MetaTrainingArguments:
+    """The arguments as the method needs them: no estimator without meta learning, no selection without dev data."""
+    args, recipe = copy.copy(args), ner.recipe
+    if not recipe.meta:
+        args.estimator, args.estimator_kwargs = NO_ESTIMATOR, None
+    if recipe.all_target_rows:
+        args.meta_portion = 0.0
+    if not has_dev:
+        args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
+    if not recipe.source and args.max_steps <= 0:  # the schedule of the other methods, which is counted on the source
+        batch = args.per_device_train_batch_size * args.world_size
+        sentences = len(ner.source_languages) * (ner.train_size or 0)
+        if sentences:
+            args.max_steps = steps_of(args.num_train_epochs, sentences, batch, args.gradient_accumulation_steps)
+    return args
+
+
+def _checkpoint(args: MetaTrainingArguments) -> str | None:
+    """The checkpoint to resume from: a folder, or the newest of the output folder for `latest` (none yet: start)."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if str(wanted).lower() in ("latest", "true"):
+        return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if not Path(wanted).is_dir():
+        raise ValueError(f"resume_from_checkpoint: {wanted} is not a folder: give a checkpoint-N folder, or `latest`")
+    return str(wanted)
+
+
+def _trainer_settings(trainer: MetaTrainer) -> dict[str, Any]:
+    """The training arguments that differ from the defaults."""
+    defaults = MetaTrainingArguments(output_dir=trainer.args.output_dir).to_dict()
+    found = trainer.args.to_dict()
+    return {key: value for key, value in found.items() if value != defaults.get(key) and not key.startswith("_")}
+
+
+def _with_language(rows: Dataset, index: int) -> Dataset:
+    return rows.add_column("language", [index] * len(rows))
+
+
+def _first(rows: Dataset, size: int | None) -> Dataset:
+    return rows if size is None else rows.select(range(min(size, len(rows))))

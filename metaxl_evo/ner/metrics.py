@@ -1,0 +1,104 @@
+"""Entity scores by seqeval: words aligned with sub-tokens, scores per language, their average and a table.
+
+All scores are fractions in 0..1; only `scores_table` prints percent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import evaluate
+from seqeval.metrics import accuracy_score, classification_report
+from seqeval.scheme import IOB2
+
+Scores = dict[str, Any]
+
+RATES = ("precision", "recall", "f1", "accuracy")
+COUNTS = ("n_sentences", "n_words", "n_entities")
+
+
+def word_predictions(
+    token_predictions: Sequence[Sequence[int]], word_positions: Sequence[Sequence[int]], names: Sequence[str]
+) -> list[list[str]]:
+    """The predicted label of each word: that of its first sub-token, and O for a word that has none (position -1).
+
+    `token_predictions` holds (n, L) label ids, as an array or lists, padded at will; `word_positions` come from
+    `encode(..., keep_words=True)`. Every word is judged, so that an entity lost to truncation counts as missed.
+    """
+    return [
+        [names[int(row[position])] if position >= 0 else "O" for position in positions]
+        for row, positions in zip(token_predictions, word_positions, strict=True)
+    ]
+
+
+def entity_scores(
+    references: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]], *, strict: bool = False
+) -> Scores:
+    """Micro-averaged precision, recall and F1 of entities, overall and per type; undefined ratios are 0.
+
+    Lenient like `conlleval` by default: an I- that continues nothing starts an entity. With `strict`, only well-formed
+    IOB2 entities count. `accuracy` is that of words; `n_entities` and the other counts are those of the references.
+
+    Raises:
+        ValueError: references and predictions differ in the number of sentences or of words in one.
+    """
+    truth, guess = [list(tags) for tags in references], [list(tags) for tags in predictions]
+    if [len(tags) for tags in truth] != [len(tags) for tags in guess]:
+        raise ValueError("references and predictions differ in the number of sentences, or of words in a sentence")
+    beginnings = "B" if strict else "BI"
+    types = sorted({tag[2:] for tags in truth + guess for tag in tags if tag[0] in beginnings})
+    report: dict[str, Any] = {}
+    if types:  # seqeval cannot report on no entity at all
+        mode = {"mode": "strict", "scheme": IOB2} if strict else {}
+        report = classification_report(truth, guess, output_dict=True, zero_division=0, **mode)
+    n_words = sum(map(len, truth))
+    return _entity_rates(report.get("micro avg", {})) | {
+        "accuracy": float(accuracy_score(truth, guess)) if n_words else 0.0,
+        "n_sentences": len(truth),
+        "n_words": n_words,
+        "per_type": {kind: _entity_rates(report[kind]) for kind in types},
+    }
+
+
+def average(scores: Mapping[str, Scores]) -> Scores:
+    """The unweighted mean of the rates over languages, and the sums of the counts."""
+    if not scores:
+        raise ValueError("there is no language to average over")
+    rows = list(scores.values())
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in RATES}
+    return means | {key: sum(row[key] for row in rows) for key in COUNTS}
+
+
+def scores_table(scores: Mapping[str, Scores]) -> str:
+    """A Markdown table, one row a language and their average last; rates in percent."""
+    lines = ["| language | F1 | precision | recall | sentences | entities |", "|---|---:|---:|---:|---:|---:|"]
+    for language, row in [*scores.items(), ("average", average(scores))]:
+        rates = " | ".join(f"{100 * row[key]:.2f}" for key in ("f1", "precision", "recall"))
+        lines.append(f"| {language} | {rates} | {row['n_sentences']} | {row['n_entities']} |")
+    return "\n".join(lines)
+
+
+def _entity_rates(row: Mapping[str, Any]) -> Scores:
+    """Plain Python numbers, which go into JSON, from a row of seqeval's report; zeros from an empty one."""
+    keys = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
+    rates: Scores = {ours: float(row.get(theirs, 0.0)) for ours, theirs in keys.items()}
+    return rates | {"n_entities": int(row.get("support", 0))}
+
+
+class EntityF1(evaluate.Metric):
+    """`entity_scores` as a metric of `evaluate`, which unlike `evaluate.load("seqeval")` needs no network."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        tags = datasets.List(datasets.Value("string"))
+        return evaluate.MetricInfo(
+            description="Entity precision, recall and F1 by seqeval.",
+            citation="",
+            features=datasets.Features({"predictions": tags, "references": tags}),
+        )
+
+    def _compute(
+        self, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], strict: bool = False
+    ) -> Scores:
+        return entity_scores(references, predictions, strict=strict)

@@ -1,0 +1,211 @@
+"""Where sentences come from: local folders, the Hugging Face Hub, or a table of either.
+
+A reader checks that all that was asked for exists before it reads the first sentence, and every error is one line
+that says what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+from datasets import ClassLabel, Dataset, DatasetDict, LargeList, List, Value, get_dataset_config_names, load_dataset
+from huggingface_hub import HfApi, is_offline_mode
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+from metaxl_evo.messages import unknown
+
+SPLITS = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+TEXT_SUFFIXES = ("", ".txt", ".tsv", ".conll", ".iob2")
+HUB_TIMEOUT = 5.0  # seconds, tried twice at most; load_dataset alone retries an unreachable Hub for about 23
+LABEL = re.compile(r"O|[BI]-\S+")
+
+
+class Sentences(NamedTuple):
+    """One split as read: parallel lists of tokens and tags, and the label names where the source declares them."""
+
+    tokens: list[list[str]]
+    tags: list[list[str]]
+    declared: list[str] | None = None
+
+
+Corpus = dict[str, dict[str, Sentences]]  # language -> split -> sentences
+
+
+def read_folder(root: Path, languages: Sequence[str], splits: Sequence[str]) -> Corpus:
+    """Read `root/LANGUAGE/SPLIT`, a text file or parquet files each."""
+    if (root / f"{root.resolve().name}.py").is_file():
+        raise ValueError(_script_message(str(root)))
+    folders = {folder.name: _split_files(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
+    present = {language: files for language, files in folders.items() if files}
+    if not present:
+        raise ValueError(f"{root} holds no language: expected folders LANGUAGE with files train, dev and test")
+    for language in languages:
+        if language not in present:
+            raise ValueError(unknown(f"language of {root}", language, present))
+        for split in splits:
+            _require_split(split, present[language], str(root / language))
+    return {
+        language: {split: _read_files(present[language][split], language) for split in splits}
+        for language in languages
+    }
+
+
+def read_hub(dataset: str, languages: Sequence[str], splits: Sequence[str]) -> Corpus:
+    """Read one configuration a language from the Hub, or in offline mode from the cache of `datasets`."""
+    _require_reachable(dataset)
+    _require_configurations(dataset, languages)
+    corpus = {}
+    for language in languages:
+        loaded = _load_configuration(dataset, language)
+        parts = {SPLITS.get(str(split), str(split)): part for split, part in loaded.items()}
+        for split in splits:
+            _require_split(split, parts, f"{dataset}, {language}")
+        corpus[language] = {split: read_table(parts[split], f"{dataset}, {language}, {split}") for split in splits}
+    return corpus
+
+
+def read_table(table: Dataset, where: str) -> Sentences:
+    """Read the columns `tokens` and `ner_tags`, the latter of a `ClassLabel` or of strings."""
+    if not {"tokens", "ner_tags"} <= set(table.column_names):
+        raise ValueError(f"{where} needs the columns tokens and ner_tags, but has {', '.join(table.column_names)}")
+    tokens, tags, declared = table["tokens"][:], table["ner_tags"][:], None
+    feature = table.features["ner_tags"]
+    kind = feature.feature if isinstance(feature, List | LargeList) else None
+    if isinstance(kind, ClassLabel):
+        declared = kind.names
+        names = dict(enumerate(declared))
+        try:
+            tags = [[names[tag] for tag in row] for row in tags]
+        except KeyError as error:
+            raise ValueError(f"{where}: label id {error} has no name among {', '.join(declared)}") from error
+    elif not (isinstance(kind, Value) and kind.dtype in ("string", "large_string")):
+        raise ValueError(f"{where}: ner_tags has no label names: make it a list of ClassLabel or of strings")
+    for tag in declared or {tag for row in tags for tag in row}:
+        if not LABEL.fullmatch(tag):
+            raise ValueError(f"{where}: malformed tag {tag!r}: a tag is O, B-TYPE or I-TYPE")
+    return Sentences(tokens, tags, declared)
+
+
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        # the shards of one split are train-00000-of-00002.parquet and so on
+        stem = path.stem.split("-")[0] if path.suffix == ".parquet" else path.stem
+        if path.is_file() and stem in SPLITS and path.suffix in (*TEXT_SUFFIXES, ".parquet"):
+            files.setdefault(SPLITS[stem], []).append(path)
+    return files
+
+
+def _read_files(paths: list[Path], language: str) -> Sentences:
+    if all(path.suffix == ".parquet" for path in paths):
+        parts = [read_table(_read_parquet(path), str(path)) for path in paths]
+        tokens = [words for part in parts for words in part.tokens]
+        return Sentences(tokens, [tags for part in parts for tags in part.tags], parts[0].declared)
+    if len(paths) > 1:
+        raise ValueError(f"{' and '.join(map(str, paths))} hold the same split: keep one of them")
+    return _read_text(paths[0], language)
+
+
+def _read_parquet(path: Path) -> Dataset:
+    try:
+        return Dataset(pyarrow.parquet.read_table(path))  # Dataset.from_parquet would fill the user's cache folder
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: fetch it again ({_one_line(error)})") from error
+
+
+def _read_text(path: Path, language: str) -> Sentences:
+    """Read `language:token<TAB>tag` lines, or CoNLL lines with the token first and the tag last."""
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: tokens hold U+2028 and the like
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv") from error
+    prefix = f"{language}:"
+    if not next(filter(str.strip, lines), "").startswith(prefix):
+        prefix = ""  # a CoNLL file, where a token may well begin with "language:"
+    tokens: list[list[str]] = [[]]
+    tags: list[list[str]] = [[]]
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith("-DOCSTART-"):
+            tokens.append([])
+            tags.append([])
+            continue
+        token, *others = line.rstrip().split("\t" if "\t" in line else " ")
+        tag = others[-1] if others else ""
+        if not LABEL.fullmatch(tag):
+            raise ValueError(
+                f"{path}:{number}: malformed tag {tag!r}: a line is TOKEN<TAB>TAG, a tag O, B-TYPE or I-TYPE"
+            )
+        tokens[-1].append(token.removeprefix(prefix))
+        tags[-1].append(tag)
+    if not any(tokens):
+        raise ValueError(f"{path} is empty: it must hold at least one sentence")
+    return Sentences(list(filter(None, tokens)), list(filter(None, tags)))
+
+
+def _require_reachable(dataset: str) -> None:
+    """Ask the Hub once, with a short timeout, before `load_dataset` asks it with its long retries."""
+    if dataset.endswith(".py"):
+        raise ValueError(_script_message(dataset))
+    if is_offline_mode():
+        return
+    try:
+        HfApi().dataset_info(dataset, timeout=HUB_TIMEOUT)
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(_unreachable_message(dataset, error)) from error
+    except Exception as error:  # of whatever HTTP library the installed huggingface_hub uses
+        raise ConnectionError(_unreachable_message(dataset, error)) from error
+
+
+def _require_configurations(dataset: str, languages: Sequence[str]) -> None:
+    if is_offline_mode():
+        return  # the names are not known here; the error of a failed load lists those in the cache
+    try:
+        configurations = get_dataset_config_names(dataset)
+    except RuntimeError as error:
+        raise _clearer(dataset, error) from error
+    for language in languages:
+        if language not in configurations:
+            raise ValueError(unknown(f"language of {dataset}", language, configurations))
+
+
+def _load_configuration(dataset: str, language: str) -> DatasetDict:
+    try:
+        return load_dataset(dataset, language)
+    except RuntimeError as error:
+        raise _clearer(dataset, error) from error
+    except ValueError as error:
+        raise ValueError(f"cannot load language {language!r} of {dataset}: {_one_line(error)}") from error
+    except OSError as error:
+        raise ConnectionError(_unreachable_message(dataset, error)) from error
+
+
+def _clearer(dataset: str, error: RuntimeError) -> Exception:
+    return ValueError(_script_message(dataset)) if "scripts are no longer supported" in str(error) else error
+
+
+def _require_split(split: str, present: Iterable[str], where: str) -> None:
+    if split not in present:
+        raise ValueError(f"{where} has no split {split!r}; present: {', '.join(present) or 'none'}")
+
+
+def _script_message(dataset: str) -> str:
+    return (
+        f"{dataset} is a dataset script, and Dataset scripts are no longer supported: "
+        "use a data-only copy (WikiAnn: unimelb-nlp/wikiann) or --dataset FOLDER"
+    )
+
+
+def _unreachable_message(dataset: str, error: Exception) -> str:
+    return (
+        f"{dataset!r} is neither a folder nor a reachable Hub id ({type(error).__name__}: {_one_line(error)}): "
+        "use --dataset FOLDER, or HF_HUB_OFFLINE=1 with a filled cache"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,154 @@
+"""The main task: a token classifier as base, a representation transformation network as meta network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
+from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
+
+IGNORED = -100
+TARGET = -1  # the `language` of a row that no network transforms
+
+
+class CrossLingualTagger(BilevelModule):
+    """Cross-lingual tagging with transformed source representations (MetaXL: Xia et al., NAACL 2021).
+
+    inner loss = w_s * (mean cross-entropy of the source tokens) + w_t * (that of the target tokens), the source rows through
+    the RTN; outer loss = mean cross-entropy of the meta rows, without it. Both means are over labelled first sub-tokens.
+
+    Batches hold `input_ids, attention_mask, labels` (B, T) and `language` (B,): the index of a source language, -1 for
+    target rows.
+
+    Args:
+        base: a Hugging Face token classifier.
+        meta: the RTN; its hooks are attached to `base` here.
+        pad_token_id: for joining rows of different lengths.
+        transform: False trains on untransformed source rows (joint training).
+        source_weight, target_weight: of the two means (MetaXL: 1 and 1; the paper's joint training: 1/2 and 1/2).
+        module_path: where the encoder's list of layers is, for models that are not found by themselves.
+    """
+
+    stop_gradients = True
+
+    def __init__(
+        self,
+        base: nn.Module,
+        meta: RepresentationTransform,
+        *,
+        pad_token_id: int,
+        transform: bool = True,
+        source_weight: float = 1.0,
+        target_weight: float = 1.0,
+        module_path: str | None = None,
+    ):
+        super().__init__(base, meta)
+        self.meta: RepresentationTransform = meta
+        self.padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        self.transform = transform
+        self.source_weight, self.target_weight = source_weight, target_weight
+        meta.attach(base, module_path)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        labelled = batch["labels"] != IGNORED  # (B, T)
+        of_source = batch["language"] != TARGET  # (B,)
+        return {
+            "source": int(labelled[of_source].sum()),
+            "target": int(labelled[~of_source].sum()),
+        }
+
+    def inner_loss(self, batch: Batch) -> Tensor:
+        return self._suffix_loss(self._hidden(batch), batch) if self._has_plain_head else self._whole_loss(batch)
+
+    def outer_loss(self, batch: Batch) -> Tensor:
+        logits = self.base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return _token_loss(logits, batch["labels"]).sum() / _at_least_one(totals_of(self, batch)["target"])
+
+    def suffix(self) -> tuple[frozenset[str], Callable[[Batch], Tensor], Callable[[Tensor, Batch], Tensor]] | None:
+        if not self._has_plain_head:
+            return None
+        names = frozenset(f"classifier.{name}" for name, _ in self.base.get_submodule("classifier").named_parameters())
+        return names, self._hidden, self._suffix_loss
+
+    def join(self, batch: Batch, extra: Batch) -> Batch:
+        joined = {}
+        for key in batch:
+            if batch[key].dim() < 2:
+                joined[key] = torch.cat([batch[key], extra[key]])
+                continue
+            length = max(batch[key].shape[1], extra[key].shape[1])
+            rows = [F.pad(part[key], (0, length - part[key].shape[1]), value=self.padding[key]) for part in (batch, extra)]
+            joined[key] = torch.cat(rows)  # (B + B', T)
+        return joined
+
+    def save_meta(self, folder: str | Path) -> None:
+        self.meta.save_pretrained(Path(folder) / SUBFOLDER)
+
+    def load_meta(self, folder: str | Path) -> None:
+        self.meta.load_state_dict(RepresentationTransform.from_pretrained(folder).state_dict())
+
+    @property
+    def _has_plain_head(self) -> bool:
+        """Whether the head is dropout and one linear layer, as in the BERT family."""
+        return all(isinstance(getattr(self.base, name, None), nn.Module) for name in ("dropout", "classifier"))
+
+    def _rows(self, batch: Batch) -> tuple[Batch, Tensor | None]:
+        """Several RTN layers: each source row once a layer; the layer index a row (None for a single layer)."""
+        layers = len(self.meta.layers)
+        if layers == 1 or not self.transform:
+            return batch, None
+        copies = torch.where(batch["language"] != TARGET, layers, 1)  # (B,)
+        index = torch.arange(len(copies), device=copies.device).repeat_interleave(copies)
+        first = torch.cumsum(copies, 0) - copies
+        layer = torch.arange(len(index), device=copies.device) - first[index]
+        rows = {key: value[index] for key, value in batch.items() if isinstance(value, Tensor)}
+        return {**batch, **rows}, layer
+
+    def _encode(self, batch: Batch, run: Callable[..., Any]) -> Any:
+        """`run` on the rows of the batch, the source rows transformed."""
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if not self.transform:
+            return run(**inputs)
+        rows, layer = self._rows(batch)
+        inputs = {key: rows[key] for key in inputs}
+        with self.meta.active(rows["language"], layer, rows["attention_mask"]):
+            return run(**inputs)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        return self._encode(batch, self.base.base_model).last_hidden_state  # (B', T, H)
+
+    def _suffix_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return self._reduce(self.base.classifier(self.base.dropout(hidden)), batch)
+
+    def _whole_loss(self, batch: Batch) -> Tensor:
+        return self._reduce(self._encode(batch, self.base).logits, batch)
+
+    def _reduce(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The weighted sum of the two means, of logits (B', T, C)."""
+        rows, layer = self._rows(batch)
+        totals, language = totals_of(self, batch), rows["language"]
+        share = torch.where(
+            language == TARGET,
+            self.target_weight / _at_least_one(totals["target"]),
+            self.source_weight / _at_least_one(totals["source"]),
+        ).to(logits.dtype)  # (B',)
+        if layer is not None:
+            mixing = self.meta.mixing()[language.clamp(min=0), layer]
+            share = share * torch.where(language == TARGET, 1.0, mixing)
+        return (_token_loss(logits, rows["labels"]).sum(1) * share).sum()
+
+
+def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each token, 0 where it has no label: (B, T, C), (B, T) -> (B, T)."""
+    flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return flat.view_as(labels)
+
+
+def _at_least_one(count: float | Tensor) -> float | Tensor:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

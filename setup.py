@@ -1,0 +1,32 @@
+"""What `metaxl_evo` needs and holds. Tool settings are in pyproject.toml, the tested pins in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="metaxl_evo",
+    version="0.1.0.dev0",  # the only place; at run time: importlib.metadata.version("metaxl_evo")
+    description="Meta-learning with Hugging Face models: hypergradients inside the Trainer, cross-lingual NER first",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={"": "."},  # an editable install then puts this folder on the path: packages added later are found too
+    packages=find_packages(include=["metaxl_evo", "metaxl_evo.*", "vision_tasks", "vision_tasks.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.0,<6",
+        "accelerate>=1.10,<2",
+        "datasets>=4.0,<6",
+        "evaluate>=0.4.2",
+        "seqeval>=1.2.2",
+        "safetensors>=0.4.3",
+        "huggingface_hub>=1.0,<3",
+        "tokenizers>=0.21",
+        "pyarrow>=21",
+        "numpy>=1.24",
+        "pyyaml>=6",
+    ],
+    extras_require={
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
+        "dev": ["ruff>=0.9", "mypy>=1.14", "pre-commit>=4.0", "types-PyYAML>=6.0.12"],
+        "plot": ["matplotlib>=3.9"],
+    },
+)

@@ -1,0 +1,22 @@
+"""Fixtures that several test packages use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models, `METAXL_SHARED` or `../shared`; without it, CI fails and others skip."""
+    folder = Path(os.environ.get("METAXL_SHARED") or REPOSITORY.parent / "shared")
+    if not folder.is_dir():
+        message = f"needs the shared real data: {folder} is absent (set METAXL_SHARED)"
+        if os.environ.get("CI", "").lower() in ("true", "1"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder

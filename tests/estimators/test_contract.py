@@ -1,0 +1,500 @@
+"""One contract for every estimator, on every toy problem it serves. A new estimator joins by its line in `INSTANCES`."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from tests.estimators.problems import (
+    TOYS,
+    Toy,
+    numerical_error,
+    once_differentiable,
+    quadratic,
+    random_like,
+    relative_error,
+    split_network,
+    network,
+)
+from torch import Tensor
+
+from metaxl_evo.bilevel import (
+    SGD,
+    BilevelProblem,
+    Hypergradient,
+    InnerStep,
+    PassContext,
+    Response,
+    StepMade,
+    Tree,
+    hypergradient,
+    tree,
+)
+from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
+
+# The settings that the suite runs. Finite differences at a small radius, EvoGrad at a noise that numerical
+# differentiation can resolve.
+INSTANCES: dict[str, tuple[dict[str, Any], ...]] = {
+    "first_order": ({},),
+    "one_step": (
+        {},
+        {"engine": "double_backward"},
+        {"engine": "jvp"},
+        {"engine": "finite_difference", "radius": 1e-3},
+    ),
+    "evograd": (
+        {},
+        {"copies": 5, "sigma": 0.05, "temperature": 0.5, "noise": "gaussian"},
+        {"copies": 4, "sigma": 0.05, "temperature": 0.5, "antithetic": True},
+        {"copies": 3, "sigma": 0.05, "temperature": 0.5, "parameters": r"^head\."},
+        {"copies": 3, "sigma": 0.05, "temperature": 0.5, "parameters": r"bias$", "share_randomness": False},
+        {"copies": 2, "sigma": 0.05, "temperature": 0.5, "share_meta_inputs": False},
+    ),
+}
+SERVED_PAIRS = 46
+
+
+def build(name: str, settings: dict[str, Any]) -> Estimator:
+    return make_estimator(name, **settings)
+
+
+def serves(estimator: Estimator, toy: Toy) -> bool:
+    """Whether the pair is one that the design allows, decided here and not by `check`."""
+    pattern = getattr(estimator, "parameters", None)
+    if pattern is not None and not any(re.search(pattern, name) for name in toy.w):
+        return False
+    return toy.direct or not estimator.requires_direct_term
+
+
+ALL = [(name, settings) for name, all_settings in INSTANCES.items() for settings in all_settings]
+PAIRS = [(name, settings, toy) for name, settings in ALL for toy in TOYS if serves(build(name, settings), TOYS[toy](torch.float64))]
+
+
+def label(*parts: Any) -> str:
+    return "-".join("_".join(f"{v}" for v in p.values()) if isinstance(p, dict) else str(p) for p in parts if p != {})
+
+
+on_pairs = pytest.mark.parametrize(("name", "settings", "toy_name"), PAIRS, ids=[label(*pair) for pair in PAIRS])
+on_instances = pytest.mark.parametrize(("name", "settings"), ALL, ids=[label(*one) for one in ALL])
+
+
+def tolerance(estimator: Estimator, exact: float) -> float:
+    """Exact products to rounding; finite differences to their O(radius^2), which is 1e-6 at radius 1e-3."""
+    return 1e-6 if getattr(estimator, "engine", None) == "finite_difference" else exact
+
+
+def respond(estimator: Estimator, toy: Toy, lam: Tree, seed: int = 5) -> Response:
+    passes = PassContext(toy.problem, seed=seed)
+    state = estimator.init(toy.problem, toy.w, lam)
+    return estimator.respond(passes, InnerStep(toy.w, lam, toy.train, toy.update_state), state, {})
+
+
+def estimate(estimator: Estimator, toy: Toy, *, seed: int = 5, **options: Any) -> Hypergradient:
+    generator = torch.Generator().manual_seed(seed)
+    return hypergradient(toy.problem, estimator, toy.w, toy.lam, toy.train, toy.val, generator=generator, **({"update_state": toy.update_state} | options))
+
+
+def step_made(toy: Toy) -> StepMade:
+    """The inner step, its gradient by autograd on the joined loss."""
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in toy.w.items()}
+    found = torch.autograd.grad(toy.problem.inner_loss(leaves, toy.lam, toy.train), list(leaves.values()))
+    grad = dict(zip(leaves, found, strict=True))
+    before = toy.update_state or toy.problem.update.init(toy.w)
+    after, state = toy.problem.update(toy.w, before, grad, toy.lam)
+    return StepMade(after, grad, state)
+
+
+# The suite itself ----------------------------------------------------------------------------------------------------
+
+
+def test_every_estimator_has_instances() -> None:
+    assert INSTANCES.keys() == ESTIMATORS.keys(), "give every entry of ESTIMATORS a line in INSTANCES"
+    assert all(INSTANCES.values())
+
+
+def test_the_suite_is_not_empty() -> None:
+    assert len(PAIRS) == SERVED_PAIRS
+    assert {name for name, _, _ in PAIRS} == ESTIMATORS.keys()
+    assert {toy for _, _, toy in PAIRS} == TOYS.keys()
+
+
+# The response --------------------------------------------------------------------------------------------------------
+
+
+@on_pairs
+def test_value_has_the_keys_and_shapes_of_w(name: str, settings: dict[str, Any], toy_name: str) -> None:
+    toy = TOYS[toy_name](torch.float64)
+    response = respond(build(name, settings), toy, toy.lam)
+    assert {n: x.shape for n, x in response.value.items()} == {n: x.shape for n, x in toy.w.items()}
+    assert response.wrt is None or set(response.wrt) <= toy.w.keys()
+
+
+@on_pairs
+def test_vjp_is_linear(name: str, settings: dict[str, Any], toy_name: str) -> None:
+    toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
+    u, v = random_like(toy.w, 100), random_like(toy.w, 200)
+
+    def pull(cotangent: Tree) -> Tree:
+        return respond(estimator, toy, toy.lam).vjp(cotangent)  # a vjp is called once: a fresh response each time
+
+    expected = tree.add(tree.scale(pull(u), 2.0), pull(v), -3.0)
+    found = pull(tree.add(tree.scale(u, 2.0), v, -3.0))
+    assert found.keys() == toy.lam.keys()
+    if estimator.differentiates_value:
+        assert tree.norm(expected) > 0
+        assert relative_error(found, expected) < tolerance(estimator, 1e-10)
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+@on_pairs
+def test_vjp_is_the_derivative_of_value(name: str, settings: dict[str, Any], toy_name: str) -> None:
+    toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
+    if not estimator.differentiates_value:
+        return
+    u = random_like(toy.w, 300)
+    found = respond(estimator, toy, toy.lam).vjp(u)
+
+    def moved(lam: Tree) -> float:
+        value = respond(estimator, toy, lam).value
+        return float(tree.dot(tree.add(value, toy.w, -1.0), u))
+
+    assert numerical_error(found, moved, toy.lam) < tolerance(estimator, 1e-7)
+
+
+@on_pairs
+def test_hypergradient_is_the_derivative_of_the_outer_loss_at_value(
+    name: str, settings: dict[str, Any], toy_name: str
+) -> None:
+    """Direct term and indirect term together, by differences of outer_loss(value(lam), lam)."""
+    toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
+
+    def outer(lam: Tree) -> float:
+        value = respond(estimator, toy, lam if estimator.differentiates_value else toy.lam).value
+        return float(toy.problem.outer_loss(value, lam, toy.val))
+
+    seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(5)))
+    value = respond(estimator, toy, toy.lam, seed).value
+    found = estimate(estimator, toy)
+    torch.testing.assert_close(found.outer_loss, toy.problem.outer_loss(value, toy.lam, toy.val), rtol=1e-13, atol=0)
+
+    fixed = hypergradient_at_seed(estimator, toy)
+    assert numerical_error(fixed, outer, toy.lam) < tolerance(estimator, 1e-6)
+
+
+def hypergradient_at_seed(estimator: Estimator, toy: Toy, seed: int = 5) -> Tree:
+    """d outer / d lam + vjp(d outer / d w), both cotangents by autograd on the loss itself."""
+    response = respond(estimator, toy, toy.lam, seed)
+    w = {n: x.detach().clone().requires_grad_() for n, x in response.value.items()}
+    lam = {n: x.detach().clone().requires_grad_() for n, x in toy.lam.items()}
+    found = torch.autograd.grad(
+        toy.problem.outer_loss(w, lam, toy.val), [*w.values(), *lam.values()], materialize_grads=True, allow_unused=True
+    )
+    return tree.add(dict(zip(lam, found[len(w) :], strict=True)), response.vjp(dict(zip(w, found, strict=False))))
+
+
+@on_pairs
+def test_hypergradient_is_direct_term_plus_pulled_back_cotangent(
+    name: str, settings: dict[str, Any], toy_name: str
+) -> None:
+    toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
+    seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(5)))
+    expected = hypergradient_at_seed(estimator, toy, seed)
+    assert relative_error(estimate(estimator, toy).grads, expected) < 1e-12
+
+
+# Promises about the surroundings -------------------------------------------------------------------------------------
+
+
+@on_pairs
+def test_nothing_around_is_changed(name: str, settings: dict[str, Any], toy_name: str) -> None:
+    """Live parameters with gradients of their own: values, .grad, flags, batches and random state stay bitwise."""
+    toy = TOYS[toy_name](torch.float64)
+    made = step_made(toy)
+    toy = replace(toy, w={n: torch.nn.Parameter(x) for n, x in toy.w.items()}, lam={n: x.requires_grad_() for n, x in toy.lam.items()})
+    for leaf in [*toy.w.values(), *toy.lam.values()]:
+        leaf.grad = torch.full_like(leaf, 3.0)
+    frozen = next(iter(toy.w.values()))
+    frozen.requires_grad_(False)
+    before, batches = snapshot(toy, made), copy.deepcopy((toy.train, toy.val))
+
+    for options in ({}, {"made": made}):
+        result = estimate(build(name, settings), toy, **options)
+        assert not any(leaf.requires_grad for leaf in result.grads.values())
+        assert not result.outer_loss.requires_grad
+
+    after = snapshot(toy, made)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        same = torch.equal(value, after[key]) if isinstance(value, Tensor) else value == after[key]
+        assert same, key
+    torch.testing.assert_close((toy.train, toy.val), batches, rtol=0, atol=0)
+
+
+def snapshot(toy: Toy, made: StepMade) -> dict[str, Any]:
+    state: dict[str, Any] = {"rng": torch.get_rng_state(), "grad_enabled": torch.is_grad_enabled()}
+    held = {"w": toy.w, "lam": toy.lam, "made.w": made.w, "made.grad": made.grad}
+    for group, leaves in held.items():
+        for name, leaf in leaves.items():
+            state[f"{group}.{name}"] = leaf.detach().clone()
+            state[f"{group}.{name}.requires_grad"] = leaf.requires_grad
+            if leaf.is_leaf and leaf.grad is not None:
+                state[f"{group}.{name}.grad"] = leaf.grad.clone()
+    for key, value in made.update_state.items():
+        for name, leaf in value.items() if isinstance(value, dict) else ():
+            state[f"state.{key}.{name}"] = leaf.clone()
+    return state
+
+
+@on_pairs
+@pytest.mark.parametrize("grad_enabled", [True, False], ids=["grad", "no_grad"])
+def test_same_answer_whatever_the_callers_state(
+    name: str, settings: dict[str, Any], toy_name: str, grad_enabled: bool
+) -> None:
+    toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
+    torch.manual_seed(1)
+    first = estimate(estimator, toy).grads
+    torch.manual_seed(2)
+    torch.rand(7)
+    with torch.set_grad_enabled(grad_enabled):
+        second = estimate(estimator, toy).grads
+    for leaf, again in zip(first.values(), second.values(), strict=True):
+        assert torch.equal(leaf, again)
+
+
+@on_pairs
+def test_float32_stays_float32_and_agrees(name: str, settings: dict[str, Any], toy_name: str) -> None:
+    if settings.get("engine") == "finite_difference":
+        settings = settings | {"radius": 0.01}
+    estimator = build(name, settings)
+    narrow, wide = (estimate_with_noise(estimator, TOYS[toy_name](dtype)) for dtype in (torch.float32, torch.float64))
+    assert {leaf.dtype for leaf in narrow.grads.values()} == {torch.float32}
+    assert {leaf.dtype for leaf in wide.grads.values()} == {torch.float64}
+    assert relative_error(narrow.grads, wide.grads) < 5e-3
+
+
+def estimate_with_noise(estimator: Estimator, toy: Toy) -> Hypergradient:
+    """The same perturbations in every dtype, drawn here."""
+    if not estimator.stochastic:
+        return estimate(estimator, toy)
+    shapes = TOYS_NOISE_SCALE * 1.0
+    noise = [tree.scale(random_like({n: x.double() for n, x in toy.w.items()}, 40 * (k + 1)), shapes) for k in range(2)]
+    return estimate(estimator, toy, noise=[{n: x.to(toy.w[n]) for n, x in one.items()} for one in noise])
+
+
+TOYS_NOISE_SCALE = 0.05
+
+
+@on_pairs
+def test_unused_meta_parameters_get_exact_zeros(name: str, settings: dict[str, Any], toy_name: str) -> None:
+    toy = TOYS[toy_name](torch.float64)
+    grads = estimate(build(name, settings), toy).grads
+    assert {n: g.shape for n, g in grads.items()} == {n: x.shape for n, x in toy.lam.items()}
+    for unused in toy.unused:
+        assert torch.equal(grads[unused], torch.zeros_like(toy.lam[unused]))
+    assert all(bool(g.any()) for n, g in grads.items() if n not in toy.unused)
+
+
+@on_pairs
+def test_after_the_step_it_judges_the_point_it_says(name: str, settings: dict[str, Any], toy_name: str) -> None:
+    """With the step made: the same as looking ahead over it, or the same as starting from where the weights are now."""
+    toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
+    made = step_made(toy)
+    found = estimate(estimator, toy, made=made)
+    if estimator.evaluated_at == "previous":
+        expected = estimate(estimator, toy)
+    else:
+        expected = estimate(estimator, replace(toy, w=made.w))
+    assert relative_error(found.grads, expected.grads) < tolerance(estimator, 1e-12)
+    torch.testing.assert_close(found.outer_loss, expected.outer_loss, rtol=1e-12, atol=0)
+
+
+# Cost and order ------------------------------------------------------------------------------------------------------
+
+
+@on_pairs
+@pytest.mark.parametrize("made", [False, True], ids=["lookahead", "step_made"])
+def test_declared_cost_is_the_counted_cost(name: str, settings: dict[str, Any], toy_name: str, made: bool) -> None:
+    toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
+    plain = replace(toy, problem=replace(toy.problem, stop_gradients=False, split=None))
+    options = {"made": step_made(toy)} if made else {}
+    assert estimate(estimator, plain, **options).counts == estimator.cost(step_made=made)
+
+
+@on_pairs
+def test_counts_are_the_calls_of_the_losses(name: str, settings: dict[str, Any], toy_name: str) -> None:
+    """forwards + hvps + jvps: each is one evaluation of a loss (a split's prefix is one, its suffixes are counted apart)."""
+    toy, calls = TOYS[toy_name](torch.float64), []
+    problem = toy.problem
+
+    def counted(loss: Any) -> Any:
+        return lambda *inputs: (calls.append(loss), loss(*inputs))[1]
+
+    split = problem.split and replace(problem.split, hidden=counted(problem.split.hidden), loss=counted(problem.split.loss))
+    inner, outer = counted(problem.inner_loss), counted(problem.outer_loss)
+    counts = estimate(build(name, settings), replace(toy, problem=replace(problem, inner_loss=inner, outer_loss=outer, split=split))).counts
+    assert counts.forwards + counts.hvps + counts.jvps + counts.suffixes == len(calls)
+
+
+@on_pairs
+def test_declared_order_is_the_order_used(name: str, settings: dict[str, Any], toy_name: str) -> None:
+    """First-order instances run, with the same answer, on losses whose backward refuses to be differentiated."""
+    toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
+    if not estimator.second_order:
+        # Where `auto` settles for finite differences it is no longer exact: its own O(radius^2).
+        settled = settings | {"radius": 1e-3} if name == "one_step" else settings
+        once = estimate(build(name, settled), toy.once()).grads
+        assert relative_error(once, estimate(estimator, toy).grads) < (1e-6 if name == "one_step" else 1e-12)
+        return
+    with pytest.raises(ValueError, match=r"differentiates the inner loss twice.*finite_difference"):
+        estimate(estimator, toy.once())
+    with pytest.raises(RuntimeError):  # not even where the problem claims otherwise
+        estimate(estimator, replace(toy, problem=once_differentiable(toy.problem)))
+
+
+# The instance as its own configuration -------------------------------------------------------------------------------
+
+
+@on_instances
+def test_estimator_is_its_own_configuration(name: str, settings: dict[str, Any]) -> None:
+    estimator = build(name, settings)
+    assert type(estimator) is ESTIMATORS[name]
+    assert is_dataclass(estimator)
+    assert make_estimator(name, **asdict(estimator)) == estimator
+    assert hash(make_estimator(name, **asdict(estimator))) == hash(estimator)
+    assert len(estimator.citation) > 20
+    for field in fields(estimator):
+        with pytest.raises(FrozenInstanceError):
+            setattr(estimator, field.name, None)
+
+
+@on_instances
+def test_properties_have_the_promised_types(name: str, settings: dict[str, Any]) -> None:
+    estimator = build(name, settings)
+    flags = (
+        estimator.second_order, estimator.needs_forward_ad, estimator.online, estimator.differentiates_value,
+        estimator.tunes_optimizer, estimator.requires_direct_term, estimator.stochastic,
+    )  # fmt: skip
+    assert all(isinstance(flag, bool) for flag in flags)
+    assert estimator.exact in ("always", "at optimum", "in expectation", "never")
+    assert estimator.evaluated_at in ("previous", "current")
+    assert estimator.max_meta_size is None or estimator.max_meta_size > 0
+
+
+@on_instances
+def test_docstring_names_every_field(name: str, settings: dict[str, Any]) -> None:
+    estimator = build(name, settings)
+    for field in fields(estimator):
+        assert field.name in (type(estimator).__doc__ or "")
+
+
+@on_pairs
+def test_noise_is_what_makes_an_estimator_stochastic(name: str, settings: dict[str, Any], toy_name: str) -> None:
+    toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
+    one, same, other = (estimate(estimator, toy, seed=seed).grads for seed in (5, 5, 6))
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    assert (relative_error(other, one) > 1e-9) is estimator.stochastic
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_estimator_lists_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match="evograd") as error:
+        make_estimator("evogard")
+    assert all(name in str(error.value) for name in ESTIMATORS)
+
+
+@on_instances
+def test_unknown_field_lists_the_valid_ones(name: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="radios") as error:
+        make_estimator(name, **settings, radios=1.0)
+    assert all(field.name in str(error.value) for field in fields(ESTIMATORS[name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("one_step", {"engine": "jpv"}, "double_backward.*jvp.*finite_difference"),
+        ("one_step", {"radius": 0.0}, "radius"),
+        ("one_step", {"radius": float("nan")}, "radius"),
+        ("evograd", {"copies": 1}, "copies"),
+        ("evograd", {"copies": 2.0}, "copies"),
+        ("evograd", {"copies": True}, "copies"),
+        ("evograd", {"sigma": -1e-3}, "sigma"),
+        ("evograd", {"sigma": float("inf")}, "sigma"),
+        ("evograd", {"temperature": 0.0}, "temperature"),
+        ("evograd", {"noise": "laplace"}, "sign.*gaussian"),
+        ("evograd", {"copies": 3, "antithetic": True}, "pairs"),
+        ("evograd", {"parameters": "head("}, "regular expression"),
+    ],
+)
+def test_values_out_of_range_are_refused(name: str, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_estimator(name, **settings)
+
+
+@on_instances
+def test_a_learned_learning_rate_needs_an_estimator_that_sees_it(name: str, settings: dict[str, Any]) -> None:
+    estimator = build(name, settings)
+    toy = quadratic(torch.float64, update=SGD(lr="log_lr"))
+    toy = replace(toy, lam=toy.lam | {"log_lr": torch.tensor(0.1, dtype=torch.float64)})
+    if getattr(estimator, "parameters", None) is not None:
+        estimator = replace(estimator, parameters="th")  # type: ignore[call-arg]
+    if estimator.tunes_optimizer:
+        assert estimate(estimator, toy).grads["log_lr"].abs() > 1e-3
+    else:
+        with pytest.raises(ValueError, match="log_lr.*one_step"):
+            estimate(estimator, toy)
+
+
+@on_instances
+def test_a_hyperparameter_that_lam_lacks_is_named(name: str, settings: dict[str, Any]) -> None:
+    toy = quadratic(torch.float64, update=SGD(lr="missing"))
+    with pytest.raises(ValueError, match="missing"):
+        estimate(build(name, settings), toy)
+
+
+@on_instances
+def test_without_a_direct_term(name: str, settings: dict[str, Any]) -> None:
+    """Refused beforehand where the problem says so, at the first estimate where it did not know."""
+    estimator = build(name, settings)
+    if not estimator.requires_direct_term:
+        return
+    toy = quadratic(torch.float64, rho=0.0)
+    for direct_term in (False, None):
+        problem = replace(toy.problem, direct_term=direct_term)
+        with pytest.raises(ValueError, match="direct term"):
+            estimate(estimator, replace(toy, problem=problem))
+
+
+def test_evograd_pattern_that_finds_nothing_shows_the_names() -> None:
+    with pytest.raises(ValueError, match="clasifier.*body.weight"):
+        estimate(make_estimator("evograd", parameters="clasifier"), network(torch.float64))
+
+
+def test_injected_noise_must_be_a_sample() -> None:
+    toy = split_network(torch.float64)
+    with pytest.raises(ValueError, match="at least 2"):
+        estimate(make_estimator("evograd"), toy, noise=[toy.w])
+
+
+@pytest.mark.parametrize("which", ["w", "lam"])
+def test_parameters_must_be_floating_point_and_there(which: str) -> None:
+    toy = quadratic(torch.float64)
+    for bad, said in (({}, "empty"), ({"k": torch.arange(3)}, "floating point")):
+        with pytest.raises(ValueError, match=f"{which}.*{said}"):
+            estimate(make_estimator("one_step"), replace(toy, **{which: bad}))
+
+
+def test_the_outer_loss_may_ignore_everything() -> None:
+    """A constant outer loss has the hypergradient 0."""
+    toy = quadratic(torch.float64)
+    problem = BilevelProblem(toy.problem.inner_loss, lambda w, lam, batch: torch.ones((), dtype=torch.float64), SGD(lr=0.1))
+    for name in ("one_step", "evograd"):
+        grads = estimate(make_estimator(name), replace(toy, problem=problem)).grads
+        assert not grads["lam"].any()

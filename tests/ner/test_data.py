@@ -1,0 +1,427 @@
+"""The three sources behind one loader, what is made of them, and one clear error for each bad input."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from datasets.info import DatasetInfo
+from datasets.splits import SplitDict, SplitInfo
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from metaxl_evo.ner import sources
+from metaxl_evo.ner.data import encode, load_ner_dataset, overlap, sample
+
+WIKIANN_NAMES = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
+TWO_SENTENCES = "xx:Ada\tB-PER\nxx:Lovelace\tI-PER\nxx:wrote\tO\n\nxx:Paris\tB-LOC\nxx:.\tO\n"
+
+
+def write(root: Path, language: str = "xx", **splits: str) -> Path:
+    """A data set of text files; double underscores stand for the dot of a file name."""
+    (root / language).mkdir(parents=True, exist_ok=True)
+    for name, text in splits.items():
+        (root / language / name.replace("__", ".")).write_text(text, encoding="utf-8")
+    return root
+
+
+def load_train(root: Path, *languages: str) -> dict[str, Dataset]:
+    loaded = load_ner_dataset(str(root), languages or ("xx",), splits=("train",))
+    return {language: splits["train"] for language, splits in loaded.items()}
+
+
+def tags_of(dataset: Dataset) -> list[list[str]]:
+    names = dataset.features["ner_tags"].feature.names
+    return [[names[tag] for tag in tags] for tags in dataset["ner_tags"]]
+
+
+# Text files
+
+
+def test_wikiann_lines(tmp_path: Path) -> None:
+    train = load_train(write(tmp_path, train=TWO_SENTENCES))["xx"]
+    assert list(train["tokens"]) == [["Ada", "Lovelace", "wrote"], ["Paris", "."]]
+    assert tags_of(train) == [["B-PER", "I-PER", "O"], ["B-LOC", "O"]]
+    names = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+    assert train.features == Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=names))})
+
+
+def test_prefix_is_stripped_once_and_tokens_may_be_odd(tmp_path: Path) -> None:
+    text = "xx:xx:open:source\tO\nxx:\tO\nxx::\tO\nxx:12:30\tO\nxx:a\u2028b\tO\nxx:New York\tB-LOC\nxx:\u00a0\tO"
+    train = load_train(write(tmp_path, train=text))["xx"]
+    assert list(train["tokens"]) == [["xx:open:source", "", ":", "12:30", "a\u2028b", "New York", "\u00a0"]]
+
+
+@pytest.mark.parametrize("gap", [" ", "   ", "\t"])
+def test_conll_lines(tmp_path: Path, gap: str) -> None:
+    rows = ["-DOCSTART- -X- O", "", "Ada NNP B-PER", "xx:wrote VBD O", "", "", "Hi UH O"]
+    text = "\ufeff" + "\r\n".join(row.replace(" ", gap) for row in rows)
+    train = load_train(write(tmp_path, train__conll=text))["xx"]
+    assert list(train["tokens"]) == [["Ada", "xx:wrote"], ["Hi"]]
+    assert tags_of(train) == [["B-PER", "O"], ["O"]]
+
+
+@pytest.mark.parametrize("name", ["dev", "valid", "validation", "dev__txt", "valid__tsv", "validation__iob2"])
+def test_names_of_the_validation_split(tmp_path: Path, name: str) -> None:
+    root = write(tmp_path, **{name: TWO_SENTENCES})
+    for asked in ("dev", "validation"):
+        assert len(load_ner_dataset(str(root), ["xx"], splits=[asked])["xx"]["validation"]) == 2
+
+
+def test_a_split_not_asked_for_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, train=TWO_SENTENCES, test="broken")
+    assert list(load_ner_dataset(str(tmp_path), ["xx"], splits=["train"])["xx"]) == ["train"]
+
+
+def test_loading_writes_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "data", train=TWO_SENTENCES)
+    Dataset.from_dict({"tokens": [["a"]], "ner_tags": [["B-PER"]]}).to_parquet(tmp_path / "data/xx/test.parquet")
+    before = sorted(tmp_path.rglob("*"))
+    code = (
+        "import sys; from transformers import AutoTokenizer; from metaxl_evo.ner import data\n"
+        "loaded = data.load_ner_dataset(sys.argv[1], ['xx'], splits=['train', 'test'])['xx']\n"
+        "assert data.sample(loaded['train'], 1, seed=0).num_rows == 1"
+    )
+    run_python(code, tmp_path / "home", str(tmp_path / "data"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# Real data
+
+
+@pytest.mark.parametrize(
+    ("language", "sizes", "repeated"),
+    [("en", (20000, 10000, 10000), 226), ("sw", (1000,) * 3, 108), ("ig", (100,) * 3, 18), ("rw", (100,) * 3, 5)],
+)
+def test_wikiann_sizes_and_overlap(shared: Path, language: str, sizes: tuple[int, ...], repeated: int) -> None:
+    loaded = load_ner_dataset(str(shared / "data/wikiann"), [language])[language]
+    assert tuple(len(loaded[split]) for split in ("train", "validation", "test")) == sizes
+    assert loaded["train"].features["ner_tags"].feature.names == WIKIANN_NAMES
+    assert overlap(loaded["train"], loaded["test"]) == repeated
+
+
+def test_first_sentences_of_all_wikiann_languages(shared: Path) -> None:
+    root = shared / "data/wikiann-first-sentences"
+    languages = sorted(folder.name for folder in root.iterdir())
+    assert len(languages) == 176
+    for language in languages:
+        loaded = load_ner_dataset(str(root), [language], names=WIKIANN_NAMES)[language]
+        assert {split: len(part) for split, part in loaded.items()} == {"train": 1, "validation": 1, "test": 1}
+        for file, split in (("train", "train"), ("dev", "validation"), ("test", "test")):
+            lines = (root / language / file).read_text("utf-8").strip("\n").split("\n")
+            rejoined = [
+                f"{language}:{word}\t{tag}"
+                for word, tag in zip(loaded[split]["tokens"][0], tags_of(loaded[split])[0], strict=True)
+            ]
+            assert rejoined == lines
+
+
+# Parquet and the Hub
+
+
+def test_parquet_shards_with_class_labels(tmp_path: Path) -> None:
+    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=["O", "B-PER", "I-PER"]))})
+    (tmp_path / "xx").mkdir()
+    for shard, tag in enumerate([1, 0]):
+        table = Dataset.from_dict({"tokens": [[f"w{shard}"]], "ner_tags": [[tag]]}, features=features)
+        table.to_parquet(tmp_path / f"xx/train-{shard:05}-of-00002.parquet")
+    train = load_train(tmp_path)["xx"]
+    assert list(train["tokens"]) == [["w0"], ["w1"]]
+    assert train.features == features
+    assert tags_of(train) == [["B-PER"], ["O"]]
+
+
+def run_python(code: str, home: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code with an own Hugging Face home, whose place is read when the libraries are imported."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    path = os.pathsep.join([str(Path(sources.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = inherited | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path} | environment
+    finished = subprocess.run(
+        [sys.executable, "-c", code, *argv], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+def prepare_hub_cache(home: Path, languages: tuple[str, ...]) -> None:
+    """What `load_dataset("unimelb-nlp/wikiann", language)` leaves in the cache."""
+    features = Features(
+        {
+            "tokens": List(Value("string")),
+            "ner_tags": List(ClassLabel(names=["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"])),
+            "langs": List(Value("string")),
+        }
+    )
+    for language in languages:
+        folder = home / "datasets/unimelb-nlp___wikiann" / language / "0.0.0" / "0123456789abcdef"
+        folder.mkdir(parents=True)
+        splits = SplitDict()
+        for split in ("train", "validation"):
+            with ArrowWriter(path=str(folder / f"wikiann-{split}.arrow"), features=features) as writer:
+                writer.write({"tokens": [split, "Lima"], "ner_tags": [0, 5], "langs": [language] * 2})
+                n_examples, n_bytes = writer.finalize()
+            splits.add(SplitInfo(split, num_bytes=n_bytes, num_examples=n_examples, dataset_name="wikiann"))
+        DatasetInfo(
+            features=features,
+            builder_name="parquet",
+            dataset_name="wikiann",
+            config_name=language,
+            version="0.0.0",
+            splits=splits,
+        ).write_to_directory(str(folder))
+
+
+def test_hub_id_from_the_offline_cache(tmp_path: Path) -> None:
+    prepare_hub_cache(tmp_path, ("qu", "gn"))
+    code = """
+from metaxl_evo.ner.data import load_ner_dataset
+loaded = load_ner_dataset("unimelb-nlp/wikiann", ["qu", "gn"], splits=["train", "dev"])
+for language in ("qu", "gn"):
+    for split in ("train", "validation"):
+        part = loaded[language][split]
+        assert part[0] == {"tokens": [split, "Lima"], "ner_tags": [0, 5]}, part[0]
+        assert part.features["ner_tags"].feature.names[5] == "B-LOC"
+for languages, splits in ((["qv"], ["train"]), (["qu"], ["test"])):
+    try:
+        load_ner_dataset("unimelb-nlp/wikiann", languages, splits=splits)
+    except ValueError as error:
+        print(error)
+"""
+    unknown_language, missing_split = run_python(code, tmp_path).stdout.splitlines()
+    assert "'qv'" in unknown_language
+    assert "['gn', 'qu']" in unknown_language
+    assert missing_split.endswith("unimelb-nlp/wikiann, qu has no split 'test'; present: train, validation")
+
+
+def test_hub_id_missing_from_the_offline_cache(tmp_path: Path) -> None:
+    code = """
+from metaxl_evo.ner.data import load_ner_dataset
+try:
+    load_ner_dataset("unimelb-nlp/wikiann", ["qu"])
+except ConnectionError as error:
+    print(error)
+"""
+    (line,) = run_python(code, tmp_path).stdout.splitlines()
+    assert "neither a folder nor a reachable Hub id" in line
+    assert "--dataset FOLDER" in line
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_unreachable_hub_is_said_within_seconds(tmp_path: Path, answers: bool) -> None:
+    code = """
+import time
+from metaxl_evo.ner.data import load_ner_dataset
+start = time.monotonic()
+try:
+    load_ner_dataset("unimelb-nlp/wikiann", ["qu"])
+except ConnectionError as error:
+    print(error)
+assert time.monotonic() - start < 12, time.monotonic() - start
+"""
+    with socket.socket() as server:  # one that refuses, or one that takes the connection and never says a word
+        server.bind(("127.0.0.1", 0))
+        if answers:
+            server.listen()
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        (line,) = run_python(code, tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint).stdout.splitlines()
+    assert "'unimelb-nlp/wikiann' is neither a folder nor a reachable Hub id" in line
+    assert line.endswith("use --dataset FOLDER, or HF_HUB_OFFLINE=1 with a filled cache")
+
+
+def test_hub_configurations_and_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(sources.HfApi, "dataset_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sources, "get_dataset_config_names", lambda dataset: ["qu", "gn"])
+    with pytest.raises(ValueError, match=r"unknown language of some/data 'qi': did you mean 'qu'\? Valid: qu, gn$"):
+        load_ner_dataset("some/data", ["qi"])
+
+    def refuse(dataset: str) -> list[str]:
+        raise RuntimeError("Dataset scripts are no longer supported, but found data.py")
+
+    monkeypatch.setattr(sources, "get_dataset_config_names", refuse)
+    with pytest.raises(ValueError, match="some/data is a dataset script, .* no longer supported: use"):
+        load_ner_dataset("some/data", ["qu"])
+
+
+# Label sets
+
+
+def test_labels_that_do_not_occur_are_still_there(tmp_path: Path) -> None:
+    write(tmp_path, train="a\tB-PER\nb\tI-PER\nc\tB-LOC\nd\tI-LOC\n")
+    write(tmp_path, "yy", train="a\tB-PER\nb\tB-LOC\n")
+    write(tmp_path, "zz", train="a\tB-LOC\n")
+    loaded = load_train(tmp_path, "xx", "yy", "zz")
+    names = [part.features["ner_tags"].feature.names for part in loaded.values()]
+    assert names == [["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]] * 3
+    assert tags_of(loaded["yy"]) == [["B-PER", "B-LOC"]]
+
+
+def test_different_label_sets(tmp_path: Path) -> None:
+    write(tmp_path, train="a\tB-PER\n")
+    write(tmp_path, "yy", train="a\tB-DATE\n")
+    with pytest.raises(ValueError, match="label sets differ: xx has O, B-PER, I-PER, but yy has B-DATE"):
+        load_train(tmp_path, "xx", "yy")
+    with pytest.raises(ValueError, match="label sets differ: the model has O, B-LOC, I-LOC, but xx has B-PER"):
+        load_ner_dataset(str(tmp_path), ["xx"], splits=["train"], names=["O", "B-LOC", "I-LOC"])
+
+
+def test_different_declared_label_sets(tmp_path: Path) -> None:
+    for language, names in (("xx", ["O", "B-PER", "I-PER"]), ("yy", ["O", "B-PER"])):
+        (tmp_path / language).mkdir()
+        features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=names))})
+        table = Dataset.from_dict({"tokens": [["w"]], "ner_tags": [[1]]}, features=features)
+        table.to_parquet(tmp_path / language / "train.parquet")
+    with pytest.raises(ValueError, match="label sets differ: xx has O, B-PER, I-PER, but yy has O, B-PER:"):
+        load_train(tmp_path, "xx", "yy")
+
+
+def test_names_of_a_model_give_the_order(tmp_path: Path) -> None:
+    names = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG", "I-ORG"]
+    write(tmp_path, train=TWO_SENTENCES)
+    train = load_ner_dataset(str(tmp_path), ["xx"], splits=["train"], names=names)["xx"]["train"]
+    assert list(train["ner_tags"]) == [[1, 2, 0], [3, 0]]
+
+
+def test_stray_inside_tags_are_counted_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = "a\tI-PER\nb\tI-PER\n\nc\tB-LOC\nd\tI-PER\ne\tI-PER\nf\tO\ng\tI-LOC\n"  # a, d and g are stray
+    with caplog.at_level(logging.WARNING):
+        train = load_train(write(tmp_path, train=text))["xx"]
+    assert tags_of(train) == [["I-PER", "I-PER"], ["B-LOC", "I-PER", "I-PER", "O", "I-LOC"]]
+    (record,) = caplog.records
+    assert "xx, train: 3 I- tags" in record.getMessage()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("line", ["w\tPER", "w\tB-", "w\tb-PER", "w\tB-PER I", "w", "xx:w\t", "w\tE-LOC"])
+def test_malformed_tag_names_file_and_line(tmp_path: Path, line: str) -> None:
+    write(tmp_path, train=f"xx:a\tO\n\n{line}\n")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/xx/train:3: malformed tag .* a tag O, B-TYPE or I-TYPE$"):
+        load_train(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "\n\n \n"])
+def test_empty_file(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match="xx/train is empty: it must hold at least one sentence"):
+        load_train(write(tmp_path, train=text))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    write(tmp_path, train="")
+    (tmp_path / "xx/train").write_bytes("é\tO\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"xx/train is not UTF-8 text \(byte 0\): convert it"):
+        load_train(tmp_path)
+    (tmp_path / "xx/train").rename(tmp_path / "xx/train.parquet")
+    with pytest.raises(ValueError, match=r"train\.parquet is not a readable parquet file: fetch it again"):
+        load_train(tmp_path)
+
+
+def test_tables_without_usable_tags(tmp_path: Path) -> None:
+    (tmp_path / "xx").mkdir()
+    for columns, message in (
+        ({"tokens": [["a"]], "labels": [["O"]]}, "needs the columns tokens and ner_tags, but has tokens, labels"),
+        ({"tokens": [["a"]], "ner_tags": [[3]]}, "ner_tags has no label names"),
+        ({"tokens": [["a"]], "ner_tags": [["PER"]]}, "malformed tag 'PER'"),
+        ({"tokens": [["a", "b"]], "ner_tags": [["O"]]}, "sentence 0 has 2 tokens but 1 tags"),
+    ):
+        Dataset.from_dict(columns).to_parquet(tmp_path / "xx/train.parquet")
+        with pytest.raises(ValueError, match=message):
+            load_train(tmp_path)
+
+
+def test_unknown_language_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "sw", train="broken")
+    write(tmp_path, "ig", train="broken")
+    (tmp_path / "not-a-language").mkdir()
+    with pytest.raises(ValueError, match=r"unknown language of .* 'sv': did you mean 'sw'\? Valid: ig, sw$"):
+        load_train(tmp_path, "ig", "sv")
+
+
+def test_missing_or_double_split(tmp_path: Path) -> None:
+    write(tmp_path, train=TWO_SENTENCES, dev=TWO_SENTENCES)
+    with pytest.raises(ValueError, match=r"xx has no split 'test'; present: validation, train$"):
+        load_ner_dataset(str(tmp_path), ["xx"])
+    with pytest.raises(ValueError, match=r"unknown split 'tset': did you mean 'test'\? Valid: train, dev"):
+        load_ner_dataset(str(tmp_path), ["xx"], splits=["tset"])
+    write(tmp_path, valid__txt=TWO_SENTENCES)
+    with pytest.raises(ValueError, match=r"xx/dev and .*xx/valid\.txt hold the same split: keep one of them"):
+        load_ner_dataset(str(tmp_path), ["xx"], splits=["dev"])
+
+
+def test_not_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="holds no language: expected folders LANGUAGE with files train"):
+        load_train(write(tmp_path / "flat", ".", train=TWO_SENTENCES))
+    write(tmp_path / "scripted", "data").joinpath("scripted.py").write_text("")
+    for script in (tmp_path / "scripted", tmp_path / "scripted/scripted.py"):
+        with pytest.raises(ValueError, match="is a dataset script, .* no longer supported: use"):
+            load_train(script)
+    for offline in (True, False):
+        monkeypatch.setattr(sources, "is_offline_mode", lambda offline=offline: offline)
+        start = time.monotonic()
+        with pytest.raises(OSError, match=r"/absent' is neither a folder nor a reachable Hub id .*--dataset FOLDER"):
+            load_train(tmp_path / "absent")
+        assert time.monotonic() - start < 5
+
+
+def test_unknown_synthetic_language() -> None:
+    with pytest.raises(ValueError, match="unknown synthetic language 'aro': did you mean 'aru'"):
+        load_ner_dataset("synthetic", ["aro"])
+
+
+# Samples
+
+
+def test_sample_is_deterministic_and_without_replacement(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = Dataset.from_dict({"tokens": [[str(number)] for number in range(50)]})
+    drawn = [words for (words,) in sample(dataset, 20, seed=3)["tokens"]]
+    assert len(set(drawn)) == 20
+    assert drawn == [words for (words,) in sample(dataset, 20, seed=3)["tokens"]]
+    assert drawn[:5] == [words for (words,) in sample(dataset, 5, seed=3)["tokens"]]
+    assert drawn != [words for (words,) in sample(dataset, 20, seed=4)["tokens"]]
+    assert sample(dataset, None, seed=3) is dataset
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert len(sample(dataset, 51, seed=3)) == 50
+    assert "there are only 50" in caplog.text
+    with pytest.raises(ValueError, match="must be at least 1, not 0"):
+        sample(dataset, 0, seed=3)
+
+
+# Encoding
+
+
+@pytest.fixture(scope="module")
+def xlmr_tokenizer(shared: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(shared / "models/xlmr-tokenizer")
+
+
+def test_encoding_round_trip(shared: Path, xlmr_tokenizer: PreTrainedTokenizerBase) -> None:
+    test = load_ner_dataset(str(shared / "data/wikiann"), ["rw"], splits=["test"])["rw"]["test"]
+    encoded = encode(test, xlmr_tokenizer, 512, keep_words=True)
+    assert encoded.column_names == ["input_ids", "attention_mask", "labels", "word_positions"]
+    assert len(encoded) == len(test) == 100
+    for row, words, tags in zip(encoded, test["tokens"], test["ner_tags"], strict=True):
+        assert len(row["input_ids"]) == len(row["attention_mask"]) == len(row["labels"])
+        assert (row["input_ids"][0], row["input_ids"][-1]) == (0, 2)  # <s> and </s>
+        assert [label for label in row["labels"] if label != -100] == tags
+        starts = [*row["word_positions"], len(row["input_ids"]) - 1]
+        pieces = [row["input_ids"][start:end] for start, end in itertools.pairwise(starts)]
+        assert pieces == [xlmr_tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    assert encode(test, xlmr_tokenizer, 512).column_names == ["input_ids", "attention_mask", "labels"]
+
+
+def test_words_without_a_sub_token(tmp_path: Path, xlmr_tokenizer: PreTrainedTokenizerBase) -> None:
+    write(tmp_path, train="xx:Kigali\tB-LOC\nxx:\tO\nxx:Rwanda\tB-LOC\nxx:Kigali\tB-LOC\n")
+    encoded = encode(load_train(tmp_path)["xx"], xlmr_tokenizer, 4, keep_words=True)[0]
+    assert xlmr_tokenizer.convert_ids_to_tokens(encoded["input_ids"]) == ["<s>", "▁Ki", "gali", "</s>"]
+    assert encoded["labels"] == [-100, 1, -100, -100]
+    assert encoded["word_positions"] == [1, -1, -1, -1]

@@ -1,0 +1,74 @@
+"""What the docs point at exists: links, headings, files, make targets. `make docs` runs this file alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\[[^\]]*\]\(<?([^)\s>]+)>?[^)]*\)")
+PATH = re.compile(r"(?<![\w/.-])(?:configs|scripts|docs|tests|metaxl_evo|vision_tasks)/[\w./*-]*")
+CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.DOTALL | re.MULTILINE)
+MAKE = re.compile(r"(?:^|`|\$ |&& )make ([a-z][\w-]*)", re.MULTILINE)
+HEADING = re.compile(r"^#+ +(.+?) *#*$", re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that a page's headings answer to."""
+    headings = HEADING.findall(CODE.sub(lambda code: code[0] if "\n" not in code[0] else "", page.read_text("utf-8")))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page: Path, text: str) -> Iterator[str]:
+    for link in LINK.findall(CODE.sub("", text)):
+        if re.match(r"[a-z]+:", link):  # a URL: there is no network here to ask
+            continue
+        name, _, fragment = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (fragment and target.suffix == ".md" and fragment not in anchors(target)):
+            yield link
+
+
+def missing_paths(text: str) -> Iterator[str]:
+    """Files named by their path from the root; `configs/ner/NAME.yaml` stands for any name, `*` for several."""
+    for path in PATH.findall(text):
+        path = path.rstrip(".")
+        if not any(Path(part).stem.isupper() for part in path.split("/")) and not any(ROOT.glob(path.rstrip("/"))):
+            yield path
+
+
+def unknown_targets(text: str) -> Iterator[str]:
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    yield from (target for code in CODE.findall(text) for target in MAKE.findall(code) if target not in targets)
+
+
+def test_the_pages_are_there():
+    names = {str(page.relative_to(ROOT)) for page in PAGES}
+    assert names >= {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page_points_at_what_exists(page):
+    text = page.read_text("utf-8")
+    assert list(dead_links(page, text)) == []
+    assert list(missing_paths(text)) == []
+    assert list(unknown_targets(text)) == []
+
+
+def test_the_checks_see_what_is_dead():
+    page = ROOT / "CONTRIBUTING.md"
+    links = "[a](LICENSE) [b](nowhere.md) [c](#set-up) [d](#set-down) [e](CHANGELOG.md#nothing) [f](https://x.y)"
+    assert list(dead_links(page, links)) == ["nowhere.md", "#set-down", "CHANGELOG.md#nothing"]
+    paths = (
+        "run `scripts/nothing.py --config configs/nothing.yaml`, configs/accelerate/cpu.yaml. configs/ner/NAME.yaml"
+    )
+    assert list(missing_paths(f"{paths} configs/accelerate/*.yaml ../shared/docs/none tests/")) == [
+        "scripts/nothing.py",
+        "configs/nothing.yaml",
+    ]
+    commands = "make sure; `make test` `make nonsense X=1`\n```\nmake docs\n$ make rubbish\n```\n"
+    assert list(unknown_targets(commands)) == ["nonsense", "rubbish"]
