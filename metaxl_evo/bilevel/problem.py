@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext, devices_of
+from metaxl_evo.bilevel.passes import Counts, PassContext, devices_of, mix_seed
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, UpdateState
 
@@ -169,10 +169,16 @@ def hypergradient(
     if state is None:
         state = estimator.init(problem, w, lam)
     passes = PassContext(problem, seed=_draw_seed(generator), noise=noise, devices=devices_of(w, lam))
-    step = InnerStep(w, lam, train_batch, update_state, made)
-    diagnostics: dict[str, float] = {}
+    return _estimate(passes, estimator, InnerStep(w, lam, train_batch, update_state, made), state, val_batch)
+
+
+def _estimate(
+    passes: PassContext, estimator: HypergradientEstimator, step: InnerStep, state: Any, val_batch: Any
+) -> Hypergradient:
+    """The one formula: direct term + pulled-back cotangent + offset."""
+    lam, diagnostics = step.lam, dict[str, float]()
     response = estimator.respond(passes, step, state, diagnostics)
-    wrt = tuple(w) if response.wrt is None else tuple(response.wrt)
+    wrt = tuple(step.w) if response.wrt is None else tuple(response.wrt)
     outer_loss, cotangent, direct, reads_lam = passes.outer_grad(response.value, lam, val_batch, wrt_w=wrt, wrt_lam=lam)
     if estimator.requires_direct_term and not reads_lam:
         raise ValueError(NO_DIRECT_TERM)
@@ -210,17 +216,16 @@ def run_episode(
     w0, lam = _parameters("w", w0), _parameters("lam", lam)
     estimator.check(problem, w0, lam)
     w, update_state, state = w0, problem.update.init(w0), estimator.init(problem, w0, lam)
-    passes = PassContext(problem, seed=_draw_seed(generator), devices=devices_of(w0, lam))
-    for batch in train_batches:
+    seed, devices = _draw_seed(generator), devices_of(w0, lam)
+    for index, batch in enumerate(train_batches):
+        passes = PassContext(problem, seed=mix_seed(seed, index), devices=devices)  # one meta step's randomness a step
         _, grad, _ = passes.inner_grad(w, lam, batch, wrt_w=w)
         after, after_state = problem.update(w, update_state, grad, lam)
         step = InnerStep(w, lam, batch, update_state, StepMade(tree.detach(after), grad, after_state))
         state = estimator.observe(passes, step, state)
         w, update_state = step.current, after_state
-    result = hypergradient(
-        problem, estimator, step.w, lam, step.batch, val_batch,
-        state=state, generator=generator, update_state=step.update_state, made=step.made,
-    )  # fmt: skip
+    last = PassContext(problem, seed=passes.seed, devices=devices)  # shares the last step's randomness, counts afresh
+    result = _estimate(last, estimator, step, state, val_batch)
     return Hypergradient(result.grads, result.outer_loss, result.diagnostics, result.counts, w)
 
 

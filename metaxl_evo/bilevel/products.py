@@ -37,10 +37,11 @@ def mixed_product(
     """
     if engine not in ENGINES:
         raise ValueError(unknown("engine", engine, ENGINES))
-    if not any(bool(leaf.any()) for leaf in v.values()):
+    norm = tree.norm(v)
+    if norm == 0:
         return tree.zeros_like(lam)
     if engine == "finite_difference":
-        return _finite_difference(passes, w, lam, batch, v, radius)
+        return _finite_difference(passes, w, lam, batch, v, radius / norm)
     product = tree.zeros_like(lam)
     for index, part in passes.parts(batch):
         with passes.scope(index, second_order=True):
@@ -68,8 +69,8 @@ def _double_backward(passes: PassContext, w: Tree, lam: Tree, part: object, v: T
 def _refuse_once_differentiable(value: Tensor) -> None:
     """Raise where the graph of `value` holds a function marked `once_differentiable`.
 
-    Autograd raises only if that node lies on a way to the inputs it is asked for, and the mark cuts every such way: the
-    product would silently lack what goes through it.
+    Autograd raises only if that node lies on a way to the inputs it is asked for, and the mark cuts every such way:
+    the product would silently lack what goes through it.
     """
     todo, seen = [value.grad_fn], set()
     while todo:
@@ -81,7 +82,7 @@ def _refuse_once_differentiable(value: Tensor) -> None:
                 "the inner loss contains a function that can be differentiated only once: use engine finite_difference"
             )
         seen.add(node)
-        todo.extend(following for following, _ in node.next_functions)
+        todo.extend(edge[0] for edge in node.next_functions)
 
 
 def _jvp(passes: PassContext, w: Tree, lam: Tree, part: object, v: Tree) -> Tree:
@@ -94,9 +95,8 @@ def _jvp(passes: PassContext, w: Tree, lam: Tree, part: object, v: Tree) -> Tree
     return tree.detach(tangent)
 
 
-def _finite_difference(passes: PassContext, w: Tree, lam: Tree, batch: object, v: Tree, radius: float) -> Tree:
+def _finite_difference(passes: PassContext, w: Tree, lam: Tree, batch: object, v: Tree, step: float) -> Tree:
     inputs = passes.record(w, lam, batch)
-    step = radius / tree.norm(v)
     plus = passes.inner_grad(tree.add(w, v, step), lam, batch, wrt_lam=lam, inputs=inputs)[2]
     minus = passes.inner_grad(tree.add(w, v, -step), lam, batch, wrt_lam=lam, inputs=inputs)[2]
     return tree.tree_map(lambda p, m: (p - m) / (2 * step), plus, minus)

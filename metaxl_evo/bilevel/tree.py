@@ -16,12 +16,12 @@ def tree_map(fn: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapp
     return {name: fn(leaf, *(tree[name] for tree in rest)) for name, leaf in first.items()}
 
 
-def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: float | Tensor = 1.0) -> Tree:
+def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: float = 1.0) -> Tree:
     """`a + scale * b`; a key that `b` lacks is passed through."""
     return {name: leaf + scale * b[name] if name in b else leaf for name, leaf in a.items()}
 
 
-def scale(a: Mapping[str, Tensor], factor: float | Tensor) -> Tree:
+def scale(a: Mapping[str, Tensor], factor: float) -> Tree:
     """`factor * a`."""
     return tree_map(lambda leaf: factor * leaf, a)
 
@@ -49,14 +49,13 @@ def leaves(a: Mapping[str, Tensor], wrt: Iterable[str]) -> Tree:
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """Inner product over the keys of `a`, accumulated in float64 (a 0-d tensor)."""
-    products = [(leaf.double() * b[name].double()).sum() for name, leaf in a.items()]
+    products = [(leaf * b[name]).sum(dtype=torch.float64) for name, leaf in a.items()]
     return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64)
 
 
 def norm(a: Mapping[str, Tensor]) -> float:
     """Euclidean norm over all leaves."""
-    squares = [torch.linalg.vector_norm(leaf.detach(), dtype=torch.float64).square().item() for leaf in a.values()]
-    return math.sqrt(math.fsum(squares))
+    return math.hypot(*(torch.linalg.vector_norm(leaf.detach()).item() for leaf in a.values()))
 
 
 def size(a: Mapping[str, Tensor]) -> int:

@@ -73,8 +73,12 @@ class UpdateRule(ABC):
             state: the optimiser state *after* the step.
             lam: meta parameters, read where a hyperparameter is one of them.
         """
-        clipped = self._clip(grad)
-        return self._clip_vjp(self._du_dg(v, w, clipped, state, lam), grad)
+        factor, norm = self._clip_factor(grad)
+        pulled = self._du_dg(v, w, tree.scale(grad, factor) if norm else grad, state, lam)
+        if not norm:
+            return pulled
+        along = tree.dot(pulled, grad).item() / (norm * (norm + _CLIP_EPS))  # f (u - n/(n + eps) ghat <ghat, u>)
+        return tree.tree_map(lambda u, g: u.sub(g, alpha=along).mul_(factor), pulled, grad)
 
     def lam_vjp(self, v: Tree, w: Tree, state: UpdateState | None, grad: Tree, lam: Tree) -> Tree:
         """Pull a cotangent on w' back to the entries of `lam` that are the rule's own hyperparameters; zeros elsewhere."""
@@ -94,27 +98,22 @@ class UpdateRule(ABC):
         """Names of the entries of lam that are this rule's hyperparameters."""
         return frozenset(value for value in vars(self).values() if isinstance(value, str))
 
-    def _clip_factor(self, grad: Tree) -> tuple[Tensor | float, Tensor | None]:
+    def _clip_factor(self, grad: Tree) -> tuple[float, float | None]:
+        """The factor that clips `grad`, and the norm that it depends on (None where nothing is clipped)."""
         if self.max_grad_norm is None:
             return 1.0, None
-        norm = tree.dot(grad, grad).sqrt()
-        if norm.item() + _CLIP_EPS <= self.max_grad_norm:
+        norm = tree.norm(grad)
+        if norm + _CLIP_EPS <= self.max_grad_norm:
             return 1.0, None
         return self.max_grad_norm / (norm + _CLIP_EPS), norm
 
     def _clip(self, grad: Tree) -> Tree:
-        factor, norm = self._clip_factor(grad)
+        """The clipped gradient, differentiable where `grad` is."""
+        _, norm = self._clip_factor(grad)
         if norm is None:
             return dict(grad)
-        return tree.tree_map(lambda g: g * torch.as_tensor(factor).to(g), grad)
-
-    def _clip_vjp(self, u: Tree, grad: Tree) -> Tree:
-        """Transpose Jacobian of the clip: f (u - n/(n + eps) ghat <ghat, u>)."""
-        factor, norm = self._clip_factor(grad)
-        if norm is None:
-            return u
-        along = tree.dot(u, grad) / (norm * (norm + _CLIP_EPS))
-        return tree.tree_map(lambda leaf, g: (leaf - g * along.to(g)) * torch.as_tensor(factor).to(g), u, grad)
+        factor = self.max_grad_norm / (tree.dot(grad, grad).sqrt() + _CLIP_EPS)
+        return tree.tree_map(lambda g: g * factor.to(g), grad)
 
     def _decayed(self, w: Tree, grad: Tree, lam: Tree) -> Tree:
         """Coupled L2: g + wd * w."""
@@ -192,12 +191,11 @@ class Adam(UpdateRule):
         c1, c2 = 1 - b1**step, 1 - b2**step
         pulled = {}
         for name, g in self._adaptive_grad(w, grad, lam).items():
-            root = (state["exp_avg_sq"][name] / c2).sqrt()
+            root = (state["exp_avg_sq"][name] / c2).sqrt_()
             denominator = root + self.eps
-            seen = root > 0
-            bend = state["exp_avg"][name] * (1 - b2) * g / (c2 * torch.where(seen, root, 1.0) * denominator.square())
-            slope = torch.where(seen, (1 - b1) / denominator - bend, 0.0)
-            pulled[name] = _value(self.lr, name, lam) / c1 * slope * v[name]
+            bend = (state["exp_avg"][name] * g).mul_((1 - b2) / c2).div_(root).div_(denominator)
+            slope = bend.neg_().add_(1 - b1).div_(denominator).mul_(v[name]).mul_(_value(self.lr, name, lam) / c1)
+            pulled[name] = slope.masked_fill_(root == 0, 0.0)
         return pulled
 
     def _adaptive_grad(self, w: Tree, grad: Tree, lam: Tree) -> Tree:
@@ -294,7 +292,7 @@ def optimizer_rule(optimizer: torch.optim.Optimizer) -> type[UpdateRule]:
             decoupled = {bool(group.get("decoupled_weight_decay")) for group in optimizer.param_groups}
             if rule is Adam and True in decoupled:
                 if False in decoupled:
-                    raise ValueError("parameter groups differ in 'decoupled_weight_decay': give every group the same value")
+                    raise ValueError("parameter groups differ in 'decoupled_weight_decay': give all the same value")
                 return AdamW
             return rule
     raise ValueError(

@@ -32,6 +32,7 @@ def load_ner_dataset(
     *,
     splits: Sequence[str] = ("train", "validation", "test"),
     names: Sequence[str] | None = None,
+    names_of: str = "the model",
     synthetic: SyntheticFamily | None = None,
 ) -> dict[str, DatasetDict]:
     """Load the requested splits of every language, all with one label set.
@@ -43,6 +44,7 @@ def load_ner_dataset(
             entity types are the label set there, of which a later, smaller language may lack some.
         splits: only these are required and read; `dev` and `valid` mean `validation`.
         names: the label names of a trained model, which the data must then fit, instead of those of the data.
+        names_of: whose names these are, for error messages.
         synthetic: the family that the word `synthetic` stands for; the default one if None.
 
     Raises:
@@ -64,7 +66,7 @@ def load_ner_dataset(
     for language, parts in corpus.items():
         for split, part in parts.items():
             _check_sentences(part, f"{dataset}, {language}, {split}")
-    features = ner_features(_shared_names(corpus, names))
+    features = ner_features(_shared_names(corpus, names, names_of))
     return {
         language: DatasetDict({split: _to_dataset(part, features) for split, part in parts.items()})
         for language, parts in corpus.items()
@@ -99,12 +101,14 @@ def encode(
 ) -> Dataset:
     """Tokenize words; the first sub-token of each carries its label, all other positions carry -100.
 
-    The columns are `input_ids`, `attention_mask` and `labels`, unpadded, at most `max_length` long. With `keep_words`
+    The columns are `input_ids`, `attention_mask` and `labels`, unpadded, at most `max_length` long, or as long as the
+    tokenizer says that its model can read. With `keep_words`
     also `word_positions`: where the first sub-token of each word is, or -1 where there is none, because the word lies
     beyond `max_length` or the tokenizer makes nothing of it.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} cannot map sub-tokens to words: use a fast tokenizer")
+    max_length = min(max_length, tokenizer.model_max_length)
     batch = tokenizer(dataset["tokens"][:], is_split_into_words=True, truncation=True, max_length=max_length)
     tags = dataset["ner_tags"][:]
     positions = [_first_positions(batch.word_ids(row), len(tags[row])) for row in range(len(tags))]
@@ -169,13 +173,13 @@ def _stray_insides(tags: list[str]) -> int:
     return sum(tag[0] == "I" and tag[2:] != before[2:] for before, tag in zip(["O", *tags], tags, strict=False))
 
 
-def _shared_names(corpus: Corpus, names: Sequence[str] | None) -> list[str]:
+def _shared_names(corpus: Corpus, names: Sequence[str] | None, names_of: str) -> list[str]:
     """The label names: those given, else those that a language declares, else those of the first language's types."""
     parts = [(language, part) for language, splits in corpus.items() for part in splits.values()]
     declared = next(((language, part.declared) for language, part in parts if part.declared), None)
     first = parts[0][0]
     seen = {tag[2:] for language, part in parts if language == first for tags in part.tags for tag in tags} - {""}
-    owner, chosen = ("the model", list(names)) if names is not None else declared or (first, label_names(seen))
+    owner, chosen = (names_of, list(names)) if names is not None else declared or (first, label_names(seen))
     for language, part in parts:
         labels = part.declared or sorted({tag for tags in part.tags for tag in tags})
         # Declared label sets must be the same; labels merely seen in text, or judged by a model, may be fewer.
@@ -183,6 +187,6 @@ def _shared_names(corpus: Corpus, names: Sequence[str] | None) -> list[str]:
         if not (same and set(labels) <= set(chosen)):
             raise ValueError(
                 f"label sets differ: {owner} has {', '.join(chosen)}, but {language} has {', '.join(labels)}: "
-                "load languages of one label set"
+                "use languages of one label set, and a model without a head or with a head for these labels"
             )
     return chosen

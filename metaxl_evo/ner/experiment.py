@@ -12,16 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from transformers import (
-    AutoConfig,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    DataCollatorForTokenClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.models.rtn import RepresentationTransform, encoder_layers
@@ -30,14 +21,17 @@ from metaxl_evo.ner.card import card_sections
 from metaxl_evo.ner.data import encode, load_ner_dataset, overlap, sample
 from metaxl_evo.ner.evaluation import EvaluationSet, label_ids
 from metaxl_evo.ner.metrics import average, scores_table
+from metaxl_evo.ner.pretrained import load_classifier, trained_labels
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
+from metaxl_evo.training.checkpoint import LATEST, find_checkpoint
+from metaxl_evo.training.meta_rows import MetaRows
 from metaxl_evo.training.trainer import MetaTrainer
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-SYNTHETIC = "synthetic"
+OWN_FILES = (RESULTS, "config.json", "model.safetensors", "README.md", "rtn", "training_args.bin", "tokenizer.json")
 
 
 @dataclass
@@ -63,9 +57,14 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
     targets = ner.target_languages
     folders = {t: Path(args.output_dir) / t if len(targets) > 1 else Path(args.output_dir) for t in targets}
     resuming = args.resume_from_checkpoint is not None
-    for folder in {Path(args.output_dir), *folders.values()}:
+    if resuming and len(targets) > 1 and str(args.resume_from_checkpoint).lower() not in LATEST:
+        raise ValueError("resume_from_checkpoint: one checkpoint cannot continue several targets: use latest, or one target")
+    for folder in dict.fromkeys([Path(args.output_dir), *folders.values()]):
         refuse_another_run(folder, resuming)
-    data = {target: load_target(ner, target) for target in targets}
+    names = trained_labels(ner.model_name_or_path)
+    data = {target: load_target(ner, target, names) for target in targets}
+    for target in targets:
+        require_enough(ner, args, target, data[target])
     results = {}
     for target in targets:
         saved = folders[target] / RESULTS
@@ -74,6 +73,8 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
             continue
         target_args = copy.copy(args)
         target_args.output_dir = str(folders[target])
+        if len(targets) > 1:  # a repository a target
+            target_args.hub_model_id = f"{args.hub_model_id or Path(args.output_dir).name}-{target}"
         results[target] = train_target(ner, target_args, target, data[target])
     summary = summarise(results)
     if len(targets) > 1 and args.should_save:
@@ -87,9 +88,11 @@ def refuse_another_run(folder: Path, resuming: bool) -> None:
     """Nothing of the user's is overwritten.
 
     Raises:
-        ValueError: where the folder holds a run and this one does not resume it.
+        ValueError: where the folder holds files of the names that a run writes and this run does not resume it.
     """
-    signs = [folder / RESULTS, folder / "config.json", *folder.glob("checkpoint-*")]
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose another output_dir")
+    signs = [*(folder / name for name in OWN_FILES), *folder.glob("checkpoint-*")]
     found = [sign.name for sign in signs if sign.exists()]
     if found and not resuming:
         raise ValueError(
@@ -97,8 +100,8 @@ def refuse_another_run(folder: Path, resuming: bool) -> None:
         )
 
 
-def load_target(ner: NerArguments, target: str) -> TargetData:
-    """Source, target and evaluation sentences of one run, all with one label set.
+def load_target(ner: NerArguments, target: str, names: Sequence[str] | None = None) -> TargetData:
+    """Source, target and evaluation sentences of one run, all with one label set: `names`, or that of the data.
 
     Raises:
         ValueError: for languages, splits or labels that are not there.
@@ -107,11 +110,13 @@ def load_target(ner: NerArguments, target: str) -> TargetData:
     wants_dev = ner.select == "dev"
     target_splits = ["train"] * recipe.target + ["validation"] * (wants_dev and recipe.target) + ["test"]
     source_splits = ["train"] * recipe.source + ["validation"] * (wants_dev and not recipe.target)
-    loaded = {}
+    loaded, names_of = {}, "the model"
     if source_splits:
-        loaded = load_ner_dataset(ner.dataset, sources, splits=source_splits)
-    names = next(iter(loaded.values()))["train"].features["ner_tags"].feature.names if loaded else None
-    of_target = load_ner_dataset(ner.dataset, [target], splits=target_splits, names=names)[target]
+        loaded = load_ner_dataset(ner.dataset, sources, splits=source_splits, names=names)
+        if names is None:
+            names_of = sources[0]
+            names = loaded[sources[0]]["train"].features["ner_tags"].feature.names
+    of_target = load_ner_dataset(ner.dataset, [target], splits=target_splits, names=names, names_of=names_of)[target]
     train = sample(of_target["train"], ner.target_train_size, ner.sample_seed) if recipe.target else None
     dev = None
     if wants_dev:  # a zero-shot run knows no target labels, not even for choosing a checkpoint
@@ -129,13 +134,30 @@ def load_target(ner: NerArguments, target: str) -> TargetData:
     )
 
 
+def require_enough(ner: NerArguments, args: MetaTrainingArguments, target: str, data: TargetData) -> None:
+    """Every target has the sentences for one step, known before the first one is trained.
+
+    Raises:
+        ValueError: naming the target, how many it has and how many a step needs.
+    """
+    if data.target is None or not data.sources:
+        return
+    portion = 0.0 if ner.recipe.all_target_rows else args.meta_portion
+    rows = args.per_device_meta_batch_size * args.world_size
+    try:
+        MetaRows(data.target, rows, portion=portion, seed=0, world_size=args.world_size)
+    except ValueError as error:
+        raise ValueError(f"target {target}: {error}: raise target_train_size or per_device_meta_batch_size") from error
+
+
 def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, data: TargetData) -> dict[str, Any]:
     """Train, select, test and save the tagger of one target language."""
     set_seed(args.seed)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     trainer, evaluation = build_trainer(ner, args, data)
     started = tree.clone(trainer.model.meta_parameters())
     begun = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_checkpoint(args))
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - begun
     results: dict[str, Any] = {"test": {target: evaluation["test"].predict(trainer)}}
     if "dev" in evaluation:
@@ -164,7 +186,7 @@ def build_trainer(
 ) -> tuple[MetaTrainer, dict[str, EvaluationSet]]:
     """The trainer of one run and its evaluation sets (`test`, and `dev` where one is used)."""
     recipe = ner.recipe
-    base, tokenizer = load_model(ner, data.names)
+    base, tokenizer = load_classifier(ner.model_name_or_path, data.names, ner.attn_implementation)
     tagger = build_tagger(ner, base, tokenizer)
     evaluation = {
         split: EvaluationSet(sentences, tokenizer, ner.eval_max_length, data.names, ner.strict)
@@ -190,43 +212,15 @@ def build_trainer(
     return trainer, evaluation
 
 
-def load_model(ner: NerArguments, names: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A float32 token classifier for the label names, and its fast tokenizer.
-
-    Raises:
-        ValueError: for a model that cannot be found, or whose trained head has other labels.
-    """
-    if ner.model_name_or_path == SYNTHETIC:
-        from metaxl_evo.ner.synthetic import SyntheticFamily, build_tagger
-
-        return build_tagger(SyntheticFamily())
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    kernel = {} if ner.attn_implementation is None else {"attn_implementation": ner.attn_implementation}
-    try:
-        config = AutoConfig.from_pretrained(ner.model_name_or_path)
-        tokenizer = AutoTokenizer.from_pretrained(ner.model_name_or_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model_name_or_path: {ner.model_name_or_path!r} cannot be loaded ({reason}): give a folder, a Hub id that can be "
-            "reached, or set HF_HUB_OFFLINE=1 with a filled cache"
-        ) from error
-    if any("TokenClassification" in kind for kind in config.architectures or []):
-        trained = [config.id2label[number] for number in sorted(config.id2label)]
-        if trained != list(names):
-            raise ValueError(
-                f"the head of {ner.model_name_or_path} knows {trained}, the data set has {list(names)}: "
-                "use a model without a head, or data with the same labels in the same order"
-            )
-    base = AutoModelForTokenClassification.from_pretrained(ner.model_name_or_path, dtype="float32", **labels, **kernel)
-    return base, tokenizer
-
-
 def build_tagger(
     ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> CrossLingualTagger:
     """The two-level module: an RTN for the source languages on the chosen layers of the encoder."""
-    layers = ner.rtn_layers or [len(encoder_layers(base, ner.rtn_module_path))]
+    try:
+        layers = ner.rtn_layers or [len(encoder_layers(base, ner.rtn_module_path))]
+        encoder_layers(base, ner.rtn_module_path)
+    except ValueError as error:
+        raise ValueError(f"{str(error).split(':')[0]}: set rtn_module_path to the place of its list of layers") from error
     rtn = RepresentationTransform(
         base.config.hidden_size,
         layers=layers,
@@ -281,18 +275,6 @@ def _fit_arguments(ner: NerArguments, args: MetaTrainingArguments, *, has_dev: b
         if sentences:
             args.max_steps = steps_of(args.num_train_epochs, sentences, batch, args.gradient_accumulation_steps)
     return args
-
-
-def _checkpoint(args: MetaTrainingArguments) -> str | None:
-    """The checkpoint to resume from: a folder, or the newest of the output folder for `latest` (none yet: start)."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if str(wanted).lower() in ("latest", "true"):
-        return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if not Path(wanted).is_dir():
-        raise ValueError(f"resume_from_checkpoint: {wanted} is not a folder: give a checkpoint-N folder, or `latest`")
-    return str(wanted)
 
 
 def _trainer_settings(trainer: MetaTrainer) -> dict[str, Any]:

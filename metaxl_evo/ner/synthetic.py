@@ -54,8 +54,8 @@ class SyntheticFamily:
     """The knobs of a family; two families with the same knobs hold the same sentences.
 
     `train_size` sentences are for the first language, `target_train_size` for each other one. `words` is the number of
-    nouns (verbs and adjectives: half as many), `names` that of given names, surnames, places and organisations each;
-    a share `ambiguous` of the places are named like persons.
+    nouns (half as many adjectives, a tenth as many verbs of each kind), `names` that of given names, surnames, places
+    and organisations each; a share `ambiguous` of the places are named like persons.
     """
 
     seed: int = 0

@@ -12,7 +12,6 @@ later one wins. Whatever is wrong with either raises `SettingsError`: one line w
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 import re
@@ -238,7 +237,7 @@ def _plain_value(name: str, text: str) -> Any:
 def _merged(key: str, base: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     if base is not None and not isinstance(base, dict):
         raise SettingsError(f"--{key}.{next(iter(overrides))}: {key} is {base!r} here, not a mapping")
-    merged: dict[str, Any] = copy.deepcopy(base or {})
+    merged: dict[str, Any] = dict(base or {})
     for path, value in overrides.items():
         *parents, last = path.split(".")
         inner = merged

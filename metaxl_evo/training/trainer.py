@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -358,7 +359,9 @@ class _MetaSteps(TrainerCallback):
         if args.meta_order == "after_step" and self.trainer._meta_step_is_due():
             self.trainer._after_step()
         if self.trainer.meta_scheduler is not None:
-            self.trainer.meta_scheduler.step()
+            with warnings.catch_warnings():  # torch warns where the first meta steps are skipped, at a zero learning rate
+                warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+                self.trainer.meta_scheduler.step()
 
 
 def _refuse_launch(args: MetaTrainingArguments, estimator: Estimator | None) -> None:

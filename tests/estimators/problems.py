@@ -16,7 +16,7 @@ from metaxl_evo.bilevel.update import UpdateRule, UpdateState
 
 @dataclass(frozen=True)
 class Toy:
-    """A problem at a point. `unused` names the entries of lam that no loss reads; `update_state` is that before the step."""
+    """A problem at a point: `unused` are the entries of lam that no loss reads, `update_state` that before the step."""
 
     problem: BilevelProblem
     w: Tree
@@ -136,7 +136,9 @@ def one_dimensional(dtype: torch.dtype, x: float = -1.0, lam: float = 0.5) -> To
         update=SGD(lr=0.1),
         direct_term=False,
     )
-    return Toy(problem, {"x": torch.tensor(x, dtype=dtype)}, {"lam": torch.tensor(lam, dtype=dtype)}, None, None, direct=False)
+    return Toy(
+        problem, {"x": torch.tensor(x, dtype=dtype)}, {"lam": torch.tensor(lam, dtype=dtype)}, None, None, direct=False
+    )
 
 
 # Section 7.3: the golden problem -------------------------------------------------------------------------------------
@@ -216,14 +218,16 @@ def network(dtype: torch.dtype) -> Toy:
     state: UpdateState = {
         "step": 3,
         "exp_avg": {n: _random(30 + i, dtype, *x.shape, scale=0.02) for i, (n, x) in enumerate(w.items())},
-        "exp_avg_sq": {n: _random(40 + i, dtype, *x.shape, scale=0.02).square() + 1e-4 for i, (n, x) in enumerate(w.items())},
+        "exp_avg_sq": {
+            n: _random(40 + i, dtype, *x.shape, scale=0.02).square() + 1e-4 for i, (n, x) in enumerate(w.items())
+        },
     }
     problem = BilevelProblem(inner, _plain, update, stop_gradients=True, direct_term=False)
     return Toy(problem, w, lam, train, val, direct=False, unused=frozenset({"unused"}), update_state=state)
 
 
 def split_network(dtype: torch.dtype) -> Toy:
-    """The meta net just below the head, offered as a split; the outer loss passes through it as well (a direct term)."""
+    """The meta net just below the head, offered as a split; the outer loss passes through it too (a direct term)."""
 
     def hidden(w: Tree, lam: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
         below = _body(w, batch[0])
@@ -237,6 +241,48 @@ def split_network(dtype: torch.dtype) -> Toy:
     split = Split(frozenset({"head.weight", "head.bias"}), hidden, _head)
     problem = BilevelProblem(inner, inner, SGD(lr=0.1, momentum=0.9), split=split, direct_term=True)
     return Toy(problem, w, lam, train, val, direct=True, unused=frozenset({"unused"}))
+
+
+def tagger(attention: str = "eager", dtype: torch.dtype = torch.float64) -> Toy:
+    """A tiny XLM-R token classifier (no dropout), a residual meta net on the last hidden states of its train rows."""
+    from transformers import XLMRobertaConfig, XLMRobertaForTokenClassification
+
+    config = XLMRobertaConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3,
+        max_position_embeddings=16, pad_token_id=1, initializer_range=0.2, attn_implementation=attention,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = XLMRobertaForTokenClassification(config).to(dtype).eval()
+    w = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    lam = {
+        "down": _random(61, dtype, 6, 16, scale=0.4),
+        "up": _random(62, dtype, 16, 6, scale=0.4),
+        "bias": _random(63, dtype, 16, scale=0.2),
+    }
+
+    def logits(w: Tree, lam: Tree | None, words: Tensor) -> Tensor:
+        encoder = {name.removeprefix("roberta."): x for name, x in w.items() if name.startswith("roberta.")}
+        mask = (words != 1).long()
+        inputs = {"input_ids": words, "attention_mask": mask}
+        hidden = torch.func.functional_call(model.roberta, encoder, (), inputs).last_hidden_state  # (B, T, H)
+        if lam is not None:
+            hidden = hidden + F.gelu(stop_gradient(hidden) @ lam["down"].T) @ lam["up"].T + lam["bias"]
+        return F.linear(hidden, w["classifier.weight"], w["classifier.bias"])  # (B, T, labels)
+
+    def inner(w: Tree, lam: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(logits(w, lam, batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def outer(w: Tree, lam: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(logits(w, None, batch[0]).flatten(0, 1), batch[1].flatten())
+
+    generator = torch.Generator().manual_seed(64)
+    words = torch.randint(3, 30, (6, 5), generator=generator)
+    words[:2, 3:] = 1
+    labels = torch.where(words == 1, -100, torch.randint(0, 3, (6, 5), generator=generator))
+    update = Adam(lr=1e-2, eps=1e-4, max_grad_norm=1.0)
+    problem = BilevelProblem(inner, outer, update, stop_gradients=True, direct_term=False)
+    return Toy(problem, w, lam, (words[:3], labels[:3]), (words[3:], labels[3:]), direct=False)
 
 
 TOYS: dict[str, Callable[[torch.dtype], Toy]] = {
@@ -269,10 +315,12 @@ def relative_error(found: Tree, expected: Tree) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def numerical_error(found: Tree, fn: Callable[[Tree], float], at: Tree, directions: int = 4, step: float = 2e-3) -> float:
+def numerical_error(
+    found: Tree, fn: Callable[[Tree], float], at: Tree, directions: int = 3, step: float = 2e-3
+) -> float:
     """How far `found` is from the gradient of the number `fn` at `at`, relative to its own size.
 
-    Judged along random directions by central differences of fourth order: the oracle that shares nothing with autograd.
+    Judged along random directions by central differences of fourth order: an oracle that shares nothing with autograd.
     """
     point, gradient, worst = flat(at), flat(found), 0.0
     for index in range(directions):

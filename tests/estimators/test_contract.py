@@ -1,4 +1,4 @@
-"""One contract for every estimator, on every toy problem it serves. A new estimator joins by its line in `INSTANCES`."""
+"""One contract for every estimator, on every toy problem it serves. A new one joins by its line in `INSTANCES`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.estimators.problems import (
-    TOYS,
-    Toy,
-    numerical_error,
-    once_differentiable,
-    quadratic,
-    random_like,
-    relative_error,
-    split_network,
-    network,
-)
 from torch import Tensor
 
 from metaxl_evo.bilevel import (
@@ -35,6 +24,17 @@ from metaxl_evo.bilevel import (
     tree,
 )
 from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
+from tests.estimators.problems import (
+    TOYS,
+    Toy,
+    network,
+    numerical_error,
+    once_differentiable,
+    quadratic,
+    random_like,
+    relative_error,
+    split_network,
+)
 
 # The settings that the suite runs. Finite differences at a small radius, EvoGrad at a noise that numerical
 # differentiation can resolve.
@@ -55,7 +55,7 @@ INSTANCES: dict[str, tuple[dict[str, Any], ...]] = {
         {"copies": 2, "sigma": 0.05, "temperature": 0.5, "share_meta_inputs": False},
     ),
 }
-SERVED_PAIRS = 46
+SERVED_PAIRS = 52
 
 
 def build(name: str, settings: dict[str, Any]) -> Estimator:
@@ -67,11 +67,18 @@ def serves(estimator: Estimator, toy: Toy) -> bool:
     pattern = getattr(estimator, "parameters", None)
     if pattern is not None and not any(re.search(pattern, name) for name in toy.w):
         return False
+    if getattr(estimator, "noise", None) == "sign" and tree.size(toy.w) == 1:
+        return False  # two signs of one number coincide half of the time: nothing to tell the copies apart
     return toy.direct or not estimator.requires_direct_term
 
 
 ALL = [(name, settings) for name, all_settings in INSTANCES.items() for settings in all_settings]
-PAIRS = [(name, settings, toy) for name, settings in ALL for toy in TOYS if serves(build(name, settings), TOYS[toy](torch.float64))]
+PAIRS = [
+    (name, settings, toy)
+    for name, settings in ALL
+    for toy in TOYS
+    if serves(build(name, settings), TOYS[toy](torch.float64))
+]
 
 
 def label(*parts: Any) -> str:
@@ -95,7 +102,16 @@ def respond(estimator: Estimator, toy: Toy, lam: Tree, seed: int = 5) -> Respons
 
 def estimate(estimator: Estimator, toy: Toy, *, seed: int = 5, **options: Any) -> Hypergradient:
     generator = torch.Generator().manual_seed(seed)
-    return hypergradient(toy.problem, estimator, toy.w, toy.lam, toy.train, toy.val, generator=generator, **({"update_state": toy.update_state} | options))
+    return hypergradient(
+        toy.problem,
+        estimator,
+        toy.w,
+        toy.lam,
+        toy.train,
+        toy.val,
+        generator=generator,
+        **({"update_state": toy.update_state} | options),
+    )
 
 
 def step_made(toy: Toy) -> StepMade:
@@ -192,7 +208,10 @@ def hypergradient_at_seed(estimator: Estimator, toy: Toy, seed: int = 5) -> Tree
     w = {n: x.detach().clone().requires_grad_() for n, x in response.value.items()}
     lam = {n: x.detach().clone().requires_grad_() for n, x in toy.lam.items()}
     found = torch.autograd.grad(
-        toy.problem.outer_loss(w, lam, toy.val), [*w.values(), *lam.values()], materialize_grads=True, allow_unused=True
+        toy.problem.outer_loss(w, lam, toy.val),
+        [*w.values(), *lam.values()],
+        materialize_grads=True,
+        allow_unused=True,
     )
     return tree.add(dict(zip(lam, found[len(w) :], strict=True)), response.vjp(dict(zip(w, found, strict=False))))
 
@@ -215,7 +234,11 @@ def test_nothing_around_is_changed(name: str, settings: dict[str, Any], toy_name
     """Live parameters with gradients of their own: values, .grad, flags, batches and random state stay bitwise."""
     toy = TOYS[toy_name](torch.float64)
     made = step_made(toy)
-    toy = replace(toy, w={n: torch.nn.Parameter(x) for n, x in toy.w.items()}, lam={n: x.requires_grad_() for n, x in toy.lam.items()})
+    toy = replace(
+        toy,
+        w={n: torch.nn.Parameter(x) for n, x in toy.w.items()},
+        lam={n: x.requires_grad_() for n, x in toy.lam.items()},
+    )
     for leaf in [*toy.w.values(), *toy.lam.values()]:
         leaf.grad = torch.full_like(leaf, 3.0)
     frozen = next(iter(toy.w.values()))
@@ -281,12 +304,9 @@ def estimate_with_noise(estimator: Estimator, toy: Toy) -> Hypergradient:
     """The same perturbations in every dtype, drawn here."""
     if not estimator.stochastic:
         return estimate(estimator, toy)
-    shapes = TOYS_NOISE_SCALE * 1.0
-    noise = [tree.scale(random_like({n: x.double() for n, x in toy.w.items()}, 40 * (k + 1)), shapes) for k in range(2)]
+    wide = {n: x.double() for n, x in toy.w.items()}
+    noise = [tree.scale(random_like(wide, 40 * (k + 1)), 0.05) for k in range(2)]
     return estimate(estimator, toy, noise=[{n: x.to(toy.w[n]) for n, x in one.items()} for one in noise])
-
-
-TOYS_NOISE_SCALE = 0.05
 
 
 @on_pairs
@@ -301,7 +321,7 @@ def test_unused_meta_parameters_get_exact_zeros(name: str, settings: dict[str, A
 
 @on_pairs
 def test_after_the_step_it_judges_the_point_it_says(name: str, settings: dict[str, Any], toy_name: str) -> None:
-    """With the step made: the same as looking ahead over it, or the same as starting from where the weights are now."""
+    """With the step made: the same as looking ahead over it, or as starting from where the weights are now."""
     toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
     made = step_made(toy)
     found = estimate(estimator, toy, made=made)
@@ -327,16 +347,20 @@ def test_declared_cost_is_the_counted_cost(name: str, settings: dict[str, Any], 
 
 @on_pairs
 def test_counts_are_the_calls_of_the_losses(name: str, settings: dict[str, Any], toy_name: str) -> None:
-    """forwards + hvps + jvps: each is one evaluation of a loss (a split's prefix is one, its suffixes are counted apart)."""
+    """Each forward, double backward, jvp and suffix is one evaluation of a loss or of a split's half."""
     toy, calls = TOYS[toy_name](torch.float64), []
     problem = toy.problem
 
     def counted(loss: Any) -> Any:
         return lambda *inputs: (calls.append(loss), loss(*inputs))[1]
 
-    split = problem.split and replace(problem.split, hidden=counted(problem.split.hidden), loss=counted(problem.split.loss))
+    split = problem.split and replace(
+        problem.split, hidden=counted(problem.split.hidden), loss=counted(problem.split.loss)
+    )
     inner, outer = counted(problem.inner_loss), counted(problem.outer_loss)
-    counts = estimate(build(name, settings), replace(toy, problem=replace(problem, inner_loss=inner, outer_loss=outer, split=split))).counts
+    counts = estimate(
+        build(name, settings), replace(toy, problem=replace(problem, inner_loss=inner, outer_loss=outer, split=split))
+    ).counts
     assert counts.forwards + counts.hvps + counts.jvps + counts.suffixes == len(calls)
 
 
@@ -448,7 +472,7 @@ def test_a_learned_learning_rate_needs_an_estimator_that_sees_it(name: str, sett
     if estimator.tunes_optimizer:
         assert estimate(estimator, toy).grads["log_lr"].abs() > 1e-3
     else:
-        with pytest.raises(ValueError, match="log_lr.*one_step"):
+        with pytest.raises(ValueError, match=r"log_lr.*one_step"):
             estimate(estimator, toy)
 
 
@@ -473,7 +497,7 @@ def test_without_a_direct_term(name: str, settings: dict[str, Any]) -> None:
 
 
 def test_evograd_pattern_that_finds_nothing_shows_the_names() -> None:
-    with pytest.raises(ValueError, match="clasifier.*body.weight"):
+    with pytest.raises(ValueError, match=r"clasifier.*body\.weight"):
         estimate(make_estimator("evograd", parameters="clasifier"), network(torch.float64))
 
 
@@ -494,7 +518,9 @@ def test_parameters_must_be_floating_point_and_there(which: str) -> None:
 def test_the_outer_loss_may_ignore_everything() -> None:
     """A constant outer loss has the hypergradient 0."""
     toy = quadratic(torch.float64)
-    problem = BilevelProblem(toy.problem.inner_loss, lambda w, lam, batch: torch.ones((), dtype=torch.float64), SGD(lr=0.1))
+    problem = BilevelProblem(
+        toy.problem.inner_loss, lambda w, lam, batch: torch.ones((), dtype=torch.float64), SGD(lr=0.1)
+    )
     for name in ("one_step", "evograd"):
         grads = estimate(make_estimator(name), replace(toy, problem=problem)).grads
         assert not grads["lam"].any()

@@ -218,14 +218,17 @@ except ConnectionError as error:
 def test_unreachable_hub_is_said_within_seconds(tmp_path: Path, answers: bool) -> None:
     code = """
 import time
+from metaxl_evo.ner import sources
 from metaxl_evo.ner.data import load_ner_dataset
+sources.HUB_TIMEOUT /= 5
 start = time.monotonic()
 try:
     load_ner_dataset("unimelb-nlp/wikiann", ["qu"])
 except ConnectionError as error:
     print(error)
-assert time.monotonic() - start < 12, time.monotonic() - start
+assert time.monotonic() - start < 6, time.monotonic() - start
 """
+    assert sources.HUB_TIMEOUT <= 5
     with socket.socket() as server:  # one that refuses, or one that takes the connection and never says a word
         server.bind(("127.0.0.1", 0))
         if answers:
@@ -238,16 +241,16 @@ assert time.monotonic() - start < 12, time.monotonic() - start
 
 def test_hub_configurations_and_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(sources.HfApi, "dataset_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **kwargs: None)
     monkeypatch.setattr(sources, "get_dataset_config_names", lambda dataset: ["qu", "gn"])
-    with pytest.raises(ValueError, match=r"unknown language of some/data 'qi': did you mean 'qu'\? Valid: qu, gn$"):
+    with pytest.raises(ValueError, match=r"unknown language of some/data 'qi': Valid: qu, gn$"):
         load_ner_dataset("some/data", ["qi"])
 
     def refuse(dataset: str) -> list[str]:
         raise RuntimeError("Dataset scripts are no longer supported, but found data.py")
 
     monkeypatch.setattr(sources, "get_dataset_config_names", refuse)
-    with pytest.raises(ValueError, match="some/data is a dataset script, .* no longer supported: use"):
+    with pytest.raises(ValueError, match=r"some/data is a dataset script, .* no longer supported: use"):
         load_ner_dataset("some/data", ["qu"])
 
 
@@ -342,8 +345,8 @@ def test_unknown_language_is_said_before_anything_is_read(tmp_path: Path) -> Non
     write(tmp_path, "sw", train="broken")
     write(tmp_path, "ig", train="broken")
     (tmp_path / "not-a-language").mkdir()
-    with pytest.raises(ValueError, match=r"unknown language of .* 'sv': did you mean 'sw'\? Valid: ig, sw$"):
-        load_train(tmp_path, "ig", "sv")
+    with pytest.raises(ValueError, match=r"unknown language of .* 'sww': did you mean 'sw'\? Valid: ig, sw$"):
+        load_train(tmp_path, "ig", "sww")
 
 
 def test_missing_or_double_split(tmp_path: Path) -> None:
@@ -362,7 +365,7 @@ def test_not_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         load_train(write(tmp_path / "flat", ".", train=TWO_SENTENCES))
     write(tmp_path / "scripted", "data").joinpath("scripted.py").write_text("")
     for script in (tmp_path / "scripted", tmp_path / "scripted/scripted.py"):
-        with pytest.raises(ValueError, match="is a dataset script, .* no longer supported: use"):
+        with pytest.raises(ValueError, match=r"is a dataset script, .* no longer supported: use"):
             load_train(script)
     for offline in (True, False):
         monkeypatch.setattr(sources, "is_offline_mode", lambda offline=offline: offline)

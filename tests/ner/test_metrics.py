@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_an_entity_lost_to_truncation_is_missed(shared: Path) -> None:
         scores[max_length] = entity_scores(references, predictions)
     assert scores[512]["f1"] == 1.0
     assert scores[8]["recall"] < 0.9
-    assert scores[8]["n_entities"] == scores[512]["n_entities"] >= n_entities
+    assert scores[8]["n_entities"] == scores[512]["n_entities"] == n_entities
 
 
 def test_average_and_table() -> None:
@@ -139,4 +140,4 @@ def test_metric_of_evaluate_works_offline(tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(metrics.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
-    assert issubclass(EntityF1, metrics.evaluate.Metric)
+    assert issubclass(EntityF1, evaluate.Metric)

@@ -25,7 +25,7 @@ class RunArguments:
     languages: list[str] = field(default_factory=lambda: ["en"])
     layers: list[int] | None = None
     order: Literal["after_step", "lookahead"] = "after_step"
-    reports: None | str | list[str] = None  # noqa: RUF036 (HfArgumentParser looks at the second)
+    reports: None | str | list[str] = "none"  # noqa: RUF036 (HfArgumentParser looks at the second)
     estimator_kwargs: dict[str, Any] = field(default_factory=lambda: {"copies": 2, "noise": {"sigma": 0.1}})
     options: dict | str | None = None
 
@@ -242,6 +242,7 @@ BAD_COMMAND_LINES = [
     ("--estimator_kwargs.x [1", "--estimator_kwargs.x: '[1' is not a value"),
     ("--options file.json --options.a 1", "options is 'file.json' here, not a mapping"),
     ("--config", "--config: expected one file name"),
+    ("--conf run.yaml", "unknown option '--conf': did you mean '--config'?"),
 ]
 
 

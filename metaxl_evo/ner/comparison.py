@@ -1,0 +1,90 @@
+"""Methods compared over seeds and languages: means, spreads, paired differences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy import stats
+
+RunKey = tuple[str, str, int]  # method, language, seed
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of all runs, by (method, language, seed)."""
+
+    runs: dict[RunKey, dict[str, Any]]
+    methods: Sequence[str]
+    languages: Sequence[str]
+    seeds: Sequence[int]
+
+    def f1(self, method: str, language: str) -> list[float]:
+        """Test F1 in percent, one value a seed; for `average` the mean over the languages of each seed."""
+        if language == "average":
+            return [fmean(self._percent(method, one, seed) for one in self.languages) for seed in self.seeds]
+        return [self._percent(method, language, seed) for seed in self.seeds]
+
+    def of_run(self, method: str, key: str) -> list[float]:
+        """A number of the `run` section, over all languages and seeds."""
+        return [float(self.runs[method, one, seed]["run"][key]) for one in self.languages for seed in self.seeds]
+
+    def difference(self, method: str, baseline: str) -> tuple[float, float, float]:
+        """Mean paired difference of F1 over (language, seed), with its 95 % t-interval, in points."""
+        pairs = [(one, seed) for one in self.languages for seed in self.seeds]
+        differences = [self._percent(method, *pair) - self._percent(baseline, *pair) for pair in pairs]
+        low, high = stats.t.interval(0.95, len(differences) - 1, fmean(differences), stats.sem(differences))
+        return fmean(differences), float(low), float(high)
+
+    def _percent(self, method: str, language: str, seed: int) -> float:
+        return 100 * self.runs[method, language, seed]["test"][language]["f1"]
+
+    def markdown(self, baseline: str) -> str:
+        """The tables of scores, of differences to `baseline`, and of cost."""
+        columns = [*self.languages, "average"]
+        lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+        lines += [f"| {m} | {' | '.join(_spread(self.f1(m, c)) for c in columns)} |" for m in self.methods]
+        lines += ["", f"| method | points over {baseline} | 95 % interval | reading |", "|---|---:|---:|---|"]
+        for method in self.methods:
+            if method != baseline:
+                mean, low, high = self.difference(method, baseline)
+                reading = "tie" if low <= 0 <= high else ("better" if low > 0 else "worse")
+                lines.append(f"| {method} | {mean:+.2f} | {low:+.2f} to {high:+.2f} | {reading} |")
+        lines += ["", "| method | seconds a run | RTN moved, % of its norm | skipped meta steps |", "|---|---:|---:|---:|"]
+        for method in self.methods:
+            moved = [100 * value for value in self.of_run(method, "rtn_relative_change")]
+            skipped = int(sum(self.of_run(method, "skipped_meta_steps")))
+            lines.append(f"| {method} | {_spread(self.of_run(method, 'train_seconds'), 0)} | {_spread(moved)} | {skipped} |")
+        return "\n".join(lines) + "\n"
+
+
+def read_comparison(
+    folder: Path, methods: Sequence[str], languages: Sequence[str], seeds: Sequence[int]
+) -> Comparison:
+    """Read `folder/METHOD/LANGUAGE/SEED/results.json` of every run.
+
+    Raises:
+        ValueError: naming the first run that is missing.
+    """
+    runs: dict[RunKey, dict[str, Any]] = {}
+    for key in [(method, language, seed) for method in methods for language in languages for seed in seeds]:
+        file = run_folder(folder, *key) / "results.json"
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: run the comparison again, finished runs are kept")
+        runs[key] = json.loads(file.read_text(encoding="utf-8"))
+    return Comparison(runs, methods, languages, seeds)
+
+
+def run_folder(folder: Path, method: str, language: str, seed: int) -> Path:
+    """Where one run of a comparison lives."""
+    return folder / method / language / str(seed)
+
+
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    """`mean ± standard deviation`."""
+    spread = stdev(values) if len(values) > 1 else 0.0
+    return f"{fmean(values):.{digits}f} ± {spread:.{digits}f}"

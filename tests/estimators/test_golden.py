@@ -1,0 +1,564 @@
+"""Known numbers: the golden table, closed forms, EvoGrad's statistics and identities, a transformer."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from metaxl_evo.bilevel import (
+    SGD,
+    BilevelProblem,
+    Hypergradient,
+    PassContext,
+    Split,
+    StepMade,
+    Tree,
+    hypergradient,
+    run_episode,
+    tree,
+)
+from metaxl_evo.bilevel.products import mixed_product
+from metaxl_evo.bilevel.update import UpdateState, from_optimizer
+from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder, OneStep
+from tests.estimators.problems import (
+    Quadratic,
+    Toy,
+    golden,
+    network,
+    one_dimensional,
+    quadratic,
+    random_like,
+    relative_error,
+    split_network,
+    tagger,
+)
+
+ENGINES = {
+    "auto": OneStep(),
+    "double_backward": OneStep("double_backward"),
+    "jvp": OneStep("jvp"),
+    "finite_difference": OneStep("finite_difference", radius=1e-3),
+}
+HADAMARD_2 = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+
+
+def estimate(toy: Toy, estimator: Estimator, **options: Any) -> Hypergradient:
+    return hypergradient(toy.problem, estimator, toy.w, toy.lam, toy.train, toy.val, **options)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def as_noise(rows: Tensor, name: str = "th") -> list[Tree]:
+    return [{name: row} for row in rows]
+
+
+def plus_minus(rows: Tensor) -> Tensor:
+    return torch.cat([rows, -rows])
+
+
+# The golden table (section 7.3) --------------------------------------------------------------------------------------
+
+T1_T2 = (-0.0478783994, 0.0209980686)
+GOLDEN: dict[str, tuple[Callable[[], Hypergradient], tuple[float, float]]] = {
+    "first_order": (lambda: estimate(golden(), FirstOrder()), (-0.05, 0.025)),
+    **{
+        f"one_step {name}": (lambda estimator=estimator: estimate(golden(), estimator), T1_T2)
+        for name, estimator in ENGINES.items()
+    },
+    **{
+        f"one_step {name}, after 8 steps (K-RMD, K=1)": (
+            lambda estimator=estimator: episode(golden(), estimator, 8), (-0.0478188039, 0.0241208200)
+        )
+        for name, estimator in ENGINES.items()
+    },
+    "evograd, two perturbations": (
+        lambda: estimate(
+            golden(), EvoGrad(temperature=0.05),
+            noise=as_noise(torch.tensor([[0.02, -0.01], [-0.01, 0.03]], dtype=torch.float64)),
+        ),
+        (-0.0499890998, 0.0250405759),
+    ),
+    "evograd, +-Hadamard": (
+        lambda: estimate(golden(), EvoGrad(temperature=0.5), noise=as_noise(plus_minus(0.1 * HADAMARD_2))),
+        (-0.0495628371, 0.0241212593),
+    ),
+}  # fmt: skip
+
+
+def episode(toy: Toy, estimator: Estimator, steps: int) -> Hypergradient:
+    return run_episode(toy.problem, estimator, toy.w, toy.lam, [toy.train] * steps, toy.val)
+
+
+@pytest.mark.parametrize("row", GOLDEN)
+def test_golden_table(row: str) -> None:
+    run, expected = GOLDEN[row]
+    found = run().grads["lam"]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_the_golden_table_is_whole() -> None:
+    assert len(GOLDEN) == 1 + 2 * len(ENGINES) + 2
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_golden_learning_rate(name: str) -> None:
+    """d L_V(th0 - eta g) / d eta, and the other meta parameters as before."""
+    toy = golden(update=SGD("eta"))
+    toy = replace(toy, lam=toy.lam | {"eta": torch.tensor(0.1, dtype=torch.float64)})
+    found = estimate(toy, ENGINES[name]).grads
+    assert abs(float(found["eta"]) + 0.0746070548) < 1e-9
+    torch.testing.assert_close(found["lam"], torch.tensor(T1_T2, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_an_episode_returns_the_weights_after_its_last_step() -> None:
+    q, toy = Quadratic.make(), quadratic(torch.float64)
+    result = episode(toy, OneStep(), 5)
+    before, _ = q.unrolled(toy.w["th"], toy.lam["lam"], 0.1, 4)
+    after, _ = q.unrolled(toy.w["th"], toy.lam["lam"], 0.1, 5)
+    assert result.w is not None
+    torch.testing.assert_close(result.w["th"], after, rtol=1e-13, atol=0)
+    assert relative_error(result.grads, {"lam": q.one_step(before, toy.lam["lam"], 0.1)}) < 1e-12
+    with pytest.raises(ValueError, match="at least one"):
+        episode(toy, OneStep(), 0)
+
+
+# Closed forms (sections 7.1, 7.2) ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_one_step_on_the_quadratic(name: str) -> None:
+    q, toy = Quadratic.make(), quadratic(torch.float64)
+    expected = {"lam": q.one_step(toy.w["th"], toy.lam["lam"], 0.1)}
+    tolerance = 1e-9 if name == "finite_difference" else 1e-12
+    assert relative_error(estimate(toy, ENGINES[name]).grads, expected) < tolerance
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("x", "expected"), [(-1.0, -0.4), (0.3, 0.0108), (1.0, -0.16)])
+def test_one_step_on_the_one_dimensional_problem(name: str, x: float, expected: float) -> None:
+    toy = one_dimensional(torch.float64, x, 0.5)
+    tolerance = 1e-9 if name == "finite_difference" else 1e-14
+    assert abs(float(estimate(toy, ENGINES[name]).grads["lam"]) - expected) < tolerance
+
+
+@pytest.mark.parametrize("x", [-1.0, 0.3, 1.0])
+@pytest.mark.parametrize("lam", [0.1, 0.5, 2.0])
+def test_evograd_with_many_copies_is_the_derivative_of_a_proximal_step(x: float, lam: float) -> None:
+    """sigma = 1, tau = 0.5; the normal's own quantiles for copies, so that only their number limits the agreement."""
+    sigma, tau, copies = 1.0, 0.5, 400
+    quantiles = (torch.arange(copies, dtype=torch.float64) + 0.5) / copies
+    draws = sigma * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
+    found = estimate(one_dimensional(torch.float64, x, lam), EvoGrad(temperature=tau), noise=as_noise(draws, "x"))
+
+    precision = 1 / sigma**2 + 2 * (1 + lam) / tau
+    pull = x / sigma**2 + 2 / tau
+    expected = 2 * (pull / precision - 0.5) * (-(2 / tau) * pull / precision**2)
+    assert abs(float(found.grads["lam"]) - expected) < 2e-3
+
+
+# EvoGrad's statistics ------------------------------------------------------------------------------------------------
+
+SIGMA, TAU = 1e-3, 0.5
+
+
+def evograd_samples(q: Quadratic, toy: Toy, noise: Tensor, tau: float) -> Tensor:
+    """The indirect term for many draws of noise (R, K, M) at once, from the written-out formulas. -> (R, N)"""
+    off = toy.w["th"] - q.C @ toy.lam["lam"] - q.c + noise
+    losses = 0.5 * torch.einsum("rkm,mn,rkn->rk", off, q.A, off)
+    weights = torch.softmax(-losses / tau, dim=1)
+    value = toy.w["th"] + torch.einsum("rk,rkm->rm", weights, noise)
+    along = torch.einsum("rkm,rm->rk", noise, (value - q.b) @ q.V)
+    coefficients = -(weights / tau) * (along - (weights * along).sum(1, keepdim=True))
+    return -torch.einsum("rk,rkm,mn->rn", coefficients, off @ q.A, q.C)
+
+
+def expectation(q: Quadratic, toy: Toy, factor: float) -> Tensor:
+    """-(sigma^2 / tau) B g_V(theta), times (K - 1)/K for independent copies or 1 for antithetic ones."""
+    return factor * SIGMA**2 / TAU * q.C.T @ q.A @ q.g_val(toy.w["th"])
+
+
+def theoretical_nsr(q: Quadratic, toy: Toy, freedom: float) -> float:
+    """(1 + kappa) / degrees of freedom, for Gaussian noise."""
+    mixed, g = q.C.T @ q.A, q.g_val(toy.w["th"])
+    return float(1 + mixed.square().sum() * g.square().sum() / (mixed @ g).square().sum()) / freedom
+
+
+def draw(kind: str, count: int, copies: int, antithetic: bool) -> Tensor:
+    shape = (count, copies // 2 if antithetic else copies, 6)
+    out = torch.randn(shape, generator=seeded(copies), dtype=torch.float64)
+    out = SIGMA * (out.sign() if kind == "sign" else out)
+    return torch.cat([out, -out], dim=1) if antithetic else out
+
+
+@pytest.mark.parametrize(
+    ("kind", "copies", "antithetic"),
+    [("gaussian", 2, False), ("gaussian", 8, False), ("sign", 2, False), ("sign", 8, False), ("gaussian", 8, True)],
+)
+def test_the_formulas_mean_and_noise_over_many_samples(kind: str, copies: int, antithetic: bool) -> None:
+    q, toy, samples = Quadratic.make(), quadratic(torch.float64), 200_000
+    found = evograd_samples(q, toy, draw(kind, samples, copies, antithetic), TAU)
+    expected = expectation(q, toy, 1.0 if antithetic else (copies - 1) / copies)
+    check_statistics(found, expected, None if kind == "sign" else theory(q, toy, copies, antithetic))
+
+
+def theory(q: Quadratic, toy: Toy, copies: int, antithetic: bool) -> float:
+    return theoretical_nsr(q, toy, copies / 2 if antithetic else copies - 1)
+
+
+def check_statistics(found: Tensor, expected: Tensor, nsr_expected: float | None) -> None:
+    nsr = float((found - expected).square().sum(1).mean() / expected.square().sum())
+    error = float((found.mean(0) - expected).norm() / expected.norm())
+    assert error < 4 * math.sqrt(nsr / len(found))
+    if nsr_expected is not None:
+        assert abs(nsr / nsr_expected - 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [({"noise": "gaussian"}, 8), ({"noise": "gaussian", "antithetic": True}, 8), ({"noise": "sign"}, 4)],
+    ids=["gaussian", "antithetic", "sign"],
+)
+def test_drawn_estimates_have_the_predicted_mean_and_noise(settings: dict[str, Any], copies: int) -> None:
+    q, toy, samples = Quadratic.make(), quadratic(torch.float64, rho=0.0), 2000
+    estimator = EvoGrad(copies=copies, sigma=SIGMA, temperature=TAU, **settings)
+    generator = seeded(12)
+    found = torch.stack([estimate(toy, estimator, generator=generator).grads["lam"] for _ in range(samples)])
+    antithetic = estimator.antithetic
+    expected = expectation(q, toy, 1.0 if antithetic else (copies - 1) / copies)
+    check_statistics(found, expected, None if estimator.noise == "sign" else theory(q, toy, copies, antithetic))
+
+
+def test_estimates_are_the_formula_sample_by_sample() -> None:
+    q, toy = Quadratic.make(), quadratic(torch.float64)
+    noise = 100 * draw("gaussian", 20, 5, False)  # far from the linear regime
+    expected = evograd_samples(q, toy, noise, 2.0)
+    for one, indirect in zip(noise, expected, strict=True):
+        found = estimate(toy, EvoGrad(temperature=2.0), noise=as_noise(one)).grads["lam"] - q.direct(toy.lam["lam"])
+        assert float((found - indirect).norm() / indirect.norm()) < 1e-10
+
+
+# EvoGrad's identities ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [quadratic, network], ids=["quadratic", "network"])
+def test_guided_antithetic_copies_are_finite_difference_t1_t2(make: Callable[[torch.dtype], Toy]) -> None:
+    """eps = +-R g/|g|, equal weights: the indirect term is (R^2 / tau) times T1-T2's at a unit learning rate."""
+    toy, radius, tau = make(torch.float64), 1e-2, 1e9
+    leaves = {n: x.clone().requires_grad_() for n, x in toy.w.items()}
+    g = dict(
+        zip(
+            leaves,
+            torch.autograd.grad(toy.problem.outer_loss(leaves, toy.lam, toy.val), list(leaves.values())),
+            strict=True,
+        )
+    )
+    guided = tree.scale(g, radius / tree.norm(g))
+    problem = toy.problem
+    toy = replace(
+        toy, problem=replace(problem, outer_loss=lambda w, lam, batch: problem.outer_loss(w, tree.detach(lam), batch))
+    )
+    found = estimate(toy, EvoGrad(temperature=tau), noise=[guided, tree.scale(guided, -1.0)]).grads
+    mixed = mixed_product(PassContext(problem), "finite_difference", toy.w, toy.lam, toy.train, g, radius=radius)
+    assert relative_error(found, tree.scale(mixed, -(radius**2) / tau)) < 1e-9
+
+
+def test_hadamard_copies_are_t1_t2_up_to_the_square_of_sigma() -> None:
+    q = Quadratic.make(rho=0.0, m=8)
+    toy = Toy(q.problem(SGD(0.1)), {"th": q.b + 0.5 * q.c}, {"lam": q.lam0}, None, None, direct=False)
+    rows = torch.kron(HADAMARD_2, torch.kron(HADAMARD_2, HADAMARD_2))
+
+    def error(sigma: float) -> float:
+        found = estimate(toy, EvoGrad(temperature=0.05), noise=as_noise(plus_minus(sigma * rows))).grads
+        return relative_error(found, {"lam": sigma**2 / 0.05 * q.C.T @ q.A @ q.g_val(toy.w["th"])})
+
+    assert error(1e-4) < 1e-3
+    assert 90 < error(1e-4) / error(1e-5) < 110
+
+
+def by_autograd(toy: Toy, noise: list[Tree], tau: float, copies_form: bool) -> Tree:
+    """All copies in one graph: softmax over their losses, the outer loss at the weighted copies."""
+    lam = {n: x.clone().requires_grad_() for n, x in toy.lam.items()}
+    copies = [tree.add(toy.w, one) for one in noise]
+    weights = torch.softmax(-torch.stack([toy.problem.inner_loss(w, lam, toy.train) for w in copies]) / tau, dim=0)
+    if copies_form:
+        value = {n: sum(a * w[n] for a, w in zip(weights, copies, strict=True)) for n in toy.w}
+    else:
+        value = {n: x + sum(a * e[n] for a, e in zip(weights, noise, strict=True)) for n, x in toy.w.items()}
+    outer = toy.problem.outer_loss(value, lam, toy.val)
+    found = torch.autograd.grad(outer, list(lam.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(lam, found, strict=True))
+
+
+@pytest.mark.parametrize("make", [quadratic, golden, split_network], ids=["quadratic", "golden", "split_network"])
+@pytest.mark.parametrize("copies", [2, 5])
+@pytest.mark.parametrize("sigma", [1e-3, 0.1])
+def test_evograd_is_autograd_over_all_copies(make: Callable[[torch.dtype], Toy], copies: int, sigma: float) -> None:
+    toy = make(torch.float64)
+    noise = [tree.scale(random_like(toy.w, 50 * (k + 1)), sigma) for k in range(copies)]
+    found = estimate(toy, EvoGrad(temperature=0.5), noise=noise).grads
+    assert relative_error(found, by_autograd(toy, noise, 0.5, copies_form=False)) < 1e-10
+    assert relative_error(found, by_autograd(toy, noise, 0.5, copies_form=True)) < 1e-9
+
+
+HEAD = {"parameters": r"^head\.", "sigma": 0.05, "temperature": 0.5}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"copies": 2}, {"copies": 5, "noise": "gaussian"}, {"copies": 4, "antithetic": True}]
+)
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "two_parts"])
+def test_the_split_path_is_the_full_path(settings: dict[str, Any], parts: bool) -> None:
+    toy = split_network(torch.float64)
+    if parts:
+        x, y = toy.train
+        halves = [(x[:3], y[:3]), (x[3:], y[3:])]
+        toy = replace(toy, train=halves, val=[toy.val], problem=replace(toy.problem, parts=lambda batch: batch))
+    estimator = EvoGrad(**HEAD, **settings)
+    full = replace(toy, problem=replace(toy.problem, split=None))
+    cheap, whole = (estimate(one, estimator, generator=seeded(3)) for one in (toy, full))
+    assert relative_error(cheap.grads, whole.grads) < 1e-10
+    torch.testing.assert_close(cheap.outer_loss, whole.outer_loss, rtol=1e-13, atol=0)
+    count, copies = 2 if parts else 1, estimator.copies
+    assert cheap.counts.as_dict() == {
+        "forwards": count + 1, "backwards": count + 1, "hvps": 0, "jvps": 0, "suffixes": 2 * copies * count
+    }  # fmt: skip
+    assert (whole.counts.forwards, whole.counts.suffixes) == (copies * count + 1, 0)
+
+
+@pytest.mark.parametrize("settings", [{"share_randomness": False}, {"parameters": "weight"}])
+def test_the_split_is_left_alone_where_it_does_not_fit(settings: dict[str, Any]) -> None:
+    toy = split_network(torch.float64)
+    counts = estimate(toy, EvoGrad(**(HEAD | settings))).counts
+    assert (counts.forwards, counts.suffixes) == (3, 0)
+
+
+def test_head_only_noise_moves_the_head_only() -> None:
+    toy = split_network(torch.float64)
+    estimator = EvoGrad(**HEAD)
+    judged: list[Tree] = []
+    problem = replace(
+        toy.problem, outer_loss=lambda w, lam, batch: (judged.append(w), toy.problem.outer_loss(w, lam, batch))[1]
+    )
+    estimate(replace(toy, problem=problem), estimator)
+    (value,) = judged
+    assert {n for n, x in toy.w.items() if not torch.equal(x, value[n])} == {"head.weight", "head.bias"}
+
+
+def test_seeds_of_the_generator_are_the_seeds_of_the_estimate() -> None:
+    toy, estimator = golden(), EvoGrad(noise="gaussian")
+    first, again, other = (estimate(toy, estimator, generator=seeded(s)).grads["lam"] for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    moving = seeded(1)
+    assert not torch.equal(*(estimate(toy, estimator, generator=moving).grads["lam"] for _ in range(2)))
+
+
+@pytest.mark.parametrize("noise", ["sign", "gaussian"])
+def test_copies_differ_and_antithetic_ones_mirror_each_other(noise: Any) -> None:
+    toy = split_network(torch.float64)
+    seen: list[Tree] = []
+    inner = toy.problem.inner_loss
+    problem = replace(
+        toy.problem,
+        split=None,
+        inner_loss=lambda w, lam, b: (seen.append(tree.add(w, toy.w, -1.0)), inner(w, lam, b))[1],
+    )
+    for antithetic in (False, True):
+        seen.clear()
+        estimate(replace(toy, problem=problem), EvoGrad(copies=4, sigma=0.1, noise=noise, antithetic=antithetic))
+        body = [one["body.weight"] for one in seen]
+        assert not torch.allclose(body[0], body[2])
+        assert torch.allclose(body[0], -body[1], atol=1e-12) is antithetic
+        assert torch.allclose(body[2], -body[3], atol=1e-12) is antithetic
+        if noise == "sign":
+            assert all(torch.allclose(one.abs(), torch.full_like(one, 0.1), atol=1e-12) for one in body)
+        # tensors of one copy are drawn apart: no prefix in common
+        assert not torch.allclose(seen[0]["body.bias"], seen[0]["head.weight"].flatten()[:5])
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that storages made inside have held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage not in self.known:
+                    self.known[storage] = True
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self.release, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def release(self, size: int) -> None:
+        self.live -= size
+
+
+def wide_problem(split: bool) -> tuple[Toy, int]:
+    """A body far larger than lam, and lam far larger than a number. -> (problem, bytes of lam)"""
+    w = {
+        "body": torch.randn(64, 256, generator=seeded(1)) / 8,
+        "head": torch.randn(256, 150, generator=seeded(2)) / 15,
+    }
+    lam = {"gate": torch.ones(256), "shift": torch.zeros(256)}
+    batch = torch.randn(16, 64, generator=seeded(3))
+
+    def hidden(w: Tree, lam: Tree, x: Tensor) -> Tensor:
+        return torch.tanh(x @ w["body"]) * lam["gate"] + lam["shift"]
+
+    def loss(w: Tree, h: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(h @ w["head"]).square().mean()
+
+    cut = Split(frozenset({"head"}), hidden, loss) if split else None
+    problem = BilevelProblem(
+        lambda w, lam, x: loss(w, hidden(w, lam, x), x),
+        lambda w, lam, x: (torch.tanh(torch.tanh(x @ w["body"]) @ w["head"]) - 1).square().mean(),
+        SGD(0.1),
+        split=cut,
+    )
+    return Toy(problem, w, lam, batch, batch, direct=False), 4 * tree.size(lam)
+
+
+def peak(toy: Toy, estimator: Estimator) -> int:
+    with PeakMemory() as memory:
+        estimate(toy, estimator)
+    return memory.peak
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["full", "split"])
+def test_memory_is_flat_in_the_number_of_copies(split: bool) -> None:
+    toy, lam_bytes = wide_problem(split)
+    settings = {"parameters": "head"} if split else {}
+    few, many = (peak(toy, EvoGrad(copies=copies, **settings)) for copies in (2, 16))
+    small = 4 * 1024
+    assert few > 4 * tree.size(toy.w), "the counter must see at least one perturbed copy"
+    assert many - few <= (0 if split else 14) * lam_bytes + small
+
+
+def test_the_counter_would_see_a_graph_for_every_copy() -> None:
+    toy, lam_bytes = wide_problem(split=False)
+
+    def all_at_once(copies: int) -> int:
+        noise = [random_like(toy.w, k) for k in range(copies)]
+        with PeakMemory() as memory:
+            by_autograd(toy, noise, 0.5, copies_form=False)
+        return memory.peak
+
+    assert all_at_once(16) - all_at_once(2) > 100 * lam_bytes
+
+
+# A transformer -------------------------------------------------------------------------------------------------------
+
+STATES = ("first_step", "later_step")
+
+
+def warm_state(toy: Toy) -> UpdateState:
+    first = tree.scale(random_like(toy.w, 500), 0.01)
+    second = {n: 1e-4 + x.square() for n, x in tree.scale(random_like(toy.w, 600), 0.01).items()}
+    return {"step": 4, "exp_avg": first, "exp_avg_sq": second}
+
+
+def through_adam(toy: Toy, state: UpdateState) -> Tree:
+    """d outer(w'(lam)) / d lam by autograd through a clipped Adam step, written out."""
+    w = {n: x.clone().requires_grad_() for n, x in toy.w.items()}
+    lam = {n: x.clone().requires_grad_() for n, x in toy.lam.items()}
+    inner = toy.problem.inner_loss(w, lam, toy.train)
+    found = torch.autograd.grad(inner, list(w.values()), create_graph=True, allow_unused=True, materialize_grads=True)
+    norm = torch.sqrt(sum((g.square().sum() for g in found), torch.zeros(())))
+    limit, t = 1.0, state["step"] + 1
+    assert float(norm.detach()) > limit, "the clip is part of what is tested"
+    after = {}
+    for (name, x), g in zip(w.items(), found, strict=True):
+        g = g * limit / (norm + 1e-6)
+        m = 0.9 * state["exp_avg"][name] + 0.1 * g
+        s = 0.999 * state["exp_avg_sq"][name] + 0.001 * g**2
+        root = (s / (1 - 0.999**t)).clamp_min(1e-60).sqrt()  # rows of the embedding that no token uses
+        after[name] = x - 1e-2 * (m / (1 - 0.9**t)) / (root + 1e-4)
+    outer = toy.problem.outer_loss(after, lam, toy.val)
+    return dict(zip(lam, torch.autograd.grad(outer, list(lam.values())), strict=True))
+
+
+@pytest.fixture(scope="module")
+def transformer() -> Toy:
+    return tagger("eager")
+
+
+@pytest.mark.parametrize("when", STATES)
+def test_one_step_engines_on_a_transformer(transformer: Toy, when: str) -> None:
+    state = warm_state(transformer) if when == "later_step" else transformer.problem.update.init(transformer.w)
+    expected = through_adam(transformer, state)
+    assert tree.norm(expected) > 1e-6
+    found = {name: estimate(transformer, estimator, update_state=state).grads for name, estimator in ENGINES.items()}
+    assert relative_error(found["jvp"], found["double_backward"]) < 1e-12
+    assert relative_error(found["double_backward"], expected) < 1e-10
+    assert relative_error(found["finite_difference"], expected) < 1e-6
+    assert torch.equal(found["auto"]["up"], found["jvp"]["up"])
+
+
+@pytest.mark.parametrize("when", STATES)
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_step_that_torch_made(transformer: Toy, name: str, when: str) -> None:
+    """torch's own Adam and clip_grad_norm_ make the step; the rule and the state are read off the optimiser after it."""
+    params = {n: torch.nn.Parameter(x.clone()) for n, x in transformer.w.items()}
+    optimizer = torch.optim.Adam(list(params.values()), lr=1e-2, eps=1e-4)
+    state = transformer.problem.update.init(transformer.w)
+    if when == "later_step":
+        state = warm_state(transformer)
+        for n, p in params.items():
+            held = {key: state[key][n].clone() for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(4.0), **held}
+    transformer.problem.inner_loss(dict(params), transformer.lam, transformer.train).backward()
+    grad = {n: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for n, p in params.items()}
+    for n, p in params.items():
+        p.grad = grad[n].clone()
+    torch.nn.utils.clip_grad_norm_(list(params.values()), 1.0)
+    optimizer.step()
+
+    rule, after_state = from_optimizer(optimizer, {p: n for n, p in params.items()}, max_grad_norm=1.0)
+    toy = replace(transformer, problem=replace(transformer.problem, update=rule))
+    made = StepMade(tree.detach(params), grad, after_state)
+    result = estimate(toy, ENGINES[name], made=made)
+    assert result.counts.forwards <= (4 if name == "finite_difference" else 1)
+    allowed = 1e-6 if name == "finite_difference" else 1e-9
+    assert relative_error(result.grads, through_adam(transformer, state)) < allowed
+
+
+def test_evograd_on_a_transformer_replays_the_meta_networks_input(transformer: Toy) -> None:
+    """Guided copies are T1-T2 only if the stop-gradient input stays where it was recorded."""
+    leaves = {n: x.clone().requires_grad_() for n, x in transformer.w.items()}
+    outer = transformer.problem.outer_loss(leaves, transformer.lam, transformer.val)
+    found = torch.autograd.grad(outer, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    g = dict(zip(leaves, found, strict=True))
+    guided = tree.scale(g, 1e-4 / tree.norm(g))
+    exact = mixed_product(
+        PassContext(transformer.problem), "double_backward", transformer.w, transformer.lam, transformer.train, g
+    )
+    expected = tree.scale(exact, -(1e-4**2) / 1e7)
+    noise = [guided, tree.scale(guided, -1.0)]
+    replayed, live = (
+        estimate(transformer, EvoGrad(temperature=1e7, share_meta_inputs=share), noise=noise).grads
+        for share in (True, False)
+    )
+    assert relative_error(replayed, expected) < 1e-7
+    assert relative_error(live, expected) > 1e-2

@@ -1,0 +1,152 @@
+"""A small XLM-R tagger, random token rows and trainers around them; nothing is downloaded, everything is seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import XLMRobertaConfig, XLMRobertaForTokenClassification
+
+from metaxl_evo.models.rtn import RepresentationTransform
+from metaxl_evo.ner.tagger import IGNORED, TARGET, CrossLingualTagger
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.trainer import MetaTrainer
+
+PAD, VOCABULARY, LABELS, HIDDEN, LAYERS = 1, 100, 5, 32, 2
+
+
+def tiny_base(dtype: torch.dtype = torch.float32, **fields: Any) -> XLMRobertaForTokenClassification:
+    """A two-layer XLM-R token classifier; dropout 0.1 unless told otherwise."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 24,
+        "initializer_range": 0.2,
+        "num_labels": LABELS,
+        "pad_token_id": PAD,
+    }
+    return XLMRobertaForTokenClassification(XLMRobertaConfig(**settings | fields)).to(dtype)
+
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def tiny_tagger(
+    dtype: torch.dtype = torch.float32,
+    *,
+    dropout: bool = True,
+    layers: Sequence[int] = (1,),
+    languages: Sequence[str] = ("source",),
+    kind: str = "gated_tied",
+    base: dict[str, Any] | None = None,
+    **settings: Any,
+) -> CrossLingualTagger:
+    model = tiny_base(dtype, **({} if dropout else NO_DROPOUT), **(base or {}))
+    torch.manual_seed(1)
+    rtn = RepresentationTransform(HIDDEN, layers=layers, languages=languages, kind=kind).to(dtype)
+    for name, parameter in rtn.named_parameters():  # biases and mixing logits start at 0, where their effects would hide
+        if name.endswith("bias") or name == "mixing_logits":
+            torch.nn.init.normal_(parameter, std=0.3)
+    return CrossLingualTagger(model, rtn, pad_token_id=PAD, **settings)
+
+
+def random_rows(count: int, *, seed: int, language: int | Sequence[int] | None = TARGET, length: int = 9) -> Dataset:
+    """Rows of different lengths with different numbers of labelled tokens; `language=None` leaves the column out."""
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[dict[str, Any]] = []
+    for index in range(count):
+        size = int(torch.randint(4, length + 1, (), generator=generator))
+        ids = torch.randint(5, VOCABULARY, (size,), generator=generator)
+        labels = torch.randint(0, LABELS, (size,), generator=generator)
+        labels[torch.rand(size, generator=generator) < 0.3] = IGNORED
+        labels[0], labels[1] = IGNORED, index % LABELS
+        row = {"input_ids": ids.tolist(), "attention_mask": [1] * size, "labels": labels.tolist()}
+        if language is not None:
+            row["language"] = language if isinstance(language, int) else language[index % len(language)]
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Rows padded to the longest of them."""
+    length = max(len(row["input_ids"]) for row in rows)
+    padding = {"input_ids": PAD, "attention_mask": 0, "labels": IGNORED}
+    batch = {
+        key: torch.tensor([list(row[key]) + [fill] * (length - len(row[key])) for row in rows])
+        for key, fill in padding.items()
+    }
+    if "language" in rows[0]:
+        batch["language"] = torch.tensor([row["language"] for row in rows])
+    return batch
+
+
+def tiny_arguments(folder: Path | str, **fields: Any) -> MetaTrainingArguments:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "per_device_meta_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "dataloader_pin_memory": False,
+        "seed": 3,
+    }
+    return MetaTrainingArguments(**settings | fields)
+
+
+def tiny_trainer(
+    folder: Path | str,
+    *,
+    tagger: CrossLingualTagger | None = None,
+    train: Dataset | None = None,
+    meta: Dataset | None = None,
+    trainer_class: type[MetaTrainer] = MetaTrainer,
+    trainer: dict[str, Any] | None = None,
+    **fields: Any,
+) -> MetaTrainer:
+    """A MetaTrainer on source rows, with target rows as meta rows unless `meta_rows=None` is among `trainer`."""
+    return trainer_class(
+        tiny_tagger() if tagger is None else tagger,
+        tiny_arguments(folder, **fields),
+        train_dataset=random_rows(24, seed=1, language=0) if train is None else train,
+        **{
+            "meta_dataset": random_rows(12, seed=2) if meta is None else meta,
+            "data_collator": collate,
+            **(trainer or {}),
+        },
+    )
+
+
+def base_weights(trainer: MetaTrainer) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.base.named_parameters()}
+
+
+def meta_weights(trainer: MetaTrainer) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.meta.named_parameters()}
+
+
+def logged(trainer: Any, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def different(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """Names whose tensors are not bitwise equal."""
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def move_everything(tree: dict[str, Tensor]) -> float:
+    """Largest absolute entry of a tree."""
+    return max(float(leaf.abs().max()) for leaf in tree.values())
