@@ -129,13 +129,17 @@ class BilevelModule(nn.Module, ABC):
         """Read the weights of both levels from what `save_pretrained` wrote.
 
         Raises:
-            ValueError: for a file that is missing or damaged, named.
+            ValueError: for a file that is missing, damaged or incomplete, named.
         """
+        file = Path(folder) / "model.safetensors"
+        dtype = next(self.base.parameters()).dtype
         try:
-            saved = type(self.base).from_pretrained(folder, dtype=next(self.base.parameters()).dtype)
-        except (OSError, SafetensorError) as error:
+            saved, report = type(self.base).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"the weights in {folder} cannot be read ({reason}): use another checkpoint") from error
+            raise ValueError(f"{file} cannot be read ({reason}): use another checkpoint") from error
+        if report["missing_keys"]:
+            raise ValueError(f"{file} has no {sorted(report['missing_keys'])[0]}: use another checkpoint")
         self.base.load_state_dict(saved.state_dict())
         self.load_meta(folder)
 

@@ -217,13 +217,12 @@ def build_tagger(
 ) -> CrossLingualTagger:
     """The two-level module: an RTN for the source languages on the chosen layers of the encoder."""
     try:
-        layers = ner.rtn_layers or [len(encoder_layers(base, ner.rtn_module_path))]
-        encoder_layers(base, ner.rtn_module_path)
+        last = len(encoder_layers(base, ner.rtn_module_path))
     except ValueError as error:
         raise ValueError(f"{str(error).split(':')[0]}: set rtn_module_path to the place of its list of layers") from error
     rtn = RepresentationTransform(
         base.config.hidden_size,
-        layers=layers,
+        layers=ner.rtn_layers or [last],
         kind=ner.rtn_kind,
         bottleneck=ner.rtn_bottleneck,
         languages=ner.source_languages if ner.rtn_per_language else ["source"],
@@ -269,11 +268,8 @@ def _fit_arguments(ner: NerArguments, args: MetaTrainingArguments, *, has_dev: b
         args.meta_portion = 0.0
     if not has_dev:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
-    if not recipe.source and args.max_steps <= 0:  # the schedule of the other methods, which is counted on the source
-        batch = args.per_device_train_batch_size * args.world_size
-        sentences = len(ner.source_languages) * (ner.train_size or 0)
-        if sentences:
-            args.max_steps = steps_of(args.num_train_epochs, sentences, batch, args.gradient_accumulation_steps)
+    if not recipe.source:
+        _keep_source_schedule(ner, args)
     return args
 
 

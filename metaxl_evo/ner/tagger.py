@@ -71,8 +71,8 @@ class CrossLingualTagger(BilevelModule):
         return _token_loss(logits, batch["labels"]).sum() / _at_least_one(totals_of(self, batch)["target"])
 
     def suffix(self) -> tuple[frozenset[str], Callable[[Batch], Tensor], Callable[[Tensor, Batch], Tensor]] | None:
-        if not self._has_plain_head:
-            return None
+        if not self._has_plain_head or (self.transform and len(self.meta.layers) > 1):
+            return None  # with several layers the loss behind the encoder reads meta parameters too: their mixing weights
         names = frozenset(f"classifier.{name}" for name, _ in self.base.get_submodule("classifier").named_parameters())
         return names, self._hidden, self._suffix_loss
 
@@ -132,16 +132,18 @@ class CrossLingualTagger(BilevelModule):
     def _reduce(self, logits: Tensor, batch: Batch) -> Tensor:
         """The weighted sum of the two means, of logits (B', T, C)."""
         rows, layer = self._rows(batch)
-        totals, language = totals_of(self, batch), rows["language"]
+        losses = _token_loss(logits, rows["labels"]).sum(1)  # (B',), of a wider type than the logits under autocast
+        language = rows["language"]
+        totals = {key: torch.as_tensor(count).to(losses) for key, count in totals_of(self, batch).items()}
         share = torch.where(
             language == TARGET,
             self.target_weight / _at_least_one(totals["target"]),
             self.source_weight / _at_least_one(totals["source"]),
-        ).to(logits.dtype)  # (B',)
+        )  # (B',)
         if layer is not None:
             mixing = self.meta.mixing()[language.clamp(min=0), layer]
             share = share * torch.where(language == TARGET, 1.0, mixing)
-        return (_token_loss(logits, rows["labels"]).sum(1) * share).sum()
+        return (losses * share).sum()
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from metaxl_evo.bilevel.update import UpdateRule, UpdateState
 
 @dataclass(frozen=True)
 class Toy:
-    """A problem at a point: `unused` are the entries of lam that no loss reads, `update_state` that before the step."""
+    """A problem at a point. `unused`: entries of lam that no loss reads; `update_state`: that before the step."""
 
     problem: BilevelProblem
     w: Tree

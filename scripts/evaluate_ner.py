@@ -1,0 +1,26 @@
+"""Entity precision, recall and F1 of a trained tagger on each language, and their average.
+
+python scripts/evaluate_ner.py --model_name_or_path DIR_OR_HUB_ID --dataset DIR_OR_HUB_ID --languages sw,ig,rw
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from metaxl_evo.ner.evaluation import EvaluationArguments, evaluate_model
+from metaxl_evo.training.cli import parse_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse the settings and evaluate; returns the scores."""
+    (settings,) = parse_arguments((EvaluationArguments,), argv)
+    return evaluate_model(settings)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
