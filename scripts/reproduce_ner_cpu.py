@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -51,8 +52,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     with ThreadPoolExecutor(settings.jobs) as pool:
         done = pool.map(lambda key: run_one(Path(settings.data), run_folder(output, *key), *key), missing)
         list(tqdm(done, total=len(missing), desc="runs"))
-    table = read_comparison(output, list(METHODS), settings.languages, settings.seeds).markdown("joint_training_equal")
+    comparison = read_comparison(output, list(METHODS), settings.languages, settings.seeds)
+    table = comparison.markdown("joint_training_equal")
     (output / "table.md").write_text(table, encoding="utf-8")
+    if find_spec("matplotlib"):
+        comparison.plot(output / "f1.png")
     print(table)
     return table
 

@@ -1,4 +1,4 @@
-"""Train a cross-lingual NER tagger with a meta-learned representation transformation, and report entity F1 per language.
+"""Train a cross-lingual NER tagger with a meta-learned representation transformation; report entity F1 per language.
 
 accelerate launch scripts/train_ner.py --config configs/ner/metaxl_one_step.yaml [--any_field value]
 """
@@ -17,13 +17,14 @@ from metaxl_evo.training.cli import parse_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse the settings, then run (or check) the experiment; returns its results."""
+    """Parse the settings, then run (or check) the experiment; returns its results, or what the check found."""
     ner, args = parse_arguments((NerArguments, MetaTrainingArguments), argv)
     return check_experiment(ner, args) if ner.check else run_experiment(ner, args)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        found = main()
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    sys.exit(1 if found.get("problems") else 0)

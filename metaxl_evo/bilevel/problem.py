@@ -108,6 +108,9 @@ class HypergradientEstimator(Protocol):
     @property
     def requires_direct_term(self) -> bool: ...
 
+    @property
+    def stochastic(self) -> bool: ...
+
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None: ...
 
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Any: ...
@@ -166,6 +169,12 @@ def hypergradient(
     """
     w, lam = _parameters("w", w), _parameters("lam", lam)
     estimator.check(problem, w, lam)
+    if noise is not None and not estimator.stochastic:
+        raise ValueError(f"{type(estimator).__name__} draws no noise: leave `noise` out")
+    if made is not None:
+        if problem.update.tunes and update_state is None:
+            raise ValueError("a step that was made needs `update_state`, the state before it, to tune the optimiser")
+        made = StepMade(tree.detach(made.w), tree.detach(made.grad), made.update_state)
     if state is None:
         state = estimator.init(problem, w, lam)
     passes = PassContext(problem, seed=_draw_seed(generator), noise=noise, devices=devices_of(w, lam))

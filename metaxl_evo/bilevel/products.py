@@ -90,7 +90,7 @@ def _jvp(passes: PassContext, w: Tree, lam: Tree, part: object, v: Tree) -> Tree
         return torch.func.grad(lambda meta: passes.problem.inner_loss(point, meta, part))(tree.detach(lam))
 
     direction = {name: v[name].to(leaf.dtype) for name, leaf in w.items()}
-    _, tangent = torch.func.jvp(grad_lam, (tree.detach(w),), (direction,))
+    tangent = torch.func.jvp(grad_lam, (tree.detach(w),), (direction,))[1]
     passes.counts.jvps += 1
     return tree.detach(tangent)
 

@@ -54,8 +54,9 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
 
 
 def norm(a: Mapping[str, Tensor]) -> float:
-    """Euclidean norm over all leaves."""
-    return math.hypot(*(torch.linalg.vector_norm(leaf.detach()).item() for leaf in a.values()))
+    """Euclidean norm over all leaves; row by row, since one long float32 sum would lose digits."""
+    rows = [torch.linalg.vector_norm(leaf.detach(), dim=-1) if leaf.dim() else leaf.detach() for leaf in a.values()]
+    return math.hypot(*(torch.linalg.vector_norm(norms, dtype=torch.float64).item() for norms in rows))
 
 
 def size(a: Mapping[str, Tensor]) -> int:

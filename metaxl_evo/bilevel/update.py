@@ -89,8 +89,8 @@ class UpdateRule(ABC):
         leaves = tree.leaves(lam, names)
         with torch.enable_grad():
             after, _ = self(tree.detach(w), state if state is not None else self.init(w), tree.detach(grad), leaves)
-            value = sum((after[name] * v[name]).sum() for name in v)
-            found = torch.autograd.grad(value, [leaves[name] for name in names], materialize_grads=True)
+            value = torch.stack([(after[name] * v[name]).sum() for name in v])
+            found = torch.autograd.grad(value.sum(), [leaves[name] for name in names], materialize_grads=True)
         return pulled | dict(zip(names, found, strict=True))
 
     @property
@@ -110,7 +110,7 @@ class UpdateRule(ABC):
     def _clip(self, grad: Tree) -> Tree:
         """The clipped gradient, differentiable where `grad` is."""
         _, norm = self._clip_factor(grad)
-        if norm is None:
+        if self.max_grad_norm is None or norm is None:
             return dict(grad)
         factor = self.max_grad_norm / (tree.dot(grad, grad).sqrt() + _CLIP_EPS)
         return tree.tree_map(lambda g: g * factor.to(g), grad)
@@ -263,12 +263,11 @@ def from_optimizer(
     if cls is SGD:
         if shared("dampening"):
             raise ValueError("torch's SGD keeps no step count, which dampening needs: set dampening=0")
-        rule: UpdateRule = SGD(
-            **common, momentum=shared("momentum"), nesterov=shared("nesterov")
-        )
+        rule: UpdateRule = SGD(**common, momentum=shared("momentum"), nesterov=shared("nesterov"))
         buffers = {n: s["momentum_buffer"] for n, s in held.items() if s.get("momentum_buffer") is not None}
         state: UpdateState = {"step": 1 if buffers else 0, "momentum_buffer": _with_zeros(buffers, names)}
     else:
+        assert issubclass(cls, Adam)
         rule = cls(**common, betas=tuple(shared("betas")), eps=shared("eps"))
         steps = [int(s["step"]) for s in held.values() if "step" in s]
         state = {"step": max(steps, default=0)}

@@ -191,7 +191,7 @@ class _SharedPass:
         self.losses = losses
 
     def pull_back(self, coefficients: Tensor) -> Tree:
-        """Accumulate sum_k a_k d l_k / d hidden, then one backward to lam."""
+        """Accumulate sum_k a_k d l_k / d hidden, then one backward to lam, a part at a time."""
         total = tree.zeros_like(self.lam)
         for index, part in self.passes.parts(self.step.batch):
             hidden = self.hidden[index]
@@ -201,7 +201,10 @@ class _SharedPass:
             cotangent = torch.zeros_like(leaf)
             for k, coefficient in enumerate(coefficients.tolist()):
                 cotangent += coefficient * torch.autograd.grad(self._suffix(k, leaf, index, part), leaf)[0]
-            found = torch.autograd.grad(hidden, list(self.lam.values()), cotangent, allow_unused=True, materialize_grads=True)
+            with self.passes.scope(index):
+                found = torch.autograd.grad(
+                    hidden, list(self.lam.values()), cotangent, allow_unused=True, materialize_grads=True
+                )
             self.passes.counts.backwards += 1
             total = tree.add(total, dict(zip(self.lam, found, strict=True)))
         return tree.detach(total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,9 @@ class BilevelModule(nn.Module, ABC):
     def __init__(self, base: nn.Module, meta: nn.Module):
         super().__init__()
         self.base, self.meta = base, meta
-        meta.requires_grad_(False)  # learned by hypergradients only: not in the base backward, its clipping, its optimiser
+        meta.requires_grad_(
+            False
+        )  # learned by hypergradients only: not in the base backward, its clipping, its optimiser
 
     @abstractmethod
     def inner_loss(self, batch: Batch) -> Tensor:
@@ -134,7 +137,9 @@ class BilevelModule(nn.Module, ABC):
         file = Path(folder) / "model.safetensors"
         dtype = next(self.base.parameters()).dtype
         try:
-            saved, report = type(self.base).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            saved, report = type(self.base).from_pretrained(
+                folder, config=copy.deepcopy(self.base.config), dtype=dtype, output_loading_info=True
+            )
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{file} cannot be read ({reason}): use another checkpoint") from error

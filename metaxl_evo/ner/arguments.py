@@ -10,6 +10,7 @@ from metaxl_evo.models.rtn import KINDS
 
 PAPER_LANGUAGES = ("qu", "cdo", "ilo", "xmf", "mhr", "mi", "tk", "gn")
 SELECTIONS = ("dev", "last")
+SHORTEST = 8  # sub-tokens: the special ones and a word or two
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ class NerArguments:
         for name, valid in (("method", METHODS), ("rtn_kind", KINDS), ("select", SELECTIONS)):
             if getattr(self, name) not in valid:
                 raise ValueError(unknown(name, str(getattr(self, name)), valid))
-        sizes = ("train_size", "target_train_size", "eval_size", "max_length", "eval_max_length", "rtn_bottleneck")
-        for name in sizes:
+        sizes = dict.fromkeys(("train_size", "target_train_size", "eval_size", "rtn_bottleneck"), 1)
+        for name, least in {**sizes, "max_length": SHORTEST, "eval_max_length": SHORTEST}.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
         for name in ("source_languages", "target_languages"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: name at least one language")

@@ -61,6 +61,30 @@ class Comparison:
             lines.append(f"| {method} | {_spread(self.of_run(method, 'train_seconds'), 0)} | {_spread(moved)} | {skipped} |")
         return "\n".join(lines) + "\n"
 
+    def plot(self, file: Path) -> None:
+        """Test F1 of every run, by language and method, with each method's mean: what the table says, to look at.
+
+        Raises:
+            ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
+        """
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        columns = [*self.languages, "average"]
+        figure, axes = plt.subplots(1, len(columns), figsize=(2.6 * len(columns), 3.6), sharex=True, layout="constrained")
+        for axis, column in zip(axes, columns, strict=True):
+            for row, method in enumerate(self.methods):
+                values = self.f1(method, column)
+                axis.plot(range(len(values)), values, "o", color=f"C{row}", alpha=0.6)
+                axis.axhline(fmean(values), color=f"C{row}", label=method)
+            axis.set(title=column, xlabel="seed", xticks=range(len(self.seeds)), xticklabels=self.seeds)
+        axes[0].set_ylabel("test F1, %")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.savefig(file, dpi=120)
+        plt.close(figure)
+
 
 def read_comparison(
     folder: Path, methods: Sequence[str], languages: Sequence[str], seeds: Sequence[int]

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from metaxl_evo.messages import unknown
+from metaxl_evo.ner.arguments import SHORTEST
 from metaxl_evo.ner.data import encode, load_ner_dataset
 from metaxl_evo.ner.metrics import Scores, average, entity_scores, scores_table, word_predictions
 from metaxl_evo.ner.pretrained import load_classifier, trained_labels
@@ -36,12 +37,16 @@ class EvaluationArguments:
     """
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a trained token classifier."})
-    dataset: str = field(metadata={"help": "Hub id (a configuration a language), a folder LANG/SPLIT, or `synthetic`."})
+    dataset: str = field(
+        metadata={"help": "Hub id (a configuration a language), a folder LANG/SPLIT, or `synthetic`."}
+    )
     languages: list[str] = field(metadata={"help": "Languages to evaluate on, each on its own."})
     split: str = field(default="test", metadata={"help": f"One of {', '.join(SPLITS)}."})
     strict: bool = field(default=False, metadata={"help": "Count only well-formed IOB2 entities."})
     batch_size: int = field(default=32, metadata={"help": "Sentences per device and pass."})
-    max_length: int = field(default=512, metadata={"help": "Sub-tokens of a sentence at most; words beyond count as O."})
+    max_length: int = field(
+        default=512, metadata={"help": "Sub-tokens of a sentence at most; words beyond count as O."}
+    )
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the scores (default: print only)."})
     overwrite: bool = field(default=False, metadata={"help": "Replace output_file where it exists."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
@@ -49,9 +54,9 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise ValueError(unknown("split", self.split, SPLITS))
-        for name in ("batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (("batch_size", 1), ("max_length", SHORTEST)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not self.languages:
             raise ValueError("languages is empty: name at least one language")
 
@@ -66,7 +71,12 @@ class EvaluationSet:
     """
 
     def __init__(
-        self, sentences: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, names: Sequence[str], strict: bool
+        self,
+        sentences: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        names: Sequence[str],
+        strict: bool,
     ):
         encoded = encode(sentences, tokenizer, max_length, keep_words=True)
         self.names, self.strict = list(names), strict
@@ -105,7 +115,7 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
     The result is `{SPLIT: {LANGUAGE: scores, "average": scores}, "settings": {...}}`, as in `results.json` of a run.
 
     Raises:
-        ValueError: for a model without a trained head, data that do not fit it, or an output file that is there already.
+        ValueError: for a model without a trained head, data that do not fit it, or an output file that exists.
     """
     output = None if settings.output_file is None else Path(settings.output_file)
     if output is not None and output.exists() and not settings.overwrite:

@@ -13,6 +13,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.models.rtn import RepresentationTransform, encoder_layers
@@ -58,7 +59,9 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
     folders = {t: Path(args.output_dir) / t if len(targets) > 1 else Path(args.output_dir) for t in targets}
     resuming = args.resume_from_checkpoint is not None
     if resuming and len(targets) > 1 and str(args.resume_from_checkpoint).lower() not in LATEST:
-        raise ValueError("resume_from_checkpoint: one checkpoint cannot continue several targets: use latest, or one target")
+        raise ValueError(
+            "resume_from_checkpoint: one checkpoint cannot continue several targets: use latest, or one target"
+        )
     for folder in dict.fromkeys([Path(args.output_dir), *folders.values()]):
         refuse_another_run(folder, resuming)
     names = trained_labels(ner.model_name_or_path)
@@ -73,6 +76,8 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
             continue
         target_args = copy.copy(args)
         target_args.output_dir = str(folders[target])
+        if args.hub_model_id is not None and len(targets) > 1:  # one repository a model
+            target_args.hub_model_id = f"{args.hub_model_id}-{target}"
         if len(targets) > 1:  # a repository a target
             target_args.hub_model_id = f"{args.hub_model_id or Path(args.output_dir).name}-{target}"
         results[target] = train_target(ner, target_args, target, data[target])
@@ -96,7 +101,8 @@ def refuse_another_run(folder: Path, resuming: bool) -> None:
     found = [sign.name for sign in signs if sign.exists()]
     if found and not resuming:
         raise ValueError(
-            f"{folder} holds another run ({found[0]}): choose another output_dir, or set resume_from_checkpoint: latest"
+            f"{folder} holds another run ({found[0]}): choose another output_dir, or set "
+            "resume_from_checkpoint: latest"
         )
 
 
@@ -177,7 +183,9 @@ def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, da
         write_results(Path(args.output_dir), results)
     trainer.card_sections = card_sections(results, ner, trainer.estimator)
     finish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
-    finish(tasks="token-classification", language=target, dataset_tags=ner.dataset, model_name=Path(args.output_dir).name)
+    finish(
+        tasks="token-classification", language=target, dataset_tags=ner.dataset, model_name=Path(args.output_dir).name
+    )
     return results
 
 
@@ -185,7 +193,6 @@ def build_trainer(
     ner: NerArguments, args: MetaTrainingArguments, data: TargetData
 ) -> tuple[MetaTrainer, dict[str, EvaluationSet]]:
     """The trainer of one run and its evaluation sets (`test`, and `dev` where one is used)."""
-    recipe = ner.recipe
     base, tokenizer = load_classifier(ner.model_name_or_path, data.names, ner.attn_implementation)
     tagger = build_tagger(ner, base, tokenizer)
     evaluation = {
@@ -200,7 +207,7 @@ def build_trainer(
     target = None if data.target is None else _with_language(encode(data.target, tokenizer, ner.max_length), TARGET)
     trainer = MetaTrainer(
         tagger,
-        _fit_arguments(ner, args, has_dev="dev" in evaluation),
+        fit_arguments(ner, args, has_dev="dev" in evaluation),
         train_dataset=concatenate_datasets(sources) if sources else target,
         meta_dataset=target if sources else None,
         eval_dataset=evaluation["dev"].rows if "dev" in evaluation else None,
@@ -212,14 +219,14 @@ def build_trainer(
     return trainer, evaluation
 
 
-def build_tagger(
-    ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> CrossLingualTagger:
+def build_tagger(ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CrossLingualTagger:
     """The two-level module: an RTN for the source languages on the chosen layers of the encoder."""
     try:
         last = len(encoder_layers(base, ner.rtn_module_path))
     except ValueError as error:
-        raise ValueError(f"{str(error).split(':')[0]}: set rtn_module_path to the place of its list of layers") from error
+        raise ValueError(
+            f"{str(error).split(':')[0]}: set rtn_module_path to the place of its list of layers"
+        ) from error
     rtn = RepresentationTransform(
         base.config.hidden_size,
         layers=ner.rtn_layers or [last],
@@ -259,7 +266,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     (folder / RESULTS).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def _fit_arguments(ner: NerArguments, args: MetaTrainingArguments, *, has_dev: bool) -> MetaTrainingArguments:
+def fit_arguments(ner: NerArguments, args: MetaTrainingArguments, *, has_dev: bool) -> MetaTrainingArguments:
     """The arguments as the method needs them: no estimator without meta learning, no selection without dev data."""
     args, recipe = copy.copy(args), ner.recipe
     if not recipe.meta:
@@ -271,6 +278,20 @@ def _fit_arguments(ner: NerArguments, args: MetaTrainingArguments, *, has_dev: b
     if not recipe.source:
         _keep_source_schedule(ner, args)
     return args
+
+
+def _keep_source_schedule(ner: NerArguments, args: MetaTrainingArguments) -> None:
+    """Without source rows: as many steps, and checkpoints to choose from, as the other methods count on the source."""
+    sentences = len(ner.source_languages) * (ner.train_size or 0)
+    if args.max_steps > 0 or not sentences:
+        return
+    batch, accumulation = args.per_device_train_batch_size * args.world_size, args.gradient_accumulation_steps
+    args.max_steps = steps_of(args.num_train_epochs, sentences, batch, accumulation)
+    an_epoch = steps_of(1, sentences, batch, accumulation)
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, an_epoch
+    if args.save_strategy == SaveStrategy.EPOCH:
+        args.save_strategy, args.save_steps = SaveStrategy.STEPS, an_epoch
 
 
 def _trainer_settings(trainer: MetaTrainer) -> dict[str, Any]:

@@ -33,7 +33,9 @@ def load_config(model: str) -> PretrainedConfig:
         _require_reachable(model)
     elif not (folder / CONFIG_NAME).is_file():
         inside = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_NAME}"))
-        advice = f"give one of its models: {', '.join(inside)}" if inside else "give a folder that save_pretrained wrote"
+        advice = (
+            f"give one of its models: {', '.join(inside)}" if inside else "give a folder that save_pretrained wrote"
+        )
         raise ValueError(f"model_name_or_path: {model} holds no {CONFIG_NAME}: {advice}")
     try:
         return AutoConfig.from_pretrained(folder if folder.is_dir() else model)
@@ -86,7 +88,9 @@ def _require_reachable(model: str) -> None:
         if is_offline_mode() or isinstance(try_to_load_from_cache(model, CONFIG_NAME), str):
             return
         HfApi().model_info(model, timeout=HUB_TIMEOUT)
-    except Exception as error:  # HFValidationError, or that of whatever HTTP library the installed huggingface_hub uses
+    except (
+        Exception
+    ) as error:  # HFValidationError, or that of whatever HTTP library the installed huggingface_hub uses
         raise _unusable(model, error) from error
 
 

@@ -72,7 +72,9 @@ class CrossLingualTagger(BilevelModule):
 
     def suffix(self) -> tuple[frozenset[str], Callable[[Batch], Tensor], Callable[[Tensor, Batch], Tensor]] | None:
         if not self._has_plain_head or (self.transform and len(self.meta.layers) > 1):
-            return None  # with several layers the loss behind the encoder reads meta parameters too: their mixing weights
+            return (
+                None  # with several layers the loss behind the encoder reads meta parameters too: their mixing weights
+            )
         names = frozenset(f"classifier.{name}" for name, _ in self.base.get_submodule("classifier").named_parameters())
         return names, self._hidden, self._suffix_loss
 
@@ -83,7 +85,9 @@ class CrossLingualTagger(BilevelModule):
                 joined[key] = torch.cat([batch[key], extra[key]])
                 continue
             length = max(batch[key].shape[1], extra[key].shape[1])
-            rows = [F.pad(part[key], (0, length - part[key].shape[1]), value=self.padding[key]) for part in (batch, extra)]
+            rows = [
+                F.pad(part[key], (0, length - part[key].shape[1]), value=self.padding[key]) for part in (batch, extra)
+            ]
             joined[key] = torch.cat(rows)  # (B + B', T)
         return joined
 

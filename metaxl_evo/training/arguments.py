@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,43 @@ from metaxl_evo.messages import unknown
 
 NO_ESTIMATOR = "none"
 META_ORDERS = ("after_step", "lookahead")
+META_SCHEDULES = (  # those that need no settings of their own
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+_NUMBERS = (
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "num_train_epochs",
+    "warmup_steps",
+    "adam_epsilon",
+    "meta_learning_rate",
+    "meta_weight_decay",
+    "meta_adam_epsilon",
+    "meta_warmup_steps",
+)
+_BETAS = ("adam_beta1", "adam_beta2")
+_INTERVALS = ("logging_steps", "eval_steps", "save_steps")  # zero is judged, or replaced, by TrainingArguments
+_COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "per_device_meta_batch_size",
+    "gradient_accumulation_steps",
+    "meta_every",
+    "max_skipped_meta_steps",
+)
+_UNFIT = ("Optimizer", "LBFGS", "SparseAdam", "Muon", "Adafactor", "Rprop")  # not driven by lr, weight_decay and eps alone
 
 
 def optimizer_class(name: str, field_name: str) -> type[torch.optim.Optimizer]:
-    """The class of that name in `torch.optim`.
+    """The class of that name in `torch.optim`, one for dense tensors of any shape whose step needs no closure.
 
     Raises:
         ValueError: listing the classes there are.
@@ -26,7 +60,7 @@ def optimizer_class(name: str, field_name: str) -> type[torch.optim.Optimizer]:
     valid = [
         key
         for key, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and key not in _UNFIT
     ]
     if name not in valid:
         raise ValueError(unknown(field_name, name, valid))
@@ -41,27 +75,30 @@ class MetaTrainingArguments(TrainingArguments):
         ValueError: one line for the first value that cannot be, with the valid choices.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "estimator_kwargs"]
-
     estimator: str = field(
         default="one_step",
-        metadata={"help": f"How the hypergradient is estimated: {', '.join(ESTIMATORS)}, or none for no meta learning."},
+        metadata={
+            "help": f"How the hypergradient is estimated: {', '.join(ESTIMATORS)}, or none for no meta learning."
+        },
     )
     estimator_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of the estimator, such as {\"copies\": 8}."}
+        default=None, metadata={"help": 'Fields of the estimator, such as {"copies": 8}.'}
     )
     meta_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the meta optimiser."})
     meta_optim: str = field(default="AdamW", metadata={"help": "Meta optimiser: the name of a torch.optim class."})
     meta_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the meta optimiser."})
     meta_adam_epsilon: float = field(
         default=1e-12,
-        metadata={"help": "Epsilon of an adaptive meta optimiser; hypergradients are small, Adam's 1e-8 would swamp them."},
+        metadata={
+            "help": "Epsilon of an adaptive meta optimiser; hypergradients are small, Adam's 1e-8 would swamp them."
+        },
     )
     meta_lr_scheduler_type: SchedulerType | str = field(
         default="linear", metadata={"help": "Schedule of the meta learning rate, in base steps."}
     )
     meta_warmup_steps: float = field(
-        default=0, metadata={"help": "Warm-up of the meta learning rate: base steps, or their ratio where it is below 1."}
+        default=0,
+        metadata={"help": "Warm-up of the meta learning rate: base steps, or their ratio where it is below 1."},
     )
     meta_max_grad_norm: float | None = field(default=None, metadata={"help": "Clip hypergradients to this norm."})
     meta_every: int = field(default=1, metadata={"help": "Base steps per meta step."})
@@ -76,9 +113,12 @@ class MetaTrainingArguments(TrainingArguments):
         default=0.5,
         metadata={"help": "Share of each draw of meta rows that judges (outer loss); the rest joins the train rows."},
     )
-    per_device_meta_batch_size: int = field(default=12, metadata={"help": "Meta rows drawn per micro-batch and device."})
+    per_device_meta_batch_size: int = field(
+        default=12, metadata={"help": "Meta rows drawn per micro-batch and device."}
+    )
     meta_dropout: bool = field(
-        default=False, metadata={"help": "Keep dropout on in meta passes (shared masks, unless the estimator draws its own)."}
+        default=False,
+        metadata={"help": "Keep dropout on in meta passes (shared masks, unless the estimator draws its own)."},
     )
     meta_seed: int | None = field(
         default=None, metadata={"help": "Seed of the meta rows' order and of the estimator's noise (default: seed)."}
@@ -94,10 +134,12 @@ class MetaTrainingArguments(TrainingArguments):
         },
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Drop columns that the model's forward does not name (off: losses read others)."}
+        default=False,
+        metadata={"help": "Drop columns that the model's forward does not name (off: losses read others)."},
     )
 
     def __post_init__(self) -> None:
+        self.estimator_kwargs = _mapping("estimator_kwargs", self.estimator_kwargs)
         super().__post_init__()
         self._check_sizes()
         if self.meta_order not in META_ORDERS:
@@ -105,48 +147,59 @@ class MetaTrainingArguments(TrainingArguments):
         optimizer_class(self.meta_optim, "meta_optim")
         if self.optimizer_class is not None:
             optimizer_class(self.optimizer_class, "optimizer_class")
-        try:
-            self.meta_lr_scheduler_type = SchedulerType(self.meta_lr_scheduler_type)
-        except ValueError:
-            valid = [kind.value for kind in SchedulerType]
-            raise ValueError(unknown("meta_lr_scheduler_type", str(self.meta_lr_scheduler_type), valid)) from None
+        schedule = getattr(self.meta_lr_scheduler_type, "value", self.meta_lr_scheduler_type)
+        if schedule not in META_SCHEDULES:
+            raise ValueError(unknown("meta_lr_scheduler_type", str(schedule), META_SCHEDULES))
+        self.meta_lr_scheduler_type = SchedulerType(schedule)
         if self.meta_seed is None:
             self.meta_seed = self.seed
         self.make_estimator()
 
     def make_estimator(self) -> Estimator | None:
         """The configured estimator; None for `none`."""
-        settings = self.estimator_kwargs or {}
-        if not isinstance(settings, dict):
-            raise ValueError(f"estimator_kwargs must be a mapping of the estimator's fields, not {settings!r}")
+        settings = _mapping("estimator_kwargs", self.estimator_kwargs)
         if self.estimator == NO_ESTIMATOR:
             return None
         if self.estimator not in ESTIMATORS:
             raise ValueError(unknown("estimator", self.estimator, [*ESTIMATORS, NO_ESTIMATOR]))
-        return make_estimator(self.estimator, **settings)
+        return make_estimator(self.estimator, **(settings or {}))
 
     def _check_sizes(self) -> None:
         checks: list[tuple[str, bool, str]] = [
-            ("learning_rate", _at_least(self.learning_rate, 0), "a number of at least 0"),
-            ("weight_decay", _at_least(self.weight_decay, 0), "a number of at least 0"),
-            ("max_grad_norm", _at_least(self.max_grad_norm, 0), "a number of at least 0 (0: no clipping)"),
-            ("num_train_epochs", _at_least(self.num_train_epochs, 0), "a number of at least 0"),
-            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
-            ("per_device_eval_batch_size", self.per_device_eval_batch_size >= 1, "at least 1"),
-            ("meta_learning_rate", _at_least(self.meta_learning_rate, 0), "a number of at least 0"),
-            ("meta_weight_decay", _at_least(self.meta_weight_decay, 0), "a number of at least 0"),
-            ("meta_adam_epsilon", _at_least(self.meta_adam_epsilon, 0), "a number of at least 0"),
-            ("meta_warmup_steps", _at_least(self.meta_warmup_steps, 0), "a number of at least 0"),
-            ("meta_max_grad_norm", self.meta_max_grad_norm is None or 0 < self.meta_max_grad_norm < math.inf, "above 0"),
-            ("meta_every", self.meta_every >= 1, "at least 1"),
-            ("meta_portion", 0 <= self.meta_portion <= 1, "between 0 and 1"),
-            ("per_device_meta_batch_size", self.per_device_meta_batch_size >= 1, "at least 1"),
-            ("max_skipped_meta_steps", self.max_skipped_meta_steps >= 1, "at least 1"),
+            *((name, _is_number(getattr(self, name)), "a number of at least 0") for name in _NUMBERS),
+            *((name, _is_count(getattr(self, name)), "a whole number of at least 1") for name in _COUNTS),
+            ("meta_portion", _is_number(self.meta_portion) and self.meta_portion <= 1, "a number between 0 and 1"),
+            ("num_train_epochs", self.num_train_epochs > 0, "above 0"),
+            ("max_steps", self.max_steps == -1 or self.max_steps >= 1, "at least 1, or -1 to count epochs"),
+            ("label_smoothing_factor", self.label_smoothing_factor == 0, "0: the losses are the task's own"),
+            *((name, 0 <= getattr(self, name) < 1, "a number of at least 0 and below 1") for name in _BETAS),
+            *((name, _is_number(getattr(self, name) or 1), "a number above 0") for name in _INTERVALS),
         ]
+        if self.meta_max_grad_norm is not None:
+            positive = _is_number(self.meta_max_grad_norm) and self.meta_max_grad_norm > 0
+            checks.append(("meta_max_grad_norm", positive, "a number above 0 (leave it out for no clipping)"))
         for name, holds, what in checks:
             if not holds:
-                raise ValueError(f"{name} must be {what}, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
 
 
-def _at_least(value: float, low: float) -> bool:
-    return low <= value < math.inf
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """A mapping that may be given as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'{name} must be a mapping, as in {{"copies": 8}}, and {value!r} is not JSON: {error}'
+            ) from None
+    if value is None or isinstance(value, dict):
+        return value
+    raise ValueError(f'{name} must be a mapping, as in {{"copies": 8}}, not {value!r}')

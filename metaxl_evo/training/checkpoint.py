@@ -16,17 +16,19 @@ LATEST = ("latest", "true")
 NEEDED = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, META_STATE)
 
 
-def find_checkpoint(wanted: str | bool | None, output_dir: str | Path) -> str | None:
+def find_checkpoint(wanted: str | None, output_dir: str | Path) -> str | None:
     """The checkpoint folder to resume from; None to start anew, which `latest` also does where there is no checkpoint.
 
     Raises:
         ValueError: naming the file that is missing or damaged, and what to do.
     """
-    if wanted is None or wanted is False:
+    if wanted is None:
         return None
     if str(wanted).lower() not in LATEST:
         if not Path(wanted).is_dir():
-            raise ValueError(f"resume_from_checkpoint: {wanted} is not a folder: give a checkpoint-N folder, or `latest`")
+            raise ValueError(
+                f"resume_from_checkpoint: {wanted} is not a folder: give a checkpoint-N folder, or `latest`"
+            )
         found: str | None = str(wanted)
     else:
         found = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None

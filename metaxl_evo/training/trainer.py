@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections import defaultdict
@@ -57,9 +58,16 @@ class MetaTrainer(Trainer):
     ):
         self.estimator: Estimator | None = args.make_estimator()
         _refuse_launch(args, self.estimator)
+        if args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                f"{type(model).__name__} has its own losses: leave out label_smoothing_factor and compute_loss_func"
+            )
         if self.estimator is not None:
-            if meta_dataset is None:
-                raise ValueError(f"estimator {args.estimator!r} needs meta rows: give meta_dataset, or set estimator: none")
+            if meta_dataset is None or args.meta_portion == 0:
+                raise ValueError(
+                    f"estimator {args.estimator!r} needs meta rows: give meta_dataset and a meta_portion above 0, "
+                    "or set estimator: none"
+                )
             self.estimator.check(model.problem(SGD(0.0)), model.base_parameters(), model.meta_parameters())
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), _MetaSteps(self)], **kwargs)
         self.loss_is_scaled_for_ga = True  # the module divides by the totals of the window
@@ -231,6 +239,25 @@ class MetaTrainer(Trainer):
         else:
             self._skip(result)
 
+    def estimate(self, estimator: Estimator) -> Hypergradient:
+        """The hypergradient, by any estimator, of a step to come from here over the last window; nothing is changed.
+
+        Raises:
+            ValueError: where the estimator cannot serve this task or optimiser.
+        """
+        rule, state = self._update_rule(estimator)
+        train_window, meta_window = self._window
+        return hypergradient(
+            self.model.problem(rule, dropout=self.args.meta_dropout),
+            estimator,
+            self.model.base_parameters(),
+            self.model.meta_parameters(),
+            train_window,
+            meta_window,
+            generator=torch.Generator().manual_seed(mix_seed(_meta_seed(self.args), 1, self.state.global_step)),
+            update_state=state,
+        )
+
     def _apply(self, result: Hypergradient) -> None:
         assert self.meta_optimizer is not None
         self._skipped_in_a_row = 0
@@ -257,10 +284,11 @@ class MetaTrainer(Trainer):
                 "lower learning_rate or meta_learning_rate, set meta_max_grad_norm, or raise max_skipped_meta_steps"
             )
 
-    def _update_rule(self) -> tuple[UpdateRule, UpdateState]:
+    def _update_rule(self, estimator: Estimator | None = None) -> tuple[UpdateRule, UpdateState]:
         """The inner update as the optimiser makes it now; a placeholder where the estimator does not differentiate it."""
-        assert self.estimator is not None
-        if not self.estimator.needs_update_rule:
+        estimator = estimator or self.estimator
+        assert estimator is not None
+        if not estimator.needs_update_rule:
             return SGD(0.0), {"step": 0, "momentum_buffer": {}}
         names = {parameter: name for name, parameter in self.model.base_parameters().items()}
         limit = self.args.max_grad_norm or None
@@ -400,7 +428,7 @@ def _meta_seed(args: MetaTrainingArguments) -> int:
 
 
 def _accepted(cls: type[torch.optim.Optimizer]) -> Any:
-    return cls.__init__.__code__.co_varnames
+    return inspect.signature(cls).parameters
 
 
 def _optimizer_settings(args: MetaTrainingArguments) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -79,10 +79,10 @@ def clipped(rule: UpdateRule, max_grad_norm: float | None) -> UpdateRule:
     return type(rule)(**(vars(rule) | {"max_grad_norm": max_grad_norm}))
 
 
-def torch_optimizer(name: str, params: list[Tensor], **extra: Any) -> torch.optim.Optimizer:
+def torch_optimizer(name: str, params: Sequence[Tensor], **extra: Any) -> torch.optim.Optimizer:
     _, cls, groups = RULES[name]
     given = [{"params": [p], **group} for p, group in zip(params, groups, strict=True)]
-    return cls(given, **extra)  # type: ignore[call-arg]
+    return cls(given, **extra)
 
 
 def error(found: Tree, expected: Tree) -> float:
@@ -353,7 +353,7 @@ REFUSED: dict[str, tuple[Callable[[list[Tensor]], torch.optim.Optimizer], str]] 
     "maximize": (lambda p: torch.optim.SGD(p, maximize=True), "SGD.maximize=True"),
     "dampening": (lambda p: torch.optim.SGD(p, momentum=0.9, dampening=0.1), "dampening=0"),
     "groups that differ": (
-        lambda p: torch.optim.SGD([{"params": p[:1], "momentum": 0.9}, {"params": p[1:]}]),
+        lambda p: torch.optim.SGD([{"params": p[:1], "momentum": 0.9}, {"params": p[1:], "momentum": 0.0}]),
         "differ in 'momentum'",
     ),
     "a parameter it does not hold": (lambda p: torch.optim.SGD(p[:1]), r"does not hold.*\['b'\]"),

@@ -247,13 +247,15 @@ def tagger(attention: str = "eager", dtype: torch.dtype = torch.float64) -> Toy:
     """A tiny XLM-R token classifier (no dropout), a residual meta net on the last hidden states of its train rows."""
     from transformers import XLMRobertaConfig, XLMRobertaForTokenClassification
 
+    options: dict[str, Any] = {"num_labels": 3, "attn_implementation": attention}
     config = XLMRobertaConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3,
-        max_position_embeddings=16, pad_token_id=1, initializer_range=0.2, attn_implementation=attention,
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=16, pad_token_id=1, initializer_range=0.2, **options,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = XLMRobertaForTokenClassification(config).to(dtype).eval()
+        model = XLMRobertaForTokenClassification(config).eval()
+        model = model.double() if dtype == torch.float64 else model
     w = {name: parameter.detach() for name, parameter in model.named_parameters()}
     lam = {
         "down": _random(61, dtype, 6, 16, scale=0.4),
@@ -296,6 +298,16 @@ TOYS: dict[str, Callable[[torch.dtype], Toy]] = {
 
 
 # Helpers -------------------------------------------------------------------------------------------------------------
+
+
+def logged(fn: Callable[..., Tensor], calls: list[Any]) -> Callable[..., Tensor]:
+    """`fn`, which first notes the arguments of every call."""
+
+    def run(*inputs: Any) -> Tensor:
+        calls.append(inputs)
+        return fn(*inputs)
+
+    return run
 
 
 def flat(tree: Tree) -> Tensor:

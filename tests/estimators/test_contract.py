@@ -27,6 +27,7 @@ from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
 from tests.estimators.problems import (
     TOYS,
     Toy,
+    logged,
     network,
     numerical_error,
     once_differentiable,
@@ -245,7 +246,8 @@ def test_nothing_around_is_changed(name: str, settings: dict[str, Any], toy_name
     frozen.requires_grad_(False)
     before, batches = snapshot(toy, made), copy.deepcopy((toy.train, toy.val))
 
-    for options in ({}, {"made": made}):
+    choices: list[dict[str, Any]] = [{}, {"made": made}]
+    for options in choices:
         result = estimate(build(name, settings), toy, **options)
         assert not any(leaf.requires_grad for leaf in result.grads.values())
         assert not result.outer_loss.requires_grad
@@ -341,26 +343,22 @@ def test_after_the_step_it_judges_the_point_it_says(name: str, settings: dict[st
 def test_declared_cost_is_the_counted_cost(name: str, settings: dict[str, Any], toy_name: str, made: bool) -> None:
     toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
     plain = replace(toy, problem=replace(toy.problem, stop_gradients=False, split=None))
-    options = {"made": step_made(toy)} if made else {}
+    options: dict[str, Any] = {"made": step_made(toy)} if made else {}
     assert estimate(estimator, plain, **options).counts == estimator.cost(step_made=made)
 
 
 @on_pairs
 def test_counts_are_the_calls_of_the_losses(name: str, settings: dict[str, Any], toy_name: str) -> None:
     """Each forward, double backward, jvp and suffix is one evaluation of a loss or of a split's half."""
-    toy, calls = TOYS[toy_name](torch.float64), []
-    problem = toy.problem
-
-    def counted(loss: Any) -> Any:
-        return lambda *inputs: (calls.append(loss), loss(*inputs))[1]
-
-    split = problem.split and replace(
-        problem.split, hidden=counted(problem.split.hidden), loss=counted(problem.split.loss)
+    toy, calls = TOYS[toy_name](torch.float64), list[Any]()
+    problem, split = toy.problem, toy.problem.split
+    watched = replace(
+        problem,
+        inner_loss=logged(problem.inner_loss, calls),
+        outer_loss=logged(problem.outer_loss, calls),
+        split=split and replace(split, hidden=logged(split.hidden, calls), loss=logged(split.loss, calls)),
     )
-    inner, outer = counted(problem.inner_loss), counted(problem.outer_loss)
-    counts = estimate(
-        build(name, settings), replace(toy, problem=replace(problem, inner_loss=inner, outer_loss=outer, split=split))
-    ).counts
+    counts = estimate(build(name, settings), replace(toy, problem=watched)).counts
     assert counts.forwards + counts.hvps + counts.jvps + counts.suffixes == len(calls)
 
 
@@ -401,7 +399,7 @@ def test_properties_have_the_promised_types(name: str, settings: dict[str, Any])
     estimator = build(name, settings)
     flags = (
         estimator.second_order, estimator.needs_forward_ad, estimator.online, estimator.differentiates_value,
-        estimator.tunes_optimizer, estimator.requires_direct_term, estimator.stochastic,
+        estimator.tunes_optimizer, estimator.needs_update_rule, estimator.requires_direct_term, estimator.stochastic,
     )  # fmt: skip
     assert all(isinstance(flag, bool) for flag in flags)
     assert estimator.exact in ("always", "at optimum", "in expectation", "never")
@@ -422,6 +420,18 @@ def test_noise_is_what_makes_an_estimator_stochastic(name: str, settings: dict[s
     one, same, other = (estimate(estimator, toy, seed=seed).grads for seed in (5, 5, 6))
     assert all(torch.equal(one[n], same[n]) for n in one)
     assert (relative_error(other, one) > 1e-9) is estimator.stochastic
+
+
+@on_pairs
+def test_only_those_that_say_so_read_the_update_rule(name: str, settings: dict[str, Any], toy_name: str) -> None:
+    """A caller may put a placeholder where `needs_update_rule` is False."""
+    toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
+    expected = estimate(estimator, toy).grads
+    placeholder = replace(toy, problem=replace(toy.problem, update=SGD(0.0)))
+    state = {"step": 0, "momentum_buffer": {}}
+    found = estimate(estimator, placeholder, update_state=state).grads
+    same = all(torch.equal(found[n], expected[n]) for n in expected)
+    assert same is not estimator.needs_update_rule
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -511,8 +521,9 @@ def test_injected_noise_must_be_a_sample() -> None:
 def test_parameters_must_be_floating_point_and_there(which: str) -> None:
     toy = quadratic(torch.float64)
     for bad, said in (({}, "empty"), ({"k": torch.arange(3)}, "floating point")):
+        given: dict[str, Any] = {which: bad}
         with pytest.raises(ValueError, match=f"{which}.*{said}"):
-            estimate(make_estimator("one_step"), replace(toy, **{which: bad}))
+            estimate(make_estimator("one_step"), replace(toy, **given))
 
 
 def test_the_outer_loss_may_ignore_everything() -> None:

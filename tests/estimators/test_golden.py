@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from tests.estimators.problems import (
     Quadratic,
     Toy,
     golden,
+    logged,
     network,
     one_dimensional,
     quadratic,
@@ -71,18 +73,25 @@ def plus_minus(rows: Tensor) -> Tensor:
 # The golden table (section 7.3) --------------------------------------------------------------------------------------
 
 T1_T2 = (-0.0478783994, 0.0209980686)
+K_RMD = (-0.0478188039, 0.0241208200)
+
+
+def one(estimator: Estimator) -> Hypergradient:
+    return estimate(golden(), estimator)
+
+
+def after_8(estimator: Estimator) -> Hypergradient:
+    return episode(golden(), estimator, 8)
+
+
+def episode(toy: Toy, estimator: Estimator, steps: int) -> Hypergradient:
+    return run_episode(toy.problem, estimator, toy.w, toy.lam, [toy.train] * steps, toy.val)
+
+
 GOLDEN: dict[str, tuple[Callable[[], Hypergradient], tuple[float, float]]] = {
-    "first_order": (lambda: estimate(golden(), FirstOrder()), (-0.05, 0.025)),
-    **{
-        f"one_step {name}": (lambda estimator=estimator: estimate(golden(), estimator), T1_T2)
-        for name, estimator in ENGINES.items()
-    },
-    **{
-        f"one_step {name}, after 8 steps (K-RMD, K=1)": (
-            lambda estimator=estimator: episode(golden(), estimator, 8), (-0.0478188039, 0.0241208200)
-        )
-        for name, estimator in ENGINES.items()
-    },
+    "first_order": (partial(one, FirstOrder()), (-0.05, 0.025)),
+    **{f"one_step {name}": (partial(one, estimator), T1_T2) for name, estimator in ENGINES.items()},
+    **{f"one_step {name}, K-RMD K=1": (partial(after_8, estimator), K_RMD) for name, estimator in ENGINES.items()},
     "evograd, two perturbations": (
         lambda: estimate(
             golden(), EvoGrad(temperature=0.05),
@@ -95,10 +104,6 @@ GOLDEN: dict[str, tuple[Callable[[], Hypergradient], tuple[float, float]]] = {
         (-0.0495628371, 0.0241212593),
     ),
 }  # fmt: skip
-
-
-def episode(toy: Toy, estimator: Estimator, steps: int) -> Hypergradient:
-    return run_episode(toy.problem, estimator, toy.w, toy.lam, [toy.train] * steps, toy.val)
 
 
 @pytest.mark.parametrize("row", GOLDEN)
@@ -120,6 +125,30 @@ def test_golden_learning_rate(name: str) -> None:
     found = estimate(toy, ENGINES[name]).grads
     assert abs(float(found["eta"]) + 0.0746070548) < 1e-9
     torch.testing.assert_close(found["lam"], torch.tensor(T1_T2, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("made", [False, True], ids=["lookahead", "step_made"])
+def test_learned_rate_decay_and_momentum_in_mid_run(name: str, made: bool) -> None:
+    """All of the optimiser's numbers and the loss's own lam at once, against autograd through a written-out step."""
+    numbers = {"eta": 0.1, "decay": 0.3, "mom": 0.8}
+    toy = golden(update=SGD("eta", "decay", momentum="mom"))
+    toy = replace(toy, lam=toy.lam | {k: torch.tensor(x, dtype=torch.float64) for k, x in numbers.items()})
+    buffer = torch.tensor([0.4, -0.7], dtype=torch.float64)
+    state: UpdateState = {"step": 3, "momentum_buffer": {"th": buffer}}
+
+    th = toy.w["th"].clone().requires_grad_()
+    lam = {k: x.clone().requires_grad_() for k, x in toy.lam.items()}
+    (g,) = torch.autograd.grad(toy.problem.inner_loss({"th": th}, lam, toy.train), th, create_graph=True)
+    moved = lam["mom"] * buffer + g + lam["decay"] * th
+    after = th - lam["eta"] * moved
+    outer = toy.problem.outer_loss({"th": after}, lam, toy.val)
+    expected = dict(zip(lam, torch.autograd.grad(outer, list(lam.values())), strict=True))
+
+    after_state: UpdateState = {"step": 4, "momentum_buffer": {"th": moved.detach()}}
+    step = StepMade({"th": after.detach()}, {"th": g.detach()}, after_state) if made else None
+    found = estimate(toy, ENGINES[name], update_state=state, made=step).grads
+    assert relative_error(found, expected) < (1e-9 if name == "finite_difference" else 1e-12)
 
 
 def test_an_episode_returns_the_weights_after_its_last_step() -> None:
@@ -312,7 +341,7 @@ def test_evograd_is_autograd_over_all_copies(make: Callable[[torch.dtype], Toy],
     assert relative_error(found, by_autograd(toy, noise, 0.5, copies_form=True)) < 1e-9
 
 
-HEAD = {"parameters": r"^head\.", "sigma": 0.05, "temperature": 0.5}
+HEAD: dict[str, Any] = {"parameters": r"^head\.", "sigma": 0.05, "temperature": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -347,12 +376,10 @@ def test_the_split_is_left_alone_where_it_does_not_fit(settings: dict[str, Any])
 def test_head_only_noise_moves_the_head_only() -> None:
     toy = split_network(torch.float64)
     estimator = EvoGrad(**HEAD)
-    judged: list[Tree] = []
-    problem = replace(
-        toy.problem, outer_loss=lambda w, lam, batch: (judged.append(w), toy.problem.outer_loss(w, lam, batch))[1]
-    )
+    calls: list[Any] = []
+    problem = replace(toy.problem, outer_loss=logged(toy.problem.outer_loss, calls))
     estimate(replace(toy, problem=problem), estimator)
-    (value,) = judged
+    ((value, _, _),) = calls
     assert {n for n, x in toy.w.items() if not torch.equal(x, value[n])} == {"head.weight", "head.bias"}
 
 
@@ -368,16 +395,12 @@ def test_seeds_of_the_generator_are_the_seeds_of_the_estimate() -> None:
 @pytest.mark.parametrize("noise", ["sign", "gaussian"])
 def test_copies_differ_and_antithetic_ones_mirror_each_other(noise: Any) -> None:
     toy = split_network(torch.float64)
-    seen: list[Tree] = []
-    inner = toy.problem.inner_loss
-    problem = replace(
-        toy.problem,
-        split=None,
-        inner_loss=lambda w, lam, b: (seen.append(tree.add(w, toy.w, -1.0)), inner(w, lam, b))[1],
-    )
+    calls: list[Any] = []
+    problem = replace(toy.problem, split=None, inner_loss=logged(toy.problem.inner_loss, calls))
     for antithetic in (False, True):
-        seen.clear()
+        calls.clear()
         estimate(replace(toy, problem=problem), EvoGrad(copies=4, sigma=0.1, noise=noise, antithetic=antithetic))
+        seen = [tree.add(w, toy.w, -1.0) for w, _, _ in calls]
         body = [one["body.weight"] for one in seen]
         assert not torch.allclose(body[0], body[2])
         assert torch.allclose(body[0], -body[1], atol=1e-12) is antithetic
@@ -449,7 +472,7 @@ def peak(toy: Toy, estimator: Estimator) -> int:
 @pytest.mark.parametrize("split", [False, True], ids=["full", "split"])
 def test_memory_is_flat_in_the_number_of_copies(split: bool) -> None:
     toy, lam_bytes = wide_problem(split)
-    settings = {"parameters": "head"} if split else {}
+    settings: dict[str, Any] = {"parameters": "head"} if split else {}
     few, many = (peak(toy, EvoGrad(copies=copies, **settings)) for copies in (2, 16))
     small = 4 * 1024
     assert few > 4 * tree.size(toy.w), "the counter must see at least one perturbed copy"
@@ -519,7 +542,7 @@ def test_one_step_engines_on_a_transformer(transformer: Toy, when: str) -> None:
 @pytest.mark.parametrize("when", STATES)
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_step_that_torch_made(transformer: Toy, name: str, when: str) -> None:
-    """torch's own Adam and clip_grad_norm_ make the step; the rule and the state are read off the optimiser after it."""
+    """torch's own Adam and clip_grad_norm_ make the step; rule and state are read off the optimiser after it."""
     params = {n: torch.nn.Parameter(x.clone()) for n, x in transformer.w.items()}
     optimizer = torch.optim.Adam(list(params.values()), lr=1e-2, eps=1e-4)
     state = transformer.problem.update.init(transformer.w)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
-from datasets.info import DatasetInfo
-from datasets.splits import SplitDict, SplitInfo
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from metaxl_evo.ner import sources
 from metaxl_evo.ner.data import encode, load_ner_dataset, overlap, sample
+from tests.hub_cache import prepare_dataset_cache, run_python
 
 WIKIANN_NAMES = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
 TWO_SENTENCES = "xx:Ada\tB-PER\nxx:Lovelace\tI-PER\nxx:wrote\tO\n\nxx:Paris\tB-LOC\nxx:.\tO\n"
@@ -139,48 +134,8 @@ def test_parquet_shards_with_class_labels(tmp_path: Path) -> None:
     assert tags_of(train) == [["B-PER"], ["O"]]
 
 
-def run_python(code: str, home: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code with an own Hugging Face home, whose place is read when the libraries are imported."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    path = os.pathsep.join([str(Path(sources.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = inherited | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path} | environment
-    finished = subprocess.run(
-        [sys.executable, "-c", code, *argv], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished
-
-
-def prepare_hub_cache(home: Path, languages: tuple[str, ...]) -> None:
-    """What `load_dataset("unimelb-nlp/wikiann", language)` leaves in the cache."""
-    features = Features(
-        {
-            "tokens": List(Value("string")),
-            "ner_tags": List(ClassLabel(names=["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"])),
-            "langs": List(Value("string")),
-        }
-    )
-    for language in languages:
-        folder = home / "datasets/unimelb-nlp___wikiann" / language / "0.0.0" / "0123456789abcdef"
-        folder.mkdir(parents=True)
-        splits = SplitDict()
-        for split in ("train", "validation"):
-            with ArrowWriter(path=str(folder / f"wikiann-{split}.arrow"), features=features) as writer:
-                writer.write({"tokens": [split, "Lima"], "ner_tags": [0, 5], "langs": [language] * 2})
-                n_examples, n_bytes = writer.finalize()
-            splits.add(SplitInfo(split, num_bytes=n_bytes, num_examples=n_examples, dataset_name="wikiann"))
-        DatasetInfo(
-            features=features,
-            builder_name="parquet",
-            dataset_name="wikiann",
-            config_name=language,
-            version="0.0.0",
-            splits=splits,
-        ).write_to_directory(str(folder))
-
-
 def test_hub_id_from_the_offline_cache(tmp_path: Path) -> None:
-    prepare_hub_cache(tmp_path, ("qu", "gn"))
+    prepare_dataset_cache(tmp_path, ("qu", "gn"))
     code = """
 from metaxl_evo.ner.data import load_ner_dataset
 loaded = load_ner_dataset("unimelb-nlp/wikiann", ["qu", "gn"], splits=["train", "dev"])

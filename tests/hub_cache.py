@@ -1,0 +1,81 @@
+"""What the Hub leaves on disk, made without it: a Hugging Face home with prepared data sets and model snapshots."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from datasets import ClassLabel, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from datasets.info import DatasetInfo
+from datasets.splits import SplitDict, SplitInfo
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NAMES = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]  # in the order of unimelb-nlp/wikiann
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+Sentence = tuple[Sequence[str], Sequence[int]]
+TWO_WORDS: Mapping[str, Sequence[Sentence]] = {split: [((split, "Lima"), (0, 5))] for split in ("train", "validation")}
+
+
+def run_in_home(
+    command: Sequence[str], home: Path, *, timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with an own, offline Hugging Face home, whose place is read when the libraries are imported."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = inherited | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def run_python(code: str, home: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code that must succeed with an own Hugging Face home."""
+    finished = run_in_home([sys.executable, "-c", code, *argv], home, **environment)
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+def prepare_dataset_cache(
+    home: Path, languages: Sequence[str], splits: Mapping[str, Sequence[Sentence]] = TWO_WORDS
+) -> None:
+    """What `load_dataset("unimelb-nlp/wikiann", language)` leaves in the cache; tags are indices of NAMES."""
+    features = Features(
+        {
+            "tokens": List(Value("string")),
+            "ner_tags": List(ClassLabel(names=NAMES)),
+            "langs": List(Value("string")),
+        }
+    )
+    for language in languages:
+        folder = home / "datasets/unimelb-nlp___wikiann" / language / "0.0.0" / "0123456789abcdef"
+        folder.mkdir(parents=True)
+        written = SplitDict()
+        for split, sentences in splits.items():
+            with ArrowWriter(path=str(folder / f"wikiann-{split}.arrow"), features=features) as writer:
+                for tokens, tags in sentences:
+                    writer.write({"tokens": list(tokens), "ner_tags": list(tags), "langs": [language] * len(tokens)})
+                n_examples, n_bytes = writer.finalize()
+            written.add(SplitInfo(split, num_bytes=n_bytes, num_examples=n_examples, dataset_name="wikiann"))
+        DatasetInfo(
+            features=features,
+            builder_name="parquet",
+            dataset_name="wikiann",
+            config_name=language,
+            version="0.0.0",
+            splits=written,
+        ).write_to_directory(str(folder))
+
+
+def prepare_model_cache(home: Path, model_id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """What downloading a model leaves in the cache; returns its snapshot folder."""
+    repository = home / "hub" / f"models--{model_id.replace('/', '--')}"
+    snapshot = repository / "snapshots" / COMMIT
+    model.save_pretrained(snapshot)
+    tokenizer.save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(COMMIT, encoding="utf-8")
+    return snapshot

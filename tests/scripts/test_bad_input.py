@@ -1,0 +1,364 @@
+"""Bad input to `train_ner`: one clear line with the fix, before any training, and nothing of the user's changed."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from transformers import AlbertConfig, AlbertModel, AutoTokenizer, ResNetConfig, ResNetModel
+
+from metaxl_evo.training.trainer import MetaTrainer
+from tests.scripts.runs import train, write_data
+
+Settings = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """What a case may use: a folder to prepare things in, good data, a model without and one with a head."""
+
+    folder: Path
+    data: Path
+    model: Path
+    trained: Path
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Asserts that a run is refused by one line that matches, without a training step or a change to its folder."""
+
+    def no_step(self: MetaTrainer, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a training step was made")
+
+    monkeypatch.setattr(MetaTrainer, "training_step", no_step)
+
+    def assert_refused(message: str, model: Path, data: Path, output: Path, *options: str, **settings: Any) -> None:
+        before = contents(output)
+        with pytest.raises((ValueError, OSError)) as caught:
+            train(model, data, output, *options, **settings)
+        text = str(caught.value)
+        assert re.search(message, text), text
+        assert "\n" not in text
+        assert contents(output) == before
+
+    return assert_refused
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+# Settings: what is given, and what the one line says
+
+SETTINGS: list[tuple[Settings, str]] = [
+    ({"estimator": "evogard"}, "unknown estimator 'evogard': did you mean 'evograd'"),
+    ({"estimator": "evograd", "estimator_kwargs": '{"copys": 8}'}, "copys.*copies"),
+    ({"estimator": "evograd", "estimator_kwargs": '{"temperature": -1}'}, "temperature must be a positive number"),
+    ({"estimator": "evograd", "estimator_kwargs": '{"copies": 1}'}, "copies must be an integer of at least 2"),
+    (
+        {"estimator_kwargs": '{"engine": "fast"}'},
+        "engine 'fast': Valid: auto, double_backward, jvp, finite_difference",
+    ),
+    ({"estimator_kwargs": "copies"}, "estimator_kwargs"),
+    ({"config": "YAML meta_lr: 1"}, r"run\.yaml:1: unknown key 'meta_lr': .*Valid: "),
+    ({"config": "YAML learning_rate: [1, 2]"}, r"run\.yaml:1: learning_rate: expected one value, found a list"),
+    ({"leaning_rate": 1}, "unknown option '--leaning_rate': did you mean '--learning_rate'"),
+    ({"method": "metaxxl"}, "unknown method 'metaxxl': did you mean 'metaxl'.*zero_shot"),
+    ({"rtn_kind": "gated"}, "unknown rtn_kind 'gated': .*gated_tied, gated_untied, perceptron, transformer"),
+    ({"select": "best"}, "unknown select 'best': Valid: dev, last"),
+    ({"meta_order": "before"}, "unknown meta_order 'before': .*Valid: after_step, lookahead"),
+    ({"target_languages": "beruu"}, "'beruu': did you mean 'beru'.* Valid: aru, beru, celu"),
+    ({"target_languages": "beru,aruu"}, "'aruu': did you mean 'aru'"),
+    ({"source_languages": "arru"}, "'arru': did you mean 'aru'"),
+    ({"target_languages": "aru"}, "aru is both a source and a target language"),
+    ({"target_train_size": 1}, "target beru: .* has 1 rows, too few for one step: a step needs 2"),
+    ({"per_device_meta_batch_size": 1}, "a draw of meta rows has 1 rows, too few for one step"),
+    ({"rtn_layers": 3}, "rtn_layers: 3 is not a layer of XLMRobertaForTokenClassification: valid are 1 to 2"),
+    ({"rtn_layers": "0,1"}, "rtn_layers: 0 is not a layer"),
+    ({"rtn_module_path": "roberta.layers"}, "no encoder layers to hook at roberta.layers: set rtn_module_path"),
+    ({"learning_rate": "nan"}, "learning_rate must be a number of at least 0, not nan"),
+    ({"learning_rate": -1}, "learning_rate must be a number of at least 0, not -1"),
+    ({"learning_rate": "fast"}, "learning_rate: expected a number, found 'fast'"),
+    ({"meta_learning_rate": "inf"}, "meta_learning_rate must be a number"),
+    ({"weight_decay": -0.1}, "weight_decay must be"),
+    ({"max_grad_norm": "nan"}, "max_grad_norm must be"),
+    ({"meta_max_grad_norm": 0}, "meta_max_grad_norm must be .*above 0"),
+    ({"warmup_steps": -5}, "warmup_steps"),
+    ({"adam_beta1": 1.5}, "adam_beta1 must be"),
+    ({"train_size": 0}, "train_size must be at least 1, not 0"),
+    ({"target_train_size": -3}, "target_train_size must be at least 1, not -3"),
+    ({"train_size": "many"}, "train_size: expected an integer, found 'many'"),
+    ({"eval_size": 0}, "eval_size must be at least 1"),
+    ({"rtn_bottleneck": 0}, "rtn_bottleneck must be at least 1"),
+    ({"max_length": 2}, "max_length must be at least 8"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be .*at least 1"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be .*at least 1"),
+    ({"max_steps": 0}, "max_steps must be at least 1, or -1"),
+    ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs must be above 0"),
+    ({"meta_every": 0}, "meta_every must be .*at least 1"),
+    ({"meta_portion": 1.5}, "meta_portion must be .*between 0 and 1"),
+    ({"logging_steps": -3}, "logging_steps must be"),
+    ({"seed": -1}, "[Ss]eed must be between 0"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+    ({"optimizer_class": "Adan"}, "unknown optimizer_class 'Adan': did you mean 'Adam"),
+    ({"resume_from_checkpoint": "/absent/checkpoint-3"}, "/absent/checkpoint-3 is not a folder: give a checkpoint-N"),
+    (
+        {"resume_from_checkpoint": "/absent/checkpoint-3", "target_languages": "beru,celu"},
+        "one checkpoint cannot continue several targets: use latest, or one target",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), SETTINGS)
+def test_settings(
+    tmp_path: Path, data: Path, model: Path, refused: Callable[..., None], settings: Settings, message: str
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine", encoding="utf-8")
+    settings = dict(settings)
+    if "config" in settings:
+        (tmp_path / "run.yaml").write_text(settings["config"].removeprefix("YAML "), encoding="utf-8")
+        settings["config"] = tmp_path / "run.yaml"
+    refused(message, model, data, output, **settings)
+
+
+# Data and models
+
+
+def missing_split(place: Place) -> Settings:
+    return {"dataset": write_data(place.folder / "data", splits=("train", "dev"))}
+
+
+def malformed_tag(place: Place) -> Settings:
+    return {"dataset": changed(place, "aru/train", "aru:Kalu\tPER\n")}
+
+
+def not_a_line(place: Place) -> Settings:
+    return {"dataset": changed(place, "beru/test", "just a word\n")}
+
+
+def empty_file(place: Place) -> Settings:
+    return {"dataset": changed(place, "beru/dev", "")}
+
+
+def another_label(place: Place) -> Settings:
+    return {"dataset": changed(place, "beru/test", "beru:Monday\tB-DATE\n")}
+
+
+def label_beyond_the_head(place: Place) -> Settings:
+    changed(place, "aru/train", "aru:Monday\tB-DATE\n")
+    return {"dataset": place.folder / "data", "model_name_or_path": place.trained}
+
+
+def second_target_too_small(place: Place) -> Settings:
+    return {"dataset": changed(place, "celu/train", "celu:Kalu\tB-PER\n"), "target_languages": "beru,celu"}
+
+
+def data_script(place: Place) -> Settings:
+    return {"dataset": "wikiann.py"}
+
+
+def data_script_in_its_folder(place: Place) -> Settings:
+    folder = write_data(place.folder / "family")
+    (folder / "family.py").write_text("", encoding="utf-8")
+    return {"dataset": folder}
+
+
+def data_that_cannot_be_reached(place: Place) -> Settings:
+    return {"dataset": "no-such-organisation-here/absent"}
+
+
+def data_folder_that_is_not_there(place: Place) -> Settings:
+    return {"dataset": place.folder / "absent/data"}
+
+
+def model_that_cannot_be_reached(place: Place) -> Settings:
+    return {"model_name_or_path": "no-such-organisation-here/absent"}
+
+
+def model_folder_that_is_not_there(place: Place) -> Settings:
+    return {"model_name_or_path": place.folder / "absent/model"}
+
+
+def folder_without_a_model(place: Place) -> Settings:
+    return {"model_name_or_path": place.folder}
+
+
+def truncated_model(place: Place) -> Settings:
+    shutil.copytree(place.model, place.folder / "model")
+    truncate(place.folder / "model/model.safetensors")
+    return {"model_name_or_path": place.folder / "model"}
+
+
+def truncated_config(place: Place) -> Settings:
+    shutil.copytree(place.model, place.folder / "model")
+    truncate(place.folder / "model/config.json")
+    return {"model_name_or_path": place.folder / "model"}
+
+
+def encoder_of_shared_groups(place: Place) -> Settings:
+    sizes = {"hidden_size": 16, "embedding_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    AlbertModel(AlbertConfig(vocab_size=400, num_hidden_layers=2, **sizes)).save_pretrained(place.folder / "model")
+    return with_tokenizer(place)
+
+
+def image_model(place: Place) -> Settings:
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(place.folder / "model")
+    return with_tokenizer(place)
+
+
+def with_tokenizer(place: Place) -> Settings:
+    AutoTokenizer.from_pretrained(place.model).save_pretrained(place.folder / "model")
+    return {"model_name_or_path": place.folder / "model"}
+
+
+def changed(place: Place, file: str, text: str) -> Path:
+    root = write_data(place.folder / "data")
+    (root / file).write_text(text, encoding="utf-8")
+    return root
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+OFFLINE = r"HF_HUB_OFFLINE=1 with a filled cache$"
+PREPARED: dict[Callable[[Place], Settings], str] = {
+    missing_split: r"beru has no split 'test'; present: validation, train$",
+    malformed_tag: r"aru/train:1: malformed tag 'PER': .*B-TYPE or I-TYPE$",
+    not_a_line: r"beru/test:1: malformed tag",
+    empty_file: "beru/dev is empty: it must hold at least one sentence",
+    another_label: "label sets differ: aru has O, B-LOC, .* but beru has B-DATE: use languages of one label set",
+    label_beyond_the_head: "label sets differ: the model has O, .* but aru has B-DATE.*: use .*a model without a head",
+    second_target_too_small: "target celu: .* has 1 rows, too few for one step: .*raise target_train_size",
+    data_script: "Dataset scripts are no longer supported: use a data-only copy .*or --dataset FOLDER",
+    data_script_in_its_folder: "Dataset scripts are no longer supported",
+    data_that_cannot_be_reached: rf"neither a folder nor a reachable Hub id .*--dataset FOLDER, or {OFFLINE}",
+    data_folder_that_is_not_there: "neither a folder nor a reachable Hub id",
+    model_that_cannot_be_reached: rf"cannot be loaded .*give the folder of a transformers model, .*{OFFLINE}",
+    model_folder_that_is_not_there: "cannot be loaded .*give the folder of a transformers model",
+    folder_without_a_model: "holds no config.json: give a folder that save_pretrained wrote",
+    truncated_model: "model' cannot be loaded .*give the folder of a transformers model",
+    truncated_config: "model' cannot be loaded .*config.json.*give the folder",
+    encoder_of_shared_groups: "AlbertForTokenClassification has no encoder layers to hook .*: set rtn_module_path",
+    image_model: "cannot be loaded .*give the folder of a transformers model",
+}
+
+
+@pytest.mark.parametrize("prepare", PREPARED, ids=lambda prepare: prepare.__name__)
+def test_data_and_models(
+    tmp_path: Path,
+    data: Path,
+    model: Path,
+    trained: Path,
+    refused: Callable[..., None],
+    prepare: Callable[[Place], Settings],
+) -> None:
+    (tmp_path / "place").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine", encoding="utf-8")
+    settings = prepare(Place(tmp_path / "place", data, model, trained))
+    places = {"model_name_or_path": model, "dataset": data} | settings
+    begun = time.monotonic()
+    refused(PREPARED[prepare], places.pop("model_name_or_path"), places.pop("dataset"), tmp_path / "out", **places)
+    assert time.monotonic() - begun < 15
+
+
+def test_the_tables_are_whole() -> None:
+    assert len(SETTINGS) == 49
+    assert len(PREPARED) == 18
+    assert len(DAMAGED) == 6
+    assert len(SIGNS) == 5
+
+
+def test_stray_inside_tags_are_only_warned_of(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_data(tmp_path / "data")
+    (data / "beru/test").write_text("beru:Kalu\tI-PER\nberu:ma\tO\n", encoding="utf-8")
+    with caplog.at_level(logging.WARNING, logger="metaxl_evo"):
+        results = train(model, data, tmp_path / "out", max_steps=1)
+    assert results["test"]["beru"]["n_entities"] == 1
+    assert "beru, test: 1 I- tags do not continue an entity" in caplog.text
+
+
+# Output folders and checkpoints
+
+SIGNS = ["results.json", "config.json", "README.md", "rtn/config.json", "checkpoint-3/trainer_state.json"]
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize("where", ["", "celu"])
+def test_a_folder_that_holds_another_run(
+    tmp_path: Path, data: Path, model: Path, refused: Callable[..., None], sign: str, where: str
+) -> None:
+    file = tmp_path / "out" / where / sign
+    file.parent.mkdir(parents=True)
+    file.write_text("{}", encoding="utf-8")
+    message = r"holds another run \(.*\): choose another output_dir, or set resume_from_checkpoint: latest"
+    refused(message, model, data, tmp_path / "out", target_languages="beru,celu")
+
+
+def test_an_output_folder_that_is_a_file(
+    tmp_path: Path, data: Path, model: Path, refused: Callable[..., None]
+) -> None:
+    (tmp_path / "out").write_text("mine", encoding="utf-8")
+    refused("out is a file: choose another output_dir", model, data, tmp_path / "out")
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.fixture(scope="session")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, data: Path, model: Path) -> Path:
+    """An output folder with one checkpoint, of a run that did not come to its end."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    train(model, data, folder, save_strategy="steps", save_steps=2, max_steps=2)
+    for path in folder.iterdir():
+        if not path.name.startswith("checkpoint"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
+
+
+DAMAGED = [
+    "model.safetensors",
+    "rtn/model.safetensors",
+    "meta_state.pt",
+    "optimizer.pt",
+    "trainer_state.json",
+    "rng_state.pth",
+]
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_damaged_checkpoints(
+    tmp_path: Path, data: Path, model: Path, interrupted: Path, refused: Callable[..., None], file: str
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(interrupted, output)
+    truncate(output / "checkpoint-2" / file)
+    message = rf"checkpoint-2/{file} is damaged or truncated .*: resume from an earlier checkpoint, or start anew"
+    refused(message, model, data, output, resume_from_checkpoint="latest")
+    refused(message, model, data, output, resume_from_checkpoint=output / "checkpoint-2")
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "meta_state.pt", "trainer_state.json"])
+def test_checkpoints_that_lack_a_file(
+    tmp_path: Path, data: Path, model: Path, interrupted: Path, refused: Callable[..., None], file: str
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(interrupted, output)
+    (output / "checkpoint-2" / file).unlink()
+    refused(rf"{file} is missing \(save_only_model", model, data, output, resume_from_checkpoint="latest")
+
+
+def test_the_interrupted_run_is_a_good_one(tmp_path: Path, data: Path, model: Path, interrupted: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(interrupted, output)
+    results = train(model, data, output, resume_from_checkpoint="latest")
+    assert results["run"]["steps"] == 4

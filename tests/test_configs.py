@@ -1,0 +1,148 @@
+"""Every committed NER config parses and makes its estimator; the paper's constants are the paper's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaxl_evo.estimators import ESTIMATORS
+from metaxl_evo.ner.arguments import METHODS, NerArguments, steps_of
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.cli import parse_arguments
+
+FOLDER = Path(__file__).parents[1] / "configs/ner"
+NAMES = [
+    "joint_training_paper",
+    "metaxl_evograd",
+    "metaxl_evograd_paper",
+    "metaxl_one_step",
+    "quickstart",
+    "wikiann_cpu",
+]
+HUB = {"model_name_or_path": "FacebookAI/xlm-roberta-base", "dataset": "unimelb-nlp/wikiann"}
+TARGETS = ["qu", "cdo", "ilo", "xmf", "mhr", "mi", "tk", "gn"]
+
+# Bohdal et al., NeurIPS 2021, section 4.5 and the published code
+PAPER: dict[str, Any] = {
+    **HUB,
+    "source_languages": ["en"],
+    "target_languages": TARGETS,
+    "method": "metaxl",
+    "train_size": 5000,
+    "target_train_size": 100,
+    "sample_seed": 42,
+    "max_length": 200,
+    "eval_max_length": 512,
+    "rtn_layers": [12],
+    "rtn_kind": "gated_tied",
+    "rtn_bottleneck": 384,
+    "select": "dev",
+    "num_train_epochs": 20,
+    "per_device_train_batch_size": 12,
+    "per_device_meta_batch_size": 12,
+    "gradient_accumulation_steps": 1,
+    "meta_portion": 0.5,
+    "seed": 11,
+    "optimizer_class": "Adam",
+    "learning_rate": 3e-5,
+    "weight_decay": 5e-4,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 10,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,
+    "estimator": "evograd",
+    "meta_order": "lookahead",
+    "meta_dropout": True,
+    "meta_optim": "Adam",
+    "meta_learning_rate": 1e-6,
+    "meta_weight_decay": 5e-4,
+    "meta_adam_epsilon": 1e-8,
+    "meta_lr_scheduler_type": "linear",
+    "meta_warmup_steps": 0.1,
+    "meta_max_grad_norm": None,
+    "meta_every": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "f1",
+}
+PAPER_ESTIMATOR = {
+    "copies": 2,
+    "sigma": 1e-3,
+    "temperature": 0.05,
+    "noise": "sign",
+    "antithetic": False,
+    "parameters": "^classifier",
+    "share_randomness": False,
+    "share_meta_inputs": False,
+}
+SHARED = ("train_size", "target_train_size", "num_train_epochs", "per_device_train_batch_size", "learning_rate")
+EXPECTED: dict[str, dict[str, Any]] = {
+    "metaxl_evograd_paper": PAPER,
+    "joint_training_paper": {
+        **{key: PAPER[key] for key in (*SHARED, "seed", "optimizer_class", "weight_decay", "lr_scheduler_type")},
+        **{key: PAPER[key] for key in ("warmup_steps", "per_device_meta_batch_size", "target_languages")},
+        **HUB,
+        "method": "joint_training",
+        "max_grad_norm": 0,
+    },
+    **{
+        name: {
+            **{key: PAPER[key] for key in (*SHARED, "max_grad_norm", "warmup_steps", "target_languages", "method")},
+            **HUB,
+            "meta_order": "after_step",
+            "meta_weight_decay": 0.0,
+            "meta_dropout": False,
+            "meta_learning_rate": 1e-3,
+            "estimator": estimator,
+        }
+        for name, estimator in (("metaxl_evograd", "evograd"), ("metaxl_one_step", "one_step"))
+    },
+    "quickstart": {"model_name_or_path": "synthetic", "dataset": "synthetic", "use_cpu": True},
+    "wikiann_cpu": {"target_languages": ["sw", "ig", "rw"], "target_train_size": 100, "use_cpu": True},
+}
+
+
+def read(name: str, *options: str) -> tuple[NerArguments, MetaTrainingArguments]:
+    given = ["--config", str(FOLDER / f"{name}.yaml"), "--use_cpu", "true", *options]
+    return parse_arguments((NerArguments, MetaTrainingArguments), given)
+
+
+def value(name: str, key: str) -> Any:
+    found = next(getattr(one, key) for one in read(name) if hasattr(one, key))
+    return getattr(found, "value", found)
+
+
+def test_the_configs_are_these() -> None:
+    assert sorted(path.stem for path in FOLDER.iterdir()) == NAMES
+    assert sorted(EXPECTED) == NAMES
+    assert len(PAPER) == 40
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_parses_and_makes_its_estimator(name: str) -> None:
+    ner, args = read(name)
+    assert type(args.make_estimator()) is ESTIMATORS[args.estimator]
+    assert ner.method in METHODS
+    assert "../" not in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_config_takes_every_method(name: str, method: str) -> None:
+    assert read(name, "--method", method)[0].method == method
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, row in EXPECTED.items() for key in row])
+def test_the_constants(name: str, key: str) -> None:
+    assert value(name, key) == EXPECTED[name][key]
+
+
+def test_the_papers_estimator_and_schedule() -> None:
+    ner, args = read("metaxl_evograd_paper")
+    estimator = args.make_estimator()
+    assert {key: getattr(estimator, key) for key in PAPER_ESTIMATOR} == PAPER_ESTIMATOR
+    assert vars(estimator).keys() == PAPER_ESTIMATOR.keys()
+    assert ner.train_size is not None
+    steps = steps_of(args.num_train_epochs, ner.train_size, args.per_device_train_batch_size, 1)
+    assert steps == 20 * 417
