@@ -88,7 +88,7 @@ class BilevelModule(nn.Module, ABC):
     @property
     def second_order_obstacle(self) -> str | None:
         """Why the inner loss cannot be differentiated twice; None where it can."""
-        if getattr(self.base, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
             return "activation_checkpointing recomputes the forward outside the pass"
         kernel = getattr(getattr(self.base, "config", None), "_attn_implementation", None) or "eager"
         if kernel not in ("eager", "sdpa"):

@@ -190,7 +190,7 @@ def encoder_layers(model: nn.Module, module_path: str | None = None) -> nn.Modul
             return found
     raise ValueError(
         f"{type(model).__name__} has no encoder layers to hook at {', '.join(paths)}: "
-        "name its list of layers by module_path (rtn_target_modules)"
+        "name its list of layers by module_path (rtn_module_path)"
     )
 
 

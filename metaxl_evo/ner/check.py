@@ -134,7 +134,7 @@ def _describe(
     parts |= {"train target": (data.target, ner.max_length)} if data.target is not None else {}
     parts |= {"dev": (data.dev, ner.eval_max_length)} if data.dev is not None else {}
     parts["test"] = (data.test, ner.eval_max_length)
-    args = fit_arguments(ner, args, has_dev=data.dev is not None)
+    args = fit_arguments(ner, args, data)
     batch = args.per_device_train_batch_size * args.world_size
     planned = steps_of(args.num_train_epochs, len(trainer.train_dataset), batch, args.gradient_accumulation_steps)
     return {

@@ -37,7 +37,7 @@ OWN_FILES = (RESULTS, "config.json", "model.safetensors", "README.md", "rtn", "t
 
 @dataclass
 class TargetData:
-    """The sentences of one run."""
+    """The sentences of one run; the sources count the steps also where a method does not train on them."""
 
     sources: dict[str, Dataset]
     target: Dataset | None
@@ -115,13 +115,10 @@ def load_target(ner: NerArguments, target: str, names: Sequence[str] | None = No
     recipe, sources = ner.recipe, ner.source_languages
     wants_dev = ner.select == "dev"
     target_splits = ["train"] * recipe.target + ["validation"] * (wants_dev and recipe.target) + ["test"]
-    source_splits = ["train"] * recipe.source + ["validation"] * (wants_dev and not recipe.target)
-    loaded, names_of = {}, "the model"
-    if source_splits:
-        loaded = load_ner_dataset(ner.dataset, sources, splits=source_splits, names=names)
-        if names is None:
-            names_of = sources[0]
-            names = loaded[sources[0]]["train"].features["ner_tags"].feature.names
+    source_splits = ["train"] + ["validation"] * (wants_dev and not recipe.target)
+    loaded = load_ner_dataset(ner.dataset, sources, splits=source_splits, names=names)
+    names_of = "the model" if names is not None else sources[0]
+    names = names or loaded[sources[0]]["train"].features["ner_tags"].feature.names
     of_target = load_ner_dataset(ner.dataset, [target], splits=target_splits, names=names, names_of=names_of)[target]
     train = sample(of_target["train"], ner.target_train_size, ner.sample_seed) if recipe.target else None
     dev = None
@@ -129,8 +126,7 @@ def load_target(ner: NerArguments, target: str, names: Sequence[str] | None = No
         dev = of_target["validation"] if recipe.target else loaded[sources[0]]["validation"]
     return TargetData(
         sources={
-            language: sample(loaded[language]["train"], ner.train_size, ner.sample_seed)
-            for language in (sources if recipe.source else [])
+            language: sample(loaded[language]["train"], ner.train_size, ner.sample_seed) for language in sources
         },
         target=train,
         dev=None if dev is None else _first(dev, ner.eval_size),
@@ -146,7 +142,7 @@ def require_enough(ner: NerArguments, args: MetaTrainingArguments, target: str, 
     Raises:
         ValueError: naming the target, how many it has and how many a step needs.
     """
-    if data.target is None or not data.sources:
+    if data.target is None or not ner.recipe.source:
         return
     portion = 0.0 if ner.recipe.all_target_rows else args.meta_portion
     rows = args.per_device_meta_batch_size * args.world_size
@@ -202,12 +198,12 @@ def build_trainer(
     }
     sources = [
         _with_language(encode(sentences, tokenizer, ner.max_length), index if ner.rtn_per_language else 0)
-        for index, sentences in enumerate(data.sources.values())
+        for index, sentences in enumerate(data.sources.values() if ner.recipe.source else ())
     ]
     target = None if data.target is None else _with_language(encode(data.target, tokenizer, ner.max_length), TARGET)
     trainer = MetaTrainer(
         tagger,
-        fit_arguments(ner, args, has_dev="dev" in evaluation),
+        fit_arguments(ner, args, data),
         train_dataset=concatenate_datasets(sources) if sources else target,
         meta_dataset=target if sources else None,
         eval_dataset=evaluation["dev"].rows if "dev" in evaluation else None,
@@ -266,24 +262,23 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     (folder / RESULTS).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def fit_arguments(ner: NerArguments, args: MetaTrainingArguments, *, has_dev: bool) -> MetaTrainingArguments:
+def fit_arguments(ner: NerArguments, args: MetaTrainingArguments, data: TargetData) -> MetaTrainingArguments:
     """The arguments as the method needs them: no estimator without meta learning, no selection without dev data."""
     args, recipe = copy.copy(args), ner.recipe
     if not recipe.meta:
         args.estimator, args.estimator_kwargs = NO_ESTIMATOR, None
     if recipe.all_target_rows:
         args.meta_portion = 0.0
-    if not has_dev:
+    if data.dev is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     if not recipe.source:
-        _keep_source_schedule(ner, args)
+        _keep_source_schedule(args, sum(map(len, data.sources.values())))
     return args
 
 
-def _keep_source_schedule(ner: NerArguments, args: MetaTrainingArguments) -> None:
+def _keep_source_schedule(args: MetaTrainingArguments, sentences: int) -> None:
     """Without source rows: as many steps, and checkpoints to choose from, as the other methods count on the source."""
-    sentences = len(ner.source_languages) * (ner.train_size or 0)
-    if args.max_steps > 0 or not sentences:
+    if args.max_steps > 0:
         return
     batch, accumulation = args.per_device_train_batch_size * args.world_size, args.gradient_accumulation_steps
     args.max_steps = steps_of(args.num_train_epochs, sentences, batch, accumulation)

@@ -30,7 +30,6 @@ _NUMBERS = (
     "learning_rate",
     "weight_decay",
     "max_grad_norm",
-    "num_train_epochs",
     "warmup_steps",
     "adam_epsilon",
     "meta_learning_rate",
@@ -48,7 +47,14 @@ _COUNTS = (
     "meta_every",
     "max_skipped_meta_steps",
 )
-_UNFIT = ("Optimizer", "LBFGS", "SparseAdam", "Muon", "Adafactor", "Rprop")  # not driven by lr, weight_decay and eps alone
+_UNFIT = (
+    "Optimizer",
+    "LBFGS",
+    "SparseAdam",
+    "Muon",
+    "Adafactor",
+    "Rprop",
+)  # not driven by lr, weight_decay and eps alone
 
 
 def optimizer_class(name: str, field_name: str) -> type[torch.optim.Optimizer]:
@@ -169,10 +175,10 @@ class MetaTrainingArguments(TrainingArguments):
             *((name, _is_number(getattr(self, name)), "a number of at least 0") for name in _NUMBERS),
             *((name, _is_count(getattr(self, name)), "a whole number of at least 1") for name in _COUNTS),
             ("meta_portion", _is_number(self.meta_portion) and self.meta_portion <= 1, "a number between 0 and 1"),
-            ("num_train_epochs", self.num_train_epochs > 0, "above 0"),
-            ("max_steps", self.max_steps == -1 or self.max_steps >= 1, "at least 1, or -1 to count epochs"),
+            ("num_train_epochs", _is_number(self.num_train_epochs) and self.num_train_epochs > 0, "a number above 0"),
+            ("max_steps", self.max_steps == -1 or _is_count(self.max_steps), "at least 1, or -1 to count epochs"),
             ("label_smoothing_factor", self.label_smoothing_factor == 0, "0: the losses are the task's own"),
-            *((name, 0 <= getattr(self, name) < 1, "a number of at least 0 and below 1") for name in _BETAS),
+            *((name, _is_beta(getattr(self, name)), "a number of at least 0 and below 1") for name in _BETAS),
             *((name, _is_number(getattr(self, name) or 1), "a number above 0") for name in _INTERVALS),
         ]
         if self.meta_max_grad_norm is not None:
@@ -185,6 +191,10 @@ class MetaTrainingArguments(TrainingArguments):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _is_beta(value: Any) -> bool:
+    return _is_number(value) and value < 1
 
 
 def _is_count(value: Any) -> bool:

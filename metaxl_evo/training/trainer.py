@@ -58,10 +58,8 @@ class MetaTrainer(Trainer):
     ):
         self.estimator: Estimator | None = args.make_estimator()
         _refuse_launch(args, self.estimator)
-        if args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                f"{type(model).__name__} has its own losses: leave out label_smoothing_factor and compute_loss_func"
-            )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(f"{type(model).__name__} has its own losses: leave out compute_loss_func")
         if self.estimator is not None:
             if meta_dataset is None or args.meta_portion == 0:
                 raise ValueError(

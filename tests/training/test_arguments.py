@@ -1,0 +1,196 @@
+"""The arguments of both levels: what they refuse, in one line each, and how they read."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.tiny import tiny_arguments
+from transformers import TrainingArguments, get_scheduler
+from transformers.trainer_utils import SchedulerType
+
+from metaxl_evo.estimators import ESTIMATORS, EvoGrad, OneStep
+from metaxl_evo.training.arguments import META_SCHEDULES, MetaTrainingArguments, optimizer_class
+
+NUMBER, COUNT = "must be a number of at least 0", "must be a whole number of at least 1"
+BAD = {
+    **dict.fromkeys(
+        [
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "adam_epsilon",
+            "meta_learning_rate",
+            "meta_weight_decay",
+            "meta_adam_epsilon",
+            "meta_warmup_steps",
+        ],
+        ([-1, -1e-9, float("nan"), float("inf"), "1e-3", True], NUMBER),
+    ),
+    **dict.fromkeys(
+        [
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "per_device_meta_batch_size",
+            "gradient_accumulation_steps",
+            "meta_every",
+            "max_skipped_meta_steps",
+        ],
+        ([0, -2, 1.5, "2", True, None], COUNT),
+    ),
+    **dict.fromkeys(
+        ["adam_beta1", "adam_beta2"], ([-0.1, 1, float("nan"), "0.9"], "must be a number of at least 0 and below 1")
+    ),
+    "num_train_epochs": ([0, -1, float("nan"), float("inf"), "1", None], "must be a number above 0"),
+    "max_steps": ([0, -5, 1.5, "3"], "must be at least 1"),
+    "label_smoothing_factor": ([0.1], "must be 0"),
+    "meta_portion": ([-0.1, 1.1, float("nan"), "0.5", None], "must be a number between 0 and 1"),
+    "meta_max_grad_norm": ([0, -1, float("nan"), float("inf"), "1"], "must be a number above 0"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, (bad, _) in BAD.items() for value in bad])
+def test_bad_sizes_and_rates(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} {BAD[name][1]}") as error:
+        tiny_arguments(tmp_path, **{name: value})
+    assert repr(value) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_numeric_field_of_this_level_is_checked() -> None:
+    inherited = {field.name for field in fields(TrainingArguments)}
+    own = {field.name: str(field.type) for field in fields(MetaTrainingArguments) if field.name not in inherited}
+    assert {name for name, kind in own.items() if "int" in kind or "float" in kind} - {"meta_seed"} <= BAD.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "valid"),
+    [
+        ("estimator", "evogradd", "did you mean 'evograd'"),
+        ("meta_order", "before", "Valid: after_step, lookahead"),
+        ("meta_optim", "adamw_torch", "AdamW"),
+        ("meta_optim", "LBFGS", "AdamW"),
+        ("optimizer_class", "Adamm", "did you mean 'Adam'"),
+        ("meta_lr_scheduler_type", "lineal", "did you mean 'linear'"),
+    ],
+)
+def test_unknown_names_list_the_valid_ones(tmp_path: Path, name: str, value: str, valid: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown {name} {value!r}.*Valid: ") as error:
+        tiny_arguments(tmp_path, **{name: value})
+    assert valid in str(error.value)
+
+
+def test_an_unknown_estimator_lists_all_of_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown estimator 'x'") as error:
+        tiny_arguments(tmp_path, estimator="x")
+    assert all(name in str(error.value) for name in (*ESTIMATORS, "none"))
+
+
+@pytest.mark.parametrize("name", list(ESTIMATORS))
+def test_an_unknown_field_of_an_estimator_lists_its_fields(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="copys") as error:
+        tiny_arguments(tmp_path, estimator=name, estimator_kwargs={"copys": 3})
+    assert all(field.name in str(error.value) for field in fields(ESTIMATORS[name]))
+
+
+def test_bad_values_of_an_estimators_fields_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="copies must be an integer of at least 2"):
+        tiny_arguments(tmp_path, estimator="evograd", estimator_kwargs={"copies": 1})
+
+
+@pytest.mark.parametrize("given", [{"copies": 8, "noise": "gaussian"}, '{"copies": 8, "noise": "gaussian"}'])
+def test_estimator_kwargs_as_mapping_or_json(tmp_path: Path, given: Any) -> None:
+    args = tiny_arguments(tmp_path, estimator="evograd", estimator_kwargs=given)
+    assert args.estimator_kwargs == {"copies": 8, "noise": "gaussian"}
+    assert args.make_estimator() == EvoGrad(copies=8, noise="gaussian")
+
+
+@pytest.mark.parametrize("given", ["copies", '{"copies": 8', "[1]", [1], 3])
+def test_estimator_kwargs_that_are_no_mapping(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(ValueError, match="^estimator_kwargs must be a mapping") as error:
+        tiny_arguments(tmp_path, estimator="evograd", estimator_kwargs=given)
+    assert "\n" not in str(error.value)
+
+
+def test_defaults() -> None:
+    args = MetaTrainingArguments(output_dir="unused", use_cpu=True)
+    assert args.make_estimator() == OneStep()
+    assert (args.meta_order, args.meta_portion, args.meta_every, args.meta_weight_decay) == ("after_step", 0.5, 1, 0.0)
+    assert args.meta_max_grad_norm is None
+    assert not args.meta_dropout
+    assert not args.remove_unused_columns
+
+
+def test_the_meta_seed_is_the_seed_unless_given(tmp_path: Path) -> None:
+    assert tiny_arguments(tmp_path, seed=7).meta_seed == 7
+    assert tiny_arguments(tmp_path, seed=7, meta_seed=0).meta_seed == 0
+
+
+def test_no_estimator(tmp_path: Path) -> None:
+    assert tiny_arguments(tmp_path, estimator="none").make_estimator() is None
+
+
+def test_arguments_survive_pickling_and_to_dict(tmp_path: Path) -> None:
+    args = tiny_arguments(tmp_path, estimator="evograd", estimator_kwargs={"copies": 4}, meta_max_grad_norm=1.0)
+    again = pickle.loads(pickle.dumps(args))
+    assert again.make_estimator() == args.make_estimator()
+    assert args.to_dict()["estimator_kwargs"] == {"copies": 4}
+    assert MetaTrainingArguments(**{f.name: getattr(args, f.name) for f in fields(args) if f.init}) == args
+
+
+def _schedule_runs(kind: str) -> bool:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        scheduler = get_scheduler(kind, optimizer=optimizer, num_warmup_steps=1, num_training_steps=4)
+        optimizer.step()
+        scheduler.step()
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
+def test_schedules_are_those_that_run_without_further_settings(tmp_path: Path, kind: str) -> None:
+    assert (kind in META_SCHEDULES) == _schedule_runs(kind)
+    if kind in META_SCHEDULES:
+        for given in (kind, SchedulerType(kind)):
+            assert tiny_arguments(tmp_path, meta_lr_scheduler_type=given).meta_lr_scheduler_type == kind
+    else:
+        with pytest.raises(ValueError, match="Valid: linear"):
+            tiny_arguments(tmp_path, meta_lr_scheduler_type=kind)
+
+
+def _optimizer_steps(cls: type[torch.optim.Optimizer]) -> bool:
+    parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2, 2))]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    settings: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}
+    try:
+        try:
+            cls(parameters, **settings, eps=1e-8).step()
+        except TypeError:
+            cls(parameters, **settings).step()
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def test_optimizers_are_those_that_rate_decay_and_epsilon_drive() -> None:
+    every = {
+        name: value
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+    assert len(every) > 10
+    for name, cls in every.items():
+        if (
+            _optimizer_steps(cls) and name != "Adafactor"
+        ):  # its eps is a pair, and weight_decay defaults to another mean
+            assert optimizer_class(name, "meta_optim") is cls
+        else:
+            with pytest.raises(ValueError, match="unknown meta_optim"):
+                optimizer_class(name, "meta_optim")

@@ -1,0 +1,118 @@
+"""The stream of meta rows: whole passes, an order of its own, exact shares, a state of one number."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from metaxl_evo.training.meta_rows import MetaRows
+
+Draw = tuple[list[int], list[int]]
+
+
+def rows(count: int, batch_size: int, *, portion: float = 0.5, seed: int = 0, **share: int) -> MetaRows:
+    return MetaRows(list(range(count)), batch_size, portion=portion, seed=seed, **share)
+
+
+def draws(stream: MetaRows, count: int) -> list[Draw]:
+    return list(itertools.islice(stream, count))
+
+
+@pytest.mark.parametrize("portion", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize(("count", "batch_size", "per_pass"), [(12, 4, 3), (14, 4, 4), (5, 12, 1)])
+def test_each_pass_covers_every_row_once(count: int, batch_size: int, per_pass: int, portion: float) -> None:
+    stream = rows(count, batch_size, portion=portion)
+    orders = []
+    for _ in range(3):
+        seen = [row for train, meta in draws(stream, per_pass) for row in train + meta]
+        assert sorted(seen) == list(range(count))
+        orders.append(tuple(seen))
+    assert len(set(orders)) == 3
+
+
+def test_a_row_is_train_in_one_pass_and_meta_in_another() -> None:
+    stream = rows(12, 4)
+    judged = [frozenset(row for _, meta in draws(stream, 3) for row in meta) for _ in range(4)]
+    assert len(set(judged)) > 1
+
+
+def test_the_order_is_seeded_and_leaves_the_global_generator_alone() -> None:
+    state = torch.random.get_rng_state()
+    first = draws(rows(12, 4, seed=5), 9)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert draws(rows(12, 4, seed=5), 9) == first
+    assert draws(rows(12, 4, seed=6), 9) != first
+
+
+@pytest.mark.parametrize("drawn", [0, 2, 3, 7])
+def test_the_number_of_draws_is_the_whole_state(drawn: int) -> None:
+    whole = draws(rows(14, 4), 10)
+    before = rows(14, 4)
+    draws(before, drawn)
+    state = before.state_dict()
+    assert state == {"drawn": drawn}
+    after = rows(14, 4)
+    after.load_state_dict(state)
+    assert draws(after, 10 - drawn) == whole[drawn:]
+
+
+@pytest.mark.parametrize(
+    ("portion", "batch_size", "train", "meta"),
+    [
+        (0.5, 12, 6, 6),
+        (0.5, 5, 2, 3),
+        (0.25, 8, 6, 2),
+        (0.0, 4, 4, 0),
+        (1.0, 4, 0, 4),
+        (0.01, 4, 3, 1),  # at least one row for either part
+        (0.99, 4, 1, 3),
+    ],
+)
+def test_sizes_of_the_two_parts(portion: float, batch_size: int, train: int, meta: int) -> None:
+    found = draws(rows(4 * batch_size, batch_size, portion=portion), 4)
+    assert [(len(a), len(b)) for a, b in found] == [(train, meta)] * 4
+
+
+def test_a_last_draw_that_could_not_be_split_is_left_out() -> None:
+    assert rows(9, 4).draws_per_pass == 2  # one row is left
+    assert rows(10, 4).draws_per_pass == 3
+    assert rows(9, 4, portion=1.0).draws_per_pass == 3
+    train, meta = draws(rows(10, 4), 3)[2]
+    assert (len(train), len(meta)) == (1, 1)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("portion", [0.0, 0.4, 1.0])
+def test_the_shares_of_several_processes_are_the_draw_of_one(portion: float, world_size: int) -> None:
+    whole = draws(rows(31, 12, portion=portion), 7)
+    shares = [draws(rows(31, 12, portion=portion, rank=r, world_size=world_size), 7) for r in range(world_size)]
+    for draw, *parts in zip(whole, *shares, strict=True):
+        for part in (0, 1):
+            assert sorted(row for share in parts for row in share[part]) == sorted(draw[part])
+            sizes = {len(share[part]) for share in parts}
+            assert max(sizes) - min(sizes) <= 1
+            assert (min(sizes) > 0) == bool(draw[part])
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "portion", "world_size", "what"),
+    [
+        (1, 4, 0.5, 1, r"the target \(meta\) data set has 1 rows, .* a step needs 2"),
+        (0, 4, 1.0, 1, r"data set has 0 rows, .* a step needs 1"),
+        (8, 1, 0.5, 1, r"a draw of meta rows has 1 rows, .* a step needs 2"),
+        (3, 8, 0.5, 2, r"data set has 3 rows, .* a step needs 4"),
+    ],
+)
+def test_too_few_rows_are_refused(count: int, batch_size: int, portion: float, world_size: int, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        rows(count, batch_size, portion=portion, world_size=world_size)
+
+
+@pytest.mark.parametrize(("count", "batch_size", "portion"), [(2, 2, 0.5), (1, 1, 1.0), (1, 1, 0.0)])
+def test_the_smallest_data_sets_that_work(count: int, batch_size: int, portion: float) -> None:
+    for train, meta in draws(rows(count, batch_size, portion=portion), 3):
+        assert len(train) == (portion < 1)
+        assert len(meta) == (portion > 0)
