@@ -25,15 +25,16 @@ TOTALS = "totals"  # batch key: the counts of the whole accumulation window, ove
 class BilevelModule(nn.Module, ABC):
     """What `MetaTrainer` trains: `base` by the inner loss, `meta` by hypergradients of the outer loss.
 
-    A task subclasses it with its two losses, both *sums over items divided by the totals* of the whole accumulation window
-    (`batch["totals"]`, as `counts` counts them; a batch alone is its own window), so that 8 x 1 = 4 x 2.
-    The forward is the inner loss in training and the plain base model in evaluation, where the meta network never acts.
+    A task subclasses it with its two losses, both *sums over items divided by the totals* of the whole accumulation
+    window (`batch["totals"]`, as `counts` counts them; a batch alone is its own window), so that 8 x 1 = 4 x 2.
+    The forward is the inner loss in training and the plain base in evaluation, where the meta network never acts.
 
     Attributes:
         stop_gradients: whether the losses call `stop_gradient` on live activations.
         direct_term: whether the outer loss reads the meta parameters.
     """
 
+    base: Any  # an nn.Module; its class says what else it has
     stop_gradients: bool = False
     direct_term: bool = False
     accepts_loss_kwargs = False  # the Trainer's one number of items cannot normalise two means
@@ -62,7 +63,7 @@ class BilevelModule(nn.Module, ABC):
         raise ValueError(f"{type(self).__name__} cannot join meta rows to train rows: set meta_portion to 1")
 
     def suffix(self) -> tuple[frozenset[str], Callable[[Batch], Tensor], Callable[[Tensor, Batch], Tensor]] | None:
-        """Names of the base parameters of a cheap suffix, the hidden states before it, and the inner loss from them."""
+        """Names of a cheap suffix's base parameters, the hidden states before it, and the inner loss from them."""
         return None
 
     def forward(self, **batch: Any) -> Any:
@@ -73,8 +74,12 @@ class BilevelModule(nn.Module, ABC):
         """The base model's configuration."""
         return self.base.config
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Activation checkpointing of the base model."""
+        self.base.activation_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The same under its name in earlier versions of transformers."""
         self.base.gradient_checkpointing_enable(*args, **kwargs)
 
     def base_parameters(self) -> Tree:
@@ -92,7 +97,9 @@ class BilevelModule(nn.Module, ABC):
             return "activation_checkpointing recomputes the forward outside the pass"
         kernel = getattr(getattr(self.base, "config", None), "_attn_implementation", None) or "eager"
         if kernel not in ("eager", "sdpa"):
-            return f"the attention kernel {kernel!r} has no second derivative (load with attn_implementation='eager' or 'sdpa')"
+            return (
+                f"the attention kernel {kernel!r} has no second derivative (attn_implementation 'eager' or 'sdpa' has)"
+            )
         return None
 
     def problem(self, update: UpdateRule, *, dropout: bool = False) -> BilevelProblem:
@@ -100,7 +107,8 @@ class BilevelModule(nn.Module, ABC):
 
         Args:
             update: the inner optimiser's step.
-            dropout: keep dropout on in meta passes (its masks are shared); off, the base runs in eval mode, batch norm excepted.
+            dropout: keep dropout on in meta passes (its masks are shared); off, the base runs in eval mode, batch norm
+                excepted.
         """
         obstacle = self.second_order_obstacle
         return BilevelProblem(
@@ -167,8 +175,10 @@ class BilevelModule(nn.Module, ABC):
 
     @contextmanager
     def _frozen(self, dropout: bool) -> Iterator[None]:
-        """Buffers on copies that are thrown away; dropout off unless asked for; modes put back."""
+        """Dropout off unless asked for, batch norm without a memory, other buffers on copies that are thrown away."""
         modes = [(module, module.training) for module in self.modules()]
+        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        tracking = [(norm, norm.track_running_stats) for norm in norms]
         buffers = [(m, key, b) for m in self.modules() for key, b in m._buffers.items() if b is not None]
         try:
             for owner, key, buffer in buffers:
@@ -176,12 +186,16 @@ class BilevelModule(nn.Module, ABC):
             for module in self.base.modules():
                 if not isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.training = dropout and module.training
+            for norm in norms:
+                norm.track_running_stats = False  # an update in place is beyond torch.func, even on a copy
             yield
         finally:
             for owner, key, buffer in buffers:
                 owner._buffers[key] = buffer
             for module, mode in modes:
                 module.training = mode
+            for norm, tracked in tracking:
+                norm.track_running_stats = tracked
 
 
 def _micro_batches(batch: Any) -> Sequence[Any]:
@@ -192,8 +206,8 @@ def _micro_batches(batch: Any) -> Sequence[Any]:
 def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Evaluate `module` at other parameter values: pointers are swapped, nothing is copied, tied weights stay tied.
 
-    Unlike `torch.func.functional_call` the swap can outlast the forward, so that a backward that recomputes it (activation
-    checkpointing) sees the same weights.
+    Unlike `torch.func.functional_call` the swap can outlast the forward, so that a backward that recomputes it
+    (activation checkpointing) sees the same weights.
 
     Raises:
         ValueError: for a name that the module does not have.

@@ -20,8 +20,9 @@ TARGET = -1  # the `language` of a row that no network transforms
 class CrossLingualTagger(BilevelModule):
     """Cross-lingual tagging with transformed source representations (MetaXL: Xia et al., NAACL 2021).
 
-    inner loss = w_s * (mean cross-entropy of the source tokens) + w_t * (that of the target tokens), the source rows through
-    the RTN; outer loss = mean cross-entropy of the meta rows, without it. Both means are over labelled first sub-tokens.
+    inner loss = w_s * (mean cross-entropy of the source tokens) + w_t * (that of the target tokens), the source rows
+    through the RTN; outer loss = mean cross-entropy of the meta rows, without it. Both means are over labelled first
+    sub-tokens.
 
     Batches hold `input_ids, attention_mask, labels` (B, T) and `language` (B,): the index of a source language, -1 for
     target rows.

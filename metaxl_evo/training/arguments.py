@@ -111,8 +111,8 @@ class MetaTrainingArguments(TrainingArguments):
     meta_order: str = field(
         default="after_step",
         metadata={
-            "help": "after_step: the hypergradient of the step just made; lookahead: of the step to come, which is then "
-            "made with the new meta parameters (the papers' order for MetaXL and Meta-Weight-Net)."
+            "help": "after_step: the hypergradient of the step just made; lookahead: of the step to come, which is "
+            "then made with the new meta parameters (the papers' order for MetaXL and Meta-Weight-Net)."
         },
     )
     meta_portion: float = field(
@@ -135,8 +135,8 @@ class MetaTrainingArguments(TrainingArguments):
     optimizer_class: str | None = field(
         default=None,
         metadata={
-            "help": "Base optimiser by the name of a torch.optim class, with weight_decay on every parameter as the class "
-            "itself applies it (Adam: coupled L2), in place of optim."
+            "help": "Base optimiser by the name of a torch.optim class, with weight_decay on every parameter as the "
+            "class itself applies it (Adam: coupled L2), in place of optim."
         },
     )
     remove_unused_columns: bool = field(

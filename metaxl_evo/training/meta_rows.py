@@ -38,7 +38,9 @@ class MetaRows:
         smallest = parts * world_size
         for what, size in (("the target (meta) data set has", len(dataset)), ("a draw of meta rows has", batch_size)):
             if size < smallest:
-                raise ValueError(f"{what} {size} rows, too few for one step: a step needs {smallest} (meta_portion={portion})")
+                raise ValueError(
+                    f"{what} {size} rows, too few for one step: a step needs {smallest} (meta_portion={portion})"
+                )
         full, rest = divmod(len(dataset), batch_size)
         self.draws_per_pass = full + (rest >= smallest)
 

@@ -80,6 +80,7 @@ class MetaTrainer(Trainer):
         self._window_is_new = False
         self._previous: tree.Tree | None = None
         self._grad_norm: float | None = None
+        self._meta_learning_rate = args.meta_learning_rate
         self._skipped_in_a_row = 0
         self.skipped_meta_steps = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -199,7 +200,8 @@ class MetaTrainer(Trainer):
         return any(group["lr"] != 0 for group in self.optimizer.param_groups)
 
     def _look_ahead(self) -> None:
-        rule, state = self._update_rule()
+        assert self.estimator is not None
+        rule, state = self._update_rule(self.estimator)
         self._meta_step(rule, self.model.base_parameters(), update_state=state)
 
     def _keep_previous(self) -> None:
@@ -210,8 +212,9 @@ class MetaTrainer(Trainer):
 
     def _after_step(self) -> None:
         """After the base step: the hypergradient of that step."""
+        assert self.estimator is not None
         now = tree.detach(self.model.base_parameters())
-        rule, state = self._update_rule()
+        rule, state = self._update_rule(self.estimator)
         if self._previous is None:
             self._meta_step(rule, now)
             return
@@ -221,17 +224,7 @@ class MetaTrainer(Trainer):
 
     def _meta_step(self, rule: UpdateRule, w: tree.Tree, **step: Any) -> None:
         assert self.estimator is not None
-        train_window, meta_window = self._window
-        result = hypergradient(
-            self.model.problem(rule, dropout=self.args.meta_dropout),
-            self.estimator,
-            w,
-            self.model.meta_parameters(),
-            train_window,
-            meta_window,
-            generator=torch.Generator().manual_seed(mix_seed(_meta_seed(self.args), 1, self.state.global_step)),
-            **step,
-        )
+        result = self._hypergradient(self.estimator, rule, w, **step)
         if tree.all_finite(result.grads):
             self._apply(result)
         else:
@@ -244,16 +237,20 @@ class MetaTrainer(Trainer):
             ValueError: where the estimator cannot serve this task or optimiser.
         """
         rule, state = self._update_rule(estimator)
+        return self._hypergradient(estimator, rule, self.model.base_parameters(), update_state=state)
+
+    def _hypergradient(self, estimator: Estimator, rule: UpdateRule, w: tree.Tree, **step: Any) -> Hypergradient:
+        """Over the current window; its noise depends on the seed and the number of the step alone."""
         train_window, meta_window = self._window
         return hypergradient(
             self.model.problem(rule, dropout=self.args.meta_dropout),
             estimator,
-            self.model.base_parameters(),
+            w,
             self.model.meta_parameters(),
             train_window,
             meta_window,
             generator=torch.Generator().manual_seed(mix_seed(_meta_seed(self.args), 1, self.state.global_step)),
-            update_state=state,
+            **step,
         )
 
     def _apply(self, result: Hypergradient) -> None:
@@ -282,10 +279,8 @@ class MetaTrainer(Trainer):
                 "lower learning_rate or meta_learning_rate, set meta_max_grad_norm, or raise max_skipped_meta_steps"
             )
 
-    def _update_rule(self, estimator: Estimator | None = None) -> tuple[UpdateRule, UpdateState]:
+    def _update_rule(self, estimator: Estimator) -> tuple[UpdateRule, UpdateState]:
         """The inner update as the optimiser makes it now; a placeholder where the estimator does not differentiate it."""
-        estimator = estimator or self.estimator
-        assert estimator is not None
         if not estimator.needs_update_rule:
             return SGD(0.0), {"step": 0, "momentum_buffer": {}}
         names = {parameter: name for name, parameter in self.model.base_parameters().items()}
@@ -308,7 +303,7 @@ class MetaTrainer(Trainer):
         """Log with the meta level's means since the last time."""
         if "loss" in logs and self.meta_optimizer is not None:
             logs |= {key: sum(values) / len(values) for key, values in self._metrics.items()}
-            logs["meta_learning_rate"] = self.meta_optimizer.param_groups[0]["lr"]
+            logs["meta_learning_rate"] = self._meta_learning_rate
             if self.skipped_meta_steps:
                 logs["skipped_meta_steps"] = self.skipped_meta_steps
             self._metrics.clear()
@@ -385,6 +380,7 @@ class _MetaSteps(TrainerCallback):
         if args.meta_order == "after_step" and self.trainer._meta_step_is_due():
             self.trainer._after_step()
         if self.trainer.meta_scheduler is not None:
+            self.trainer._meta_learning_rate = self.trainer.meta_scheduler.get_last_lr()[0]  # of this step, for the log
             with warnings.catch_warnings():  # torch warns where the first meta steps are skipped, at a zero learning rate
                 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
                 self.trainer.meta_scheduler.step()

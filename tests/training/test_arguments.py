@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.tiny import tiny_arguments
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from metaxl_evo.estimators import ESTIMATORS, EvoGrad, OneStep
 from metaxl_evo.training.arguments import META_SCHEDULES, MetaTrainingArguments, optimizer_class
+from tests.training.tiny import tiny_arguments
 
 NUMBER, COUNT = "must be a number of at least 0", "must be a whole number of at least 1"
 BAD = {
@@ -111,7 +111,7 @@ def test_estimator_kwargs_as_mapping_or_json(tmp_path: Path, given: Any) -> None
 
 @pytest.mark.parametrize("given", ["copies", '{"copies": 8', "[1]", [1], 3])
 def test_estimator_kwargs_that_are_no_mapping(tmp_path: Path, given: Any) -> None:
-    with pytest.raises(ValueError, match="^estimator_kwargs must be a mapping") as error:
+    with pytest.raises(ValueError, match=r"^estimator_kwargs must be a mapping") as error:
         tiny_arguments(tmp_path, estimator="evograd", estimator_kwargs=given)
     assert "\n" not in str(error.value)
 
