@@ -2,7 +2,8 @@
 
 python scripts/reproduce_ner_cpu.py --data DIR [--output_dir runs/ner_cpu] [--jobs 2]
 
-DIR holds `wikiann/LANG/{train,dev,test}` and `xlmr-mini/` (or `data/wikiann` and `models/xlmr-mini`). Finished runs are kept.
+DIR holds `wikiann/LANG/{train,dev,test}` and `xlmr-mini/` (or `data/wikiann` and `models/xlmr-mini`).
+Finished runs are kept.
 """
 
 from __future__ import annotations
@@ -64,14 +65,21 @@ def main(argv: Sequence[str] | None = None) -> str:
 def run_one(data: Path, folder: Path, method: str, language: str, seed: int) -> None:
     """One training run in a process of its own; its output goes into `train.log`."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "scripts/train_ner.py"), "--config", str(ROOT / "configs/ner/wikiann_cpu.yaml")]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/train_ner.py"),
+        "--config",
+        str(ROOT / "configs/ner/wikiann_cpu.yaml"),
+    ]
     command += ["--model_name_or_path", str(find(data, "models/xlmr-mini", "xlmr-mini"))]
     command += ["--dataset", str(find(data, "data/wikiann", "wikiann"))]
     command += ["--target_languages", language, "--seed", str(seed), "--output_dir", str(folder), *METHODS[method]]
     command += ["--disable_tqdm", "true", "--resume_from_checkpoint", "latest"]
     log = folder / "train.log"
     with log.open("w", encoding="utf-8") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        code = subprocess.run(
+            command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        ).returncode
     if code:
         raise ValueError(f"{method}, {language}, seed {seed} failed: see {log}")
     for checkpoint in folder.glob("checkpoint-*"):  # the model and its scores stay

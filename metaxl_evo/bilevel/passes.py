@@ -2,8 +2,9 @@
 
 One hypergradient is several passes over the same batches at neighbouring weights. Their differences are the signal, so
 everything else has to stand still: dropout masks and other noise (one seed a part of the batch), the stop-gradient
-inputs of the meta network (recorded once, replayed in perturbed passes), batch-norm buffers (frozen by the problem's own
-`scope`). A pass restores what it changed: the global random state, the attention kernels, the weights swapped into a module.
+inputs of the meta network (recorded once, replayed in perturbed passes), batch-norm buffers (frozen by the problem's
+own `scope`). A pass restores what it changed: the global random state, the attention kernels, the weights swapped
+into a module.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def stop_gradient(x: Tensor) -> Tensor:
     """`x.detach()`, except that a perturbed pass returns the value recorded at the unperturbed weights.
 
     A meta network that reads a detached activation has a mixed partial which only sees its parameters at that very
-    activation. Finite differences and EvoGrad would see the activation move with the weights; replaying the recorded one
-    makes them estimate the same quantity as exact differentiation does.
+    activation. Finite differences and EvoGrad would see the activation move with the weights; replaying the recorded
+    one makes them estimate the same quantity as exact differentiation does.
     """
     current = _CURRENT.get()
     if current is None or current.inputs is Inputs.LIVE:
@@ -82,7 +83,8 @@ def stop_gradient(x: Tensor) -> Tensor:
         return x.detach()
     if current.position >= len(current.tape):
         raise RuntimeError(
-            "a perturbed pass calls stop_gradient more often than the recorded one: the loss must make the same calls each time"
+            "a perturbed pass calls stop_gradient more often than the recorded one: "
+            "the loss must make the same calls each time"
         )
     current.position += 1
     return current.tape[current.position - 1]
@@ -90,7 +92,7 @@ def stop_gradient(x: Tensor) -> Tensor:
 
 @contextmanager
 def for_this_pass(manager: AbstractContextManager[Any]) -> Iterator[None]:
-    """Enter `manager` until the current pass ends (its backward included); outside any pass, for the `with` block only."""
+    """Enter `manager` until the current pass ends, its backward included; outside any pass, for the `with` block."""
     current = _CURRENT.get()
     if current is None:
         with manager:
@@ -125,8 +127,8 @@ class PassContext:
     ) -> Iterator[None]:
         """One pass over one part: forward and backward both belong inside.
 
-        `second_order` confines attention to the math kernel, the only one that can be differentiated twice or in forward
-        mode. `stream` other than 0 draws independent randomness.
+        `second_order` confines attention to the math kernel, the only one that can be differentiated twice or in
+        forward mode. `stream` other than 0 draws independent randomness.
         """
         with ExitStack() as stack:
             stack.enter_context(_seeded(mix_seed(self.seed, part, stream), self.devices))
@@ -151,9 +153,7 @@ class PassContext:
             self.inner_value(w, lam, batch, inputs=Inputs.RECORD)
         return Inputs.REPLAY
 
-    def inner_value(
-        self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE, stream: int = 0
-    ) -> Tensor:
+    def inner_value(self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE, stream: int = 0) -> Tensor:
         """Inner loss without a graph, a 0-d tensor."""
         values = []
         for index, part in self.parts(batch):
@@ -241,7 +241,6 @@ def mix_seed(seed: int, *keys: int) -> int:
         value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         value ^= value >> 31
     return value >> 1
-
 
 
 @contextmanager

@@ -188,7 +188,9 @@ def _estimate(
     lam, diagnostics = step.lam, dict[str, float]()
     response = estimator.respond(passes, step, state, diagnostics)
     wrt = tuple(step.w) if response.wrt is None else tuple(response.wrt)
-    outer_loss, cotangent, direct, reads_lam = passes.outer_grad(response.value, lam, val_batch, wrt_w=wrt, wrt_lam=lam)
+    outer_loss, cotangent, direct, reads_lam = passes.outer_grad(
+        response.value, lam, val_batch, wrt_w=wrt, wrt_lam=lam
+    )
     if estimator.requires_direct_term and not reads_lam:
         raise ValueError(NO_DIRECT_TERM)
     grads = tree.add(direct, response.vjp(cotangent))
@@ -198,8 +200,8 @@ def _estimate(
 
 
 NO_DIRECT_TERM = (
-    "first_order keeps only the direct term, and this outer loss does not read the meta parameters, so every hypergradient "
-    "would be zero: choose an estimator that differentiates the inner step (one_step, evograd)"
+    "first_order keeps only the direct term, and this outer loss does not read the meta parameters, so every "
+    "hypergradient would be zero: choose an estimator that differentiates the inner step (one_step, evograd)"
 )
 
 

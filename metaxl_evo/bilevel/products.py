@@ -2,7 +2,7 @@
 
 | engine | passes | needs |
 |---|---|---|
-| `double_backward` | a forward, a backward with its graph, a double backward | second-order kernels, about 2.5x the memory |
+| `double_backward` | a forward, a backward with its graph, a double backward | second-order kernels, most memory |
 | `jvp` | one forward and backward to lam, each with its tangent (forward over reverse) | second-order kernels |
 | `finite_difference` | two forwards and backwards to lam, at w +- radius v/|v| | nothing; error O(radius^2) |
 
@@ -30,7 +30,7 @@ def mixed_product(
     Args:
         engine: one of `ENGINES`.
         v: a direction with the keys of `w`.
-        radius: length of the finite-difference perturbation, in the units of w (DARTS, footnote 2; 0.01 suits float32).
+        radius: length of the finite-difference perturbation, in the units of w (DARTS, footnote 2: 0.01).
 
     Raises:
         ValueError: for an unknown engine.

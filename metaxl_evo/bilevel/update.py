@@ -1,9 +1,10 @@
-"""Update rules of the inner problem as differentiable maps: SGD (with momentum), Adam and AdamW, with gradient clipping.
+"""Update rules of the inner problem as differentiable maps: SGD with momentum, Adam, AdamW; gradient clipping.
 
-A rule maps (w, state, grad, lam) to (w', state'), with torch.optim's own algebra, so that autograd can run through it. For the
-one-step estimators it also gives the pullback (du/dg)^T v in closed form, where w' = D w - u(g): no graph, one product a leaf.
-A hyperparameter is a number, a mapping from parameter name to number (optimiser groups), or the *name of an entry of lam*
-(a learned learning rate, momentum or weight decay), which is then pulled back here and not through a mixed product.
+A rule maps (w, state, grad, lam) to (w', state'), with torch.optim's own algebra, so that autograd can run through
+it. For the one-step estimators it also gives the pullback (du/dg)^T v in closed form, where w' = D w - u(g): no
+graph, one product a leaf. A hyperparameter is a number, a mapping from parameter name to number (optimiser groups),
+or the *name of an entry of lam* (a learned learning rate, momentum or weight decay), which is then pulled back here
+and not through a mixed product.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class UpdateRule(ABC):
         return tree.tree_map(lambda u, g: u.sub(g, alpha=along).mul_(factor), pulled, grad)
 
     def lam_vjp(self, v: Tree, w: Tree, state: UpdateState | None, grad: Tree, lam: Tree) -> Tree:
-        """Pull a cotangent on w' back to the entries of `lam` that are the rule's own hyperparameters; zeros elsewhere."""
+        """Pull a cotangent on w' back to the entries of `lam` that are the rule's hyperparameters; zeros elsewhere."""
         pulled = tree.zeros_like(lam)
         names = sorted(self.tunes & lam.keys())
         if not names:
@@ -184,8 +185,8 @@ class Adam(UpdateRule):
     def _du_dg(self, v: Tree, w: Tree, grad: Tree, state: UpdateState, lam: Tree) -> Tree:
         """lr/c1 [(1-b1)/Dn - m (1-b2) g / (c2 r Dn^2)], r = sqrt(s/c2), Dn = r + eps, at the moments after the step.
 
-        Coordinates that never had a gradient (s = 0: unused embedding rows) give 0: the training loss does not depend on
-        them, and their true factor, of size lr/eps, would only swamp the direction of a finite difference.
+        Coordinates that never had a gradient (s = 0: unused embedding rows) give 0: the training loss does not depend
+        on them, and their true factor, of size lr/eps, would only swamp the direction of a finite difference.
         """
         (b1, b2), step = self.betas, state["step"]
         c1, c2 = 1 - b1**step, 1 - b2**step
@@ -287,7 +288,9 @@ def optimizer_rule(optimizer: torch.optim.Optimizer) -> type[UpdateRule]:
             for group in optimizer.param_groups:
                 for option in ("amsgrad", "maximize"):
                     if group.get(option):
-                        raise ValueError(f"{kind.__name__}({option}=True) has no differentiable rule: set {option}=False")
+                        raise ValueError(
+                            f"{kind.__name__}({option}=True) has no differentiable rule: set {option}=False"
+                        )
             decoupled = {bool(group.get("decoupled_weight_decay")) for group in optimizer.param_groups}
             if rule is Adam and True in decoupled:
                 if False in decoupled:
@@ -302,4 +305,6 @@ def optimizer_rule(optimizer: torch.optim.Optimizer) -> type[UpdateRule]:
 
 def _with_zeros(found: Tree, names: Mapping[Tensor, str]) -> Tree:
     """State tensors by name; zeros for parameters that were never stepped."""
-    return {name: found[name] if name in found else torch.zeros_like(p, requires_grad=False) for p, name in names.items()}
+    return {
+        name: found[name] if name in found else torch.zeros_like(p, requires_grad=False) for p, name in names.items()
+    }

@@ -30,7 +30,9 @@ def make_estimator(name: str, **settings: Any) -> Estimator:
     valid = [field.name for field in fields(cls)]
     for setting in settings:
         if setting not in valid:
-            raise ValueError(unknown(f"field of {name}", setting, valid) if valid else f"{name} has no fields, not {setting!r}")
+            raise ValueError(
+                unknown(f"field of {name}", setting, valid) if valid else f"{name} has no fields, not {setting!r}"
+            )
     return cls(**settings)
 
 

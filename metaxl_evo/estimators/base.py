@@ -18,8 +18,9 @@ Exactness = Literal["always", "at optimum", "in expectation", "never"]
 class Estimator(ABC):
     """How the hypergradient is estimated; its fields are its hyperparameters.
 
-    State is explicit, so that resume is saving it: `init` makes it, `observe` returns the next one after every inner step,
-    `respond` reads it. The properties tell the rest of the code what an *instance* needs; nobody asks for its name.
+    State is explicit, so that resume is saving it: `init` makes it, `observe` returns the next one after every inner
+    step, `respond` reads it. The properties tell the rest of the code what an *instance* needs; nobody asks for its
+    name.
     """
 
     @property
@@ -96,7 +97,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
-        """Where the weights go in this step and how a cotangent pulls back; numbers for the log go into `diagnostics`."""
+        """Where the weights go and how a cotangent pulls back; numbers for the log go into `diagnostics`."""
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         """Refuse a problem that the method cannot serve.
@@ -115,10 +116,12 @@ class Estimator(ABC):
             )
         if (self.second_order or self.needs_forward_ad) and not problem.second_order:
             raise ValueError(
-                f"{name} differentiates the inner loss twice, and this problem allows it once (attention kernel, activation "
-                "checkpointing or torch.compile): use one_step with engine finite_difference, or evograd"
+                f"{name} differentiates the inner loss twice, and this problem allows it once (attention kernel, "
+                "activation checkpointing or torch.compile): use one_step with engine finite_difference, or evograd"
             )
         if self.requires_direct_term and problem.direct_term is False:
             raise ValueError(NO_DIRECT_TERM)
         if self.max_meta_size is not None and tree.size(lam) > self.max_meta_size:
-            raise ValueError(f"{name} is meant for at most {self.max_meta_size} meta parameters, here are {tree.size(lam)}")
+            raise ValueError(
+                f"{name} is meant for at most {self.max_meta_size} meta parameters, here are {tree.size(lam)}"
+            )

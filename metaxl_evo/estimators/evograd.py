@@ -24,12 +24,12 @@ _NOISE = 0xE70  # keeps the perturbations' seeds apart from those of the passes 
 
 @dataclass(frozen=True)
 class EvoGrad(Estimator):
-    """value = w + sum_k w_k eps_k with w = softmax(-l / temperature), l_k = L_T(w + eps_k, lam) (Bohdal et al., 2021, eq. 3-5).
+    """value = w + sum_k w_k eps_k, w = softmax(-l / temperature), l_k = L_T(w + eps_k, lam) (Bohdal 2021, eq. 3-5).
 
     vjp(v) = sum_k a_k d_lam l_k with a_k = -(w_k / temperature) (s_k - sum_j w_j s_j), s_k = <v, eps_k>. One forward a
-    copy yields its loss and its lambda-gradient; noise is regenerated from seeds and one graph is alive at a time, so the
-    memory is a constant plus `copies` gradients of the size of lam. Where only the suffix of a split is perturbed, the encoder
-    runs once for all copies and a single backward reaches lam.
+    copy yields its loss and its lambda-gradient; noise is regenerated from seeds and one graph is alive at a time, so
+    the memory is a constant plus `copies` gradients of the size of lam. Where only the suffix of a split is
+    perturbed, the encoder runs once for all copies and a single backward reaches lam.
 
     Args:
         copies: number of perturbed copies K, at least 2.
@@ -41,9 +41,10 @@ class EvoGrad(Estimator):
         share_randomness: one dropout mask for all copies; False draws one a copy.
         share_meta_inputs: replay the meta network's stop-gradient inputs at the unperturbed weights.
 
-    The published code's choices (ondrejbohdal/evograd, MetaXL): copies 2, sigma 1e-3, temperature 0.05, noise sign, parameters
-    `classifier`, share_randomness False, share_meta_inputs False, with dropout on in the meta passes and the order lookahead.
-    It sums w_k (w + eps_k); here it is w + sum w_k eps_k, the same number with two to three digits more in float32.
+    The published code's choices (ondrejbohdal/evograd, MetaXL): copies 2, sigma 1e-3, temperature 0.05, noise sign,
+    parameters `classifier`, share_randomness False, share_meta_inputs False, with dropout on in the meta passes and
+    the order lookahead. It sums w_k (w + eps_k); here it is w + sum w_k eps_k, the same number with two to three
+    digits more in float32.
 
     Raises:
         ValueError: for values out of range, an unknown noise, or a pattern that finds no parameter.
@@ -73,7 +74,9 @@ class EvoGrad(Estimator):
             try:
                 re.compile(self.parameters)
             except re.error as error:
-                raise ValueError(f"evograd: parameters={self.parameters!r} is not a regular expression: {error}") from None
+                raise ValueError(
+                    f"evograd: parameters={self.parameters!r} is not a regular expression: {error}"
+                ) from None
 
     @property
     def exact(self) -> Exactness:
@@ -85,7 +88,7 @@ class EvoGrad(Estimator):
 
     @property
     def citation(self) -> str:
-        return "Bohdal et al., EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization, NeurIPS 2021"
+        return "Bohdal et al., EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization, 2021"
 
     def cost(self, *, step_made: bool) -> Counts:
         return Counts(forwards=self.copies + 1, backwards=self.copies + 1)
@@ -99,7 +102,9 @@ class EvoGrad(Estimator):
         noise = _Noise(self, {name: w[name] for name in names}, passes.seed, passes.noise)
         split = passes.problem.split
         shared = split is not None and self.share_randomness and names <= split.names
-        copies = _SharedPass(passes, step, noise, split) if shared and split else _FullPasses(self, passes, step, noise)
+        copies = (
+            _SharedPass(passes, step, noise, split) if shared and split else _FullPasses(self, passes, step, noise)
+        )
         weights = torch.softmax(-copies.losses / self.temperature, dim=0)
         diagnostics["effective_copies"] = float(1 / weights.square().sum())
         diagnostics["loss_spread"] = float(copies.losses.std() / self.temperature)
@@ -119,12 +124,14 @@ class EvoGrad(Estimator):
         names = frozenset(name for name in w if re.search(self.parameters, name))
         if not names:
             examples = ", ".join(list(w)[:2] + list(w)[-2:])
-            raise ValueError(f"evograd: parameters={self.parameters!r} finds none of the base parameters, such as {examples}")
+            raise ValueError(
+                f"evograd: parameters={self.parameters!r} finds none of the base parameters, such as {examples}"
+            )
         return names
 
 
 class _Noise:
-    """The perturbations eps_k of the chosen parameters: injected, or regenerated from seeds keyed by copy and tensor."""
+    """The perturbations eps_k of the chosen parameters: injected, or regenerated from seeds (copy, tensor)."""
 
     def __init__(self, config: EvoGrad, like: Tree, seed: int, injected: Sequence[Tree] | None) -> None:
         if injected is not None and len(injected) < 2:
@@ -174,7 +181,7 @@ class _FullPasses:
 
 
 class _SharedPass:
-    """One pass of the part that no copy perturbs; the copies are evaluations of the suffix, one backward reaches lam."""
+    """One pass of what no copy perturbs; the copies are evaluations of the suffix, one backward reaches lam."""
 
     def __init__(self, passes: PassContext, step: InnerStep, noise: _Noise, split: Split) -> None:
         self.passes, self.step, self.noise, self.split = passes, step, noise, split

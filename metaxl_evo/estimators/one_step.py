@@ -25,8 +25,8 @@ class OneStep(Estimator):
 
     Args:
         engine: how the mixed product is taken: `double_backward` and `jvp` (forward over reverse) are exact,
-            `finite_difference` needs first-order passes only; `auto` is `jvp` where the problem can be differentiated twice,
-            else `finite_difference`.
+            `finite_difference` needs first-order passes only; `auto` is `jvp` where the problem can be differentiated
+            twice, else `finite_difference`.
         radius: length of the finite-difference perturbation, in the units of w.
 
     Sources: Luketina et al., ICML 2016 (T1-T2); Liu et al., DARTS, ICLR 2019, eq. 7-8 (finite difference);
@@ -71,7 +71,9 @@ class OneStep(Estimator):
 
     @property
     def citation(self) -> str:
-        return "Luketina et al., Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters, ICML 2016"
+        return (
+            "Luketina et al., Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters, ICML 2016"
+        )
 
     def cost(self, *, step_made: bool) -> Counts:
         counts = Counts(forwards=1, backwards=1) if step_made else Counts(forwards=2, backwards=2)

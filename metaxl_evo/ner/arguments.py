@@ -71,7 +71,8 @@ class NerArguments:
     max_length: int = field(default=200, metadata={"help": "Sub-tokens of a training sentence at most."})
     eval_max_length: int = field(default=512, metadata={"help": "The same in evaluation; words beyond count as O."})
     rtn_layers: list[int] | None = field(
-        default=None, metadata={"help": "Encoder layers whose output is transformed, counted from 1 (default: the last)."}
+        default=None,
+        metadata={"help": "Encoder layers whose output is transformed, counted from 1 (default: the last)."},
     )
     rtn_kind: str = field(default="gated_tied", metadata={"help": f"One of {', '.join(KINDS)}."})
     rtn_bottleneck: int | None = field(default=None, metadata={"help": "Width of the RTN (default: by its kind)."})
@@ -81,7 +82,8 @@ class NerArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel of the base model."})
     select: str = field(
-        default="dev", metadata={"help": "dev: the checkpoint with the best dev F1; last: the last, no dev set is read."}
+        default="dev",
+        metadata={"help": "dev: the checkpoint with the best dev F1; last: the last, no dev set is read."},
     )
     strict: bool = field(default=False, metadata={"help": "Count only well-formed IOB2 entities."})
     check: bool = field(default=False, metadata={"help": "Run a few steps, print a verdict, write nothing."})

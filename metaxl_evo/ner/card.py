@@ -19,9 +19,10 @@ def card_sections(results: dict[str, Any], ner: NerArguments, estimator: Estimat
     cited = [METAXL] if estimator is None else [METAXL, estimator.citation]
     return [
         f"## Cross-lingual NER\n\nMethod `{ner.method}`, source {sources}, data `{ner.dataset}`, "
-        f"estimator {estimator if estimator is not None else 'none'}.\n\nThe model here is a plain token classifier; the "
-        "representation transformation network of the training is in `rtn/` and is not needed for prediction.",
-        f"## Test scores\n\nEntity F1 by seqeval{' (strict IOB2)' if ner.strict else ''}, percent.\n\n{scores_table(test)}",
+        f"estimator {estimator if estimator is not None else 'none'}.\n\nThe model here is a plain token classifier; "
+        "the representation transformation network of the training is in `rtn/` and is not needed for prediction.",
+        f"## Test scores\n\nEntity F1 by seqeval{' (strict IOB2)' if ner.strict else ''}, percent.\n\n"
+        + scores_table(test),
         f"## Settings\n\n| field | value |\n|---|---|\n{settings}",
         "## Citation\n\n" + "\n".join(f"- {line}" for line in cited),
     ]

@@ -9,7 +9,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -30,6 +30,7 @@ from metaxl_evo.ner.experiment import (
     require_enough,
 )
 from metaxl_evo.ner.pretrained import trained_labels
+from metaxl_evo.ner.tagger import CrossLingualTagger
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 
@@ -136,7 +137,9 @@ def _describe(
     parts["test"] = (data.test, ner.eval_max_length)
     args = fit_arguments(ner, args, data)
     batch = args.per_device_train_batch_size * args.world_size
-    planned = steps_of(args.num_train_epochs, len(trainer.train_dataset), batch, args.gradient_accumulation_steps)
+    planned = steps_of(
+        args.num_train_epochs, len(cast(Dataset, trainer.train_dataset)), batch, args.gradient_accumulation_steps
+    )
     return {
         "sentences": {name: len(rows) for name, (rows, _) in parts.items()},
         "labels": data.names,
@@ -177,7 +180,7 @@ def _movement(
     if updates == 0:
         found["problems"].append("no hypergradient was finite: see the losses, lower learning_rate")
         return moved
-    step = trainer.model.meta.relative_change(start[1]) / updates
+    step = cast(CrossLingualTagger, trainer.model).meta.relative_change(start[1]) / updates
     planned = found["planned_steps"] / args.meta_every
     moved |= {"rtn_moved_a_step": step, "rtn_at_least": step * math.sqrt(planned), "rtn_at_most": step * planned}
     if not step > 0:
@@ -221,8 +224,8 @@ def _other_engine(estimator: Estimator) -> Estimator:
 
 def _evaluation(trainer: MetaTrainer, problems: list[str]) -> dict[str, bool]:
     """Whether another RTN changes the training loss (it should, where it acts) and the evaluation (it must not)."""
-    module = trainer.model
-    rows = [trainer.train_dataset[index] for index in range(min(4, len(trainer.train_dataset)))]
+    module, dataset = trainer.model, cast(Dataset, trainer.train_dataset)
+    rows = [dataset[index] for index in range(min(4, len(dataset)))]
     batch = send_to_device(trainer.data_collator(rows), trainer.args.device)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     module.eval()

@@ -54,11 +54,17 @@ class Comparison:
                 mean, low, high = self.difference(method, baseline)
                 reading = "tie" if low <= 0 <= high else ("better" if low > 0 else "worse")
                 lines.append(f"| {method} | {mean:+.2f} | {low:+.2f} to {high:+.2f} | {reading} |")
-        lines += ["", "| method | seconds a run | RTN moved, % of its norm | skipped meta steps |", "|---|---:|---:|---:|"]
+        lines += [
+            "",
+            "| method | seconds a run | RTN moved, % of its norm | skipped meta steps |",
+            "|---|---:|---:|---:|",
+        ]
         for method in self.methods:
             moved = [100 * value for value in self.of_run(method, "rtn_relative_change")]
             skipped = int(sum(self.of_run(method, "skipped_meta_steps")))
-            lines.append(f"| {method} | {_spread(self.of_run(method, 'train_seconds'), 0)} | {_spread(moved)} | {skipped} |")
+            lines.append(
+                f"| {method} | {_spread(self.of_run(method, 'train_seconds'), 0)} | {_spread(moved)} | {skipped} |"
+            )
         return "\n".join(lines) + "\n"
 
     def plot(self, file: Path) -> None:
@@ -73,7 +79,9 @@ class Comparison:
         from matplotlib import pyplot as plt
 
         columns = [*self.languages, "average"]
-        figure, axes = plt.subplots(1, len(columns), figsize=(2.6 * len(columns), 3.6), sharex=True, layout="constrained")
+        figure, axes = plt.subplots(
+            1, len(columns), figsize=(2.6 * len(columns), 3.6), sharex=True, layout="constrained"
+        )
         for axis, column in zip(axes, columns, strict=True):
             for row, method in enumerate(self.methods):
                 values = self.f1(method, column)

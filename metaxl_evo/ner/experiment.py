@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, concatenate_datasets
 from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -125,9 +125,7 @@ def load_target(ner: NerArguments, target: str, names: Sequence[str] | None = No
     if wants_dev:  # a zero-shot run knows no target labels, not even for choosing a checkpoint
         dev = of_target["validation"] if recipe.target else loaded[sources[0]]["validation"]
     return TargetData(
-        sources={
-            language: sample(loaded[language]["train"], ner.train_size, ner.sample_seed) for language in sources
-        },
+        sources={language: sample(loaded[language]["train"], ner.train_size, ner.sample_seed) for language in sources},
         target=train,
         dev=None if dev is None else _first(dev, ner.eval_size),
         test=_first(of_target["test"], ner.eval_size),
@@ -157,7 +155,8 @@ def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, da
     set_seed(args.seed)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     trainer, evaluation = build_trainer(ner, args, data)
-    started = tree.clone(trainer.model.meta_parameters())
+    tagger = cast(CrossLingualTagger, trainer.model)
+    started = tree.clone(tagger.meta_parameters())
     begun = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - begun
@@ -168,7 +167,7 @@ def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, da
     results["run"] = {
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
-        "rtn_relative_change": trainer.model.meta.relative_change(started),
+        "rtn_relative_change": tagger.meta.relative_change(started),
         "skipped_meta_steps": trainer.skipped_meta_steps,
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "test_sentences_in_train": data.overlap,

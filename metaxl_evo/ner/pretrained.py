@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from safetensors import SafetensorError
@@ -50,7 +51,8 @@ def trained_labels(model: str) -> list[str] | None:
     config = load_config(model)
     if not any("TokenClassification" in kind for kind in config.architectures or []):
         return None
-    return [config.id2label[number] for number in sorted(config.id2label)]
+    labels: dict[Any, str] = dict(config.id2label or {})
+    return [labels[number] for number in sorted(labels)]
 
 
 def load_classifier(

@@ -81,6 +81,9 @@ class MetaTrainingArguments(TrainingArguments):
         ValueError: one line for the first value that cannot be, with the valid choices.
     """
 
+    output_dir: str = field(
+        default="trainer_output", metadata={"help": "Where the model, its checkpoints and results are written."}
+    )
     estimator: str = field(
         default="one_step",
         metadata={

@@ -13,9 +13,10 @@ from metaxl_evo.bilevel.passes import mix_seed
 class MetaRows:
     """Endless passes over a data set, each in a new order, every draw split into a train and a meta part.
 
-    A draw never mixes two passes, so the last of a pass may be shorter; where it could not be split it is left out. The order
-    depends on the seed and the number of the pass alone: the number of draws is the whole state. With several processes all
-    make the same draw and each takes its share of both parts.
+    A draw never mixes two passes, so the last of a pass may be shorter; where it could not be split it is left out.
+    The order
+    depends on the seed and the number of the pass alone: the number of draws is the whole state. With several
+    processes all make the same draw and each takes its share of both parts.
 
     Args:
         dataset: a map-style data set.

@@ -31,13 +31,14 @@ class MetaTrainer(Trainer):
     """Trains a BilevelModule: the base by the Trainer's own loop, the meta network by hypergradients.
 
     One meta step per optimizer step (or every `meta_every`), over the whole accumulation window. With
-    `meta_order="after_step"` it follows the base step and differentiates that very step; with `lookahead` it precedes it.
+    `meta_order="after_step"` it follows the base step and differentiates that very step; with `lookahead` it precedes
+    it.
 
     Args:
         model: the task.
         args: both levels' arguments.
-        meta_dataset: the rows that judge; a share of them (`1 - meta_portion`) joins the train rows. May be left out where
-            `args.estimator` is `none`.
+        meta_dataset: the rows that judge; a share of them (`1 - meta_portion`) joins the train rows. May be left out
+            where `args.estimator` is `none`.
         kwargs: as for `transformers.Trainer`.
 
     Raises:
@@ -80,7 +81,7 @@ class MetaTrainer(Trainer):
         self._window_is_new = False
         self._previous: tree.Tree | None = None
         self._grad_norm: float | None = None
-        self._meta_learning_rate = args.meta_learning_rate
+        self._meta_learning_rate: Any = args.meta_learning_rate
         self._skipped_in_a_row = 0
         self.skipped_meta_steps = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -179,8 +180,11 @@ class MetaTrainer(Trainer):
         self._window_is_new = False
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """The inner loss in training (summed over ranks, where DDP averages gradients), the base model's own otherwise."""
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The inner loss in training (times the ranks, whose gradients DDP averages), the base model's own
+        otherwise."""
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs or not model.training:
             return found
@@ -197,7 +201,7 @@ class MetaTrainer(Trainer):
         """Whether this optimizer step has a meta step: every `meta_every`-th, and not at a learning rate of zero."""
         if self.estimator is None or self.state.global_step % self.args.meta_every:
             return False
-        return any(group["lr"] != 0 for group in self.optimizer.param_groups)
+        return any(group["lr"] != 0 for group in _plain(self.optimizer).param_groups)
 
     def _look_ahead(self) -> None:
         assert self.estimator is not None
@@ -265,7 +269,11 @@ class MetaTrainer(Trainer):
         self.meta_optimizer.step()
         for parameter in parameters.values():
             parameter.grad = None
-        for key, value in {"meta_loss": float(result.outer_loss), "meta_grad_norm": norm, **result.diagnostics}.items():
+        for key, value in {
+            "meta_loss": float(result.outer_loss),
+            "meta_grad_norm": norm,
+            **result.diagnostics,
+        }.items():
             self._metrics[key if key.startswith("meta_") else f"meta_{key}"].append(value)
 
     def _skip(self, result: Hypergradient) -> None:
@@ -275,12 +283,13 @@ class MetaTrainer(Trainer):
         logger.warning("step %d: the hypergradient is not finite, no meta update", self.state.global_step)
         if self._skipped_in_a_row >= self.args.max_skipped_meta_steps:
             raise FloatingPointError(
-                f"{self._skipped_in_a_row} hypergradients in a row were not finite (outer loss {float(result.outer_loss):.3g}): "
+                f"{self._skipped_in_a_row} hypergradients in a row were not finite (outer loss "
+                f"{float(result.outer_loss):.3g}): "
                 "lower learning_rate or meta_learning_rate, set meta_max_grad_norm, or raise max_skipped_meta_steps"
             )
 
     def _update_rule(self, estimator: Estimator) -> tuple[UpdateRule, UpdateState]:
-        """The inner update as the optimiser makes it now; a placeholder where the estimator does not differentiate it."""
+        """The inner update as the optimiser makes it now; a placeholder where the estimator does without."""
         if not estimator.needs_update_rule:
             return SGD(0.0), {"step": 0, "momentum_buffer": {}}
         names = {parameter: name for name, parameter in self.model.base_parameters().items()}
@@ -322,6 +331,7 @@ class MetaTrainer(Trainer):
         self.model.load_pretrained(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
         self.model.load_pretrained(self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -337,7 +347,9 @@ class MetaTrainer(Trainer):
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a truncated file raises one of several kinds
-            raise ValueError(f"{file} cannot be read ({type(error).__name__}): resume from an earlier checkpoint") from error
+            raise ValueError(
+                f"{file} cannot be read ({type(error).__name__}): resume from an earlier checkpoint"
+            ) from error
         for name, holder in self._stateful().items():
             if name not in saved:
                 raise ValueError(f"{file} has no {name}: it was written by a run without one, start a new run instead")
@@ -352,7 +364,7 @@ class MetaTrainer(Trainer):
         states = {name: holder.state_dict() for name, holder in self._stateful().items()}
         return {**states, "skipped": [self.skipped_meta_steps, self._skipped_in_a_row]}
 
-    def create_model_card(self, **kwargs: Any) -> None:
+    def create_model_card(self, **kwargs: Any) -> None:  # type: ignore[override]
         """The Trainer's card with `card_sections` (Markdown) behind it."""
         tags = kwargs.pop("tags", None) or []
         super().create_model_card(tags=[*([tags] if isinstance(tags, str) else tags), "metaxl-evo"], **kwargs)
@@ -380,8 +392,12 @@ class _MetaSteps(TrainerCallback):
         if args.meta_order == "after_step" and self.trainer._meta_step_is_due():
             self.trainer._after_step()
         if self.trainer.meta_scheduler is not None:
-            self.trainer._meta_learning_rate = self.trainer.meta_scheduler.get_last_lr()[0]  # of this step, for the log
-            with warnings.catch_warnings():  # torch warns where the first meta steps are skipped, at a zero learning rate
+            self.trainer._meta_learning_rate = self.trainer.meta_scheduler.get_last_lr()[
+                0
+            ]  # of this step, for the log
+            with (
+                warnings.catch_warnings()
+            ):  # torch warns where the first meta steps are skipped, at a zero learning rate
                 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
                 self.trainer.meta_scheduler.step()
 
@@ -392,7 +408,10 @@ def _refuse_launch(args: MetaTrainingArguments, estimator: Estimator | None) -> 
         "fsdp": (bool(args.fsdp), "parameters are sharded; train with DDP or on one device"),
         "deepspeed": (bool(args.deepspeed), "its engine owns the backward; train with DDP or on one device"),
         "fp16": (args.fp16, "its scaler is shared between optimisers; use bf16 or float32"),
-        "DataParallel": (args.n_gpu > 1, "replicas lose the hooks; start with accelerate launch, or set CUDA_VISIBLE_DEVICES"),
+        "DataParallel": (
+            args.n_gpu > 1,
+            "replicas lose the hooks; start with accelerate launch, or set CUDA_VISIBLE_DEVICES",
+        ),
     }
     for what, (asked, reason) in refused.items():
         if asked:
@@ -401,8 +420,8 @@ def _refuse_launch(args: MetaTrainingArguments, estimator: Estimator | None) -> 
         return
     if args.world_size > 1:
         raise ValueError(
-            f"meta steps on {args.world_size} processes are not supported yet: launch one process (--num_processes 1), or use "
-            "gradient_accumulation_steps for larger batches"
+            f"meta steps on {args.world_size} processes are not supported yet: launch one process "
+            "(--num_processes 1), or use gradient_accumulation_steps for larger batches"
         )
     for field in ("activation_checkpointing", "gradient_checkpointing", "torch_compile"):
         if getattr(args, field, False) and (estimator.second_order or estimator.needs_forward_ad):

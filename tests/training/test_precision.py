@@ -1,4 +1,5 @@
-"""bf16 training: the base step runs under autocast, the meta passes in float32 (accelerate patches only the forward)."""
+"""bf16 training: the base step runs under autocast, the meta passes in float32: accelerate patches the forward
+alone."""
 
 from __future__ import annotations
 
@@ -7,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.tiny import base_weights, logged, meta_weights, tiny_tagger, tiny_trainer
 from torch import Tensor, nn
 
+from tests.training.tiny import base_weights, logged, meta_weights, tiny_tagger, tiny_trainer
 
-def dtypes_seen(folder: Path, **fields: Any) -> tuple[set[torch.dtype], set[torch.dtype], dict[str, Tensor], list[float]]:
+
+def dtypes_seen(
+    folder: Path, **fields: Any
+) -> tuple[set[torch.dtype], set[torch.dtype], dict[str, Tensor], list[float]]:
     """Logit dtypes in base steps and in meta passes, the RTN after one lookahead step, and the logged meta losses."""
     base, meta = set[torch.dtype](), set[torch.dtype]()
     tagger = tiny_tagger(dropout=False)
