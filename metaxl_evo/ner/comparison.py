@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -34,9 +35,14 @@ class Comparison:
         return [float(self.runs[method, one, seed]["run"][key]) for one in self.languages for seed in self.seeds]
 
     def difference(self, method: str, baseline: str) -> tuple[float, float, float]:
-        """Mean paired difference of F1 over (language, seed), with its 95 % t-interval, in points."""
+        """Mean paired difference of F1 over (language, seed), with its 95 % t-interval, in points.
+
+        The interval is infinite for a single pair.
+        """
         pairs = [(one, seed) for one in self.languages for seed in self.seeds]
         differences = [self._percent(method, *pair) - self._percent(baseline, *pair) for pair in pairs]
+        if len(differences) < 2:
+            return differences[0], -inf, inf
         low, high = stats.t.interval(0.95, len(differences) - 1, fmean(differences), stats.sem(differences))
         return fmean(differences), float(low), float(high)
 

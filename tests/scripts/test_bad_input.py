@@ -102,7 +102,7 @@ SETTINGS: list[tuple[Settings, str]] = [
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be .*at least 1"),
     ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be .*at least 1"),
     ({"max_steps": 0}, "max_steps must be at least 1, or -1"),
-    ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs must be above 0"),
+    ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs must be a number above 0"),
     ({"meta_every": 0}, "meta_every must be .*at least 1"),
     ({"meta_portion": 1.5}, "meta_portion must be .*between 0 and 1"),
     ({"logging_steps": -3}, "logging_steps must be"),
