@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+torch.set_num_threads(1)  # small tensors: two contended threads are many times slower than one
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

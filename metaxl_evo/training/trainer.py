@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -109,7 +110,7 @@ class MetaTrainer(Trainer):
             self.meta_scheduler = get_scheduler(
                 self.args.meta_lr_scheduler_type,
                 optimizer=self.meta_optimizer,
-                num_warmup_steps=int(warmup if warmup >= 1 else warmup * num_training_steps),
+                num_warmup_steps=int(warmup if warmup >= 1 else math.ceil(warmup * num_training_steps)),
                 num_training_steps=num_training_steps,
             )
         return super().create_scheduler(num_training_steps, optimizer)
