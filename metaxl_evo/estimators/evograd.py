@@ -181,18 +181,21 @@ class _FullPasses:
 
 
 class _SharedPass:
-    """One pass of what no copy perturbs; the copies are evaluations of the suffix, one backward reaches lam."""
+    """One pass of what no copy perturbs; the copies are evaluations of the suffix, one backward reaches lam.
+
+    One graph at a time: that of a single part waits for the cotangent, those of several are made anew.
+    """
 
     def __init__(self, passes: PassContext, step: InnerStep, noise: _Noise, split: Split) -> None:
         self.passes, self.step, self.noise, self.split = passes, step, noise, split
         self.lam = tree.leaves(step.lam, step.lam)
         self.hidden: list[Tensor] = []
         losses = torch.zeros(noise.copies, dtype=torch.float64, device=next(iter(step.lam.values())).device)
-        for index, part in passes.parts(step.batch):
+        parts = passes.parts(step.batch)
+        for index, part in parts:
             with passes.scope(index):
-                hidden = split.hidden(tree.detach(step.current), self.lam, part)
-            passes.counts.forwards += 1
-            self.hidden.append(hidden)
+                hidden = self._hidden(part)
+            self.hidden.append(hidden if len(parts) == 1 else hidden.detach())
             for k in range(noise.copies):
                 losses[k] += self._suffix(k, hidden.detach(), index, part).double()
         self.losses = losses
@@ -201,20 +204,24 @@ class _SharedPass:
         """Accumulate sum_k a_k d l_k / d hidden, then one backward to lam, a part at a time."""
         total = tree.zeros_like(self.lam)
         for index, part in self.passes.parts(self.step.batch):
-            hidden = self.hidden[index]
-            if not hidden.requires_grad:
-                continue
-            leaf = hidden.detach().requires_grad_()
+            leaf = self.hidden[index].detach().requires_grad_()
             cotangent = torch.zeros_like(leaf)
             for k, coefficient in enumerate(coefficients.tolist()):
                 cotangent += coefficient * torch.autograd.grad(self._suffix(k, leaf, index, part), leaf)[0]
             with self.passes.scope(index):
+                hidden = self.hidden[index] if len(self.hidden) == 1 else self._hidden(part)
+                if not hidden.requires_grad:
+                    continue
                 found = torch.autograd.grad(
                     hidden, list(self.lam.values()), cotangent, allow_unused=True, materialize_grads=True
                 )
             self.passes.counts.backwards += 1
             total = tree.add(total, dict(zip(self.lam, found, strict=True)))
         return tree.detach(total)
+
+    def _hidden(self, part: Any) -> Tensor:
+        self.passes.counts.forwards += 1
+        return self.split.hidden(tree.detach(self.step.current), self.lam, part)
 
     def _suffix(self, k: int, hidden: Tensor, index: int, part: Any) -> Tensor:
         self.passes.counts.suffixes += 1
