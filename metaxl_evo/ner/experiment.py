@@ -22,7 +22,7 @@ from metaxl_evo.ner.card import card_sections
 from metaxl_evo.ner.data import encode, load_ner_dataset, overlap, sample
 from metaxl_evo.ner.evaluation import EvaluationSet, label_ids
 from metaxl_evo.ner.metrics import average, scores_table
-from metaxl_evo.ner.pretrained import load_classifier, trained_labels
+from metaxl_evo.ner.pretrained import SYNTHETIC, load_classifier, trained_labels
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 from metaxl_evo.training.checkpoint import LATEST, find_checkpoint
@@ -32,6 +32,12 @@ from metaxl_evo.training.trainer import MetaTrainer
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+ALWAYS_NAMED = ("estimator", "estimator_kwargs", "learning_rate", "meta_learning_rate", "seed", "meta_seed")
+OUTSIDE = (  # settings that do not change the results
+    *("output_dir", "resume_from_checkpoint", "check", "disable_tqdm", "report_to", "run_name", "project"),
+    *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "use_cpu", "dataloader_pin_memory"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_token", "save_total_limit"),
+)
 OWN_FILES = (RESULTS, "config.json", "model.safetensors", "README.md", "rtn", "training_args.bin", "tokenizer.json")
 
 
@@ -70,14 +76,14 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
         require_enough(ner, args, target, data[target])
     results = {}
     for target in targets:
-        saved = folders[target] / RESULTS
-        if resuming and saved.exists():
-            results[target] = json.loads(saved.read_text(encoding="utf-8"))
-            continue
         target_args = copy.copy(args)
         target_args.output_dir = str(folders[target])
         if args.hub_model_id is not None and len(targets) > 1:  # one repository a model
             target_args.hub_model_id = f"{args.hub_model_id}-{target}"
+        saved = folders[target] / RESULTS
+        if resuming and saved.exists():
+            results[target] = finished_run(saved, ner, fit_arguments(ner, target_args, data[target]), target)
+            continue
         if len(targets) > 1:  # a repository a target
             target_args.hub_model_id = f"{args.hub_model_id or Path(args.output_dir).name}-{target}"
         results[target] = train_target(ner, target_args, target, data[target])
@@ -86,6 +92,7 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
         write_results(Path(args.output_dir), summary)
     if args.should_log:
         print(scores_table({target: summary["test"][target] for target in targets}))
+        print(f"models, cards and {RESULTS}: {', '.join(map(str, folders.values()))}")
     return summary
 
 
@@ -104,6 +111,24 @@ def refuse_another_run(folder: Path, resuming: bool) -> None:
             f"{folder} holds another run ({found[0]}): choose another output_dir, or set "
             "resume_from_checkpoint: latest"
         )
+
+
+def finished_run(file: Path, ner: NerArguments, args: MetaTrainingArguments, target: str) -> dict[str, Any]:
+    """The results of a target that is done already.
+
+    Raises:
+        ValueError: where they were made with other settings.
+    """
+    results = json.loads(file.read_text(encoding="utf-8"))
+    then = results["settings"]
+    now = json.loads(json.dumps(run_settings(ner, args, target), default=str))
+    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in OUTSIDE)
+    if changed:
+        raise ValueError(
+            f"{file} was made with another {', '.join(changed)}: give the settings of that run, or another output_dir"
+        )
+    logger.info("%s is finished: its results are kept", file.parent)
+    return results
 
 
 def load_target(ner: NerArguments, target: str, names: Sequence[str] | None = None) -> TargetData:
@@ -163,7 +188,7 @@ def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, da
     results: dict[str, Any] = {"test": {target: evaluation["test"].predict(trainer)}}
     if "dev" in evaluation:
         results["dev"] = {target: evaluation["dev"].predict(trainer)}
-    results["settings"] = {**asdict(ner), "target_languages": [target], **_trainer_settings(trainer)}
+    results["settings"] = run_settings(ner, trainer.args, target)
     results["run"] = {
         "steps": trainer.state.global_step,
         "train_seconds": seconds,
@@ -179,7 +204,11 @@ def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, da
     trainer.card_sections = card_sections(results, ner, trainer.estimator)
     finish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
     finish(
-        tasks="token-classification", language=target, dataset_tags=ner.dataset, model_name=Path(args.output_dir).name
+        tasks="token-classification",
+        language=target,
+        dataset_tags=_hub_id(ner.dataset),
+        finetuned_from=_hub_id(ner.model_name_or_path),
+        model_name=Path(args.output_dir).name,
     )
     return results
 
@@ -288,11 +317,17 @@ def _keep_source_schedule(args: MetaTrainingArguments, sentences: int) -> None:
         args.save_strategy, args.save_steps = SaveStrategy.STEPS, an_epoch
 
 
-def _trainer_settings(trainer: MetaTrainer) -> dict[str, Any]:
-    """The training arguments that differ from the defaults."""
-    defaults = MetaTrainingArguments(output_dir=trainer.args.output_dir).to_dict()
-    found = trainer.args.to_dict()
-    return {key: value for key, value in found.items() if value != defaults.get(key) and not key.startswith("_")}
+def run_settings(ner: NerArguments, args: MetaTrainingArguments, target: str) -> dict[str, Any]:
+    """What a run is made with: the NER settings, the estimator, and the training arguments off their defaults."""
+    defaults = MetaTrainingArguments(output_dir=args.output_dir).to_dict()
+    found = {key: value for key, value in args.to_dict().items() if not key.startswith("_")}
+    chosen = {key: value for key, value in found.items() if value != defaults.get(key) or key in ALWAYS_NAMED}
+    return {**asdict(ner), "target_languages": [target], **chosen}
+
+
+def _hub_id(name: str) -> str | None:
+    """`name` where a card can link to it: not a folder, not generated."""
+    return None if Path(name).expanduser().exists() or name == SYNTHETIC else name
 
 
 def _with_language(rows: Dataset, index: int) -> Dataset:

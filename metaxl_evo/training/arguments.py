@@ -171,7 +171,10 @@ class MetaTrainingArguments(TrainingArguments):
             return None
         if self.estimator not in ESTIMATORS:
             raise ValueError(unknown("estimator", self.estimator, [*ESTIMATORS, NO_ESTIMATOR]))
-        return make_estimator(self.estimator, **(settings or {}))
+        try:
+            return make_estimator(self.estimator, **(settings or {}))
+        except ValueError as error:
+            raise ValueError(f"{error} (estimator_kwargs '{{}}' drops those of a config)") from None
 
     def _check_sizes(self) -> None:
         checks: list[tuple[str, bool, str]] = [

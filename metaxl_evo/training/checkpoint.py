@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from metaxl_evo.training.trainer import META_STATE
+
+logger = logging.getLogger(__name__)
 
 LATEST = ("latest", "true")
 NEEDED = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, META_STATE)
@@ -29,12 +31,27 @@ def find_checkpoint(wanted: str | None, output_dir: str | Path) -> str | None:
             raise ValueError(
                 f"resume_from_checkpoint: {wanted} is not a folder: give a checkpoint-N folder, or `latest`"
             )
-        found: str | None = str(wanted)
-    else:
-        found = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
-    if found is not None:
-        require_whole(Path(found))
-    return found
+        require_whole(Path(wanted))
+        return str(wanted)
+    return _newest_whole(Path(output_dir))
+
+
+def _newest_whole(folder: Path) -> str | None:
+    """The newest complete checkpoint; newer ones that a crash left incomplete are named in the log and passed over."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    failures: list[ValueError] = []
+    for checkpoint in checkpoints:
+        try:
+            require_whole(checkpoint)
+        except ValueError as error:
+            logger.warning("%s", error)
+            failures.append(error)
+        else:
+            return str(checkpoint)
+    if failures:
+        raise failures[0]
+    return None
 
 
 def require_whole(checkpoint: Path) -> None:
@@ -46,7 +63,7 @@ def require_whole(checkpoint: Path) -> None:
     advice = "resume from an earlier checkpoint, or start anew in another output_dir"
     for name in NEEDED:
         if not (checkpoint / name).is_file():
-            raise ValueError(f"{checkpoint / name} is missing (save_only_model leaves such files out): {advice}")
+            raise ValueError(f"{checkpoint / name} is missing (a save that was cut off, or save_only_model): {advice}")
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         try:
             _look_into(file)

@@ -68,6 +68,8 @@ class MetaTrainer(Trainer):
                     f"estimator {args.estimator!r} needs meta rows: give meta_dataset and a meta_portion above 0, "
                     "or set estimator: none"
                 )
+            if args.meta_portion < 1 and type(model).join is BilevelModule.join:
+                raise ValueError(f"{type(model).__name__} cannot join meta rows to train rows: set meta_portion to 1")
             self.estimator.check(model.problem(SGD(0.0)), model.base_parameters(), model.meta_parameters())
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), _MetaSteps(self)], **kwargs)
         self.loss_is_scaled_for_ga = True  # the module divides by the totals of the window

@@ -354,7 +354,13 @@ def test_checkpoints_that_lack_a_file(
     output = tmp_path / "run"
     shutil.copytree(interrupted, output)
     (output / "checkpoint-2" / file).unlink()
-    refused(rf"{file} is missing \(save_only_model", model, data, output, resume_from_checkpoint="latest")
+    refused(
+        rf"{file} is missing \(a save that was cut off, or save_only_model",
+        model,
+        data,
+        output,
+        resume_from_checkpoint="latest",
+    )
 
 
 def test_the_interrupted_run_is_a_good_one(tmp_path: Path, data: Path, model: Path, interrupted: Path) -> None:
@@ -362,3 +368,25 @@ def test_the_interrupted_run_is_a_good_one(tmp_path: Path, data: Path, model: Pa
     shutil.copytree(interrupted, output)
     results = train(model, data, output, resume_from_checkpoint="latest")
     assert results["run"]["steps"] == 4
+
+
+def test_latest_passes_over_a_checkpoint_that_was_cut_off(
+    tmp_path: Path, data: Path, model: Path, interrupted: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(interrupted, output)
+    shutil.copytree(output / "checkpoint-2", output / "checkpoint-3")
+    (output / "checkpoint-3" / "trainer_state.json").unlink()
+    assert train(model, data, output, resume_from_checkpoint="latest")["run"]["steps"] == 4
+    assert "checkpoint-3/trainer_state.json is missing" in caplog.text
+
+
+def test_a_finished_run_is_kept_only_with_its_own_settings(tmp_path: Path, data: Path, model: Path) -> None:
+    first = train(model, data, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    again = train(model, data, tmp_path / "run", resume_from_checkpoint="latest")
+    assert again["test"] == first["test"]
+    for option, value in (("learning_rate", 0.5), ("estimator", "evograd"), ("target_train_size", 8)):
+        with pytest.raises(ValueError, match=f"results.json was made with another {option}"):
+            train(model, data, tmp_path / "run", resume_from_checkpoint="latest", **{option: value})
+    assert contents(tmp_path / "run") == before
