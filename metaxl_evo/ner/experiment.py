@@ -16,6 +16,7 @@ from transformers import DataCollatorForTokenClassification, PreTrainedModel, Pr
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.messages import unknown
 from metaxl_evo.models.rtn import RepresentationTransform, encoder_layers
 from metaxl_evo.ner.arguments import NerArguments, steps_of
 from metaxl_evo.ner.card import card_sections
@@ -32,6 +33,7 @@ from metaxl_evo.training.trainer import MetaTrainer
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+METRICS = ("f1", "precision", "recall", "loss")
 ALWAYS_NAMED = ("estimator", "estimator_kwargs", "learning_rate", "meta_learning_rate", "seed", "meta_seed")
 OUTSIDE = (  # settings that do not change the results
     *("output_dir", "resume_from_checkpoint", "check", "disable_tqdm", "report_to", "run_name", "project"),
@@ -299,6 +301,9 @@ def fit_arguments(ner: NerArguments, args: MetaTrainingArguments, data: TargetDa
         args.meta_portion = 0.0
     if data.dev is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in METRICS:
+        raise ValueError(unknown("metric_for_best_model", metric, METRICS))
     if not recipe.source:
         _keep_source_schedule(args, sum(map(len, data.sources.values())))
     return args

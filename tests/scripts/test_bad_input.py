@@ -14,7 +14,7 @@ import pytest
 from transformers import AlbertConfig, AlbertModel, AutoTokenizer, ResNetConfig, ResNetModel
 
 from metaxl_evo.training.trainer import MetaTrainer
-from tests.scripts.runs import train, write_data
+from tests.scripts.runs import WITH_DEV, train, write_data
 
 Settings = dict[str, Any]
 
@@ -390,3 +390,9 @@ def test_a_finished_run_is_kept_only_with_its_own_settings(tmp_path: Path, data:
         with pytest.raises(ValueError, match=f"results.json was made with another {option}"):
             train(model, data, tmp_path / "run", resume_from_checkpoint="latest", **{option: value})
     assert contents(tmp_path / "run") == before
+
+
+def test_a_metric_that_is_not_measured(tmp_path: Path, data: Path, model: Path, refused: Callable[..., None]) -> None:
+    settings = {**WITH_DEV, "metric_for_best_model": "f11"}
+    message = "unknown metric_for_best_model 'f11': did you mean 'f1'"
+    refused(message, model, data, tmp_path / "run", **settings)
