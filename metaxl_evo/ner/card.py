@@ -18,8 +18,8 @@ def card_sections(results: dict[str, Any], ner: NerArguments, estimator: Estimat
     sources = ", ".join(ner.source_languages) if ner.recipe.source else "none"
     cited = [METAXL] if estimator is None else [METAXL, estimator.citation]
     return [
-        f"## Cross-lingual NER\n\nMethod `{ner.method}`, source {sources}, data `{ner.dataset}`, "
-        f"estimator {estimator if estimator is not None else 'none'}.\n\nThe model here is a plain token classifier; "
+        f"## Cross-lingual NER\n\nMethod `{ner.method}`, source {sources}, data `{ner.dataset}`.\n\n"
+        "The model here is a plain token classifier; "
         "the representation transformation network of the training is in `rtn/` and is not needed for prediction.",
         f"## Test scores\n\nEntity F1 by seqeval{' (strict IOB2)' if ner.strict else ''}, percent.\n\n"
         + scores_table(test),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, get_scheduler
 
@@ -367,13 +368,36 @@ class MetaTrainer(Trainer):
         states = {name: holder.state_dict() for name, holder in self._stateful().items()}
         return {**states, "skipped": [self.skipped_meta_steps, self._skipped_in_a_row]}
 
-    def create_model_card(self, **kwargs: Any) -> None:  # type: ignore[override]
-        """The Trainer's card with `card_sections` (Markdown) behind it."""
-        tags = kwargs.pop("tags", None) or []
-        super().create_model_card(tags=[*([tags] if isinstance(tags, str) else tags), "metaxl-evo"], **kwargs)
-        if self.is_world_process_zero():
-            card = Path(self.args.output_dir) / "README.md"
-            card.write_text("\n\n".join([card.read_text(encoding="utf-8"), *self.card_sections, ""]), encoding="utf-8")
+    def create_model_card(  # type: ignore[override]
+        self,
+        model_name: str | None = None,
+        language: str | None = None,
+        tasks: str | None = None,
+        tags: str | list[str] | None = None,
+        finetuned_from: str | None = None,
+        dataset_tags: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A card of what is known: metadata for the Hub, the estimator, and `card_sections` (Markdown).
+
+        Args:
+            finetuned_from, dataset_tags: Hub ids; leave out what is not on the Hub.
+            kwargs: the Trainer's further fields, for which this card has no place.
+        """
+        if not self.is_world_process_zero():
+            return
+        metadata = ModelCardData(
+            language=language,
+            library_name="transformers",
+            pipeline_tag=tasks,
+            tags=["metaxl-evo", "generated_from_trainer", *([tags] if isinstance(tags, str) else tags or [])],
+            base_model=finetuned_from,
+            datasets=dataset_tags,
+        )
+        title = f"# {model_name or Path(self.args.output_dir).name}"
+        made = f"Trained by metaxl_evo's MetaTrainer, estimator `{self.estimator or 'none'}`."
+        text = "\n\n".join([f"---\n{metadata.to_yaml()}\n---", title, made, *self.card_sections])
+        ModelCard(text + "\n").save(Path(self.args.output_dir) / "README.md")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero():
