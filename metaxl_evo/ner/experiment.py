@@ -80,8 +80,6 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
     for target in targets:
         target_args = copy.copy(args)
         target_args.output_dir = str(folders[target])
-        if args.hub_model_id is not None and len(targets) > 1:  # one repository a model
-            target_args.hub_model_id = f"{args.hub_model_id}-{target}"
         saved = folders[target] / RESULTS
         if resuming and saved.exists():
             results[target] = finished_run(saved, ner, fit_arguments(ner, target_args, data[target]), target)

@@ -148,8 +148,3 @@ def different(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
     """Names whose tensors are not bitwise equal."""
     assert first.keys() == second.keys()
     return [name for name in first if not torch.equal(first[name], second[name])]
-
-
-def move_everything(tree: dict[str, Tensor]) -> float:
-    """Largest absolute entry of a tree."""
-    return max(float(leaf.abs().max()) for leaf in tree.values())
