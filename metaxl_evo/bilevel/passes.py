@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,12 @@ class Counts:
     hvps: int = 0
     jvps: int = 0
     suffixes: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(**{name: count + getattr(other, name) for name, count in self.as_dict().items()})
+
+    def __mul__(self, times: int) -> Counts:
+        return Counts(**{name: count * times for name, count in self.as_dict().items()})
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -120,6 +126,10 @@ class PassContext:
     def parts(self, batch: Any) -> list[tuple[int, Any]]:
         """The numbered parts (micro-batches) whose losses add up to the loss of `batch`."""
         return list(enumerate(self.problem.parts(batch)))
+
+    def elsewhere(self, seed: int | None = None) -> PassContext:
+        """A context for another point, batch or step: its own recorded inputs (and seed), the same counts."""
+        return replace(self, seed=self.seed if seed is None else seed, _tapes={})
 
     @contextmanager
     def scope(

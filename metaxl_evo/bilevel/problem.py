@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext, devices_of, mix_seed
+from metaxl_evo.bilevel.passes import Counts, Inputs, PassContext, devices_of, mix_seed
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, UpdateState
 
@@ -78,6 +78,7 @@ class InnerStep:
     batch: Any
     update_state: UpdateState | None = None  # before the step
     made: StepMade | None = None
+    val_batch: Any = None  # of the outer loss, for estimators that judge every step
 
     @property
     def current(self) -> Tree:
@@ -111,11 +112,18 @@ class HypergradientEstimator(Protocol):
     @property
     def stochastic(self) -> bool: ...
 
+    @property
+    def needs_state_before(self) -> bool: ...
+
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None: ...
 
-    def init(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Any: ...
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Any: ...
 
     def observe(self, passes: PassContext, step: InnerStep, state: Any) -> Any: ...
+
+    def suspended(self, state: Any) -> bool: ...
+
+    def end_episode(self, passes: PassContext, step: InnerStep, state: Any) -> Any: ...
 
     def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response: ...
 
@@ -158,7 +166,8 @@ def hypergradient(
     Args:
         w, lam: base and meta parameters before the step; left as they are, like the global random state.
         train_batch, val_batch: the batches of the inner and the outer loss.
-        state: the estimator's state (default: a fresh one).
+        state: the estimator's state, which has observed the step where `made` is given (default: a fresh one, which
+            observes it now).
         generator: where the randomness of this estimate is drawn from (default: the same on every call).
         noise: perturbations to use in place of drawn ones, a sequence of trees at true scale (EvoGrad).
         update_state: the inner optimiser's state before the step (default: that before a first step).
@@ -172,24 +181,27 @@ def hypergradient(
     if noise is not None and not estimator.stochastic:
         raise ValueError(f"{type(estimator).__name__} draws no noise: leave `noise` out")
     if made is not None:
-        if problem.update.tunes and update_state is None:
-            raise ValueError("a step that was made needs `update_state`, the state before it, to tune the optimiser")
+        if update_state is None and (problem.update.tunes or estimator.needs_state_before):
+            if made.update_state["step"] > 1:
+                raise ValueError("a step that was made needs `update_state`, the optimiser's state before it")
+            update_state = problem.update.init(w)
         made = StepMade(tree.detach(made.w), tree.detach(made.grad), made.update_state)
+    passes = PassContext(problem, seed=_draw_seed(generator), noise=noise, devices=devices_of(w, lam))
+    step = InnerStep(w, lam, train_batch, update_state, made, val_batch)
     if state is None:
         state = estimator.init(problem, w, lam)
-    passes = PassContext(problem, seed=_draw_seed(generator), noise=noise, devices=devices_of(w, lam))
-    return _estimate(passes, estimator, InnerStep(w, lam, train_batch, update_state, made), state, val_batch)
+        if made is not None:
+            state = estimator.observe(passes, step, state)
+    return _estimate(passes, estimator, step, state)
 
 
-def _estimate(
-    passes: PassContext, estimator: HypergradientEstimator, step: InnerStep, state: Any, val_batch: Any
-) -> Hypergradient:
+def _estimate(passes: PassContext, estimator: HypergradientEstimator, step: InnerStep, state: Any) -> Hypergradient:
     """The one formula: direct term + pulled-back cotangent + offset."""
     lam, diagnostics = step.lam, dict[str, float]()
     response = estimator.respond(passes, step, state, diagnostics)
     wrt = tuple(step.w) if response.wrt is None else tuple(response.wrt)
     outer_loss, cotangent, direct, reads_lam = passes.outer_grad(
-        response.value, lam, val_batch, wrt_w=wrt, wrt_lam=lam
+        response.value, lam, step.val_batch, wrt_w=wrt, wrt_lam=lam
     )
     if estimator.requires_direct_term and not reads_lam:
         raise ValueError(NO_DIRECT_TERM)
@@ -217,7 +229,8 @@ def run_episode(
 ) -> Hypergradient:
     """Run the inner steps from `w0` with lam held fixed and estimate the hypergradient at the end, without a Trainer.
 
-    The result's `w` holds the weights after the last step.
+    An estimator that asks for an episode of its own first (HyperDistill's fit) gets one over the same batches. The
+    result's `w` holds the weights after the last step; its counts are of the estimator's work alone, over all steps.
 
     Raises:
         ValueError: for an empty sequence of batches, or where the estimator cannot serve this problem.
@@ -226,18 +239,36 @@ def run_episode(
         raise ValueError("run_episode needs at least one train batch")
     w0, lam = _parameters("w", w0), _parameters("lam", lam)
     estimator.check(problem, w0, lam)
-    w, update_state, state = w0, problem.update.init(w0), estimator.init(problem, w0, lam)
-    seed, devices = _draw_seed(generator), devices_of(w0, lam)
-    for index, batch in enumerate(train_batches):
-        passes = PassContext(problem, seed=mix_seed(seed, index), devices=devices)  # one meta step's randomness a step
-        _, grad, _ = passes.inner_grad(w, lam, batch, wrt_w=w)
-        after, after_state = problem.update(w, update_state, grad, lam)
-        step = InnerStep(w, lam, batch, update_state, StepMade(tree.detach(after), grad, after_state))
-        state = estimator.observe(passes, step, state)
-        w, update_state = step.current, after_state
-    last = PassContext(problem, seed=passes.seed, devices=devices)  # shares the last step's randomness, counts afresh
-    result = _estimate(last, estimator, step, state, val_batch)
-    return Hypergradient(result.grads, result.outer_loss, result.diagnostics, result.counts, w)
+    seed, devices, counts = _draw_seed(generator), devices_of(w0, lam), Counts()
+
+    def run(state: Any) -> tuple[PassContext, InnerStep, Any]:
+        w, update_state = w0, problem.update.init(w0)
+        for index, batch in enumerate(train_batches):
+            passes = PassContext(problem, seed=mix_seed(seed, index), devices=devices)  # one randomness a step
+            step = look_ahead(passes, InnerStep(w, lam, batch, update_state, val_batch=val_batch))
+            assert step.made is not None
+            passes.counts = counts  # the step itself is not the estimator's work
+            state = estimator.observe(passes, step, state)
+            w, update_state = step.current, step.made.update_state
+        return passes, step, state
+
+    passes, step, state = run(estimator.init(problem, w0, lam))
+    if estimator.suspended(state):
+        learned = estimator.end_episode(passes, step, state)
+        passes, step, state = run(estimator.init(problem, w0, lam, previous=learned))
+    result = _estimate(passes, estimator, step, state)
+    return Hypergradient(result.grads, result.outer_loss, result.diagnostics, counts, step.current)
+
+
+def look_ahead(passes: PassContext, step: InnerStep) -> InnerStep:
+    """The step with what the optimiser makes of it; its pass records the stop-gradient inputs on the way."""
+    rule = passes.problem.update
+    inputs = Inputs.RECORD if passes.problem.stop_gradients else Inputs.LIVE
+    _, grad, _ = passes.inner_grad(step.w, step.lam, step.batch, wrt_w=step.w, inputs=inputs)
+    before = step.update_state if step.update_state is not None else rule.init(step.w)
+    with torch.no_grad():
+        after, after_state = rule(step.w, before, grad, tree.detach(step.lam))
+    return replace(step, update_state=before, made=StepMade(after, grad, after_state))
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:

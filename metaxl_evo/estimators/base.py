@@ -8,19 +8,21 @@ from typing import Any, Literal
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
-from metaxl_evo.bilevel.problem import NO_DIRECT_TERM, BilevelProblem, InnerStep, Response
+from metaxl_evo.bilevel.problem import NO_DIRECT_TERM, BilevelProblem, InnerStep, Response, look_ahead
 from metaxl_evo.bilevel.tree import Tree
 
 Exactness = Literal["always", "at optimum", "in expectation", "never"]
+Memory = Literal["nothing", "meta", "base", "trajectory"]
 
 
 @dataclass(frozen=True)
 class Estimator(ABC):
     """How the hypergradient is estimated; its fields are its hyperparameters.
 
-    State is explicit, so that resume is saving it: `init` makes it, `observe` returns the next one after every inner
-    step, `respond` reads it. The properties tell the rest of the code what an *instance* needs; nobody asks for its
-    name.
+    State is explicit, so that resume is saving it: `init` makes it at the start of an episode, `observe` returns the
+    next one after every inner step, `respond` reads it, `end_episode` closes it. A state is a dict of tensors, numbers
+    and such dicts or lists, and is never changed in place; trees in an `InnerStep` belong to the caller, so what is
+    kept is cloned. The properties tell the rest of the code what an *instance* needs; nobody asks for its name.
     """
 
     @property
@@ -54,6 +56,16 @@ class Estimator(ABC):
         return "current"
 
     @property
+    def remembers(self) -> Memory:
+        """What the state holds: nothing; trees like lam; like w; or the episode's steps (saved at its end only)."""
+        return "nothing"
+
+    @property
+    def needs_state_before(self) -> bool:
+        """Whether `observe` reads the inner optimiser's state before the step, and not only the one after it."""
+        return False
+
+    @property
     def needs_update_rule(self) -> bool:
         """Whether it differentiates the inner optimiser's own step."""
         return False
@@ -84,20 +96,34 @@ class Estimator(ABC):
         """Where the method comes from."""
 
     @abstractmethod
-    def cost(self, *, step_made: bool) -> Counts:
-        """The passes of one hypergradient on one part of a batch without stop-gradients, the outer pass included."""
+    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
+        """The passes of one hypergradient after an episode of so many steps.
 
-    def init(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Any:
-        """The state at the start of an episode (most one-step methods have none)."""
+        Of one part of a batch without stop-gradients, the outer pass included; of `observe` those of all the steps.
+        """
+
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Any:
+        """The state at the start of an episode; `previous` is what `end_episode` returned for the one before."""
         return None
 
     def observe(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
-        """The state after an inner step."""
+        """The state after an inner step that was made (`step.made`)."""
+        return state
+
+    def suspended(self, state: Any) -> bool:
+        """Whether lam stands still in this episode, which the estimator needs for itself."""
+        return False
+
+    def end_episode(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
+        """What the next episode may know of this one; `step` is its last, `step.val_batch` judges."""
         return state
 
     @abstractmethod
     def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
-        """Where the weights go and how a cotangent pulls back; numbers for the log go into `diagnostics`."""
+        """Where the weights go and how a cotangent pulls back; numbers for the log go into `diagnostics`.
+
+        A step that was made has been observed; one that was not (order `lookahead`) is still to come.
+        """
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         """Refuse a problem that the method cannot serve.
@@ -125,3 +151,26 @@ class Estimator(ABC):
             raise ValueError(
                 f"{name} is meant for at most {self.max_meta_size} meta parameters, here are {tree.size(lam)}"
             )
+
+
+@dataclass(frozen=True)
+class EpisodeEstimator(Estimator):
+    """An estimator that answers from what it observed: a step still to come is looked ahead at and observed first."""
+
+    @property
+    def evaluated_at(self) -> Literal["previous", "current"]:
+        return "previous"
+
+    @property
+    def needs_update_rule(self) -> bool:
+        return True
+
+    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+        if step.made is None:
+            step = look_ahead(passes, step)
+            state = self.observe(passes, step, state)
+        return self._answer(passes, step, state, diagnostics)
+
+    @abstractmethod
+    def _answer(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+        """The response at a step that was made and observed."""

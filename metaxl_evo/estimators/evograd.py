@@ -90,7 +90,7 @@ class EvoGrad(Estimator):
     def citation(self) -> str:
         return "Bohdal et al., EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization, 2021"
 
-    def cost(self, *, step_made: bool) -> Counts:
+    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         return Counts(forwards=self.copies + 1, backwards=self.copies + 1)
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:

@@ -35,7 +35,7 @@ class FirstOrder(Estimator):
     def citation(self) -> str:
         return "Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022 (row FO)"
 
-    def cost(self, *, step_made: bool) -> Counts:
+    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         return Counts(forwards=1, backwards=1)
 
     def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
 from typing import Any
 
@@ -56,7 +57,7 @@ INSTANCES: dict[str, tuple[dict[str, Any], ...]] = {
         {"copies": 2, "sigma": 0.05, "temperature": 0.5, "share_meta_inputs": False},
     ),
 }
-SERVED_PAIRS = 52
+SERVED_PAIRS = {"first_order": 3, "one_step": 24, "evograd": 25}  # a line an estimator, counted by hand
 
 
 def build(name: str, settings: dict[str, Any]) -> Estimator:
@@ -134,8 +135,8 @@ def test_every_estimator_has_instances() -> None:
 
 
 def test_the_suite_is_not_empty() -> None:
-    assert len(PAIRS) == SERVED_PAIRS
-    assert {name for name, _, _ in PAIRS} == ESTIMATORS.keys()
+    assert Counter(name for name, _, _ in PAIRS) == SERVED_PAIRS
+    assert SERVED_PAIRS.keys() == ESTIMATORS.keys()
     assert {toy for _, _, toy in PAIRS} == TOYS.keys()
 
 
@@ -199,6 +200,8 @@ def test_hypergradient_is_the_derivative_of_the_outer_loss_at_value(
     found = estimate(estimator, toy)
     torch.testing.assert_close(found.outer_loss, toy.problem.outer_loss(value, toy.lam, toy.val), rtol=1e-13, atol=0)
 
+    if not (estimator.differentiates_value or estimator.requires_direct_term):
+        return  # the vjp is of something else than value: implicit, decayed, averaged
     fixed = hypergradient_at_seed(estimator, toy)
     assert numerical_error(fixed, outer, toy.lam) < tolerance(estimator, 1e-6)
 

@@ -1,0 +1,67 @@
+"""What estimators share whose building block is the pull-back through one inner step (the local term)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep
+from metaxl_evo.bilevel.products import ENGINES, mixed_product
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.estimators.base import Estimator
+from metaxl_evo.messages import unknown
+
+
+@dataclass(frozen=True)
+class LocalEstimator(Estimator):
+    """An estimator made of local terms d_lam <Phi(w, lam), v>, by any engine (fields documented in `OneStep`)."""
+
+    engine: Literal["auto", "double_backward", "jvp", "finite_difference"] = "auto"
+    radius: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("auto", *ENGINES):
+            raise ValueError(unknown(f"{type(self).__name__} engine", str(self.engine), ("auto", *ENGINES)))
+        if not (self.radius > 0 and math.isfinite(self.radius)):
+            raise ValueError(f"{type(self).__name__}: radius must be a positive number, not {self.radius}")
+
+    @property
+    def second_order(self) -> bool:
+        return self.engine in ("double_backward", "jvp")
+
+    @property
+    def needs_forward_ad(self) -> bool:
+        return self.engine == "jvp"
+
+    @property
+    def needs_update_rule(self) -> bool:
+        return True
+
+    @property
+    def tunes_optimizer(self) -> bool:
+        return True
+
+    def _local_cost(self) -> Counts:
+        """The passes of one local term, its cotangent given."""
+        if self.engine == "finite_difference":
+            return Counts(forwards=2, backwards=2)
+        return Counts(hvps=1) if self.engine == "double_backward" else Counts(jvps=1)
+
+    def _pull_back(self, passes: PassContext, step: InnerStep, v: Tree, diagnostics: dict[str, float]) -> Tree:
+        """d_lam <Phi(step.w, lam), v> of a step that was made."""
+        assert step.made is not None
+        rule = passes.problem.update
+        direction = rule.grad_vjp(v, step.w, step.made.grad, step.made.update_state, step.lam)
+        diagnostics["direction_norm"] = tree.norm(direction)
+        mixed = mixed_product(
+            passes, self._engine(passes.problem), step.w, step.lam, step.batch, direction, radius=self.radius
+        )
+        return tree.add(rule.lam_vjp(v, step.w, step.update_state, step.made.grad, step.lam), mixed, -1.0)
+
+    def _engine(self, problem: BilevelProblem) -> str:
+        if self.engine != "auto":
+            return self.engine
+        return "jvp" if problem.second_order else "finite_difference"
