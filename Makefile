@@ -10,17 +10,18 @@ TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 DATA ?= ../shared
+PROBLEM ?= toy
 
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(patsubst %/,%,$(dir $(wildcard metaxl_evo/__init__.py vision_tasks/__init__.py))) $(wildcard scripts)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format docs reproduce-ner-cpu clean
+.PHONY: help quickstart test lint format docs reproduce-ner-cpu benchmark clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
-	@echo "Targets: quickstart test lint format docs reproduce-ner-cpu clean"
+	@echo "Targets: quickstart test lint format docs reproduce-ner-cpu benchmark clean"
 
 # One stamp an extra: the install runs again only when what it reads has changed.
 $(VENV)/.installed-%: setup.py constraints.txt
@@ -49,10 +50,15 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests/test_docs.py
+	$(BIN)/python -m metaxl_evo.estimators.table README.md docs/estimators.md
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_estimator_docs.py
 
 reproduce-ner-cpu: $(VENV)/.installed-base
 	$(BIN)/python scripts/reproduce_ner_cpu.py --data $(DATA)
+
+benchmark: $(VENV)/.installed-plot
+	$(BIN)/python scripts/benchmark_estimators.py --config configs/benchmark/$(PROBLEM).yaml \
+		--output_dir runs/benchmark/$(PROBLEM)
 
 # runs/ stays: it is the user's work.
 clean:

@@ -29,5 +29,7 @@ setup(
         "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
         "dev": ["ruff>=0.9", "mypy>=1.14", "pre-commit>=4.0", "types-PyYAML>=6.0.12"],
         "plot": ["matplotlib>=3.9"],
+        # Betty, which configs/benchmark/peers.yaml knows too, is installed by a command of its own (it prints it).
+        "peers": ["higher>=0.2.1", "torchopt>=0.7.3"],
     },
 )

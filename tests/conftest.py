@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import torch
 
 torch.set_num_threads(1)  # small tensors: two contended threads are many times slower than one
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is not looked at again: accelerate collects garbage at the start of every training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

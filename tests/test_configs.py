@@ -1,4 +1,4 @@
-"""Every committed NER config parses and makes its estimator; the paper's constants are the paper's."""
+"""Every committed config parses and makes its estimators; the paper's constants are the paper's."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import XLMRobertaConfig
 
+from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.estimators import ESTIMATORS
 from metaxl_evo.ner.arguments import METHODS, NerArguments, steps_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.cli import parse_arguments
 
-FOLDER = Path(__file__).parents[1] / "configs/ner"
+CONFIGS = Path(__file__).parents[1] / "configs"
+FOLDER = CONFIGS / "ner"
 NAMES = [
     "joint_training_paper",
     "metaxl_evograd",
@@ -146,3 +149,47 @@ def test_the_papers_estimator_and_schedule() -> None:
     assert ner.train_size is not None
     steps = steps_of(args.num_train_epochs, ner.train_size, args.per_device_train_batch_size, 1)
     assert steps == 20 * 417
+
+
+# Benchmarks ----------------------------------------------------------------------------------------------------------
+
+BENCHMARKS = {
+    "horizon": "regression",
+    "peers": "peers",
+    "rtn_base": "tagger",
+    "rtn_tiny": "tagger",
+    "toy": "regression",
+    "weight_net": "weight_net",
+}
+
+
+def benchmark(name: str) -> BenchmarkArguments:
+    given = ["--config", str(CONFIGS / f"benchmark/{name}.yaml"), "--output_dir", "unused"]
+    return parse_arguments((BenchmarkArguments,), given)[0]
+
+
+def test_the_benchmarks_are_these() -> None:
+    assert sorted(path.stem for path in (CONFIGS / "benchmark").iterdir()) == sorted(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_parses_and_makes_its_estimators(name: str) -> None:
+    settings = benchmark(name)
+    assert settings.problem == BENCHMARKS[name]
+    assert all(isinstance(row.make(), ESTIMATORS[row.estimator]) for row in settings.rows())
+    assert settings.variants.keys() <= set(settings.estimators)
+    if name not in ("peers", "rtn_base"):
+        assert settings.estimators == list(ESTIMATORS), "every registered estimator, those to come as well"
+
+
+def test_the_shape_of_xlmr_base() -> None:
+    settings = benchmark("rtn_base")
+    config = XLMRobertaConfig(**settings.model)
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (12, 768, 250002)
+    assert (config.intermediate_size, config.num_attention_heads, config.max_position_embeddings) == (3072, 12, 514)
+    assert (settings.rtn_layer, settings.length) == ([12, 6], 64)
+    assert settings.training == {"per_device_train_batch_size": 12, "per_device_meta_batch_size": 12}
+    assert settings.orders == ["after_step", "lookahead"]
+    found = {(row.estimator, *row.settings.values()) for row in settings.rows()}
+    assert found >= {("one_step", engine) for engine in ("finite_difference", "jvp", "double_backward")}
+    assert found >= {("evograd", 2), ("evograd", 8), ("evograd", 2, "^classifier"), ("evograd", 64, "^classifier")}

@@ -20,7 +20,8 @@ FLOORS = {
     "metaxl_evo.training": 4,
     "metaxl_evo.ner": 5,
     "vision_tasks": 5,
-    "scripts": 6,
+    "metaxl_evo.benchmark": 6,
+    "scripts": 7,
 }
 LAZY_ROOT = "metaxl_evo"  # its names may come from any floor, so only scripts may import them from there
 THIRD_PARTY = {"metaxl_evo.messages": set(), "metaxl_evo.bilevel": {"torch"}, "metaxl_evo.estimators": {"torch"}}

@@ -3,6 +3,7 @@
 from metaxl_evo.bilevel.passes import Counts, PassContext, stop_gradient
 from metaxl_evo.bilevel.problem import (
     BilevelProblem,
+    Examples,
     Hypergradient,
     InnerStep,
     Response,
@@ -12,7 +13,7 @@ from metaxl_evo.bilevel.problem import (
     run_episode,
 )
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import SGD, Adam, AdamW
+from metaxl_evo.bilevel.update import SGD, Adam, AdamW, Windowed
 
 __all__ = [
     "SGD",
@@ -20,6 +21,7 @@ __all__ = [
     "AdamW",
     "BilevelProblem",
     "Counts",
+    "Examples",
     "Hypergradient",
     "InnerStep",
     "PassContext",
@@ -27,6 +29,7 @@ __all__ = [
     "Split",
     "StepMade",
     "Tree",
+    "Windowed",
     "hypergradient",
     "run_episode",
     "stop_gradient",

@@ -62,11 +62,19 @@ class Inputs(Enum):
 
 
 @dataclass
+class _Tape:
+    """What a pass over one part recorded: the inputs of `stop_gradient` in their order, and what it gave to `keep`."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    kept: Tensor | None = None
+
+
+@dataclass
 class _Pass:
     """The running pass: its recording tape and the managers that end with it."""
 
     inputs: Inputs
-    tape: list[Tensor]
+    tape: _Tape
     stack: ExitStack
     position: int = 0
 
@@ -85,15 +93,22 @@ def stop_gradient(x: Tensor) -> Tensor:
     if current is None or current.inputs is Inputs.LIVE:
         return x.detach()
     if current.inputs is Inputs.RECORD:
-        current.tape.append(x.detach().clone())
+        current.tape.inputs.append(x.detach().clone())
         return x.detach()
-    if current.position >= len(current.tape):
+    if current.position >= len(current.tape.inputs):
         raise RuntimeError(
             "a perturbed pass calls stop_gradient more often than the recorded one: "
             "the loss must make the same calls each time"
         )
     current.position += 1
-    return current.tape[current.position - 1]
+    return current.tape.inputs[current.position - 1]
+
+
+def keep(x: Tensor) -> None:
+    """Offer the hidden states that a split's prefix would compute; a recording pass keeps them."""
+    current = _CURRENT.get()
+    if current is not None and current.inputs is Inputs.RECORD:
+        current.tape.kept = x.detach()
 
 
 @contextmanager
@@ -121,11 +136,15 @@ class PassContext:
     noise: Sequence[Tree] | None = None
     devices: Sequence[torch.device] = ()
     counts: Counts = field(default_factory=Counts)
-    _tapes: dict[int, list[Tensor]] = field(default_factory=dict)
+    _tapes: dict[int, _Tape] = field(default_factory=dict)
 
-    def parts(self, batch: Any) -> list[tuple[int, Any]]:
-        """The numbered parts (micro-batches) whose losses add up to the loss of `batch`."""
-        return list(enumerate(self.problem.parts(batch)))
+    def parts(self, batch: Any, *, lam_only: bool = False) -> list[tuple[int, Any]]:
+        """The numbered parts (micro-batches) whose losses add up to the loss of `batch`.
+
+        With `lam_only`, of each the rows through which the inner loss reads lam: enough for a gradient to lam.
+        """
+        parts = self.problem.parts(batch)
+        return list(enumerate(map(self.problem.reads_lam, parts) if lam_only else parts))
 
     def elsewhere(self, seed: int | None = None) -> PassContext:
         """A context for another point, batch or step: its own recorded inputs (and seed), the same counts."""
@@ -146,14 +165,41 @@ class PassContext:
             stack.enter_context(torch.enable_grad())
             if second_order:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            tape = [] if inputs is Inputs.RECORD else self._tapes.get(part, [])
-            token = _CURRENT.set(_Pass(inputs, tape, stack))
-            try:
+            with self._running(part, inputs, stack):
                 yield
-            finally:
-                _CURRENT.reset(token)
-            if inputs is Inputs.RECORD:
-                self._tapes[part] = tape
+
+    @contextmanager
+    def recording(self, part: int) -> Iterator[None]:
+        """Record what a forward over one part hands over that is not of this context: the base step's own."""
+        with ExitStack() as stack, self._running(part, Inputs.RECORD, stack):
+            yield
+
+    @contextmanager
+    def _running(self, part: int, inputs: Inputs, stack: ExitStack) -> Iterator[None]:
+        tape = _Tape() if inputs is Inputs.RECORD else self._tapes.get(part, _Tape())
+        token = _CURRENT.set(_Pass(inputs, tape, stack))
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+        if inputs is Inputs.RECORD:
+            self._tapes[part] = tape
+
+    def reseed(self, part: int) -> None:
+        """Within a scope: put the shared randomness of the part back to its start."""
+        _seed_all(mix_seed(self.seed, part, 0), self.devices)
+
+    def prefix(self, w: Tree, part: int, batch: Any) -> Tensor | None:
+        """The hidden states that a split's prefix gives for one part: those kept, or computed now without a graph."""
+        split = self.problem.split
+        if split is None or split.prefix is None:
+            return None
+        tape = self._tapes.get(part)
+        if tape is not None and tape.kept is not None:
+            return tape.kept
+        self.counts.forwards += 1
+        with self.scope(part), torch.no_grad():
+            return split.prefix(tree.detach(w), batch)
 
     def record(self, w: Tree, lam: Tree, batch: Any) -> Inputs:
         """Make sure that the stop-gradient inputs at `w` are on tape; returns the mode for perturbed passes."""
@@ -185,22 +231,28 @@ class PassContext:
     ) -> tuple[Tensor, Tree, Tree]:
         """Inner loss and its gradients at the named base and meta parameters, one part's graph at a time."""
         value, grad_w, grad_lam, _ = self._grad(
-            self.problem.inner_loss, w, lam, batch, tuple(wrt_w), tuple(wrt_lam), inputs, stream
+            self.problem.inner_loss, w, lam, self.parts(batch), tuple(wrt_w), tuple(wrt_lam), inputs, stream
         )
         return value, grad_w, grad_lam
+
+    def lam_grad(self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE) -> Tree:
+        """The gradient of the inner loss at the meta parameters, by the rows that read them."""
+        parts = self.parts(batch, lam_only=True)
+        return self._grad(self.problem.inner_loss, w, lam, parts, (), tuple(lam), inputs, 0)[2]
 
     def outer_grad(
         self, w: Tree, lam: Tree, batch: Any, *, wrt_w: Iterable[str], wrt_lam: Iterable[str]
     ) -> tuple[Tensor, Tree, Tree, bool]:
         """Outer loss, its gradients, and whether it reads any meta parameter at all (has a direct term)."""
-        return self._grad(self.problem.outer_loss, w, lam, batch, tuple(wrt_w), tuple(wrt_lam), Inputs.LIVE, 0)
+        parts = self.parts(batch)
+        return self._grad(self.problem.outer_loss, w, lam, parts, tuple(wrt_w), tuple(wrt_lam), Inputs.LIVE, 0)
 
     def _grad(
         self,
         loss_fn: LossFn,
         w: Tree,
         lam: Tree,
-        batch: Any,
+        parts: Sequence[tuple[int, Any]],
         wrt_w: tuple[str, ...],
         wrt_lam: tuple[str, ...],
         inputs: Inputs,
@@ -209,7 +261,7 @@ class PassContext:
         values: list[Tensor] = []
         grad_w: Tree = {}
         grad_lam: Tree = {}
-        for index, part in self.parts(batch):
+        for index, part in parts:
             with self.scope(index, inputs=inputs, stream=stream):
                 w_leaves, lam_leaves = tree.leaves(w, wrt_w), tree.leaves(lam, wrt_lam)
                 loss = loss_fn(w_leaves, lam_leaves, part)
@@ -257,8 +309,12 @@ def mix_seed(seed: int, *keys: int) -> int:
 def _seeded(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
     """Seed the CPU's and the given devices' global generators; put their states back at the end."""
     with torch.random.fork_rng(devices=list(devices)):
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+        _seed_all(seed, devices)
         yield
+
+
+def _seed_all(seed: int, devices: Sequence[torch.device]) -> None:
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

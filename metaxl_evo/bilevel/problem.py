@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -20,18 +20,41 @@ Loss = Callable[[Tree, Tree, Any], Tensor]
 
 @dataclass(frozen=True)
 class Split:
-    """The inner loss cut in two: `loss(w, hidden(w, lam, batch), batch)`, where the suffix reads only `names` of w.
+    """The inner loss cut in pieces: `loss(w, hidden(w, lam, below, batch), batch)`, below = `prefix(w, batch)`.
 
-    `hidden` depends on lam and not on `names`, so copies that perturb only those share one pass of it.
+    Only `loss` reads the parameters `names`, and no others, so copies that perturb only those share one pass of the
+    rest. `prefix` reads neither them nor lam: what the base step's own forward handed to `keep` serves in its place.
+    Without it, `below` is None and `hidden` runs from the start.
     """
 
     names: frozenset[str]
-    hidden: Callable[[Tree, Tree, Any], Tensor]
+    hidden: Callable[[Tree, Tree, Tensor | None, Any], Tensor]
     loss: Callable[[Tree, Tensor, Any], Tensor]
+    prefix: Callable[[Tree, Any], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A batch as a sequence of examples, for estimators that draw one batch of several (HyperDistill).
+
+    Args:
+        size: batch -> how many.
+        take: (batch, their numbers, a 1-d int64 tensor) -> a batch of these; there may be none.
+        concat: batches -> one batch. Between steps it is part of an estimator's state, so for a run to be resumed it
+            is to hold tensors, in tuples, lists or dicts.
+    """
+
+    size: Callable[[Any], int]
+    take: Callable[[Any, Tensor], Any]
+    concat: Callable[[Sequence[Any]], Any]
 
 
 def _whole(batch: Any) -> Sequence[Any]:
     return (batch,)
+
+
+def _same(part: Any) -> Any:
+    return part
 
 
 @dataclass(frozen=True)
@@ -47,6 +70,10 @@ class BilevelProblem:
         second_order: whether the losses can be differentiated twice and in forward mode.
         stop_gradients: whether the losses call `stop_gradient`, so that perturbed passes have inputs to replay.
         direct_term: whether `outer_loss` reads lam; None where that is not known beforehand.
+        reads_lam: the rows of a part through which its inner loss reads lam; the others add nothing to d_lam. It makes
+            the same `stop_gradient` calls on them as the whole part does.
+        rows: row numbers of the leaves of w that hold only some rows of their parameter (touched embedding rows).
+        examples: how batches are taken apart and put together.
     """
 
     inner_loss: Loss
@@ -58,6 +85,9 @@ class BilevelProblem:
     second_order: bool = True
     stop_gradients: bool = False
     direct_term: bool | None = None
+    reads_lam: Callable[[Any], Any] = _same
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    examples: Examples | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +122,7 @@ class Response:
 
     Args:
         value: where the outer loss is judged; keys and shapes of w.
-        vjp: cotangent on value -> cotangent on lam; linear; called once.
+        vjp: cotangent on value -> cotangent on lam; linear; called once; it owns the cotangent and may overwrite it.
         offset: what was pulled back already on the way.
         wrt: the keys of value whose cotangent `vjp` reads (default: all); the outer backward stops there.
     """
@@ -192,11 +222,15 @@ def hypergradient(
         state = estimator.init(problem, w, lam)
         if made is not None:
             state = estimator.observe(passes, step, state)
-    return _estimate(passes, estimator, step, state)
+    return estimate(passes, estimator, step, state)
 
 
-def _estimate(passes: PassContext, estimator: HypergradientEstimator, step: InnerStep, state: Any) -> Hypergradient:
-    """The one formula: direct term + pulled-back cotangent + offset."""
+def estimate(passes: PassContext, estimator: HypergradientEstimator, step: InnerStep, state: Any) -> Hypergradient:
+    """The one formula: direct term + pulled-back cotangent + offset.
+
+    For callers that run the inner steps themselves, with passes that may have recorded the step's own forward. The
+    gradient of a step that was made is taken over (`step.made.grad` may be emptied), to free its memory early.
+    """
     lam, diagnostics = step.lam, dict[str, float]()
     response = estimator.respond(passes, step, state, diagnostics)
     wrt = tuple(step.w) if response.wrt is None else tuple(response.wrt)
@@ -256,7 +290,7 @@ def run_episode(
     if estimator.suspended(state):
         learned = estimator.end_episode(passes, step, state)
         passes, step, state = run(estimator.init(problem, w0, lam, previous=learned))
-    result = _estimate(passes, estimator, step, state)
+    result = estimate(passes, estimator, step, state)
     return Hypergradient(result.grads, result.outer_loss, result.diagnostics, counts, step.current)
 
 

@@ -59,6 +59,16 @@ def norm(a: Mapping[str, Tensor]) -> float:
     return math.hypot(*(torch.linalg.vector_norm(norms, dtype=torch.float64).item() for norms in rows))
 
 
+def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """a.b / (|a| |b|), 0 where one of them is zero.
+
+    In float64 and without a floor: `torch.cosine_similarity` clamps the norms at 1e-8, where hypergradients live.
+    """
+    a, b = tree_map(Tensor.double, a), tree_map(Tensor.double, b)
+    lengths = norm(a), norm(b)
+    return dot(a, b).item() / lengths[0] / lengths[1] if all(lengths) else 0.0
+
+
 def size(a: Mapping[str, Tensor]) -> int:
     """Number of scalars in the tree."""
     return sum(leaf.numel() for leaf in a.values())

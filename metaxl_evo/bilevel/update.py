@@ -3,12 +3,13 @@
 A rule maps (w, state, grad, lam) to (w', state'), with torch.optim's own algebra, so that autograd can run through
 it. For the one-step estimators it also gives the pullback (du/dg)^T v in closed form, where w' = D w - u(g): no
 graph, one product a leaf. A hyperparameter is a number, a mapping from parameter name to number (optimiser groups),
-or the *name of an entry of lam* (a learned learning rate, momentum or weight decay), which is then pulled back here
-and not through a mixed product.
+or the *name of an entry of lam* (a learned learning rate, momentum or weight decay; as `Windowed` a learned schedule),
+which is then pulled back here and not through a mixed product.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,21 +21,56 @@ from torch import Tensor
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.tree import Tree
 
-Hyper = float | str | Mapping[str, float]
+
+@dataclass(frozen=True)
+class Windowed:
+    """A hyperparameter that is a vector of lam, shared over windows of contiguous steps: a learned schedule.
+
+    Args:
+        name: the entry of lam, a vector of W values.
+        steps: length of the episode; its step t (`state["step"]`, from 0) reads value floor(t W / steps), any later
+            step the last one.
+
+    Source: Micaelli & Storkey, NeurIPS 2021 (forward-mode differentiation with hyperparameter sharing).
+
+    Raises:
+        ValueError: for a number of steps below 1; where lam[name] is no vector.
+    """
+
+    name: str
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Windowed({self.name!r}): steps must be at least 1, not {self.steps}")
+
+    def window(self, lam: Mapping[str, Tensor], step: int) -> int:
+        """The index of the value that acts at a step."""
+        values = lam[self.name]
+        if values.dim() != 1:
+            raise ValueError(f"lam[{self.name!r}] is of shape {[*values.shape]}: give a vector, one value a window")
+        return min(step * len(values) // self.steps, len(values) - 1)
+
+
+Hyper = float | str | Windowed | Mapping[str, float]
 UpdateState = dict[str, Any]  # {"step": int, "exp_avg": Tree, ...}
 
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by (norm + 1e-6)
 
 
 def _value(hyper: Hyper, name: str, lam: Mapping[str, Tensor]) -> float | Tensor:
-    """The hyperparameter that acts on parameter `name`."""
-    if isinstance(hyper, str):
-        return lam[hyper]
+    """The hyperparameter that acts on parameter `name`; `lam` as it acts at the step."""
+    if isinstance(hyper, (str, Windowed)):
+        return lam[_entry(hyper)]
     return hyper[name] if isinstance(hyper, Mapping) else hyper
 
 
+def _entry(hyper: str | Windowed) -> str:
+    return hyper if isinstance(hyper, str) else hyper.name
+
+
 def _is_zero(hyper: Hyper) -> bool:
-    if isinstance(hyper, str):
+    if isinstance(hyper, (str, Windowed)):
         return False
     return not any(hyper.values()) if isinstance(hyper, Mapping) else hyper == 0
 
@@ -43,12 +79,14 @@ def _is_zero(hyper: Hyper) -> bool:
 class UpdateRule(ABC):
     """One optimiser step as a map; subclasses are torch.optim's algorithms.
 
-    `max_grad_norm` clips the gradient's global norm first, as `torch.nn.utils.clip_grad_norm_` does.
+    First `max_grad_value` clamps the gradient's entries, as `torch.nn.utils.clip_grad_value_` does, then
+    `max_grad_norm` clips its global norm, as `torch.nn.utils.clip_grad_norm_` does.
     """
 
     lr: Hyper
     weight_decay: Hyper = 0.0
     max_grad_norm: float | None = None
+    max_grad_value: float | None = None
 
     @abstractmethod
     def init(self, w: Tree) -> UpdateState:
@@ -58,14 +96,17 @@ class UpdateRule(ABC):
     def _step(self, w: Tree, state: UpdateState, grad: Tree, lam: Tree) -> tuple[Tree, UpdateState]: ...
 
     @abstractmethod
-    def _du_dg(self, v: Tree, w: Tree, grad: Tree, state: UpdateState, lam: Tree) -> Tree: ...
+    def _du_dg(self, name: str, v: Tensor, w: Tensor, grad: Tensor, state: UpdateState, lam: Tree) -> Tensor:
+        """(du/dg)^T v of one leaf behind the clipping, a fresh tensor."""
 
     def __call__(self, w: Tree, state: UpdateState, grad: Tree, lam: Tree) -> tuple[Tree, UpdateState]:
         """The next weights and state; differentiable in w, the state's tensors, grad and lam."""
-        return self._step(w, state, self._clip(grad), lam)
+        return self._step(w, state, self._clip(grad), self._acting(lam, state["step"]))
 
     def grad_vjp(self, v: Tree, w: Tree, grad: Tree, state: UpdateState, lam: Tree) -> Tree:
-        """(du/dg)^T v for w' = D w - u(g), with the clip factor's derivative.
+        """(du/dg)^T v for w' = D w - u(g), with the derivative of the clamp and of the clip factor.
+
+        Leaf by leaf, so that v and the result are never both whole: `v` is emptied on the way.
 
         Args:
             v: cotangent on w'.
@@ -74,12 +115,20 @@ class UpdateRule(ABC):
             state: the optimiser state *after* the step.
             lam: meta parameters, read where a hyperparameter is one of them.
         """
-        factor, norm = self._clip_factor(grad)
-        pulled = self._du_dg(v, w, tree.scale(grad, factor) if norm else grad, state, lam)
-        if not norm:
-            return pulled
-        along = tree.dot(pulled, grad).item() / (norm * (norm + _CLIP_EPS))  # f (u - n/(n + eps) ghat <ghat, u>)
-        return tree.tree_map(lambda u, g: u.sub(g, alpha=along).mul_(factor), pulled, grad)
+        clamped, lam = self._clamp(grad), self._acting(lam, state["step"] - 1)
+        factor, norm = self._clip_factor(clamped)
+        pulled = {}
+        for name in list(v):
+            clipped = clamped[name] * factor if norm else clamped[name]
+            pulled[name] = self._du_dg(name, v.pop(name), w[name], clipped, state, lam)
+        if norm:  # f (u - n/(n + eps) ghat <ghat, u>)
+            along = tree.dot(pulled, clamped).item() / (norm * (norm + _CLIP_EPS))
+            for name, u in pulled.items():
+                u.sub_(clamped[name], alpha=along).mul_(factor)
+        if self.max_grad_value is not None:
+            for name, u in pulled.items():
+                u.masked_fill_(grad[name].abs() > self.max_grad_value, 0.0)
+        return pulled
 
     def lam_vjp(self, v: Tree, w: Tree, state: UpdateState | None, grad: Tree, lam: Tree) -> Tree:
         """Pull a cotangent on w' back to the entries of `lam` that are the rule's hyperparameters; zeros elsewhere."""
@@ -97,7 +146,29 @@ class UpdateRule(ABC):
     @property
     def tunes(self) -> frozenset[str]:
         """Names of the entries of lam that are this rule's hyperparameters."""
-        return frozenset(value for value in vars(self).values() if isinstance(value, str))
+        return frozenset(_entry(value) for value in vars(self).values() if isinstance(value, (str, Windowed)))
+
+    @property
+    def windowed(self) -> tuple[Windowed, ...]:
+        """The hyperparameters that are schedules."""
+        return tuple(value for value in vars(self).values() if isinstance(value, Windowed))
+
+    def acting(self, lam: Tree, step: int) -> dict[str, float]:
+        """The values, at a step, of the hyperparameters that are entries of lam, by the rule's own names for them."""
+        now = self._acting(lam, step)
+        return {
+            field: float(now[_entry(hyper)])
+            for field, hyper in vars(self).items()
+            if isinstance(hyper, (str, Windowed))
+        }
+
+    def _acting(self, lam: Tree, step: int) -> Tree:
+        """`lam` with the one value of each schedule that acts at a step."""
+        return {**lam, **{hyper.name: lam[hyper.name][hyper.window(lam, step)] for hyper in self.windowed}}
+
+    def _clamp(self, grad: Tree) -> Tree:
+        limit = self.max_grad_value
+        return grad if limit is None else tree.tree_map(lambda g: g.clamp(-limit, limit), grad)
 
     def _clip_factor(self, grad: Tree) -> tuple[float, float | None]:
         """The factor that clips `grad`, and the norm that it depends on (None where nothing is clipped)."""
@@ -109,7 +180,8 @@ class UpdateRule(ABC):
         return self.max_grad_norm / (norm + _CLIP_EPS), norm
 
     def _clip(self, grad: Tree) -> Tree:
-        """The clipped gradient, differentiable where `grad` is."""
+        """The clamped and clipped gradient, differentiable where `grad` is."""
+        grad = self._clamp(grad)
         _, norm = self._clip_factor(grad)
         if self.max_grad_norm is None or norm is None:
             return dict(grad)
@@ -127,7 +199,7 @@ class UpdateRule(ABC):
 class SGD(UpdateRule):
     """torch.optim.SGD: momentum, dampening, Nesterov, coupled L2."""
 
-    momentum: float | str = 0.0
+    momentum: float | str | Windowed = 0.0
     dampening: float = 0.0
     nesterov: bool = False
 
@@ -145,17 +217,13 @@ class SGD(UpdateRule):
             grad = {n: g + momentum[n] * buffer[n] for n, g in grad.items()} if self.nesterov else buffer
         return {name: w[name] - _value(self.lr, name, lam) * g for name, g in grad.items()}, after
 
-    def _du_dg(self, v: Tree, w: Tree, grad: Tree, state: UpdateState, lam: Tree) -> Tree:
-        damp = 0.0 if state["step"] <= 1 else self.dampening
-        factor: dict[str, float | Tensor] = {}
-        for name in v:
-            keep: float | Tensor = 1.0
-            if not _is_zero(self.momentum):
-                keep = 1 - damp
-                if self.nesterov:
-                    keep = 1 + _value(self.momentum, name, lam) * keep
-            factor[name] = _value(self.lr, name, lam) * keep
-        return {name: factor[name] * leaf for name, leaf in v.items()}
+    def _du_dg(self, name: str, v: Tensor, w: Tensor, grad: Tensor, state: UpdateState, lam: Tree) -> Tensor:
+        keep: float | Tensor = 1.0
+        if not _is_zero(self.momentum):
+            keep = 1.0 if state["step"] <= 1 else 1 - self.dampening
+            if self.nesterov:
+                keep = 1 + _value(self.momentum, name, lam) * keep
+        return _value(self.lr, name, lam) * keep * v
 
 
 @dataclass(frozen=True)
@@ -182,26 +250,26 @@ class Adam(UpdateRule):
         }
         return after, {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
-    def _du_dg(self, v: Tree, w: Tree, grad: Tree, state: UpdateState, lam: Tree) -> Tree:
+    def _du_dg(self, name: str, v: Tensor, w: Tensor, grad: Tensor, state: UpdateState, lam: Tree) -> Tensor:
         """lr/c1 [(1-b1)/Dn - m (1-b2) g / (c2 r Dn^2)], r = sqrt(s/c2), Dn = r + eps, at the moments after the step.
 
         Coordinates that never had a gradient (s = 0: unused embedding rows) give 0: the training loss does not depend
         on them, and their true factor, of size lr/eps, would only swamp the direction of a finite difference.
         """
         (b1, b2), step = self.betas, state["step"]
-        c1, c2 = 1 - b1**step, 1 - b2**step
-        pulled = {}
-        for name, g in self._adaptive_grad(w, grad, lam).items():
-            root = (state["exp_avg_sq"][name] / c2).sqrt_()
-            denominator = root + self.eps
-            bend = (state["exp_avg"][name] * g).mul_((1 - b2) / c2).div_(root).div_(denominator)
-            slope = bend.neg_().add_(1 - b1).div_(denominator).mul_(v[name]).mul_(_value(self.lr, name, lam) / c1)
-            pulled[name] = slope.masked_fill_(root == 0, 0.0)
-        return pulled
+        c1, root_c2 = 1 - b1**step, math.sqrt(1 - b2**step)
+        root = state["exp_avg_sq"][name].sqrt()  # r sqrt(c2)
+        denominator = root + self.eps * root_c2  # Dn sqrt(c2)
+        unseen = root == 0
+        bend = (state["exp_avg"][name] * self._adaptive_grad(name, w, grad, lam)).div_(root.mul_(denominator))
+        slope = (
+            bend.mul_(b2 - 1).add_(1 - b1).div_(denominator).mul_(v).mul_(_value(self.lr, name, lam) * root_c2 / c1)
+        )
+        return slope.masked_fill_(unseen, 0.0) if bool(unseen.any()) else slope
 
-    def _adaptive_grad(self, w: Tree, grad: Tree, lam: Tree) -> Tree:
+    def _adaptive_grad(self, name: str, w: Tensor, grad: Tensor, lam: Tree) -> Tensor:
         """The gradient that enters the moments."""
-        return self._decayed(w, grad, lam)
+        return self._decayed({name: w}, {name: grad}, lam)[name]
 
 
 @dataclass(frozen=True)
@@ -214,7 +282,7 @@ class AdamW(Adam):
             w = {n: leaf * (1 - _value(lr, n, lam) * _value(decay, n, lam)) for n, leaf in w.items()}
         return self._moments_step(w, state, grad, lam)
 
-    def _adaptive_grad(self, w: Tree, grad: Tree, lam: Tree) -> Tree:
+    def _adaptive_grad(self, name: str, w: Tensor, grad: Tensor, lam: Tree) -> Tensor:
         return grad
 
 
@@ -225,7 +293,11 @@ def _safe_sqrt(x: Tensor) -> Tensor:
 
 
 def from_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], max_grad_norm: float | None = None
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    max_grad_norm: float | None = None,
+    *,
+    steps: int | None = None,
 ) -> tuple[UpdateRule, UpdateState]:
     """Read the rule and the current state off a torch optimiser (the state's tensors are shared, not copied).
 
@@ -233,6 +305,7 @@ def from_optimizer(
         optimizer: SGD, Adam or AdamW (fused and foreach variants included).
         names: the name of each base parameter.
         max_grad_norm: clipping that is applied before the optimiser sees the gradient.
+        steps: how many steps it has made, where it keeps no count itself (SGD).
 
     Raises:
         ValueError: for an optimiser, or an option of one, that has no rule here.
@@ -262,16 +335,18 @@ def from_optimizer(
     }
     held = {name: optimizer.state.get(p, {}) for p, name in names.items()}
     if cls is SGD:
-        if shared("dampening"):
-            raise ValueError("torch's SGD keeps no step count, which dampening needs: set dampening=0")
-        rule: UpdateRule = SGD(**common, momentum=shared("momentum"), nesterov=shared("nesterov"))
+        if shared("dampening") and steps is None:
+            raise ValueError("torch's SGD keeps no step count, which dampening needs: give steps, or set dampening=0")
+        rule: UpdateRule = SGD(
+            **common, momentum=shared("momentum"), dampening=shared("dampening"), nesterov=shared("nesterov")
+        )
         buffers = {n: s["momentum_buffer"] for n, s in held.items() if s.get("momentum_buffer") is not None}
-        state: UpdateState = {"step": 1 if buffers else 0, "momentum_buffer": _with_zeros(buffers, names)}
+        made = int(bool(buffers)) if steps is None else steps
+        state: UpdateState = {"step": made, "momentum_buffer": _with_zeros(buffers, names)}
     else:
         assert issubclass(cls, Adam)
         rule = cls(**common, betas=tuple(shared("betas")), eps=shared("eps"))
-        steps = [int(s["step"]) for s in held.values() if "step" in s]
-        state = {"step": max(steps, default=0)}
+        state = {"step": max((int(s["step"]) for s in held.values() if "step" in s), default=0)}
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = _with_zeros({n: s[key] for n, s in held.items() if key in s}, names)
     return rule, state

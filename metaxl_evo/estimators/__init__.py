@@ -6,15 +6,31 @@ from dataclasses import fields
 from typing import Any
 
 from metaxl_evo.estimators.base import Estimator
+from metaxl_evo.estimators.conjugate_gradient import ConjugateGradient
+from metaxl_evo.estimators.drmad import DrMAD
 from metaxl_evo.estimators.evograd import EvoGrad
 from metaxl_evo.estimators.first_order import FirstOrder
+from metaxl_evo.estimators.forward_mode import ForwardMode
+from metaxl_evo.estimators.greedy import Greedy
+from metaxl_evo.estimators.hyperdistill import HyperDistill
+from metaxl_evo.estimators.neumann import Neumann
 from metaxl_evo.estimators.one_step import OneStep
+from metaxl_evo.estimators.sama import Sama
+from metaxl_evo.estimators.unroll import Unroll
 from metaxl_evo.messages import unknown
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "first_order": FirstOrder,
     "one_step": OneStep,
     "evograd": EvoGrad,
+    "sama": Sama,
+    "neumann": Neumann,
+    "conjugate_gradient": ConjugateGradient,
+    "unroll": Unroll,
+    "drmad": DrMAD,
+    "forward_mode": ForwardMode,
+    "greedy": Greedy,
+    "hyperdistill": HyperDistill,
 }
 
 
@@ -36,4 +52,19 @@ def make_estimator(name: str, **settings: Any) -> Estimator:
     return cls(**settings)
 
 
-__all__ = ["ESTIMATORS", "Estimator", "EvoGrad", "FirstOrder", "OneStep", "make_estimator"]
+__all__ = [
+    "ESTIMATORS",
+    "ConjugateGradient",
+    "DrMAD",
+    "Estimator",
+    "EvoGrad",
+    "FirstOrder",
+    "ForwardMode",
+    "Greedy",
+    "HyperDistill",
+    "Neumann",
+    "OneStep",
+    "Sama",
+    "Unroll",
+    "make_estimator",
+]

@@ -10,6 +10,7 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import NO_DIRECT_TERM, BilevelProblem, InnerStep, Response, look_ahead
 from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.bilevel.update import SGD
 
 Exactness = Literal["always", "at optimum", "in expectation", "never"]
 Memory = Literal["nothing", "meta", "base", "trajectory"]
@@ -71,6 +72,11 @@ class Estimator(ABC):
         return False
 
     @property
+    def needs_sgd(self) -> bool:
+        """Whether the inner optimiser that it models is SGD alone, with momentum and weight decay."""
+        return False
+
+    @property
     def tunes_optimizer(self) -> bool:
         """Whether lam may hold the optimiser's own numbers (learning rate, momentum, weight decay)."""
         return False
@@ -125,6 +131,13 @@ class Estimator(ABC):
         A step that was made has been observed; one that was not (order `lookahead`) is still to come.
         """
 
+    def advise(self, gradient: Tree, diagnostics: dict[str, float]) -> str | None:
+        """What to change, where the numbers of an estimate show that the method has left its regime.
+
+        Asked on diagnosed steps; `gradient` is the inner loss's at w, and numbers made of it join `diagnostics`.
+        """
+        return None
+
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         """Refuse a problem that the method cannot serve.
 
@@ -145,11 +158,17 @@ class Estimator(ABC):
                 f"{name} differentiates the inner loss twice, and this problem allows it once (attention kernel, "
                 "activation checkpointing or torch.compile): use one_step with engine finite_difference, or evograd"
             )
+        if self.needs_sgd and not isinstance(problem.update, SGD):
+            raise ValueError(
+                f"{name} models SGD, with momentum and weight decay, and the inner optimiser is "
+                f"{type(problem.update).__name__}: use SGD, or unroll, which differentiates any"
+            )
         if self.requires_direct_term and problem.direct_term is False:
             raise ValueError(NO_DIRECT_TERM)
         if self.max_meta_size is not None and tree.size(lam) > self.max_meta_size:
             raise ValueError(
-                f"{name} is meant for at most {self.max_meta_size} meta parameters, here are {tree.size(lam)}"
+                f"{name} is meant for at most {self.max_meta_size} meta parameters, here are {tree.size(lam)}: use "
+                "unroll, hyperdistill or one_step"
             )
 
 

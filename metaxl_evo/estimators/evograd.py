@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, Inputs, PassContext, mix_seed
+from metaxl_evo.bilevel.passes import Counts, Inputs, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response, Split
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import Estimator, Exactness
+from metaxl_evo.estimators.noise import NOISES, Perturbations
 from metaxl_evo.messages import unknown
 
-NOISES = ("sign", "gaussian")
-_NOISE = 0xE70  # keeps the perturbations' seeds apart from those of the passes (dropout)
+ONE_HOT = 1.1  # effective copies below this: one copy has more than 95 % of the weight
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,10 @@ class EvoGrad(Estimator):
         return "in expectation"
 
     @property
+    def evaluated_at(self) -> Literal["previous", "current"]:
+        return "previous"  # where the base step's own forward has left its activations
+
+    @property
     def stochastic(self) -> bool:
         return True
 
@@ -98,9 +101,17 @@ class EvoGrad(Estimator):
         self._perturbed(w)
 
     def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
-        w, names = step.current, self._perturbed(step.current)
-        noise = _Noise(self, {name: w[name] for name in names}, passes.seed, passes.noise)
-        split = passes.problem.split
+        w, names, split = step.w, self._perturbed(step.w), passes.problem.split
+        noise = Perturbations(
+            {name: w[name] for name in w if name in names},
+            passes.seed,
+            copies=self.copies,
+            kind=self.noise,
+            sigma=self.sigma,
+            antithetic=self.antithetic,
+            rows=passes.problem.rows,
+            injected=passes.noise,
+        )
         shared = split is not None and self.share_randomness and names <= split.names
         copies = (
             _SharedPass(passes, step, noise, split) if shared and split else _FullPasses(self, passes, step, noise)
@@ -110,13 +121,23 @@ class EvoGrad(Estimator):
         diagnostics["loss_spread"] = float(copies.losses.std() / self.temperature)
 
         def vjp(v: Tree) -> Tree:
-            along = torch.stack([tree.dot(noise[k], v) for k in range(noise.copies)])
+            along = noise.along(v)
             return copies.pull_back(-(weights / self.temperature) * (along - (weights * along).sum()))
 
-        value = dict(w)
-        for k, weight in enumerate(weights.tolist()):
-            value = tree.add(value, noise[k], weight)
-        return Response(value, vjp, wrt=sorted(names))
+        return Response(noise.combined(w, weights.tolist()), vjp, wrt=sorted(names))
+
+    def advise(self, gradient: Tree, diagnostics: dict[str, float]) -> str | None:
+        """Adds `noise_scale` = sigma |g| / temperature, to first order the deviation of the copies' scaled losses."""
+        perturbed = {name: gradient[name] for name in self._perturbed(gradient)}
+        diagnostics["noise_scale"] = self.sigma * tree.norm(perturbed) / self.temperature
+        effective = diagnostics["effective_copies"]
+        if effective >= ONE_HOT:
+            return None
+        return (
+            f"evograd's weights went one-hot ({effective:.2f} effective copies of {self.copies}), "
+            "which leaves next to no hypergradient: raise temperature or lower sigma until noise_scale = sigma |g| / "
+            f"temperature is below 1 (it is {diagnostics['noise_scale']:.2g})"
+        )
 
     def _perturbed(self, w: Tree) -> frozenset[str]:
         if self.parameters is None:
@@ -130,42 +151,18 @@ class EvoGrad(Estimator):
         return names
 
 
-class _Noise:
-    """The perturbations eps_k of the chosen parameters: injected, or regenerated from seeds (copy, tensor)."""
-
-    def __init__(self, config: EvoGrad, like: Tree, seed: int, injected: Sequence[Tree] | None) -> None:
-        if injected is not None and len(injected) < 2:
-            raise ValueError(f"evograd: noise must hold at least 2 perturbations, not {len(injected)}")
-        self.config, self.like, self.seed, self.injected = config, like, seed, injected
-        self.copies = config.copies if injected is None else len(injected)
-
-    def __getitem__(self, k: int) -> Tree:
-        if self.injected is not None:
-            return {name: self.injected[k][name] for name in self.like}
-        pair, sign = divmod(k, 2) if self.config.antithetic else (k, 0)
-        draw = {name: self._draw(leaf, pair, index) for index, (name, leaf) in enumerate(sorted(self.like.items()))}
-        return tree.scale(draw, -1.0) if sign else draw
-
-    def _draw(self, leaf: Tensor, copy: int, index: int) -> Tensor:
-        generator = torch.Generator(leaf.device).manual_seed(mix_seed(self.seed, _NOISE, copy, index))
-        out = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
-        if self.config.noise == "gaussian":
-            return out.normal_(0.0, self.config.sigma, generator=generator)
-        return out.bernoulli_(0.5, generator=generator).mul_(2 * self.config.sigma).sub_(self.config.sigma)
-
-
 class _FullPasses:
     """One whole forward a copy, which yields its loss and its lambda-gradient; the K gradients are kept."""
 
-    def __init__(self, config: EvoGrad, passes: PassContext, step: InnerStep, noise: _Noise) -> None:
-        w = step.current
+    def __init__(self, config: EvoGrad, passes: PassContext, step: InnerStep, noise: Perturbations) -> None:
+        w = step.w
         inputs = passes.record(w, step.lam, step.batch) if config.share_meta_inputs else Inputs.LIVE
         losses: list[Tensor] = []
         self.gradients: list[Tree] = []
         for k in range(noise.copies):
             stream = 0 if config.share_randomness else k + 1
             loss, _, gradient = passes.inner_grad(
-                tree.add(w, noise[k]), step.lam, step.batch, wrt_lam=step.lam, inputs=inputs, stream=stream
+                noise.perturbed(w, k), step.lam, step.batch, wrt_lam=step.lam, inputs=inputs, stream=stream
             )
             losses.append(loss.double())
             self.gradients.append(gradient)
@@ -186,30 +183,33 @@ class _SharedPass:
     One graph at a time: that of a single part waits for the cotangent, those of several are made anew.
     """
 
-    def __init__(self, passes: PassContext, step: InnerStep, noise: _Noise, split: Split) -> None:
+    def __init__(self, passes: PassContext, step: InnerStep, noise: Perturbations, split: Split) -> None:
         self.passes, self.step, self.noise, self.split = passes, step, noise, split
-        self.lam = tree.leaves(step.lam, step.lam)
+        self.lam, self.w = tree.leaves(step.lam, step.lam), tree.detach(step.w)
+        parts = passes.parts(step.batch)
+        self.below = [passes.prefix(step.w, index, part) for index, part in parts]
         self.hidden: list[Tensor] = []
         losses = torch.zeros(noise.copies, dtype=torch.float64, device=next(iter(step.lam.values())).device)
-        parts = passes.parts(step.batch)
         for index, part in parts:
             with passes.scope(index):
-                hidden = self._hidden(part)
+                hidden = self._hidden(index, part)
+                with torch.no_grad():
+                    losses += torch.stack([self._suffix(k, hidden, index, part).double() for k in range(noise.copies)])
             self.hidden.append(hidden if len(parts) == 1 else hidden.detach())
-            for k in range(noise.copies):
-                losses[k] += self._suffix(k, hidden.detach(), index, part).double()
         self.losses = losses
 
     def pull_back(self, coefficients: Tensor) -> Tree:
         """Accumulate sum_k a_k d l_k / d hidden, then one backward to lam, a part at a time."""
         total = tree.zeros_like(self.lam)
         for index, part in self.passes.parts(self.step.batch):
-            leaf = self.hidden[index].detach().requires_grad_()
-            cotangent = torch.zeros_like(leaf)
-            for k, coefficient in enumerate(coefficients.tolist()):
-                cotangent += coefficient * torch.autograd.grad(self._suffix(k, leaf, index, part), leaf)[0]
             with self.passes.scope(index):
-                hidden = self.hidden[index] if len(self.hidden) == 1 else self._hidden(part)
+                leaf = self.hidden[index].detach().requires_grad_()
+                cotangent = torch.zeros_like(leaf)
+                for k, coefficient in enumerate(coefficients.tolist()):
+                    (slope,) = torch.autograd.grad(self._suffix(k, leaf, index, part), leaf)
+                    cotangent.add_(slope, alpha=coefficient)
+                self.passes.reseed(index)
+                hidden = self.hidden[index] if len(self.hidden) == 1 else self._hidden(index, part)
                 if not hidden.requires_grad:
                     continue
                 found = torch.autograd.grad(
@@ -219,11 +219,15 @@ class _SharedPass:
             total = tree.add(total, dict(zip(self.lam, found, strict=True)))
         return tree.detach(total)
 
-    def _hidden(self, part: Any) -> Tensor:
-        self.passes.counts.forwards += 1
-        return self.split.hidden(tree.detach(self.step.current), self.lam, part)
+    def _hidden(self, index: int, part: Any) -> Tensor:
+        below = self.below[index]
+        if below is None:
+            self.passes.counts.forwards += 1
+        else:
+            self.passes.counts.suffixes += 1
+        return self.split.hidden(self.w, self.lam, below, part)
 
     def _suffix(self, k: int, hidden: Tensor, index: int, part: Any) -> Tensor:
         self.passes.counts.suffixes += 1
-        with self.passes.scope(index):
-            return self.split.loss(tree.add(self.step.current, self.noise[k]), hidden, part)
+        self.passes.reseed(index)
+        return self.split.loss(self.noise.perturbed(self.w, k), hidden, part)

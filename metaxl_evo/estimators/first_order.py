@@ -13,7 +13,9 @@ from metaxl_evo.estimators.base import Estimator, Exactness
 
 @dataclass(frozen=True)
 class FirstOrder(Estimator):
-    """Drop everything that goes through the inner step (the `FO` rows of HyperDistill, Lee et al., ICLR 2022).
+    """value = w, vjp(v) = 0: what goes through the inner step is dropped.
+
+    Source: the rows FO of HyperDistill, Lee et al., ICLR 2022.
 
     Raises:
         ValueError: where the outer loss does not read lam, since every estimate would be zero.

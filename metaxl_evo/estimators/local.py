@@ -1,4 +1,4 @@
-"""What estimators share whose building block is the pull-back through one inner step (the local term)."""
+"""What estimators share that take second derivatives of the inner loss, and those that pull back through one step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import Estimator
 from metaxl_evo.messages import unknown
 
+Engine = Literal["auto", "double_backward", "jvp", "finite_difference"]
+
 
 @dataclass(frozen=True)
-class LocalEstimator(Estimator):
-    """An estimator made of local terms d_lam <Phi(w, lam), v>, by any engine (fields documented in `OneStep`)."""
+class EngineEstimator(Estimator):
+    """An estimator made of products with second derivatives, by any engine (fields documented in `OneStep`)."""
 
-    engine: Literal["auto", "double_backward", "jvp", "finite_difference"] = "auto"
+    engine: Engine = "auto"
     radius: float = 0.01
 
     def __post_init__(self) -> None:
@@ -36,6 +38,22 @@ class LocalEstimator(Estimator):
     def needs_forward_ad(self) -> bool:
         return self.engine == "jvp"
 
+    def _product_cost(self) -> Counts:
+        """The passes of one product, mixed or Hessian."""
+        if self.engine == "finite_difference":
+            return Counts(forwards=2, backwards=2)
+        return Counts(hvps=1) if self.engine == "double_backward" else Counts(jvps=1)
+
+    def _engine(self, problem: BilevelProblem) -> str:
+        if self.engine != "auto":
+            return self.engine
+        return "jvp" if problem.second_order else "finite_difference"
+
+
+@dataclass(frozen=True)
+class LocalEstimator(EngineEstimator):
+    """An estimator made of local terms d_lam <Phi(w, lam), v>."""
+
     @property
     def needs_update_rule(self) -> bool:
         return True
@@ -44,24 +62,19 @@ class LocalEstimator(Estimator):
     def tunes_optimizer(self) -> bool:
         return True
 
-    def _local_cost(self) -> Counts:
-        """The passes of one local term, its cotangent given."""
-        if self.engine == "finite_difference":
-            return Counts(forwards=2, backwards=2)
-        return Counts(hvps=1) if self.engine == "double_backward" else Counts(jvps=1)
+    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
+        passes = 1 if step_made else 2  # the outer one, and that of the step to come
+        return self._product_cost() + Counts(forwards=passes, backwards=passes)
 
     def _pull_back(self, passes: PassContext, step: InnerStep, v: Tree, diagnostics: dict[str, float]) -> Tree:
-        """d_lam <Phi(step.w, lam), v> of a step that was made."""
+        """d_lam <Phi(step.w, lam), v> of a step that was made; takes v and the step's gradient over."""
         assert step.made is not None
         rule = passes.problem.update
+        through_rule = rule.lam_vjp(v, step.w, step.update_state, step.made.grad, step.lam)
         direction = rule.grad_vjp(v, step.w, step.made.grad, step.made.update_state, step.lam)
+        step.made.grad.clear()
         diagnostics["direction_norm"] = tree.norm(direction)
         mixed = mixed_product(
             passes, self._engine(passes.problem), step.w, step.lam, step.batch, direction, radius=self.radius
         )
-        return tree.add(rule.lam_vjp(v, step.w, step.update_state, step.made.grad, step.lam), mixed, -1.0)
-
-    def _engine(self, problem: BilevelProblem) -> str:
-        if self.engine != "auto":
-            return self.engine
-        return "jvp" if problem.second_order else "finite_difference"
+        return tree.add(through_rule, mixed, -1.0)

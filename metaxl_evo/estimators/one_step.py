@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import InnerStep, Response, look_ahead
 from metaxl_evo.estimators.base import Exactness
 from metaxl_evo.estimators.local import LocalEstimator
@@ -43,10 +43,6 @@ class OneStep(LocalEstimator):
         return (
             "Luketina et al., Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters, ICML 2016"
         )
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        passes = 1 if step_made else 2  # the outer one, and that of the step to come
-        return self._local_cost() + Counts(forwards=passes, backwards=passes)
 
     def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
         step = step if step.made is not None else look_ahead(passes, step)

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from metaxl_evo.bilevel.passes import for_this_pass
 from metaxl_evo.bilevel.problem import BilevelProblem, Split
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import UpdateRule
+from metaxl_evo.bilevel.update import UpdateRule, Windowed
 
 Batch = dict[str, Any]
 
+Places = Mapping[str, Sequence[tuple[Any, str]]]  # a parameter's name -> the modules that hold it, and their names
+
 TOTALS = "totals"  # batch key: the counts of the whole accumulation window, over all ranks
+
+
+class Cut(NamedTuple):
+    """How a task's inner loss comes apart (`bilevel.Split`), at the parameters that are swapped in."""
+
+    names: frozenset[str]
+    hidden: Callable[[Tensor | None, Batch], Tensor]
+    loss: Callable[[Tensor, Batch], Tensor]
+    prefix: Callable[[Batch], Tensor] | None = None
 
 
 class BilevelModule(nn.Module, ABC):
@@ -32,11 +45,15 @@ class BilevelModule(nn.Module, ABC):
     Attributes:
         stop_gradients: whether the losses call `stop_gradient` on live activations.
         direct_term: whether the outer loss reads the meta parameters.
+        tuned_optimizer: numbers of the base optimiser (lr, weight_decay, momentum) that are meta parameters: their
+            names, or `Windowed(name, steps)` for a schedule over an episode. The trainer puts them into the optimiser
+            before every step, for all its parameters.
     """
 
     base: Any  # an nn.Module; its class says what else it has
     stop_gradients: bool = False
     direct_term: bool = False
+    tuned_optimizer: Mapping[str, str | Windowed] = {}
     accepts_loss_kwargs = False  # the Trainer's one number of items cannot normalise two means
 
     def __init__(self, base: nn.Module, meta: nn.Module):
@@ -62,9 +79,34 @@ class BilevelModule(nn.Module, ABC):
         """Train rows and the train part of the meta rows as one micro-batch."""
         raise ValueError(f"{type(self).__name__} cannot join meta rows to train rows: set meta_portion to 1")
 
-    def suffix(self) -> tuple[frozenset[str], Callable[[Batch], Tensor], Callable[[Tensor, Batch], Tensor]] | None:
-        """Names of a cheap suffix's base parameters, the hidden states before it, and the inner loss from them."""
+    def cut(self) -> Cut | None:
+        """The inner loss in pieces, of which a cheap suffix alone reads some of the base parameters."""
         return None
+
+    def reads_lam(self, batch: Batch) -> Batch:
+        """The rows of a micro-batch through which its inner loss reads the meta parameters, with the same totals."""
+        return batch
+
+    def lookups(self, batch: Batch) -> dict[str, Tensor]:
+        """Row numbers that a micro-batch looks up in embeddings of the base, by parameter name."""
+        return {}
+
+    def touched_rows(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """The sorted rows of the trainable embeddings that these micro-batches look up; no other row matters to them.
+
+        The rows up to `padding_idx` are among them, so that it keeps its number.
+        """
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for batch in batches:
+            for name, rows in self.lookups(batch).items():
+                found[name].append(rows.flatten())
+        touched, trainable, places = {}, self.base_parameters(), places_of(self.base)
+        for name, looked_up in found.items():
+            if name not in trainable or len(places[name]) > 1:  # tied weights are read whole elsewhere
+                continue
+            padding = torch.arange((places[name][0][0].padding_idx or 0) + 1, device=looked_up[0].device)
+            touched[name] = torch.cat([padding, *looked_up]).unique()
+        return touched
 
     def forward(self, **batch: Any) -> Any:
         return {"loss": self.inner_loss(batch)} if self.training else self.base(**batch)
@@ -91,36 +133,67 @@ class BilevelModule(nn.Module, ABC):
         return dict(self.meta.named_parameters())
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether the training forward draws masks: a dropout layer, or a rate in the base's configuration."""
+        layers = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p for module in self.base.modules())
+        config = getattr(self.base, "config", None)
+        rates = {} if config is None else config.to_dict()
+        return layers or any("drop" in key and isinstance(rate, float) and rate > 0 for key, rate in rates.items())
+
+    @property
+    def attention_kernel(self) -> str | None:
+        """The base's attention by its name in transformers; None where there is none to choose."""
+        return getattr(getattr(self.base, "config", None), "_attn_implementation", None)
+
+    @property
     def second_order_obstacle(self) -> str | None:
         """Why the inner loss cannot be differentiated twice; None where it can."""
         if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
             return "activation_checkpointing recomputes the forward outside the pass"
-        kernel = getattr(getattr(self.base, "config", None), "_attn_implementation", None) or "eager"
+        kernel = self.attention_kernel or "eager"
         if kernel not in ("eager", "sdpa"):
             return (
                 f"the attention kernel {kernel!r} has no second derivative (attn_implementation 'eager' or 'sdpa' has)"
             )
         return None
 
-    def problem(self, update: UpdateRule, *, dropout: bool = False) -> BilevelProblem:
+    def problem(
+        self, update: UpdateRule, *, dropout: bool = False, rows: Mapping[str, Tensor] | None = None
+    ) -> BilevelProblem:
         """The bilevel problem over named parameters; batches are lists of micro-batches.
 
         Args:
             update: the inner optimiser's step.
             dropout: keep dropout on in meta passes (its masks are shared); off, the base runs in eval mode, batch norm
                 excepted.
+            rows: `touched_rows` of every batch there will be; the weights then hold these rows of the embeddings only.
         """
         obstacle = self.second_order_obstacle
+        base, meta = places_of(self.base), places_of(self.meta)
+        rows = {} if rows is None else rows
+        embeddings = [(base[name][0][0], numbers) for name, numbers in rows.items()]
+
+        def at(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            """`loss` at given parameters; they stay swapped in until the pass ends, its backward included."""
+
+            def evaluate(w: Tree, lam: Tree, *arguments: Any) -> Tensor:
+                with for_this_pass(swapped(base, w)), for_this_pass(swapped(meta, lam)):
+                    return loss(*arguments)
+
+            return evaluate
+
         return BilevelProblem(
-            inner_loss=self._at(self.inner_loss),
-            outer_loss=self._at(self.outer_loss),
+            inner_loss=at(self.inner_loss),
+            outer_loss=at(self.outer_loss),
             update=update,
             parts=_micro_batches,
-            scope=lambda: self._frozen(dropout),
-            split=self._split() if obstacle is None else None,
+            scope=lambda: self._frozen(dropout, embeddings),
+            split=_split(self.cut(), at) if obstacle is None else None,
             second_order=obstacle is None,
             stop_gradients=self.stop_gradients,
             direct_term=self.direct_term,
+            reads_lam=self.reads_lam if not dropout else _same,  # other rows, other masks
+            rows=rows,
         )
 
     @abstractmethod
@@ -156,30 +229,17 @@ class BilevelModule(nn.Module, ABC):
         self.base.load_state_dict(saved.state_dict())
         self.load_meta(folder)
 
-    def _at(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`loss` at given parameters; they stay swapped in until the pass ends, its backward included."""
-
-        def evaluate(w: Tree, lam: Tree, *arguments: Any) -> Tensor:
-            with for_this_pass(swapped(self.base, w)), for_this_pass(swapped(self.meta, lam)):
-                return loss(*arguments)
-
-        return evaluate
-
-    def _split(self) -> Split | None:
-        parts = self.suffix()
-        if parts is None:
-            return None
-        names, hidden, loss = parts
-        suffix_loss = self._at(loss)
-        return Split(names, self._at(hidden), lambda w, states, batch: suffix_loss(w, {}, states, batch))
-
     @contextmanager
-    def _frozen(self, dropout: bool) -> Iterator[None]:
-        """Dropout off unless asked for, batch norm without a memory, other buffers on copies that are thrown away."""
+    def _frozen(self, dropout: bool, embeddings: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
+        """Dropout off unless asked for, batch norm without a memory, other buffers on copies that are thrown away.
+
+        Embeddings that hold some rows only are looked up by their place among these.
+        """
         modes = [(module, module.training) for module in self.modules()]
         norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         tracking = [(norm, norm.track_running_stats) for norm in norms]
         buffers = [(m, key, b) for m in self.modules() for key, b in m._buffers.items() if b is not None]
+        hooks = [module.register_forward_pre_hook(_renumber(rows)) for module, rows in embeddings]
         try:
             for owner, key, buffer in buffers:
                 owner._buffers[key] = buffer.clone()
@@ -190,6 +250,8 @@ class BilevelModule(nn.Module, ABC):
                 norm.track_running_stats = False  # an update in place is beyond torch.func, even on a copy
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for owner, key, buffer in buffers:
                 owner._buffers[key] = buffer
             for module, mode in modes:
@@ -202,34 +264,68 @@ def _micro_batches(batch: Any) -> Sequence[Any]:
     return batch if isinstance(batch, (list, tuple)) else (batch,)
 
 
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+def _split(cut: Cut | None, at: Callable[..., Callable[..., Tensor]]) -> Split | None:
+    """The pieces as functions of the parameters; a suffix and a prefix read no meta parameters."""
+    if cut is None:
+        return None
+    loss, prefix = at(cut.loss), None if cut.prefix is None else at(cut.prefix)
+    return Split(
+        cut.names,
+        at(cut.hidden),
+        lambda w, states, batch: loss({name: w[name] for name in cut.names}, {}, states, batch),
+        None if prefix is None else lambda w, batch: prefix(w, {}, batch),
+    )
+
+
+def _renumber(rows: Tensor) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+    """A hook that turns the row numbers an embedding is asked for into their places among `rows`."""
+    return lambda module, inputs: torch.searchsorted(rows, inputs[0])
+
+
+def places_of(module: nn.Module) -> Places:
+    """Where each parameter of `module` is held; tied ones in several places under one name."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    places: dict[str, list[tuple[Any, str]]] = defaultdict(list)
+    for owner in module.modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None:
+                places[names[id(parameter)]].append((owner, key))
+    return places
+
+
 @contextmanager
-def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Evaluate `module` at other parameter values: pointers are swapped, nothing is copied, tied weights stay tied.
+def swapped(places: Places, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Evaluate a module at other parameter values: pointers are swapped, nothing is copied, tied weights stay tied.
 
     Unlike `torch.func.functional_call` the swap can outlast the forward, so that a backward that recomputes it
     (activation checkpointing) sees the same weights.
 
+    Args:
+        places: `places_of` the module.
+        tensors: values by parameter name.
+
     Raises:
         ValueError: for a name that the module does not have.
     """
-    parameters = dict(module.named_parameters())
-    missing = tensors.keys() - parameters.keys()
+    missing = tensors.keys() - places.keys()
     if missing:
-        raise ValueError(f"{type(module).__name__} has no parameter {sorted(missing)[0]!r}")
-    replacement = {id(parameters[name]): tensor for name, tensor in tensors.items()}
-    places = [
-        (owner, key, parameter)
-        for owner in module.modules()
-        for key, parameter in owner._parameters.items()
-        if parameter is not None and id(parameter) in replacement
+        raise ValueError(f"the module has no parameter {sorted(missing)[0]!r}")
+    before = [
+        (owner._parameters, key, owner._parameters[key], tensor)
+        for name, tensor in tensors.items()
+        for owner, key in places[name]
     ]
-    for owner, key, parameter in places:
-        owner._parameters[key] = replacement[id(parameter)]  # type: ignore[assignment]
+    for held, key, _, tensor in before:
+        held[key] = tensor
     try:
         yield
     finally:
-        for owner, key, parameter in places:
-            owner._parameters[key] = parameter
+        for held, key, parameter, _ in before:
+            held[key] = parameter
 
 
 def totals_of(module: BilevelModule, batch: Batch) -> Mapping[str, float | Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from metaxl_evo.bilevel.passes import stop_gradient
+from metaxl_evo.bilevel.passes import keep, stop_gradient
 from metaxl_evo.messages import unknown
 
 CONFIG_FILE = "config.json"
@@ -296,6 +296,7 @@ class RepresentationTransform(nn.Module):
         if hidden.shape[0] != len(route.languages):
             raise ValueError(f"the active RTN routes {len(route.languages)} rows, the encoder runs {hidden.shape[0]}")
         self._check_hidden_size(hidden.shape[-1])
+        keep(hidden)
         rows = route.rows(layer)
         if not len(rows):
             return None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
-from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
+from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule, Cut, totals_of
+from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform, encoder_layers
 
 IGNORED = -100
 TARGET = -1  # the `language` of a row that no network transforms
@@ -54,6 +54,7 @@ class CrossLingualTagger(BilevelModule):
         self.padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED}
         self.transform = transform
         self.source_weight, self.target_weight = source_weight, target_weight
+        self.module_path = module_path
         meta.attach(base, module_path)
 
     def counts(self, batch: Batch) -> dict[str, int]:
@@ -65,19 +66,32 @@ class CrossLingualTagger(BilevelModule):
         }
 
     def inner_loss(self, batch: Batch) -> Tensor:
-        return self._suffix_loss(self._hidden(batch), batch) if self._has_plain_head else self._whole_loss(batch)
+        if not self._has_plain_head:
+            return self._reduce(self._encode(batch, self.base).logits, batch)
+        return self._suffix_loss(self._hidden(None, batch), batch)
 
     def outer_loss(self, batch: Batch) -> Tensor:
         logits = self.base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return _token_loss(logits, batch["labels"]).sum() / _at_least_one(totals_of(self, batch)["target"])
 
-    def suffix(self) -> tuple[frozenset[str], Callable[[Batch], Tensor], Callable[[Tensor, Batch], Tensor]] | None:
+    def cut(self) -> Cut | None:
         if not self._has_plain_head or (self.transform and len(self.meta.layers) > 1):
-            return (
-                None  # with several layers the loss behind the encoder reads meta parameters too: their mixing weights
-            )
+            return None  # with several layers the loss behind the encoder reads meta parameters: their mixing weights
         names = frozenset(f"classifier.{name}" for name, _ in self.base.get_submodule("classifier").named_parameters())
-        return names, self._hidden, self._suffix_loss
+        return Cut(names, self._hidden, self._suffix_loss, self._untransformed if self._is_on_top else None)
+
+    def reads_lam(self, batch: Batch) -> Batch:
+        of_source = batch["language"] != TARGET  # (B,)
+        if bool(of_source.all()) or not bool(of_source.any()):
+            return batch
+        rows = {key: value[of_source] for key, value in batch.items() if isinstance(value, Tensor)}
+        return {**rows, TOTALS: totals_of(self, batch)}
+
+    def lookups(self, batch: Batch) -> dict[str, Tensor]:
+        words = self.base.get_input_embeddings()
+        names = [name for name, parameter in self.base.named_parameters() if parameter is words.weight]
+        plain = type(words) is nn.Embedding and words.max_norm is None
+        return {names[0]: batch["input_ids"]} if plain and names else {}
 
     def join(self, batch: Batch, extra: Batch) -> Batch:
         joined = {}
@@ -103,6 +117,13 @@ class CrossLingualTagger(BilevelModule):
         """Whether the head is dropout and one linear layer, as in the BERT family."""
         return all(isinstance(getattr(self.base, name, None), nn.Module) for name in ("dropout", "classifier"))
 
+    @property
+    def _is_on_top(self) -> bool:
+        """Whether the transform acts on the encoder's output itself; XLM-R XL has a norm behind its last layer."""
+        layers = encoder_layers(self.base, self.module_path)
+        alone = any([*owner.children()] == [layers] for owner in self.base.modules())
+        return self.transform and alone and self.meta.layers == (len(layers),)
+
     def _rows(self, batch: Batch) -> tuple[Batch, Tensor | None]:
         """Several RTN layers: each source row once a layer; the layer index a row (None for a single layer)."""
         layers = len(self.meta.layers)
@@ -125,14 +146,22 @@ class CrossLingualTagger(BilevelModule):
         with self.meta.active(rows["language"], layer, rows["attention_mask"]):
             return run(**inputs)
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        return self._encode(batch, self.base.base_model).last_hidden_state  # (B', T, H)
+    def _hidden(self, below: Tensor | None, batch: Batch) -> Tensor:
+        """The encoder's output (B', T, H), the transform applied; `below` saves the encoder where it is on top."""
+        if below is None:
+            return self._encode(batch, self.base.base_model).last_hidden_state
+        with self.meta.active(batch["language"], attention_mask=batch["attention_mask"]):
+            changed = self.meta.apply_route(below, 0)
+        return below if changed is None else changed
+
+    def _untransformed(self, batch: Batch) -> Tensor:
+        """The encoder's output before a transform on top of it, (B, T, H)."""
+        return self.base.base_model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).last_hidden_state
 
     def _suffix_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         return self._reduce(self.base.classifier(self.base.dropout(hidden)), batch)
-
-    def _whole_loss(self, batch: Batch) -> Tensor:
-        return self._reduce(self._encode(batch, self.base).logits, batch)
 
     def _reduce(self, logits: Tensor, batch: Batch) -> Tensor:
         """The weighted sum of the two means, of logits (B', T, C)."""

@@ -13,9 +13,11 @@ from transformers.trainer_utils import SchedulerType
 
 from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
 from metaxl_evo.messages import unknown
+from metaxl_evo.training.sign_halving import SignHalving
 
 NO_ESTIMATOR = "none"
 META_ORDERS = ("after_step", "lookahead")
+EPISODE_RESETS = ("continue", "restart", "reptile")
 META_SCHEDULES = (  # those that need no settings of their own
     "linear",
     "cosine",
@@ -55,22 +57,23 @@ _UNFIT = (
     "Adafactor",
     "Rprop",
 )  # not driven by lr, weight_decay and eps alone
+_HOUSE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"SignHalving": SignHalving}
 
 
 def optimizer_class(name: str, field_name: str) -> type[torch.optim.Optimizer]:
-    """The class of that name in `torch.optim`, one for dense tensors of any shape whose step needs no closure.
+    """The class of that name: the house's own, or one of `torch.optim` for dense tensors of any shape, no closure.
 
     Raises:
         ValueError: listing the classes there are.
     """
-    valid = [
-        key
+    valid = _HOUSE_OPTIMIZERS | {
+        key: value
         for key, value in vars(torch.optim).items()
         if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and key not in _UNFIT
-    ]
+    }
     if name not in valid:
         raise ValueError(unknown(field_name, name, valid))
-    return getattr(torch.optim, name)
+    return valid[name]
 
 
 @dataclass
@@ -110,13 +113,31 @@ class MetaTrainingArguments(TrainingArguments):
         metadata={"help": "Warm-up of the meta learning rate: base steps, or their ratio where it is below 1."},
     )
     meta_max_grad_norm: float | None = field(default=None, metadata={"help": "Clip hypergradients to this norm."})
-    meta_every: int = field(default=1, metadata={"help": "Base steps per meta step."})
+    meta_every: int = field(
+        default=1, metadata={"help": "Base steps per meta step, which comes with the last of them."}
+    )
     meta_order: str = field(
         default="after_step",
         metadata={
             "help": "after_step: the hypergradient of the step just made; lookahead: of the step to come, which is "
             "then made with the new meta parameters (the papers' order for MetaXL and Meta-Weight-Net)."
         },
+    )
+    episode_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Base steps per episode, for estimators that answer at its end (default: one long episode)."
+        },
+    )
+    episode_reset: str = field(
+        default="continue",
+        metadata={
+            "help": "Where the base goes after an episode: continue; restart from the start of the run; reptile: move "
+            "the start by episode_reptile_rate towards the weights reached, and go on from there."
+        },
+    )
+    episode_reptile_rate: float = field(
+        default=1.0, metadata={"help": "Share of the way that episode_reset: reptile moves the start."}
     )
     meta_portion: float = field(
         default=0.5,
@@ -128,6 +149,13 @@ class MetaTrainingArguments(TrainingArguments):
     meta_dropout: bool = field(
         default=False,
         metadata={"help": "Keep dropout on in meta passes (shared masks, unless the estimator draws its own)."},
+    )
+    meta_diagnostics_every: int = field(
+        default=0,
+        metadata={
+            "help": "On base steps of a multiple of this number that have a meta step, also take the exact one-step "
+            "hypergradient, log how near the estimate is to it, and warn once of what swamps it (0: off)."
+        },
     )
     meta_seed: int | None = field(
         default=None, metadata={"help": "Seed of the meta rows' order and of the estimator's noise (default: seed)."}
@@ -153,6 +181,8 @@ class MetaTrainingArguments(TrainingArguments):
         self._check_sizes()
         if self.meta_order not in META_ORDERS:
             raise ValueError(unknown("meta_order", self.meta_order, META_ORDERS))
+        if self.episode_reset not in EPISODE_RESETS:
+            raise ValueError(unknown("episode_reset", self.episode_reset, EPISODE_RESETS))
         optimizer_class(self.meta_optim, "meta_optim")
         if self.optimizer_class is not None:
             optimizer_class(self.optimizer_class, "optimizer_class")
@@ -180,6 +210,17 @@ class MetaTrainingArguments(TrainingArguments):
         checks: list[tuple[str, bool, str]] = [
             *((name, _is_number(getattr(self, name)), "a number of at least 0") for name in _NUMBERS),
             *((name, _is_count(getattr(self, name)), "a whole number of at least 1") for name in _COUNTS),
+            (
+                "episode_length",
+                self.episode_length is None or _is_count(self.episode_length),
+                "a whole number of at least 1, or left out",
+            ),
+            ("episode_reptile_rate", _is_share(self.episode_reptile_rate), "a number above 0 and at most 1"),
+            (
+                "meta_diagnostics_every",
+                _is_count(self.meta_diagnostics_every, least=0),
+                "a whole number of at least 0 (0: off)",
+            ),
             ("meta_portion", _is_number(self.meta_portion) and self.meta_portion <= 1, "a number between 0 and 1"),
             ("num_train_epochs", _is_number(self.num_train_epochs) and self.num_train_epochs > 0, "a number above 0"),
             ("max_steps", self.max_steps == -1 or _is_count(self.max_steps), "at least 1, or -1 to count epochs"),
@@ -199,12 +240,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
+
+
 def _is_beta(value: Any) -> bool:
     return _is_number(value) and value < 1
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -7,6 +7,8 @@ import logging
 import math
 import warnings
 from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, get_scheduler
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import mix_seed
-from metaxl_evo.bilevel.problem import Hypergradient, StepMade, hypergradient
-from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, from_optimizer, optimizer_rule
+from metaxl_evo.bilevel.passes import PassContext, devices_of, mix_seed
+from metaxl_evo.bilevel.problem import BilevelProblem, Hypergradient, InnerStep, StepMade, estimate, hypergradient
+from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, Windowed, from_optimizer
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule
 from metaxl_evo.training.arguments import MetaTrainingArguments, optimizer_class
+from metaxl_evo.training.diagnostics import Diagnostics
+from metaxl_evo.training.episodes import Episodes
 from metaxl_evo.training.meta_rows import MetaRows
 
 logger = logging.getLogger(__name__)
@@ -71,7 +75,12 @@ class MetaTrainer(Trainer):
                 )
             if args.meta_portion < 1 and type(model).join is BilevelModule.join:
                 raise ValueError(f"{type(model).__name__} cannot join meta rows to train rows: set meta_portion to 1")
-            self.estimator.check(model.problem(SGD(0.0)), model.base_parameters(), model.meta_parameters())
+            _refuse_schedules(args, model)
+            self.estimator.check(
+                model.problem(_tuned(SGD(0.0), model)),
+                model.base_parameters(),
+                model.meta_parameters(),
+            )
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), _MetaSteps(self)], **kwargs)
         self.loss_is_scaled_for_ga = True  # the module divides by the totals of the window
         if args.label_names is None:
@@ -82,8 +91,14 @@ class MetaTrainer(Trainer):
         self.meta_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         self.card_sections: list[str] = []
         self._window: tuple[list[Batch], list[Batch]] = ([], [])
-        self._window_is_new = False
-        self._previous: tree.Tree | None = None
+        self._window_is_new, self._micro_batch = False, 0
+        self.episodes = self._make_episodes()
+        self.diagnostics: Diagnostics | None = None
+        if self.estimator is not None and args.meta_diagnostics_every:
+            self.diagnostics = Diagnostics(self.estimator, args.meta_diagnostics_every)
+        self._passes: PassContext | None = None  # of the current step, where its own forward is recorded
+        self._before: InnerStep | None = None  # the current step, as long as it has not been made
+        self._row_gradients: dict[str, Tensor | None] = {}  # of embeddings that were stepped ahead of the rest
         self._grad_norm: float | None = None
         self._meta_learning_rate: Any = args.meta_learning_rate
         self._skipped_in_a_row = 0
@@ -102,7 +117,16 @@ class MetaTrainer(Trainer):
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
         if self.estimator is not None:
             if self.estimator.needs_update_rule:
-                optimizer_rule(_plain(optimizer))
+                self.estimator.check(
+                    self._problem(self._update_rule(self.estimator)[0]),
+                    self.model.base_parameters(),
+                    self.model.meta_parameters(),
+                )
+            elif self.diagnostics is not None:
+                try:
+                    self._update_rule(self.diagnostics.exact)
+                except ValueError as error:
+                    raise ValueError(f"{error}, or leave meta_diagnostics_every at 0") from None
             self.meta_optimizer = self._make_meta_optimizer()
         return optimizer
 
@@ -128,7 +152,7 @@ class MetaTrainer(Trainer):
     # ---- the window of one optimizer step
 
     def get_train_dataloader(self) -> Any:
-        self.meta_rows = self._make_meta_rows()
+        self.meta_rows, self.episodes = self._make_meta_rows(), self._make_episodes()
         return super().get_train_dataloader()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -160,6 +184,9 @@ class MetaTrainer(Trainer):
             world_size=args.world_size,
         )
 
+    def _make_episodes(self) -> Episodes | None:
+        return None if self.estimator is None else Episodes(self.estimator, self.args)
+
     def _collate(self, rows: list[Any]) -> Batch:
         return self._prepare_inputs(self.data_collator(rows))
 
@@ -178,10 +205,10 @@ class MetaTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The base step of one micro-batch, behind the meta step where the order is `lookahead`."""
-        if self._window_is_new and self.args.meta_order == "lookahead" and self._meta_step_is_due():
+        if self._window_is_new:
             model.train()
-            self._look_ahead()
-        self._window_is_new = False
+            self._begin_step()
+        self._window_is_new, self._micro_batch = False, 0 if self._window_is_new else self._micro_batch + 1
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -189,7 +216,9 @@ class MetaTrainer(Trainer):
     ) -> Any:
         """The inner loss in training (times the ranks, whose gradients DDP averages), the base model's own
         otherwise."""
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        recorded = model.training and not return_outputs and self._passes is not None
+        with self._passes.recording(self._micro_batch) if recorded and self._passes else nullcontext():
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs or not model.training:
             return found
         return found * self.accelerator.num_processes
@@ -201,38 +230,115 @@ class MetaTrainer(Trainer):
 
     # ---- the meta step
 
+    def _begin_step(self) -> None:
+        """Before a base step: begin an episode where one is due, look ahead where the order says so."""
+        self._passes = self._before = None
+        if self.episodes is None or self.estimator is None:
+            return
+        weights, estimator = self.model.base_parameters(), self.estimator
+
+        def init(learned: Any) -> Any:
+            problem = self._problem(self._update_rule(estimator)[0])
+            return estimator.init(problem, weights, self.model.meta_parameters(), learned)
+
+        self.episodes.begin_step(self.state.global_step, weights, _plain(self.optimizer), init)
+        if self.args.meta_order == "lookahead" and self._meta_step_is_due():
+            self._look_ahead()
+        elif self._follows_the_step() and self._forward_is_of_use():
+            self._passes = self._new_passes(self._problem(SGD(0.0)))
+
     def _meta_step_is_due(self) -> bool:
-        """Whether this optimizer step has a meta step: every `meta_every`-th, and not at a learning rate of zero."""
-        if self.estimator is None or self.state.global_step % self.args.meta_every:
+        """Whether this optimizer step has a meta step; at a learning rate of zero only an episode's end has."""
+        if self.episodes is None or not self.episodes.answers(self.state.global_step):
             return False
+        if not self.episodes.estimator.online or self.model.tuned_optimizer:
+            return True
         return any(group["lr"] != 0 for group in _plain(self.optimizer).param_groups)
 
-    def _look_ahead(self) -> None:
+    def _follows_the_step(self) -> bool:
+        """Whether something is to be done once this base step is made."""
+        if self.episodes is None:
+            return False
+        return self.episodes.remembers or (self.args.meta_order == "after_step" and self._meta_step_is_due())
+
+    def _forward_is_of_use(self) -> bool:
+        """Whether the base step's forward computes what the meta passes would: no dropout masks, no autocast."""
         assert self.estimator is not None
-        rule, state = self._update_rule(self.estimator)
-        self._meta_step(rule, self.model.base_parameters(), update_state=state)
+        plain = self.accelerator.mixed_precision == "no" and not self.args.torch_compile
+        return plain and self.estimator.evaluated_at == "previous" and not self.model.has_dropout
+
+    def _look_ahead(self) -> None:
+        """The hypergradient of the step to come."""
+        assert self.estimator is not None
+        assert self.episodes is not None
+        rows = self._touched_rows()
+        rule, state = self._update_rule(self._at_work()[-1], rows)
+        step = self._inner_step(_gathered(self.model.base_parameters(), rows), state)
+        self._meta_step(self._new_passes(self._problem(rule, rows)), step, step)
 
     def _keep_previous(self) -> None:
-        """Before the base step: keep the weights, where the estimator differentiates the step from them."""
+        """Before the base step: keep the weights, and the optimiser's state, that are needed from there."""
         assert self.estimator is not None
-        if self.estimator.evaluated_at == "previous":
-            self._previous = tree.clone(self.model.base_parameters())
+        rows, state = self._touched_rows(), None
+        if self.estimator.needs_state_before or self.model.tuned_optimizer:
+            state = _map_state(torch.clone, self._update_rule(self.estimator, rows)[1])
+        w = _gathered(self.model.base_parameters(), rows)
+        if any(one.evaluated_at == "previous" for one in self._at_work()):
+            self._step_embeddings(rows)
+            w = {name: leaf if name in rows else leaf.clone() for name, leaf in w.items()}
+        self._before = self._inner_step(w, state)
+
+    def _step_embeddings(self, rows: tree.Tree) -> None:
+        """Let the optimiser step the embeddings alone, and keep the touched rows of their gradients.
+
+        They are most of the gradient and empty but for these rows: what is kept of the weights goes into their place,
+        so that a meta step needs no more memory than the base step.
+        """
+        parameters = self.model.base_parameters()
+        waiting = {name: p.grad for name, p in parameters.items() if name not in rows} if rows else {}
+        for name in waiting:
+            parameters[name].grad = None
+        if waiting:
+            _plain(self.optimizer).step()
+        for name, numbers in rows.items():
+            gradient, parameters[name].grad = parameters[name].grad, None
+            self._row_gradients[name] = None if gradient is None else gradient[numbers]
+            del gradient
+        for name, gradient in waiting.items():
+            parameters[name].grad = gradient
 
     def _after_step(self) -> None:
-        """After the base step: the hypergradient of that step."""
+        """After the base step: observe it, and take its hypergradient where one is due."""
         assert self.estimator is not None
-        now = tree.detach(self.model.base_parameters())
-        rule, state = self._update_rule(self.estimator)
-        if self._previous is None:
-            self._meta_step(rule, now)
-            return
-        made = StepMade(now, self._gradients_before_clipping(), state)
-        previous, self._previous = self._previous, None
-        self._meta_step(rule, previous, made=made)
+        assert self.episodes is not None
+        assert self._before is not None
+        before, self._before = self._before, None
+        rows = self._touched_rows()
+        rule, state = self._update_rule(self._at_work()[-1], rows, made=True)
+        now = _gathered(self.model.base_parameters(), rows)
+        made = StepMade(now, self._take_gradient(rows), state)  # nobody else holds the gradient, so it can be freed
+        step = replace(before, w=now) if self.estimator.evaluated_at == "current" else before
+        if self.estimator.needs_update_rule:
+            step = replace(step, made=made)
+        problem = self._problem(rule, rows)
+        passes = self._new_passes(problem) if self._passes is None else replace(self._passes, problem=problem)
+        self._passes = None
+        if self.episodes.remembers:
+            self.episodes.state = self.estimator.observe(passes, step, self.episodes.state)
+        if self.args.meta_order == "after_step" and self._meta_step_is_due():
+            self._meta_step(passes, step, replace(before, made=made))
+        if self.episodes.ends(self.state.global_step):
+            self.episodes.end(self.estimator.end_episode(passes, step, self.episodes.state))
 
-    def _meta_step(self, rule: UpdateRule, w: tree.Tree, **step: Any) -> None:
+    def _meta_step(self, passes: PassContext, step: InnerStep, from_start: InnerStep) -> None:
+        """Estimate at `step`, and move lam; `from_start` is the same step as the exact estimator has to see it."""
         assert self.estimator is not None
-        result = self._hypergradient(self.estimator, rule, w, **step)
+        assert self.episodes is not None
+        diagnostics = self._diagnostics_of_step()
+        exact = None if diagnostics is None else diagnostics.take_exact(passes, from_start)
+        result = estimate(passes, self.estimator, step, self.episodes.state)
+        if diagnostics is not None and exact is not None:
+            diagnostics.compare(result, exact)
         if tree.all_finite(result.grads):
             self._apply(result)
         else:
@@ -245,21 +351,50 @@ class MetaTrainer(Trainer):
             ValueError: where the estimator cannot serve this task or optimiser.
         """
         rule, state = self._update_rule(estimator)
-        return self._hypergradient(estimator, rule, self.model.base_parameters(), update_state=state)
-
-    def _hypergradient(self, estimator: Estimator, rule: UpdateRule, w: tree.Tree, **step: Any) -> Hypergradient:
-        """Over the current window; its noise depends on the seed and the number of the step alone."""
         train_window, meta_window = self._window
         return hypergradient(
-            self.model.problem(rule, dropout=self.args.meta_dropout),
+            self._problem(rule),
             estimator,
-            w,
+            self.model.base_parameters(),
             self.model.meta_parameters(),
             train_window,
             meta_window,
-            generator=torch.Generator().manual_seed(mix_seed(_meta_seed(self.args), 1, self.state.global_step)),
-            **step,
+            generator=torch.Generator().manual_seed(self._step_seed()),
+            update_state=state,
         )
+
+    def _diagnostics_of_step(self) -> Diagnostics | None:
+        """The diagnostics, where this step is theirs."""
+        due = self.diagnostics is not None and self.diagnostics.is_due(self.state.global_step)
+        return self.diagnostics if due and self._meta_step_is_due() else None
+
+    def _at_work(self) -> list[Estimator]:
+        """The estimators that this step is to serve; the last of them needs the update rule if any does."""
+        assert self.estimator is not None
+        diagnostics = self._diagnostics_of_step()
+        return [self.estimator] if diagnostics is None else [self.estimator, diagnostics.exact]
+
+    def _inner_step(self, w: tree.Tree, update_state: UpdateState | None) -> InnerStep:
+        train_window, meta_window = self._window
+        return InnerStep(w, self.model.meta_parameters(), train_window, update_state, None, meta_window)
+
+    def _problem(self, rule: UpdateRule, rows: tree.Tree | None = None) -> BilevelProblem:
+        return self.model.problem(rule, dropout=self.args.meta_dropout, rows=rows)
+
+    def _new_passes(self, problem: BilevelProblem) -> PassContext:
+        devices = devices_of(self.model.base_parameters(), self.model.meta_parameters())
+        return PassContext(problem, seed=self._step_seed(), devices=devices)
+
+    def _step_seed(self) -> int:
+        """Of a meta step's randomness: it depends on the seed and the number of the step alone."""
+        return mix_seed(_meta_seed(self.args), 1, self.state.global_step)
+
+    def _touched_rows(self) -> tree.Tree:
+        """The embedding rows that the current window reads; none are left out where weights outlive the step."""
+        assert self.estimator is not None
+        if self.estimator.remembers not in ("nothing", "meta"):
+            return {}
+        return self.model.touched_rows([batch for window in self._window for batch in window])
 
     def _apply(self, result: Hypergradient) -> None:
         assert self.meta_optimizer is not None
@@ -270,7 +405,9 @@ class MetaTrainer(Trainer):
         parameters = self.model.meta_parameters()
         for name, parameter in parameters.items():
             parameter.grad = result.grads[name].to(parameter.dtype) * factor
-        self.meta_optimizer.step()
+        diagnostics = self._diagnostics_of_step()
+        with nullcontext() if diagnostics is None else diagnostics.watching(self.meta_optimizer, parameters):
+            self.meta_optimizer.step()
         for parameter in parameters.values():
             parameter.grad = None
         for key, value in {
@@ -292,23 +429,51 @@ class MetaTrainer(Trainer):
                 "lower learning_rate or meta_learning_rate, set meta_max_grad_norm, or raise max_skipped_meta_steps"
             )
 
-    def _update_rule(self, estimator: Estimator) -> tuple[UpdateRule, UpdateState]:
-        """The inner update as the optimiser makes it now; a placeholder where the estimator does without."""
+    def _update_rule(
+        self, estimator: Estimator, rows: tree.Tree | None = None, *, made: bool = False
+    ) -> tuple[UpdateRule, UpdateState]:
+        """The inner update as the optimiser makes it now; a placeholder where the estimator does without.
+
+        `made` says that the current step is among those that the state has seen.
+        """
         if not estimator.needs_update_rule:
             return SGD(0.0), {"step": 0, "momentum_buffer": {}}
         names = {parameter: name for name, parameter in self.model.base_parameters().items()}
         limit = self.args.max_grad_norm or None
-        return from_optimizer(_plain(self.optimizer), names, max_grad_norm=limit)
+        rule, state = from_optimizer(
+            _plain(self.optimizer), names, max_grad_norm=limit, steps=self._steps_of_optimizer() + made
+        )
+        rule = _tuned(rule, self.model)
+        return rule, {key: _gathered(held, rows) if isinstance(held, dict) else held for key, held in state.items()}
 
-    def _gradients_before_clipping(self) -> tree.Tree:
-        limit, norm = self.args.max_grad_norm, self._grad_norm
-        factor = 1.0
-        if limit and norm is not None and norm + 1e-6 > limit:
-            factor = (norm + 1e-6) / limit
-        return {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.detach() * factor
-            for name, p in self.model.base_parameters().items()
-        }
+    def _steps_of_optimizer(self) -> int:
+        """How many steps the base optimiser has made since its state was fresh."""
+        if self.args.episode_length is None or self.args.episode_reset == "continue":
+            return self.state.global_step
+        return self.state.global_step % self.args.episode_length
+
+    def _tune_optimizer(self) -> None:
+        """Put the meta parameters that are numbers of the base optimiser into it."""
+        rule, step = _tuned(SGD(0.0), self.model), self._steps_of_optimizer()
+        for group in _plain(self.optimizer).param_groups:
+            group.update(rule.acting(self.model.meta_parameters(), step))
+
+    def _take_gradient(self, rows: tree.Tree) -> tree.Tree:
+        """The base gradient as it was before clipping; `.grad` is empty afterwards."""
+        limit, norm = self.args.max_grad_norm or math.inf, self._grad_norm or 0.0
+        clipped, is_read = norm + 1e-6 > limit, self._at_work()[-1].needs_update_rule
+        taken = {}
+        for name, parameter in self.model.base_parameters().items():
+            gradient, parameter.grad = parameter.grad, None
+            if not is_read:
+                continue
+            if name in rows:
+                gradient = self._row_gradients.pop(name) if gradient is None else gradient[rows[name]]
+            if gradient is None:
+                gradient = torch.zeros_like(parameter[rows[name]] if name in rows else parameter)
+            taken[name] = gradient.mul_((norm + 1e-6) / limit) if clipped else gradient
+        self._row_gradients.clear()
+        return taken
 
     # ---- logs, checkpoints, model card
 
@@ -358,10 +523,17 @@ class MetaTrainer(Trainer):
             if name not in saved:
                 raise ValueError(f"{file} has no {name}: it was written by a run without one, start a new run instead")
             holder.load_state_dict(saved[name])
+        if self.episodes is not None:
+            self.episodes.to(self.args.device)
         self.skipped_meta_steps, self._skipped_in_a_row = saved["skipped"]
 
     def _stateful(self) -> dict[str, Any]:
-        held = {"optimizer": self.meta_optimizer, "scheduler": self.meta_scheduler, "rows": self.meta_rows}
+        held = {
+            "optimizer": self.meta_optimizer,
+            "scheduler": self.meta_scheduler,
+            "rows": self.meta_rows,
+            "episodes": self.episodes,
+        }
         return {name: holder for name, holder in held.items() if holder is not None}
 
     def _meta_state(self) -> dict[str, Any]:
@@ -412,11 +584,13 @@ class _MetaSteps(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.meta_order == "after_step" and self.trainer._meta_step_is_due():
+        if self.trainer.model.tuned_optimizer:
+            self.trainer._tune_optimizer()
+        if self.trainer._follows_the_step():
             self.trainer._keep_previous()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.meta_order == "after_step" and self.trainer._meta_step_is_due():
+        if self.trainer._before is not None:
             self.trainer._after_step()
         if self.trainer.meta_scheduler is not None:
             self.trainer._meta_learning_rate = self.trainer.meta_scheduler.get_last_lr()[
@@ -456,6 +630,33 @@ def _refuse_launch(args: MetaTrainingArguments, estimator: Estimator | None) -> 
                 f"estimator {args.estimator!r} ({estimator}) differentiates twice, which {field} does not allow: "
                 "set the engine to finite_difference or use evograd"
             )
+
+
+def _tuned(rule: UpdateRule, model: BilevelModule) -> UpdateRule:
+    """The rule with the numbers that the model learns."""
+    fields: dict[str, Any] = dict(model.tuned_optimizer)
+    return replace(rule, **fields)
+
+
+def _refuse_schedules(args: MetaTrainingArguments, model: BilevelModule) -> None:
+    """Refuse a schedule of the base optimiser over anything but an episode that starts afresh."""
+    for field, hyper in model.tuned_optimizer.items():
+        if isinstance(hyper, Windowed) and (args.episode_length != hyper.steps or args.episode_reset == "continue"):
+            raise ValueError(
+                f"{type(model).__name__} learns a schedule of {field} over {hyper.steps} steps: set episode_length: "
+                f"{hyper.steps} and episode_reset: restart"
+            )
+
+
+def _gathered(leaves: tree.Tree, rows: tree.Tree | None) -> tree.Tree:
+    """The leaves outside any graph, of some only the given rows; the others share their storage."""
+    rows = rows or {}
+    return {name: leaf.detach()[rows[name]] if name in rows else leaf.detach() for name, leaf in leaves.items()}
+
+
+def _map_state(fn: Any, state: UpdateState) -> UpdateState:
+    """`fn` of every tensor of an optimiser's state."""
+    return {key: tree.tree_map(fn, held) if isinstance(held, dict) else held for key, held in state.items()}
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

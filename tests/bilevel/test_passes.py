@@ -249,9 +249,9 @@ class Watch:
         self.outside += not self.open
 
     def watched(self, loss: Any) -> Any:
-        def run(w: Tree, other: Any, batch: Any) -> Tensor:
+        def run(*inputs: Any) -> Tensor:
             self.check()
-            value = loss(w, other, batch)
+            value = loss(*inputs)
             if value.requires_grad:
                 value.register_hook(self.check)
             return value

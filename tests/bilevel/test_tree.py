@@ -54,6 +54,17 @@ def test_products_of_float32_are_accumulated_in_float64() -> None:
     assert tree.dot(small, small).dtype == torch.float64
 
 
+def test_cosine_has_no_floor() -> None:
+    a, b = trees()
+    true = float(flat(a) @ flat(b) / flat(a).norm() / flat(b).norm())
+    for scale in (1.0, 1e-12, 1e-140):
+        assert math.isclose(tree.cosine(tree.scale(a, scale), tree.scale(b, scale)), true, rel_tol=1e-13)
+    small = {"x": torch.tensor([3e-30, 4e-30])}, {"x": torch.tensor([4e-30, 3e-30])}
+    assert float(torch.cosine_similarity(small[0]["x"], small[1]["x"], dim=0)) < 1e-40
+    assert math.isclose(tree.cosine(*small), 24 / 25, rel_tol=1e-6)
+    assert tree.cosine(a, tree.zeros_like(b)) == tree.cosine(tree.zeros_like(a), b) == 0.0
+
+
 def test_leaves_share_storage_and_require_only_what_is_asked() -> None:
     module = nn.Linear(2, 2)
     live = dict(module.named_parameters())

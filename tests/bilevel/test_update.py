@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from metaxl_evo.bilevel import SGD, Adam, AdamW, Tree, tree
+from metaxl_evo.bilevel import SGD, Adam, AdamW, Tree, Windowed, tree
 from metaxl_evo.bilevel.update import UpdateRule, UpdateState, from_optimizer
 
 LRS = {"a": 0.1, "b": 0.03}
@@ -62,9 +63,15 @@ def default_float64() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-on_clipping = pytest.mark.parametrize(
-    "max_grad_norm", [None, 0.5, 100.0], ids=["unclipped", "clip_active", "clip_idle"]
-)
+LIMITS: dict[str, dict[str, float]] = {
+    "unclipped": {},
+    "clip_active": {"max_grad_norm": 0.5},
+    "clip_idle": {"max_grad_norm": 100.0},
+    "clamped": {"max_grad_value": 0.8},
+    "clamped_and_clipped": {"max_grad_value": 0.8, "max_grad_norm": 0.5},
+    "clamped_clip_idle": {"max_grad_value": 0.8, "max_grad_norm": 100.0},
+}
+on_clipping = pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS.keys())
 
 
 def random_tree(seed: int, dtype: torch.dtype = torch.float64) -> Tree:
@@ -75,8 +82,8 @@ def random_tree(seed: int, dtype: torch.dtype = torch.float64) -> Tree:
     }
 
 
-def clipped(rule: UpdateRule, max_grad_norm: float | None) -> UpdateRule:
-    return type(rule)(**(vars(rule) | {"max_grad_norm": max_grad_norm}))
+def clipped(rule: UpdateRule, **limits: float | None) -> UpdateRule:
+    return replace(rule, **limits)  # type: ignore[arg-type]
 
 
 def torch_optimizer(name: str, params: Sequence[Tensor], **extra: Any) -> torch.optim.Optimizer:
@@ -92,8 +99,8 @@ def error(found: Tree, expected: Tree) -> float:
 
 @on_rules
 @on_clipping
-def test_several_steps_equal_torch(name: str, max_grad_norm: float | None) -> None:
-    rule = clipped(RULES[name][0], max_grad_norm)
+def test_several_steps_equal_torch(name: str, limits: dict[str, float]) -> None:
+    rule = clipped(RULES[name][0], **limits)
     params = [torch.nn.Parameter(leaf) for leaf in random_tree(0).values()]
     optimizer = torch_optimizer(name, params)
     w, state = random_tree(0), rule.init(random_tree(0))
@@ -101,7 +108,10 @@ def test_several_steps_equal_torch(name: str, max_grad_norm: float | None) -> No
         gradient = random_tree(step + 1)
         for p, g in zip(params, gradient.values(), strict=True):
             p.grad = g.clone()
-        if max_grad_norm is not None:
+        if "max_grad_value" in limits:
+            torch.nn.utils.clip_grad_value_(params, limits["max_grad_value"])
+        if "max_grad_norm" in limits:
+            max_grad_norm = limits["max_grad_norm"]
             norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
             assert (norm > max_grad_norm) == (max_grad_norm < 1), (
                 "the clip must be active in one case, idle in the other"
@@ -113,7 +123,7 @@ def test_several_steps_equal_torch(name: str, max_grad_norm: float | None) -> No
     assert state["step"] == 5
 
 
-def torch_step_graph(name: str, t: int, max_grad_norm: float | None) -> tuple[Tree, Tree]:
+def torch_step_graph(name: str, t: int, limits: dict[str, float]) -> tuple[Tree, Tree]:
     """Weights after torch's own `t`-th step, with the graph to that step's gradient (returned last).
 
     torch cuts the graph where it makes the first momentum buffer: a first step on a buffer of zeros, undampened, is
@@ -127,11 +137,14 @@ def torch_step_graph(name: str, t: int, max_grad_norm: float | None) -> tuple[Tr
             group["dampening"] = 0.0
     for step in range(1, t + 1):
         gradient = {n: g.requires_grad_(step == t) for n, g in random_tree(step).items()}
-        factor: Any = 1.0
-        if max_grad_norm is not None:
-            norm = torch.cat([g.reshape(-1) for g in gradient.values()]).norm()
-            factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        for p, g in zip(live, gradient.values(), strict=True):
+        clamped, factor = gradient, 1.0
+        if "max_grad_value" in limits:
+            value = limits["max_grad_value"]
+            clamped = {n: torch.where(g.abs() > value, value * g.sign(), g) for n, g in gradient.items()}
+        if "max_grad_norm" in limits:
+            norm = torch.cat([g.reshape(-1) for g in clamped.values()]).norm()
+            factor = (limits["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
+        for p, g in zip(live, clamped.values(), strict=True):
             p.grad = g * factor
         optimizer.step()
     return dict(zip(NAMES, live, strict=True)), gradient
@@ -149,15 +162,15 @@ def rule_state(rule: UpdateRule, t: int) -> tuple[Tree, UpdateState, UpdateState
 @on_clipping
 @pytest.mark.parametrize("t", [1, 2, 3, 4, 5])
 @pytest.mark.usefixtures("default_float64")
-def test_grad_vjp_is_autograd_through_torchs_step(name: str, max_grad_norm: float | None, t: int) -> None:
-    rule = clipped(RULES[name][0], max_grad_norm)
+def test_grad_vjp_is_autograd_through_torchs_step(name: str, limits: dict[str, float], t: int) -> None:
+    rule = clipped(RULES[name][0], **limits)
     v = random_tree(50)
-    after, gradient = torch_step_graph(name, t, max_grad_norm)
+    after, gradient = torch_step_graph(name, t, limits)
     moved = sum(((after[n] * v[n]).sum() for n in NAMES), torch.zeros((), dtype=torch.float64))
     expected = dict(zip(NAMES, torch.autograd.grad(-moved, list(gradient.values())), strict=True))  # w' = D w - u(g)
 
     w, _, state_after = rule_state(rule, t)
-    found = rule.grad_vjp(v, w, tree.detach(gradient), state_after, {})
+    found = rule.grad_vjp(dict(v), w, tree.detach(gradient), state_after, {})
     if name == "adam" and t == 1:
         # The first step is lr g / (|g| + eps): its slope lr eps / Dn^2 is what two terms of size lr / Dn leave over.
         terms = {n: 0.1 * v[n] / (gradient[n].detach().abs() + 1e-8) for n in NAMES}
@@ -169,14 +182,14 @@ def test_grad_vjp_is_autograd_through_torchs_step(name: str, max_grad_norm: floa
 @on_rules
 def test_grad_vjp_is_autograd_through_the_rule_itself(name: str) -> None:
     """The rule's own map is differentiable: what a longer unroll relies on (in w and the state as well)."""
-    rule = clipped(RULES[name][0], 0.5)
+    rule = clipped(RULES[name][0], max_grad_norm=0.5, max_grad_value=0.8)
     w, before, after_state = rule_state(rule, 3)
     gradient = {n: g.requires_grad_() for n, g in random_tree(3).items()}
     v = random_tree(50)
     after, _ = rule({n: x.requires_grad_() for n, x in w.items()}, before, gradient, {})
     moved = sum(((after[n] * v[n]).sum() for n in NAMES), torch.zeros((), dtype=torch.float64))
     found = torch.autograd.grad(moved, [*gradient.values(), *w.values()])
-    pulled = rule.grad_vjp(v, tree.detach(w), tree.detach(gradient), after_state, {})
+    pulled = rule.grad_vjp(dict(v), tree.detach(w), tree.detach(gradient), after_state, {})
     assert error(tree.scale(pulled, -1.0), dict(zip(NAMES, found, strict=False))) < 1e-12
     assert all(torch.isfinite(leaf).all() for leaf in found)
 
@@ -188,7 +201,7 @@ def test_coordinates_never_touched_give_zero(rule: UpdateRule) -> None:
     gradient["a"][1] = 0.0
     w, v = random_tree(0), random_tree(50)
     _, state = rule(w, rule.init(w), gradient, {})
-    pulled = rule.grad_vjp(v, w, gradient, state, {})
+    pulled = rule.grad_vjp(dict(v), w, gradient, state, {})
     assert not pulled["a"][1].any()
     assert pulled["a"][0].all()
     leaves = {n: g.requires_grad_() for n, g in gradient.items()}
@@ -202,7 +215,7 @@ def test_adams_first_slope_in_float32() -> None:
     rule, w, v = Adam(1.0), {"x": torch.zeros(3)}, {"x": torch.ones(3)}
     _, state = rule(w, rule.init(w), gradient, {})
     exact = 1e-8 / (gradient["x"].double() + 1e-8).square()
-    torch.testing.assert_close(rule.grad_vjp(v, w, gradient, state, {})["x"].double(), exact, rtol=2e-3, atol=0)
+    torch.testing.assert_close(rule.grad_vjp(dict(v), w, gradient, state, {})["x"].double(), exact, rtol=2e-3, atol=0)
 
 
 # A hyperparameter in lam ---------------------------------------------------------------------------------------------
@@ -270,6 +283,47 @@ def test_lam_vjp_without_tuned_numbers_is_zero() -> None:
     assert SGD(0.1).tunes == frozenset()
 
 
+# A schedule in lam ---------------------------------------------------------------------------------------------------
+
+SCHEDULE = {"lr": [0.1, 0.05, 0.2], "wd": [0.2, 0.3, 0.1], "mom": [0.7, 0.9, 0.5]}
+SCHEDULED: dict[str, UpdateRule] = {
+    "sgd": SGD(Windowed("lr", 7), Windowed("wd", 7), momentum=Windowed("mom", 7), nesterov=True),
+    "adam": Adam(Windowed("lr", 7), Windowed("wd", 7)),
+    "adamw": AdamW(Windowed("lr", 7), Windowed("wd", 7)),
+}
+ACTING = [0, 0, 0, 1, 1, 2, 2, 2, 2]  # floor(3 t / 7), then the last
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+@pytest.mark.parametrize("t", range(len(ACTING)))
+def test_a_schedule_acts_and_is_pulled_back_in_its_window(name: str, t: int) -> None:
+    """The step, (du/dg)^T v and the pull-back to the schedule are those of the number that acts."""
+    rule, (plain, _) = SCHEDULED[name], BY_HAND[name]
+    lam = {k: torch.tensor(x, dtype=torch.float64) for k, x in SCHEDULE.items()}
+    acting = {k: x[ACTING[t]] for k, x in lam.items()}
+    w, state = random_tree(0), {**rule.init(random_tree(0)), "step": t}
+    for key in state.keys() - {"step"}:
+        state[key] = {n: x.square() for n, x in random_tree(70).items()}
+    gradient, v = random_tree(t), random_tree(50)
+
+    (after, after_state), (expected, expected_state) = rule(w, state, gradient, lam), plain(w, state, gradient, acting)
+    torch.testing.assert_close((after, after_state), (expected, expected_state), rtol=0, atol=0)
+    pulled = rule.grad_vjp(dict(v), w, gradient, after_state, lam)
+    torch.testing.assert_close(pulled, plain.grad_vjp(dict(v), w, gradient, after_state, acting), rtol=0, atol=0)
+    found, at_it = rule.lam_vjp(v, w, state, gradient, lam), plain.lam_vjp(v, w, state, gradient, acting)
+    for k, leaf in found.items():
+        assert torch.equal(leaf, torch.eye(3, dtype=torch.float64)[ACTING[t]] * at_it[k])
+    assert rule.tunes == plain.tunes
+
+
+def test_a_schedule_must_be_a_vector_over_at_least_one_step() -> None:
+    with pytest.raises(ValueError, match=r"Windowed\('lr'\): steps must be at least 1"):
+        Windowed("lr", 0)
+    rule, w = SGD(Windowed("lr", 4)), random_tree(0)
+    with pytest.raises(ValueError, match=r"lam\['lr'\] is of shape \[\].*vector"):
+        rule(w, rule.init(w), random_tree(1), {"lr": torch.tensor(0.1)})
+
+
 # Read off a live optimiser -------------------------------------------------------------------------------------------
 
 VARIANTS = {"plain": {}, "foreach": {"foreach": True}, "fused": {"fused": True}, "for_loop": {"foreach": False}}
@@ -291,9 +345,9 @@ def live(name: str, steps: int, **extra: Any) -> tuple[dict[str, torch.nn.Parame
 def test_from_optimizer_continues_the_live_one(name: str, variant: str, steps: int) -> None:
     params, optimizer = live(name, steps, **VARIANTS[variant])
     rule, state = from_optimizer(optimizer, {p: n for n, p in params.items()}, max_grad_norm=7.0)
-    assert rule == clipped(RULES[name][0], 7.0)
+    assert rule == clipped(RULES[name][0], max_grad_norm=7.0)
     gradient = random_tree(9, torch.float32)
-    after, _ = clipped(rule, None)({n: p.detach() for n, p in params.items()}, state, gradient, {})
+    after, _ = clipped(rule, max_grad_norm=None)({n: p.detach() for n, p in params.items()}, state, gradient, {})
     for n, p in params.items():
         p.grad = gradient[n].clone()
     optimizer.step()
@@ -311,9 +365,9 @@ def test_state_read_after_the_step_gives_that_steps_pullback(name: str, t: int) 
     if name == "adam" and t == 1:
         return  # lost in float32, see test_adams_first_slope_in_float32
     gradient, v = random_tree(t), random_tree(50)
-    expected = rule.grad_vjp(v, w, gradient, state_after, {})
+    expected = rule.grad_vjp(dict(v), w, gradient, state_after, {})
     narrow = (random_tree(50, torch.float32), {n: x.float() for n, x in w.items()}, random_tree(t, torch.float32))
-    assert error(tree.tree_map(torch.Tensor.double, rule.grad_vjp(*narrow, state, {})), expected) < 1e-3
+    assert error(tree.tree_map(torch.Tensor.double, rule.grad_vjp(*map(dict, narrow), state, {})), expected) < 1e-3
 
 
 def test_from_optimizer_shares_the_states_tensors_and_fills_unstepped_with_zeros() -> None:

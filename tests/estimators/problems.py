@@ -52,12 +52,13 @@ class OnlyOnce(torch.autograd.Function):
 def once_differentiable(problem: BilevelProblem) -> BilevelProblem:
     """The problem with every base weight behind `OnlyOnce`; its values and first derivatives stay the same."""
 
-    def behind(loss: Callable[[Tree, Any, Any], Tensor]) -> Callable[[Tree, Any, Any], Tensor]:
-        return lambda w, other, batch: OnlyOnce.apply(loss({n: OnlyOnce.apply(x) for n, x in w.items()}, other, batch))
+    def behind(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda w, *rest: OnlyOnce.apply(loss({n: OnlyOnce.apply(x) for n, x in w.items()}, *rest))
 
     split = problem.split
     if split is not None:
-        split = Split(split.names, behind(split.hidden), behind(split.loss))
+        prefix = split.prefix and behind(split.prefix)
+        split = Split(split.names, behind(split.hidden), behind(split.loss), prefix)
     return replace(problem, inner_loss=behind(problem.inner_loss), outer_loss=behind(problem.outer_loss), split=split)
 
 
@@ -229,16 +230,19 @@ def network(dtype: torch.dtype) -> Toy:
 def split_network(dtype: torch.dtype) -> Toy:
     """The meta net just below the head, offered as a split; the outer loss passes through it too (a direct term)."""
 
-    def hidden(w: Tree, lam: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
-        below = _body(w, batch[0])
+    def prefix(w: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return _body(w, batch[0])
+
+    def hidden(w: Tree, lam: Tree, below: Tensor | None, batch: tuple[Tensor, Tensor]) -> Tensor:
+        assert below is not None
         return below + _net(lam, below)
 
     def inner(w: Tree, lam: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return _head(w, hidden(w, lam, batch), batch)
+        return _head(w, hidden(w, lam, prefix(w, batch), batch), batch)
 
     w, lam = _network_weights(dtype)
     train, val = _batches(dtype)
-    split = Split(frozenset({"head.weight", "head.bias"}), hidden, _head)
+    split = Split(frozenset({"head.weight", "head.bias"}), hidden, _head, prefix)
     problem = BilevelProblem(inner, inner, SGD(lr=0.1, momentum=0.9), split=split, direct_term=True)
     return Toy(problem, w, lam, train, val, direct=True, unused=frozenset({"unused"}))
 

@@ -17,8 +17,22 @@ from torch.utils.checkpoint import checkpoint
 
 from metaxl_evo.bilevel import SGD, hypergradient
 from metaxl_evo.bilevel.passes import PassContext
-from metaxl_evo.estimators import ESTIMATORS, Estimator, EvoGrad, FirstOrder, OneStep
-from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule, swapped, totals_of
+from metaxl_evo.estimators import (
+    ESTIMATORS,
+    ConjugateGradient,
+    DrMAD,
+    Estimator,
+    EvoGrad,
+    FirstOrder,
+    ForwardMode,
+    Greedy,
+    HyperDistill,
+    Neumann,
+    OneStep,
+    Sama,
+    Unroll,
+)
+from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule, places_of, swapped, totals_of
 from tests.training.tiny import NO_DROPOUT, collate, different, random_rows, tiny_base, tiny_tagger
 
 
@@ -85,7 +99,7 @@ def test_swapped_is_functional_call(make: Callable[[], nn.Module]) -> None:
     module = make().eval()
     x: Any = torch.randint(5, 90, (2, 6)) if hasattr(module, "config") else torch.randn(3, 5)
     before, values = pointers(module), moved(dict(module.named_parameters()))
-    with swapped(module, values):
+    with swapped(places_of(module), values):
         found = module(x)
     expected = functional_call(module, values, (x,))
     found, expected = (getattr(out, "logits", out) for out in (found, expected))
@@ -100,7 +114,7 @@ def test_tied_weights_stay_tied_and_their_gradients_add_up() -> None:
     leaves = {
         name: leaf.detach().clone().requires_grad_() for name, leaf in moved(dict(module.named_parameters())).items()
     }
-    with swapped(module, leaves):
+    with swapped(places_of(module), leaves):
         assert module.first.weight is module.second.weight
         found = torch.autograd.grad(module(x).square().sum(), leaves["first.weight"])[0]
     weight = leaves["first.weight"]
@@ -115,9 +129,9 @@ def test_swaps_nest(make: Callable[[], nn.Module]) -> None:
     first = moved(dict(module.named_parameters()), 0.1)
     name = next(iter(first))
     second = {name: first[name] + 1.0}
-    with swapped(module, first):
+    with swapped(places_of(module), first):
         outer = module(x)
-        with swapped(module, second):
+        with swapped(places_of(module), second):
             assert torch.equal(module(x), functional_call(module, first | second, (x,)))
         assert torch.equal(module(x), outer)
     assert pointers(module) == before
@@ -126,7 +140,7 @@ def test_swaps_nest(make: Callable[[], nn.Module]) -> None:
 def test_swaps_end_with_an_exception() -> None:
     module = Tied()
     before = pointers(module)
-    with pytest.raises(KeyError, match="inside"), swapped(module, moved(dict(module.named_parameters()))):
+    with pytest.raises(KeyError, match="inside"), swapped(places_of(module), moved(dict(module.named_parameters()))):
         raise KeyError("inside")
     assert pointers(module) == before
 
@@ -135,8 +149,8 @@ def test_an_unknown_name_is_refused_and_nothing_is_swapped() -> None:
     module = Tied()
     before = pointers(module)
     with (
-        pytest.raises(ValueError, match=r"Tied has no parameter 'third.weight'"),
-        swapped(module, {"first.weight": torch.zeros(5, 5), "third.weight": torch.zeros(1)}),
+        pytest.raises(ValueError, match=r"no parameter 'third.weight'"),
+        swapped(places_of(module), {"first.weight": torch.zeros(5, 5), "third.weight": torch.zeros(1)}),
     ):
         pass
     assert pointers(module) == before
@@ -193,6 +207,16 @@ ALL = [
     *(OneStep(engine=engine) for engine in ("double_backward", "jvp", "finite_difference")),  # type: ignore[arg-type]
     EvoGrad(),
     EvoGrad(parameters="^3", share_randomness=False),
+    Sama(),
+    Neumann(),
+    ConjugateGradient(engine="finite_difference"),
+    Unroll(),
+    Unroll(horizon=1),
+    DrMAD(),
+    ForwardMode(),
+    Greedy(),
+    HyperDistill(),
+    HyperDistill(engine="finite_difference", scale="fixed"),
 ]
 
 

@@ -212,8 +212,9 @@ def test_the_split_of_the_problem_is_the_inner_loss() -> None:
     assert problem.split.names == {"classifier.weight", "classifier.bias"}
     w, lam = perturbed(tagger.base_parameters(), 1), perturbed(tagger.meta_parameters(), 2)
     passes = PassContext(problem)
+    below = passes.prefix(w, 0, batch)
     with passes.scope(0):
-        hidden = problem.split.hidden(w, lam, batch)
+        hidden = problem.split.hidden(w, lam, below, batch)
     assert hidden.shape == (*batch["input_ids"].shape, HIDDEN)
     with passes.scope(0):
         found = problem.split.loss(w, hidden, batch)
@@ -222,9 +223,9 @@ def test_the_split_of_the_problem_is_the_inner_loss() -> None:
 
 
 def test_there_is_no_split_where_the_suffix_would_read_meta_parameters() -> None:
-    assert tiny_tagger(layers=[1, 2]).suffix() is None
-    assert tiny_tagger(layers=[1, 2], transform=False).suffix() is not None
-    assert whole(tiny_tagger()).suffix() is None
+    assert tiny_tagger(layers=[1, 2]).cut() is None
+    assert tiny_tagger(layers=[1, 2], transform=False).cut() is not None
+    assert whole(tiny_tagger()).cut() is None
 
 
 @pytest.mark.parametrize("layers", [[2], [1, 2]])

@@ -182,13 +182,13 @@ def test_check_ends_with_a_verdict(
     assert not (tmp_path / "out").exists()
     assert found["sentences"] == {"train aru": 40, "train target": 16, "dev": 10, "test": 30}
     assert found["planned_steps"] == 50
-    assert found["cosine_to_exact"] == pytest.approx(1, abs=1e-4)
-    assert found["norm_by_exact"] == pytest.approx(1, rel=1e-3)
+    assert found["meta_cosine_to_exact"] == pytest.approx(1, abs=1e-4)
+    assert found["meta_norm_by_exact"] == pytest.approx(1, rel=1e-3)
     assert found["evaluation_without_rtn"]
     assert found["rtn_reaches_training"]
-    assert len(found["inner_loss"]) == len(found["meta_loss"]) == 6
+    assert len(found["inner_loss"]) == len(found["meta_loss"]) == 9
     assert 0 < found["base_moved"] < 1
-    assert 0 < found["rtn_moved_a_step"] < found["rtn_at_least"] < found["rtn_at_most"]
+    assert 0 < found["meta_moved_a_step"] < found["meta_moves_at_least"] < found["meta_moves_at_most"]
     assert found["times_the_plain_step"] > 0
 
 
@@ -205,23 +205,23 @@ def test_check_of_evograd_on_several_layers(tmp_path: Path, model: Path, data: P
     ]
     found = train(model, data, tmp_path / "out", *options, estimator="evograd")
     assert found["problems"] == []
-    assert -1 <= found["cosine_to_exact"] <= 1
-    assert len(found["meta_loss"]) == 6
+    assert -1 <= found["meta_cosine_to_exact"] <= 1
+    assert len(found["meta_loss"]) == 9
 
 
 def test_check_of_a_baseline(tmp_path: Path, model: Path, data: Path) -> None:
     found = train(model, data, tmp_path / "out", check="true", method="joint_training")
     assert found["problems"] == []
     assert found["meta_loss"] == []
-    assert "cosine_to_exact" not in found
+    assert "meta_cosine_to_exact" not in found
 
 
 @pytest.mark.parametrize(
     ("settings", "level", "message"),
     [
         ({"learning_rate": 0.0}, "problems", "the base model did not move: raise learning_rate"),
-        ({"meta_learning_rate": 0.0}, "problems", "the RTN did not move: raise meta_learning_rate"),
-        ({"meta_learning_rate": 1e-6}, "warnings", "raise meta_learning_rate, and compare with --method frozen_rtn"),
+        ({"meta_learning_rate": 0.0}, "problems", "the meta network did not move: raise meta_learning_rate"),
+        ({"meta_learning_rate": 1e-6}, "warnings", "raise meta_learning_rate, and compare with a run that freezes it"),
     ],
 )
 def test_check_finds_levels_that_stand_still(

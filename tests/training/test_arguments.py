@@ -45,6 +45,12 @@ BAD = {
     **dict.fromkeys(
         ["adam_beta1", "adam_beta2"], ([-0.1, 1, float("nan"), "0.9"], "must be a number of at least 0 and below 1")
     ),
+    "episode_length": ([0, -2, 1.5, "2", True], COUNT),
+    "episode_reptile_rate": (
+        [0, -0.5, 1.5, float("nan"), "0.5", True, None],
+        "must be a number above 0 and at most 1",
+    ),
+    "meta_diagnostics_every": ([-1, 1.5, "2", True, None], "must be a whole number of at least 0"),
     "num_train_epochs": ([0, -1, float("nan"), float("inf"), "1", None], "must be a number above 0"),
     "max_steps": ([0, -5, 1.5, "3"], "must be at least 1"),
     "label_smoothing_factor": ([0.1], "must be 0"),
@@ -72,6 +78,7 @@ def test_every_numeric_field_of_this_level_is_checked() -> None:
     [
         ("estimator", "evogradd", "did you mean 'evograd'"),
         ("meta_order", "before", "Valid: after_step, lookahead"),
+        ("episode_reset", "reset", "Valid: continue, restart, reptile"),
         ("meta_optim", "adamw_torch", "AdamW"),
         ("meta_optim", "LBFGS", "AdamW"),
         ("optimizer_class", "Adamm", "did you mean 'Adam'"),

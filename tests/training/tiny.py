@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -17,6 +18,20 @@ from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 
 PAD, VOCABULARY, LABELS, HIDDEN, LAYERS = 1, 100, 5, 32, 2
+ESTIMATES: dict[str, dict[str, Any]] = {
+    "double_backward": {"estimator": "one_step", "estimator_kwargs": {"engine": "double_backward"}},
+    "jvp": {"estimator": "one_step", "estimator_kwargs": {"engine": "jvp"}},
+    "finite_difference": {
+        "estimator": "one_step",
+        "estimator_kwargs": {"engine": "finite_difference", "radius": 1e-4},
+    },
+    "evograd": {"estimator": "evograd", "estimator_kwargs": {"sigma": 0.05, "copies": 3}},
+    "evograd_head": {
+        "estimator": "evograd",
+        "estimator_kwargs": {"sigma": 0.05, "copies": 3, "parameters": "^classifier"},
+    },
+}
+ORDERS = ("after_step", "lookahead")
 
 
 def tiny_base(dtype: torch.dtype = torch.float32, **fields: Any) -> XLMRobertaForTokenClassification:
@@ -148,3 +163,48 @@ def different(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
     """Names whose tensors are not bitwise equal."""
     assert first.keys() == second.keys()
     return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bitwise equality of nested containers."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return bool(np.array_equal(a, b))
+    return bool(a == b)
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
+    """Every entry within `rtol` of the tree's largest, which must not be zero."""
+    assert found.keys() == expected.keys()
+    scale = max(float(leaf.abs().max()) for leaf in expected.values())
+    assert scale > 0
+    for name, leaf in expected.items():
+        torch.testing.assert_close(
+            found[name], leaf, rtol=0.0, atol=rtol * scale, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def minus(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The differences, by name."""
+    return {name: a[name] - b[name] for name in a}
+
+
+def final_state(trainer: Any) -> dict[str, Any]:
+    """Everything that a resumed run has to share with one that was not cut off."""
+    return {
+        "base": base_weights(trainer),
+        "meta": meta_weights(trainer),
+        "optimizer": trainer.optimizer.state_dict(),
+        "meta optimizer": None if trainer.meta_optimizer is None else trainer.meta_optimizer.state_dict(),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "meta scheduler": None if trainer.meta_scheduler is None else trainer.meta_scheduler.state_dict(),
+        "rows": trainer.meta_rows.state_dict() if trainer.meta_rows is not None else None,
+        "episodes": None if trainer.episodes is None else trainer.episodes.state_dict(),
+        "skipped": trainer.skipped_meta_steps,
+        "random": torch.random.get_rng_state(),
+    }

@@ -1,0 +1,101 @@
+"""Settings of a benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import XLMRobertaConfig
+
+from metaxl_evo.benchmark.rows import Row
+from metaxl_evo.estimators import ESTIMATORS
+from metaxl_evo.messages import unknown
+from metaxl_evo.training.arguments import META_ORDERS, MetaTrainingArguments
+
+PROBLEMS = ("regression", "tagger", "weight_net", "peers")
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is compared, on which problem, and how often.
+
+    Raises:
+        ValueError: one line for the first value that cannot be, with the valid choices.
+    """
+
+    output_dir: str = field(metadata={"help": "Where results.json, table.md and the plots are written."})
+    problem: str = field(
+        default="regression",
+        metadata={
+            "help": "regression: a decay for each feature learned over whole episodes, in float64; tagger: an XLM-R "
+            "with random weights and an RTN, in a MetaTrainer; weight_net: a convolutional net on noisy labels with a "
+            "loss-weighting net, in a MetaTrainer; peers: one step of weight_net beside other libraries."
+        },
+    )
+    estimators: list[str] = field(
+        default_factory=lambda: list(ESTIMATORS), metadata={"help": "Names of the estimators (default: all)."}
+    )
+    variants: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Estimator -> list of its settings, a row each (default: one row of its default settings)."},
+    )
+    orders: list[str] = field(
+        default_factory=lambda: list(META_ORDERS),
+        metadata={"help": f"Of {', '.join(META_ORDERS)} (in a MetaTrainer)."},
+    )
+    repeats: int = field(default=9, metadata={"help": "Timed runs of each row."})
+    warmup: int = field(default=1, metadata={"help": "Runs of each row before them."})
+    noise_draws: int = field(
+        default=8, metadata={"help": "Estimates of a stochastic estimator whose scatter is seen."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of weights, data, noise and the order of the runs."})
+    horizons: list[int] = field(default_factory=lambda: [1], metadata={"help": "Steps of an episode (regression)."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Of the inner SGD (regression, peers)."})
+    model: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Fields of XLMRobertaConfig (tagger; default: base shape)."}
+    )
+    rtn_layer: list[int] = field(
+        default_factory=lambda: [12], metadata={"help": "The RTN is after this layer; all is measured once for each."}
+    )
+    batch_size: int = field(default=100, metadata={"help": "Images of a batch (peers)."})
+    length: int = field(default=64, metadata={"help": "Tokens of a sentence (tagger)."})
+    training: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Fields of MetaTrainingArguments, such as use_cpu and batch sizes (tagger, weight_net)."},
+    )
+
+    def __post_init__(self) -> None:
+        self._known("problem", [self.problem], PROBLEMS)
+        self._known("estimator", self.estimators, ESTIMATORS)
+        self._known("estimator", self.variants, ESTIMATORS)
+        self._known("order", self.orders, META_ORDERS)
+        self._known("training field", self.training, [one.name for one in fields(MetaTrainingArguments) if one.init])
+        self._known("model field", self.model, [*XLMRobertaConfig().to_dict(), "num_labels"])
+        for name, least in {"repeats": 1, "warmup": 0, "noise_draws": 1, "length": 1, "batch_size": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("horizons", "rtn_layer"):
+            if min(getattr(self, name), default=0) < 1:
+                raise ValueError(f"{name} must be whole numbers of at least 1, not {getattr(self, name)}")
+        for name, variants in self.variants.items():
+            if not (isinstance(variants, list) and all(isinstance(one, dict) for one in variants)):
+                raise ValueError(f"variants: {name} must be a list of mappings, as in [{{}}], not {variants!r}")
+
+    def rows(self, orders: list[str] | None = None, **case: Any) -> list[Row]:
+        """An empty row for every estimator, variant and order."""
+        return [
+            Row(name, settings, order, case)
+            for name in self.estimators
+            for settings in self.variants.get(name, [{}])
+            for order in (self.orders if orders is None else orders)
+        ]
+
+    def draws(self, row: Row) -> int:
+        """How many estimates of a row are looked at."""
+        return self.noise_draws if row.estimator in ESTIMATORS and row.make().stochastic else 1
+
+    @staticmethod
+    def _known(what: str, given: Any, valid: Any) -> None:
+        for one in given:
+            if one not in valid:
+                raise ValueError(unknown(what, str(one), valid))

@@ -1,0 +1,174 @@
+"""The problems that estimators are compared on; all generated, nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+from transformers import PrinterCallback, XLMRobertaConfig, XLMRobertaForTokenClassification
+
+from metaxl_evo.benchmark.arguments import BenchmarkArguments
+from metaxl_evo.benchmark.rows import Row
+from metaxl_evo.benchmark.weight_net import WeightedClassifier
+from metaxl_evo.bilevel import SGD, BilevelProblem, Counts, Hypergradient, Tree
+from metaxl_evo.models.bilevel_module import BilevelModule
+from metaxl_evo.models.rtn import RepresentationTransform
+from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.episodes import Episodes
+from metaxl_evo.training.trainer import MetaTrainer
+
+FOREVER = 10**9  # steps; whoever measures ends the training
+EPOCH = 16  # steps' worth of generated rows
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+# Whole episodes as a plain function ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A bilevel problem, where it starts, and the batches of its steps."""
+
+    problem: BilevelProblem
+    w: Tree
+    lam: Tree
+    train: Sequence[Any]
+    val: Any
+
+
+def regression(settings: BenchmarkArguments, horizon: int) -> Episode:
+    """Least squares in mini-batches with a decay for each feature (its logarithm is lam), in float64.
+
+    inner loss = 1/2 mean (x w - y)^2 + 1/2 sum exp(lam) w^2; outer loss = 1/2 mean (x w - y)^2 on other rows. The
+    true weights are sparse, so that decays differ.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    features, rows, batches = 20, 8, 5
+    truth = torch.randn(features, generator=generator, dtype=torch.float64)
+    truth[features // 2 :] = 0
+
+    def batch(rows: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(rows, features, generator=generator, dtype=torch.float64)
+        return x, x @ truth + torch.randn(rows, generator=generator, dtype=torch.float64)
+
+    def error(w: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return 0.5 * (batch[0] @ w["w"] - batch[1]).square().mean()
+
+    problem = BilevelProblem(
+        inner_loss=lambda w, lam, batch: error(w, batch) + 0.5 * (lam["decay"].exp() * w["w"].square()).sum(),
+        outer_loss=lambda w, lam, batch: error(w, batch),
+        update=SGD(settings.learning_rate),
+        direct_term=False,
+    )
+    w = {"w": torch.randn(features, generator=generator, dtype=torch.float64)}
+    lam = {"decay": torch.full((features,), -3.0, dtype=torch.float64)}
+    train = [batch(rows) for _ in range(batches)]
+    return Episode(problem, w, lam, [train[step % batches] for step in range(horizon)], batch(40))
+
+
+# Tasks in a MetaTrainer ----------------------------------------------------------------------------------------------
+
+
+class MeasuredTrainer(MetaTrainer):
+    """A MetaTrainer whose estimator can be changed between steps, and which tells the passes of its last meta step.
+
+    Attributes:
+        switch: turns the task's meta network on and off.
+        counts: of the last meta step since the change, if there was one.
+    """
+
+    switch: Callable[[bool], None]
+    counts: Counts | None = None
+
+    def use(self, row: Row | None) -> None:
+        """Go on with the estimator and order of `row`; with None as a plain Trainer without meta network.
+
+        Raises:
+            ValueError: where the estimator cannot serve the task, its optimiser or the trainer's arguments.
+        """
+        self.estimator = self.episodes = self.counts = None
+        self.switch(row is not None)
+        if row is not None:
+            self.args.estimator, self.args.meta_order = row.estimator, row.order
+            estimator = row.make()
+            problem = self._problem(self._update_rule(estimator)[0])
+            estimator.check(problem, self.model.base_parameters(), self.model.meta_parameters())
+            self.estimator, self.episodes = estimator, Episodes(estimator, self.args)
+
+    def _apply(self, result: Hypergradient) -> None:
+        self.counts = result.counts
+        super()._apply(result)
+
+
+def tagger(settings: BenchmarkArguments, rtn_layer: int) -> MeasuredTrainer:
+    """An XLM-R token classifier with random weights, without dropout, with an RTN after one of its layers.
+
+    Sentences are random tokens, as many as a batch takes, all of one length, all labelled.
+    """
+    torch.manual_seed(settings.seed)
+    config: Any = XLMRobertaConfig(**NO_DROPOUT | settings.model)
+    rtn = RepresentationTransform(config.hidden_size, layers=[rtn_layer])
+    module = CrossLingualTagger(XLMRobertaForTokenClassification(config), rtn, pad_token_id=config.pad_token_id)
+
+    def sentence(language: int) -> dict[str, Tensor]:
+        return {
+            "input_ids": torch.randint(5, config.vocab_size, (settings.length,)),
+            "attention_mask": torch.ones(settings.length, dtype=torch.long),
+            "labels": torch.randint(config.num_labels, (settings.length,)),
+            "language": torch.tensor(language),
+        }
+
+    return _trainer(module, "transform", _arguments(settings), partial(sentence, 0), partial(sentence, TARGET))
+
+
+def weight_net(settings: BenchmarkArguments) -> MeasuredTrainer:
+    """A small convolutional net on images with noisy labels, its losses weighted by a net that clean images judge."""
+    torch.manual_seed(settings.seed)
+    module = WeightedClassifier()
+    args = _arguments(settings, meta_portion=1.0)
+    return _trainer(module, "weighted", args, partial(module.image, label_noise=0.4), module.image)
+
+
+def _arguments(settings: BenchmarkArguments, **fields: Any) -> MetaTrainingArguments:
+    """Arguments under which steps are alike and nothing but steps happens; `settings.training` wins."""
+    plain: dict[str, Any] = {
+        "output_dir": settings.output_dir,
+        "seed": settings.seed,
+        "estimator": "one_step",
+        "estimator_kwargs": {"engine": "finite_difference"},
+        "max_steps": FOREVER,
+        "lr_scheduler_type": "constant",
+        "meta_lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return MetaTrainingArguments(**plain | fields | settings.training)
+
+
+def _trainer(
+    module: BilevelModule,
+    switch: str,
+    args: MetaTrainingArguments,
+    train_row: Callable[[], Any],
+    meta_row: Callable[[], Any],
+) -> MeasuredTrainer:
+    """A silent trainer on generated rows; `switch` is the module's attribute that turns its meta network on."""
+    trainer = MeasuredTrainer(
+        module,
+        args,
+        train_dataset=[train_row() for _ in range(EPOCH * args.per_device_train_batch_size)],
+        meta_dataset=[meta_row() for _ in range(EPOCH * args.per_device_meta_batch_size)],
+        data_collator=default_collate,
+    )
+    trainer.switch = partial(setattr, module, switch)
+    trainer.remove_callback(PrinterCallback)
+    return trainer

@@ -1,0 +1,72 @@
+"""A row of results: an estimator with its settings and order in one case of a problem, and what was measured of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from metaxl_evo.estimators import Estimator, make_estimator
+
+
+class Spread(NamedTuple):
+    """A median with its quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+
+
+@dataclass(eq=False)
+class Row:
+    """One estimator in one case; a number that could not be had is None, and `error` says why.
+
+    Args:
+        estimator, settings, order: what ran.
+        case: where, such as {"rtn_layer": 12} or {"horizon": 8}.
+        time_ratio: seconds against the yardstick's median.
+        memory_ratio, memory_increment_mib: peak against the yardstick's peak, and above the resident tensors.
+        cosine, relative_error: to the exact hypergradient of the same horizon; means over the draws of noise.
+        noise_to_signal: variance of a draw over the square of the draws' common component along the exact one.
+        counts: passes of one hypergradient.
+    """
+
+    estimator: str
+    settings: dict[str, Any]
+    order: str
+    case: dict[str, Any] = field(default_factory=dict)
+    time_ratio: Spread | None = None
+    memory_ratio: float | None = None
+    memory_increment_mib: float | None = None
+    cosine: float | None = None
+    relative_error: float | None = None
+    noise_to_signal: float | None = None
+    counts: dict[str, int] | None = None
+    error: str | None = None
+
+    def make(self) -> Estimator:
+        """The estimator.
+
+        Raises:
+            ValueError: for a name or settings that are none.
+        """
+        return make_estimator(self.estimator, **self.settings)
+
+    def fail(self, error: Exception) -> None:
+        """Note why there are no (further) numbers."""
+        text = " ".join(str(error).split())
+        self.error = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Inside, an error is the row's own and goes no further."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+
+
+def standing(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have not failed."""
+    return [row for row in rows if row.error is None]

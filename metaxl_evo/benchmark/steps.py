@@ -1,0 +1,121 @@
+"""Estimators in a MetaTrainer: one trainer, whose estimator changes from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from metaxl_evo.benchmark.arguments import BenchmarkArguments
+from metaxl_evo.benchmark.meter import Meter, judge
+from metaxl_evo.benchmark.problems import MeasuredTrainer, tagger, weight_net
+from metaxl_evo.benchmark.rows import Row, standing
+from metaxl_evo.bilevel import Hypergradient
+from metaxl_evo.estimators import Estimator, OneStep
+
+EXACT = OneStep("double_backward")
+NO_META_STEP = (
+    "made no meta step: the hypergradient was not finite (lower training.learning_rate), or the estimator takes its "
+    "first episode for itself (hyperdistill: set scale to fixed)"
+)
+
+
+def measure_tagger(settings: BenchmarkArguments) -> Iterator[list[Row]]:
+    """The rows for each place of the RTN."""
+    for rtn_layer in settings.rtn_layer:
+        yield measure_task(settings, tagger(settings, rtn_layer), {"rtn_layer": rtn_layer})
+
+
+def measure_weight_net(settings: BenchmarkArguments) -> Iterator[list[Row]]:
+    """The rows of the one case there is."""
+    yield measure_task(settings, weight_net(settings), {})
+
+
+def measure_task(settings: BenchmarkArguments, trainer: MeasuredTrainer, case: dict[str, Any]) -> list[Row]:
+    """Rows whose yardstick is the training step of the same trainer, meta network and estimator off."""
+    rows = settings.rows(**case)
+    meter = Meter(settings, rows, trainer.args.device)
+    description = " ".join(f"{key} {value}" for key, value in case.items()) or settings.problem
+    with tqdm(total=len(meter.plan) + len(rows), desc=description) as bar:
+        rotation = _Rotation(trainer, meter, bar)
+        trainer.add_callback(rotation)
+        while not meter.done:
+            try:
+                trainer.train()
+            except Exception as error:
+                rotation.fail(error)  # the steps that are left are made in another training
+        meter.fill(_resident_bytes(trainer))
+        _judge(settings, trainer, standing(rows), bar)
+    return rows
+
+
+class _Rotation(TrainerCallback):
+    """Puts the next row of the plan into the trainer and measures its step, or the steps of its episode."""
+
+    def __init__(self, trainer: MeasuredTrainer, meter: Meter, bar: Any) -> None:
+        self.trainer, self.meter, self.bar = trainer, meter, bar
+        self.row: Row | None = None
+        self._steps_left = 0
+        self._run = ExitStack()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._steps_left == 0:
+            self.row, measure = self.meter.next()
+            self.trainer.use(self.row)
+            self._steps_left = args.episode_length or 1
+            self._run.enter_context(self.meter.measuring(self.row, measure))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._steps_left -= 1
+        if self._steps_left == 0:
+            self._run.close()
+            if self.row is not None:
+                self._note_counts(self.row)
+            self.bar.update()
+            control.should_training_stop = self.meter.done
+
+    def _note_counts(self, row: Row) -> None:
+        """A run without a meta step would be a plain one that looks cheap."""
+        if self.trainer.counts is None:
+            row.fail(ValueError(NO_META_STEP))
+        else:
+            row.counts = self.trainer.counts.as_dict()
+
+    def fail(self, error: Exception) -> None:
+        """Drop the row whose step raised; an error of the yardstick's is the benchmark's own."""
+        self._run.close()
+        self._steps_left = 0
+        if self.row is None:
+            raise error
+        self.row.fail(error)
+
+
+def _judge(settings: BenchmarkArguments, trainer: MeasuredTrainer, rows: Sequence[Row], bar: Any) -> None:
+    """Compare estimates of a step to come with its exact hypergradient; both orders share them."""
+    trainer.switch(True)
+    args = trainer.args
+
+    @cache
+    def estimates(estimator: Estimator, draws: int = 1) -> list[Hypergradient]:
+        found = []
+        for args.meta_seed in range(draws):
+            found.append(trainer.estimate(estimator))
+        return found
+
+    for row in rows:
+        with row.failing():
+            judge(row, estimates(row.make(), settings.draws(row)), estimates(EXACT)[0].grads)
+        bar.update()
+
+
+def _resident_bytes(trainer: MeasuredTrainer) -> int:
+    """Weights and optimiser state of both levels, and the base gradients."""
+    optimizers = (trainer.optimizer, trainer.meta_optimizer)
+    states = [value for one in optimizers if one is not None for held in one.state.values() for value in held.values()]
+    gradients = trainer.model.base_parameters().values()
+    return sum(t.nbytes for t in [*trainer.model.parameters(), *gradients, *states] if isinstance(t, Tensor))

@@ -1,0 +1,88 @@
+"""DrMAD: reverse mode along the straight line from the first weights of an episode to its last ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
+from metaxl_evo.estimators.trajectory import Visit, check_straight_line, straight_line, walk_back
+
+
+@dataclass(frozen=True)
+class DrMAD(EpisodeEstimator):
+    """value = w_T, vjp(v) = sum_t B_t^T A_{t+1}^T ... A_T^T v with (1 - s/T) w_0 + (s/T) w_T in place of every w_s.
+
+    The batches and learning rates are those of the steps, of the weights only the two ends are kept. It is exact where
+    A and B do not depend on w (a quadratic), and unroll for an episode of one step. SGD is modelled, with momentum
+    (the cotangent of its buffers is carried along) and weight decay; of what is learned all but what multiplies a
+    buffer, which the line does not know: a learning rate with momentum, or the momentum.
+
+    Source: Fu et al., DrMAD, IJCAI 2016.
+
+    Raises:
+        ValueError: for another inner optimiser, a clipped gradient, or a learned number that multiplies a buffer.
+    """
+
+    @property
+    def second_order(self) -> bool:
+        return True
+
+    @property
+    def online(self) -> bool:
+        return False
+
+    @property
+    def differentiates_value(self) -> bool:
+        return False
+
+    @property
+    def exact(self) -> Exactness:
+        return "never"
+
+    @property
+    def remembers(self) -> Memory:
+        return "trajectory"
+
+    @property
+    def needs_sgd(self) -> bool:
+        return True
+
+    @property
+    def tunes_optimizer(self) -> bool:
+        return True
+
+    @property
+    def citation(self) -> str:
+        return "Fu et al., DrMAD: Distilling Reverse-Mode Automatic Differentiation, IJCAI 2016"
+
+    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
+        passes = 1 if step_made else 2  # the outer one, and that of the step to come
+        return Counts(forwards=passes, backwards=passes, hvps=steps)
+
+    def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
+        super().check(problem, w, lam)
+        check_straight_line(type(self).__name__, problem.update)
+
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> dict[str, Any]:
+        return {"start": tree.clone(w), "steps": []}
+
+    def observe(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> dict[str, Any]:
+        assert step.made is not None
+        number = {"step": step.made.update_state["step"] - 1}
+        visit = Visit({}, step.lam, step.batch, number, passes.problem.update, passes.seed)  # lam stands still
+        return state | {"steps": [*state["steps"], visit]}
+
+    def end_episode(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> None:
+        return None
+
+    def _answer(
+        self, passes: PassContext, step: InnerStep, state: dict[str, Any], diagnostics: dict[str, float]
+    ) -> Response:
+        visits = straight_line(state["steps"], state["start"], step.current)
+        return Response(step.current, lambda v: reduce(tree.add, walk_back(passes, visits, v)))

@@ -1,0 +1,184 @@
+"""Forward mode (FMD; with windows FDS): carry the derivative of the weights with respect to lam along the episode."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.bilevel.update import SGD, UpdateRule
+from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
+
+Columns = dict[str, Tree]  # of the weights ("w") and of each tensor of the optimiser's state, by its key there
+
+
+@dataclass(frozen=True)
+class ForwardMode(EpisodeEstimator):
+    """value = w_t, vjp(v) = Z_t^T v with Z_t = dw_t/dlam = A_t Z_{t-1} + B_t, at any time and for any update rule.
+
+    Each inner step takes, for every entry of lam (a column of Z), one forward-over-reverse product through the inner
+    gradient, and the tangent of the optimiser's own step, of its weights and of its state. Memory is one copy of the
+    weights and of the optimiser's tensors a column, whatever the length of the episode: for a lam of at most 64
+    numbers. Hypergradients are sums over the steps at true scale (the published FDS code divides by the steps of a
+    window, and may leave some out).
+
+    Args:
+        windows: FDS. The rule's `Windowed` hyperparameters are vectors of so many values, which the losses do not
+            read; the inner optimiser is SGD with momentum and weight decay. The column of a window that is still to
+            come is zero and costs nothing: a step takes (index of its window + 1) products a schedule.
+        clamp: bound on the entries of the inner gradient's tangents (H Z, for the optimiser's own numbers); FDS uses
+            1 where a run may diverge, and then the estimate is no derivative. The bound of the gradient itself (3) is
+            the update rule's `max_grad_value`.
+
+    Sources: Franceschi et al., ICML 2017 (FMD); Micaelli & Storkey, NeurIPS 2021 (FDS: sharing, stabilisers).
+
+    Raises:
+        ValueError: for values out of range, or a problem that does not fit `windows`.
+    """
+
+    windows: int | None = None
+    clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.windows is not None and (type(self.windows) is not int or self.windows < 1):
+            raise ValueError(f"forward_mode: windows must be an integer of at least 1, not {self.windows}")
+        if self.clamp is not None and not (self.clamp > 0 and math.isfinite(self.clamp)):
+            raise ValueError(f"forward_mode: clamp must be a positive number, not {self.clamp}")
+
+    @property
+    def second_order(self) -> bool:
+        return True
+
+    @property
+    def needs_forward_ad(self) -> bool:
+        return True
+
+    @property
+    def differentiates_value(self) -> bool:
+        return self.clamp is None
+
+    @property
+    def exact(self) -> Exactness:
+        return "always" if self.clamp is None else "never"
+
+    @property
+    def remembers(self) -> Memory:
+        return "base"
+
+    @property
+    def needs_state_before(self) -> bool:
+        return True
+
+    @property
+    def tunes_optimizer(self) -> bool:
+        return True
+
+    @property
+    def max_meta_size(self) -> int | None:
+        return 64
+
+    @property
+    def citation(self) -> str:
+        return "Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017"
+
+    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
+        """The passes for an entry of lam, or with `windows` for a schedule; each further one adds as many products."""
+        columns = [1 if self.windows is None else step * self.windows // steps + 1 for step in range(steps)]
+        passes = 1 if step_made else 2  # the outer one, and that of the step to come
+        return Counts(forwards=passes, backwards=passes, jvps=sum(columns))
+
+    def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
+        super().check(problem, w, lam)
+        if self.windows is None:
+            return
+        rule = problem.update
+        if not isinstance(rule, SGD):
+            raise ValueError(
+                "forward_mode with windows (FDS) models SGD with momentum and weight decay, and the inner optimiser "
+                f"is {type(rule).__name__}: use SGD, or leave windows out"
+            )
+        sizes = {hyper.name: list(lam[hyper.name].shape) for hyper in rule.windowed}
+        if not sizes or any(size != [self.windows] for size in sizes.values()):
+            raise ValueError(
+                f"forward_mode: windows={self.windows} asks for Windowed hyperparameters of shape [{self.windows}], "
+                f"and the update rule reads {sizes or 'none'}: change windows, or leave it out"
+            )
+
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Any:
+        def columns(like: Tree) -> Tree:
+            return tree.tree_map(lambda leaf: leaf.detach().new_zeros((tree.size(lam), *leaf.shape)), like)
+
+        update_state = problem.update.init(w)
+        return {"w": columns(w)} | {key: columns(held) for key, held in update_state.items() if isinstance(held, dict)}
+
+    def observe(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
+        assert step.made is not None
+        assert step.update_state is not None
+        rule, before, lam = passes.problem.update, step.update_state, tree.detach(step.lam)
+        held = before | {"w": tree.detach(step.w)}
+        point = {key: {name: held[key][name] for name in columns} for key, columns in state.items()}
+
+        def move(point: Columns, grad: Tree, lam: Tree) -> Columns:
+            w, update_state = rule(point["w"], before | point, grad, lam)
+            after = update_state | {"w": w}
+            return {key: after[key] for key in point}
+
+        units, after = _units(lam), {key: tree.clone(columns) for key, columns in state.items()}
+        for j in self._active(rule, lam, before["step"]):
+            unit, tangent = _column(units, j), {key: _column(columns, j) for key, columns in state.items()}
+            bent = self._gradient_tangent(passes, step, tangent["w"], unit)
+            moved = torch.func.jvp(move, (point, tree.detach(step.made.grad), lam), (tangent, bent, unit))[1]
+            for key, column in moved.items():
+                for name, leaf in column.items():
+                    after[key][name][j] = leaf
+        return after
+
+    def end_episode(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
+        """Nothing: the next episode starts from weights that do not depend on lam."""
+        return None
+
+    def _active(self, rule: UpdateRule, lam: Tree, step: int) -> list[int]:
+        """The columns that are not known to stay zero in this step: with `windows`, those of windows that began."""
+        began = {hyper.name: hyper.window(lam, step) for hyper in rule.windowed} if self.windows else {}
+        entries = [(name, index) for name, leaf in lam.items() for index in range(leaf.numel())]
+        return [j for j, (name, index) in enumerate(entries) if index <= began.get(name, index)]
+
+    def _gradient_tangent(self, passes: PassContext, step: InnerStep, z: Tree, unit: Tree) -> Tree:
+        """The tangent of the inner gradient along (z, unit), the sum of those of the parts."""
+        point, gradient = (tree.detach(step.w), tree.detach(step.lam)), torch.func.grad(passes.problem.inner_loss)
+        total = tree.zeros_like(step.w)
+        for index, part in passes.parts(step.batch):
+            with passes.scope(index, second_order=True):
+                tangent = torch.func.jvp(lambda w, lam, part=part: gradient(w, lam, part), point, (z, unit))[1]
+            passes.counts.jvps += 1
+            total = tree.add(total, tree.detach(tangent))
+        limit = self.clamp
+        return total if limit is None else tree.tree_map(lambda leaf: leaf.clamp(-limit, limit), total)
+
+    def _answer(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+        diagnostics["tangent_norm"] = tree.norm(state["w"])
+        lam = step.lam
+
+        def vjp(v: Tree) -> Tree:
+            along = torch.stack([tree.dot(_column(state["w"], j), v) for j in range(tree.size(lam))])
+            pieces = along.split([leaf.numel() for leaf in lam.values()])
+            return {n: x.reshape(leaf.shape).to(leaf) for (n, leaf), x in zip(lam.items(), pieces, strict=True)}
+
+        return Response(step.current, vjp)
+
+
+def _units(lam: Tree) -> Tree:
+    """The unit vectors of lam, along a leading axis."""
+    sizes = [leaf.numel() for leaf in lam.values()]
+    rows = torch.eye(sum(sizes)).split(sizes, dim=1)
+    return {n: x.reshape(-1, *leaf.shape).to(leaf) for (n, leaf), x in zip(lam.items(), rows, strict=True)}
+
+
+def _column(columns: Tree, j: int) -> Tree:
+    return tree.tree_map(lambda leaf: leaf[j], columns)

@@ -1,0 +1,87 @@
+"""Unroll (RMD; truncated K-RMD): the outer loss differentiated through the trajectory, backwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
+from metaxl_evo.estimators.trajectory import Visit, walk_back
+
+
+@dataclass(frozen=True)
+class Unroll(EpisodeEstimator):
+    """value = w_T, vjp(v) = sum_t B_t^T A_{t+1}^T ... A_T^T v over the last K steps, with the optimiser's state in A.
+
+    Exact for any update rule and for all of its numbers; what lies before the horizon is held constant. Memory is the
+    weights and the optimiser's state of each step in the horizon and one step's graph, since every step is computed
+    again when it is gone back through. A step costs one double backward.
+
+    Args:
+        horizon: the number K of last steps, which answers at any step; None is the whole episode, and answers at its
+            end. K = 1 is one_step; the bias decays like (1 - lr mu)^K where the inner loss is mu-convex.
+
+    Sources: Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017 (RMD); Shaban et al., AISTATS 2019 (K-RMD).
+
+    Raises:
+        ValueError: for a horizon that is not a positive integer.
+    """
+
+    horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.horizon is not None and (type(self.horizon) is not int or self.horizon < 1):
+            raise ValueError(f"unroll: horizon must be an integer of at least 1, or None, not {self.horizon}")
+
+    @property
+    def second_order(self) -> bool:
+        return True
+
+    @property
+    def online(self) -> bool:
+        return self.horizon is not None
+
+    @property
+    def exact(self) -> Exactness:
+        return "always"
+
+    @property
+    def remembers(self) -> Memory:
+        return "trajectory"
+
+    @property
+    def needs_state_before(self) -> bool:
+        return True
+
+    @property
+    def tunes_optimizer(self) -> bool:
+        return True
+
+    @property
+    def citation(self) -> str:
+        return "Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017"
+
+    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
+        passes = 1 if step_made else 2  # the outer one, and that of the step to come
+        return Counts(forwards=passes, backwards=passes, hvps=min(steps, self.horizon or steps))
+
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> list[Visit]:
+        return []
+
+    def observe(self, passes: PassContext, step: InnerStep, state: list[Visit]) -> list[Visit]:
+        visits = [*state, Visit.of(passes, step)]
+        return visits if self.horizon is None else visits[-self.horizon :]
+
+    def end_episode(self, passes: PassContext, step: InnerStep, state: list[Visit]) -> None:
+        return None
+
+    def _answer(
+        self, passes: PassContext, step: InnerStep, state: list[Visit], diagnostics: dict[str, float]
+    ) -> Response:
+        diagnostics["horizon"] = len(state)
+        return Response(step.current, lambda v: reduce(tree.add, walk_back(passes, reversed(state), v)))

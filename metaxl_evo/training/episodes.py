@@ -1,0 +1,131 @@
+"""Episodes: the run cut into stretches of base steps, over which an estimator remembers and after which it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.estimators import Estimator
+from metaxl_evo.training.arguments import MetaTrainingArguments
+
+
+class Episodes:
+    """An estimator's memory over the base steps of a run.
+
+    Without a length the whole run is one episode. `restart` puts the base weights back to the run's start after each
+    episode; `reptile` moves the start towards where the episode went, start += rate * (w - start), and goes on from
+    there (HyperDistill, Lee et al. 2022, Alg. 3). Both give the base optimiser a fresh state. Evaluation and
+    checkpoints after an episode's last step see the weights that it reached.
+    """
+
+    def __init__(self, estimator: Estimator, args: MetaTrainingArguments):
+        _refuse(estimator, args)
+        self.estimator = estimator
+        self.length, self.reset, self.rate = args.episode_length, args.episode_reset, args.episode_reptile_rate
+        self.every = args.meta_every
+        self.state: Any = None
+        self._is_open = False
+        self._learned: Any = None
+        self._start: Tree | None = None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the estimator observes every step."""
+        return self.estimator.remembers != "nothing"
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the meta parameters stand still in this episode."""
+        return self._is_open and self.estimator.suspended(self.state)
+
+    def ends(self, step: int) -> bool:
+        """Whether base step number `step` (from 0) is an episode's last."""
+        return self.length is not None and (step + 1) % self.length == 0
+
+    def answers(self, step: int) -> bool:
+        """Whether there is a meta step with this base step: every `meta_every`-th, or at the end of an episode."""
+        if self.suspended:
+            return False
+        return (step + 1) % self.every == 0 if self.estimator.online else self.ends(step)
+
+    def begin_step(
+        self, step: int, weights: Tree, optimizer: torch.optim.Optimizer, init: Callable[[Any], Any]
+    ) -> None:
+        """Before a base step: where an episode begins, reset the base and make the estimator's state by `init`."""
+        begins = self.length is not None and step % self.length == 0
+        if self.reset != "continue":
+            if self._start is None:
+                self._start = tree.clone(weights)
+            elif begins and step:
+                self._back_to_start(weights, optimizer)
+        if begins:
+            self._is_open = False
+        if self.remembers and not self._is_open:
+            self.state, self._is_open = init(self._learned), True
+            if self.length is None and self.suspended:
+                raise ValueError(
+                    f"{self.estimator} fits in an episode of its own, while the meta parameters stand still: set "
+                    "episode_length, the number of base steps in one, or an estimator setting that needs no fit"
+                )
+
+    def end(self, learned: Any) -> None:
+        """After an episode's last step; `learned` is what the next one may know."""
+        self.state, self._is_open, self._learned = None, False, learned
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resume needs; a trajectory is not saved, so that a run cut off within one begins a new episode."""
+        keeps = self._is_open and self.estimator.remembers != "trajectory"
+        return {"open": keeps, "state": self.state if keeps else None, "learned": self._learned, "start": self._start}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._is_open, self.state, self._learned, self._start = (
+            saved[key] for key in ("open", "state", "learned", "start")
+        )
+
+    def to(self, device: torch.device) -> None:
+        """Move what was loaded to the device of the weights."""
+        self.state, self._learned, self._start = (
+            send_to_device(held, device) for held in (self.state, self._learned, self._start)
+        )
+
+    @torch.no_grad()
+    def _back_to_start(self, weights: Tree, optimizer: torch.optim.Optimizer) -> None:
+        assert self._start is not None
+        for name, weight in weights.items():
+            if self.reset == "reptile":
+                self._start[name].lerp_(weight, self.rate)
+            weight.copy_(self._start[name])
+        optimizer.state.clear()
+
+
+def _refuse(estimator: Estimator, args: MetaTrainingArguments) -> None:
+    """Refuse arguments under which the estimator could not answer, or could not be resumed."""
+    offline, length = f"estimator {args.estimator!r} answers at the end of an episode", args.episode_length
+    if not estimator.online:
+        if length is None:
+            raise ValueError(f"{offline}: set episode_length, the number of base steps in one")
+        if args.meta_order != "after_step":
+            raise ValueError(f"{offline}, when the step has been made: set meta_order: after_step")
+        if args.meta_every != 1:
+            raise ValueError(f"{offline}: leave meta_every at 1, episode_length says how often")
+    if estimator.remembers == "trajectory" and length is None and args.save_strategy != SaveStrategy.NO:
+        raise ValueError(
+            f"estimator {args.estimator!r} keeps the last steps of the run, which no checkpoint holds: set "
+            "episode_length, the number of base steps in one, or save_strategy: no"
+        )
+    if args.episode_reset != "continue" and length is None:
+        raise ValueError(f"episode_reset: {args.episode_reset} needs episode_length, the number of base steps in one")
+    if estimator.remembers == "trajectory" and length is not None and args.save_strategy != SaveStrategy.NO:
+        by_steps = args.save_strategy == IntervalStrategy.STEPS and args.save_steps >= 1
+        if not by_steps or args.save_steps % length:
+            raise ValueError(
+                f"estimator {args.estimator!r} keeps the steps of an episode, which no checkpoint holds: set "
+                f"save_strategy: steps and save_steps to a multiple of episode_length ({length}), or save_strategy: no"
+            )

@@ -1,0 +1,70 @@
+"""What is written: results.json, the table, the plots."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from metaxl_evo.benchmark.arguments import BenchmarkArguments
+from metaxl_evo.benchmark.report import markdown, plot, write_report
+from metaxl_evo.benchmark.rows import Row, Spread
+
+
+def measured(estimator: str = "one_step", horizon: int = 1, **settings: int) -> Row:
+    return Row(
+        estimator, settings, "after_step", {"horizon": horizon}, time_ratio=Spread(1.5, 1.25, 2.0), memory_ratio=1.05,
+        memory_increment_mib=12.5, cosine=0.98765, relative_error=1.234e-5, counts={"forwards": 2, "hvps": 0},
+    )  # fmt: skip
+
+
+FAILED = Row("first_order", {}, "lookahead", {"horizon": 1}, error="cannot: do that")
+
+
+def test_results(tmp_path: Path) -> None:
+    row = measured()
+    row.noise_to_signal, row.relative_error = math.inf, math.nan
+    table = write_report(tmp_path / "new", BenchmarkArguments("out", repeats=3), [row, FAILED])
+    found = json.loads((tmp_path / "new/results.json").read_text(encoding="utf-8"))
+    assert found.keys() == {"environment", "settings", "rows"}
+    assert found["environment"].keys() >= {"torch", "transformers", "cpu", "threads", "date", "commit"}
+    assert found["settings"]["repeats"] == 3
+    assert found["rows"][0] == {
+        "estimator": "one_step", "settings": {}, "order": "after_step", "case": {"horizon": 1},
+        "time_ratio": {"median": 1.5, "q1": 1.25, "q3": 2.0}, "memory_ratio": 1.05, "memory_increment_mib": 12.5,
+        "cosine": 0.98765, "relative_error": None, "noise_to_signal": None, "counts": {"forwards": 2, "hvps": 0},
+        "error": None,
+    }  # fmt: skip
+    assert found["rows"][1]["error"] == "cannot: do that"
+    assert found["rows"][1]["time_ratio"] is None
+    assert (tmp_path / "new/table.md").read_text(encoding="utf-8") == table
+
+
+def test_the_table() -> None:
+    lines = markdown([measured(radius=2), FAILED]).splitlines()
+    assert lines[0] == (
+        "| estimator | settings | case | order | time, times the plain step | peak memory | MiB above resident "
+        "| cosine | relative error | passes | remark |"
+    )
+    assert lines[2] == (
+        "| one_step | radius 2 | horizon 1 | after_step | 1.50 (1.25 to 2.00) | 1.05 | 12.50 | 0.9877 | 1.2e-05 "
+        "| 2 forwards |  |"
+    )
+    assert lines[3] == "| first_order |  | horizon 1 | lookahead |  |  |  |  |  |  | cannot: do that |"
+
+
+def test_plots_are_those_that_have_points(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    copies = [measured("evograd", copies=count) for count in (2, 8)]
+    several = [measured(horizon=1), measured(horizon=4)]
+
+    def names(rows: list[Row]) -> list[str]:
+        return [file.name for file in plot(rows, tmp_path)]
+
+    assert names([FAILED]) == []
+    assert names([measured(), FAILED]) == ["cost.png"]
+    assert names(copies) == ["cost.png", "copies.png"]
+    assert names(several) == ["cost.png", "horizon.png"]
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("cost", "copies", "horizon"))

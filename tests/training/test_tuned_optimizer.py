@@ -1,0 +1,155 @@
+"""Numbers of the base optimiser as meta parameters: a learned rate, decay and momentum in the MetaTrainer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from metaxl_evo.bilevel import SGD, Windowed, run_episode
+from metaxl_evo.estimators import make_estimator
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.trainer import MetaTrainer
+from tests.training.tiny import ORDERS, close, meta_weights, minus
+
+STEPS = 6
+
+
+class Numbers(nn.Module):
+    """A schedule of three rates, a momentum and a decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = nn.Parameter(torch.tensor([0.02, 0.05, 0.1], dtype=torch.float64))
+        self.momentum = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.decay = nn.Parameter(torch.tensor(0.01, dtype=torch.float64))
+
+
+class Regression(BilevelModule):
+    """A linear regression whose optimiser is learned."""
+
+    tuned_optimizer: ClassVar = {"lr": Windowed("rates", STEPS), "momentum": "momentum", "weight_decay": "decay"}
+
+    def inner_loss(self, batch: Batch) -> Tensor:
+        errors = torch.tanh(self.base(batch["x"])).squeeze(1) - batch["y"]
+        return errors.square().sum() / totals_of(self, batch)["rows"]
+
+    outer_loss = inner_loss
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"rows": len(batch["y"])}
+
+    def save_meta(self, folder: str | Path) -> None:
+        raise NotImplementedError
+
+    def load_meta(self, folder: str | Path) -> None:
+        raise NotImplementedError
+
+
+class Recorder(TrainerCallback):
+    """The optimiser's numbers at every step, and the meta parameters after it."""
+
+    def __init__(self) -> None:
+        self.numbers: list[dict[str, float]] = []
+        self.windows: list[Any] = []
+        self.trainer: Any = None
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        group = self.trainer.optimizer.optimizer.param_groups[0]
+        self.numbers.append({key: group[key] for key in ("lr", "momentum", "weight_decay")})
+        self.windows.append(self.trainer._window)
+
+
+def rows(count: int, seed: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    return [{"x": one, "y": torch.sin(one.sum())} for one in x]
+
+
+def trainer_of(folder: Path, recorder: Recorder | None = None, model: Any = None, **fields: Any) -> MetaTrainer:
+    torch.manual_seed(0)
+    model = model or Regression(nn.Linear(4, 1).double(), Numbers())
+    settings: dict[str, Any] = {
+        "estimator": "forward_mode", "estimator_kwargs": {"windows": 3}, "max_steps": STEPS, "optim": "sgd",
+        "episode_length": STEPS, "episode_reset": "restart", "meta_optim": "SGD", "meta_learning_rate": 1.0,
+        "meta_every": STEPS, "meta_lr_scheduler_type": "constant", "meta_portion": 1.0, "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 4, "per_device_meta_batch_size": 8, "save_strategy": "no", "report_to": [],
+        "use_cpu": True, "disable_tqdm": True, "optim_args": "momentum=0.9",
+    }  # fmt: skip
+    trainer = MetaTrainer(
+        model,
+        MetaTrainingArguments(str(folder), **{**settings, **fields}),
+        train_dataset=rows(24, 1),
+        meta_dataset=rows(8, 2),
+        data_collator=lambda batch: {key: torch.stack([row[key] for row in batch]) for key in batch[0]},
+        callbacks=[] if recorder is None else [recorder],
+    )
+    if recorder is not None:
+        recorder.trainer = trainer
+    return trainer
+
+
+def test_the_optimiser_follows_the_schedule(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer_of(tmp_path, recorder, meta_learning_rate=0.0).train()
+    assert [numbers["lr"] for numbers in recorder.numbers] == [0.02, 0.02, 0.05, 0.05, 0.1, 0.1]
+    assert {(numbers["momentum"], numbers["weight_decay"]) for numbers in recorder.numbers} == {(0.5, 0.01)}
+
+
+@pytest.mark.parametrize(("name", "fields"), [("forward_mode", {"windows": 3}), ("unroll", {})])
+def test_the_hypergradient_of_an_episode_is_that_of_the_schedule(
+    tmp_path: Path, name: str, fields: dict[str, Any]
+) -> None:
+    """The trainer's meta step at the end of an episode is `run_episode`'s on the same batches."""
+    recorder, estimator = Recorder(), make_estimator(name, **fields)
+    every = STEPS if estimator.online else 1
+    trainer = trainer_of(tmp_path, recorder, estimator=name, estimator_kwargs=fields, meta_every=every)
+    start = {n: p.detach().clone() for n, p in trainer.model.base_parameters().items()}
+    before = {n: p.detach().clone() for n, p in trainer.model.meta_parameters().items()}
+    trainer.train()
+    rule = replace(SGD(0.0), **Regression.tuned_optimizer)  # type: ignore[arg-type]
+    batches = [window[0] for window in recorder.windows]
+    expected = run_episode(trainer.model.problem(rule), estimator, start, before, batches, recorder.windows[-1][1])
+    moved = {n: before[n] - p.detach() for n, p in trainer.model.meta_parameters().items()}
+    assert all(value.abs().max() > 1e-4 for value in moved.values())
+    for key, value in moved.items():
+        torch.testing.assert_close(value, expected.grads[key], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("one_step", {}), ("greedy", {"decay": 0.0}), ("hyperdistill", {"decay": 0.0, "scale": "one"})],
+)
+def test_a_local_term_is_that_of_one_unrolled_step(
+    tmp_path: Path, name: str, fields: dict[str, Any], order: str
+) -> None:
+    """It reads the momentum buffers from before the step."""
+    found = []
+    for one, kwargs in ((name, fields), ("unroll", {"horizon": 1})):
+        trainer = trainer_of(
+            tmp_path, estimator=one, estimator_kwargs=kwargs, meta_order=order, meta_every=1, meta_learning_rate=0.01
+        )
+        start = meta_weights(trainer)
+        trainer.train()
+        found.append(minus(meta_weights(trainer), start))
+    assert all(float(leaf.abs().min()) > 1e-6 for leaf in found[1].values())
+    close(*found, 1e-9)
+
+
+def test_a_schedule_needs_episodes_that_start_afresh(tmp_path: Path) -> None:
+    for fields in ({"episode_reset": "continue"}, {"episode_length": STEPS + 1}):
+        with pytest.raises(ValueError, match=f"learns a schedule of lr.*episode_length: {STEPS}.*restart"):
+            trainer_of(tmp_path, **fields)
+
+
+@pytest.mark.parametrize("name", ["evograd", "neumann", "conjugate_gradient", "sama"])
+def test_an_estimator_that_cannot_see_the_optimiser_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"does not contain the optimiser's own"):
+        trainer_of(tmp_path, estimator=name, estimator_kwargs=None, meta_every=1)
