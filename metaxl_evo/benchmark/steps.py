@@ -97,7 +97,6 @@ class _Rotation(TrainerCallback):
 
 def _judge(settings: BenchmarkArguments, trainer: MeasuredTrainer, rows: Sequence[Row], bar: Any) -> None:
     """Compare estimates of a step to come with its exact hypergradient; both orders share them."""
-    trainer.switch(True)
     args = trainer.args
 
     @cache

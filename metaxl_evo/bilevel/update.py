@@ -341,8 +341,10 @@ def from_optimizer(
             **common, momentum=shared("momentum"), dampening=shared("dampening"), nesterov=shared("nesterov")
         )
         buffers = {n: s["momentum_buffer"] for n, s in held.items() if s.get("momentum_buffer") is not None}
-        made = int(bool(buffers)) if steps is None else steps
-        state: UpdateState = {"step": made, "momentum_buffer": _with_zeros(buffers, names)}
+        state: UpdateState = {
+            "step": int(bool(buffers)) if steps is None else steps,
+            "momentum_buffer": _with_zeros(buffers, names) if shared("momentum") else {},
+        }
     else:
         assert issubclass(cls, Adam)
         rule = cls(**common, betas=tuple(shared("betas")), eps=shared("eps"))

@@ -161,7 +161,7 @@ class Estimator(ABC):
         if self.needs_sgd and not isinstance(problem.update, SGD):
             raise ValueError(
                 f"{name} models SGD, with momentum and weight decay, and the inner optimiser is "
-                f"{type(problem.update).__name__}: use SGD, or unroll, which differentiates any"
+                f"{type(problem.update).__name__}: use SGD, or unroll, which differentiates any rule"
             )
         if self.requires_direct_term and problem.direct_term is False:
             raise ValueError(NO_DIRECT_TERM)

@@ -12,7 +12,7 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import SGD, UpdateRule
+from metaxl_evo.bilevel.update import UpdateRule
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
 
 Columns = dict[str, Tree]  # of the weights ("w") and of each tensor of the optimiser's state, by its key there
@@ -87,6 +87,10 @@ class ForwardMode(EpisodeEstimator):
     def citation(self) -> str:
         return "Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017"
 
+    @property
+    def needs_sgd(self) -> bool:
+        return self.windows is not None  # FDS is a method for its rate, momentum and decay
+
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         """The passes for an entry of lam, or with `windows` for a schedule; each further one adds as many products."""
         columns = [1 if self.windows is None else step * self.windows // steps + 1 for step in range(steps)]
@@ -97,13 +101,7 @@ class ForwardMode(EpisodeEstimator):
         super().check(problem, w, lam)
         if self.windows is None:
             return
-        rule = problem.update
-        if not isinstance(rule, SGD):
-            raise ValueError(
-                "forward_mode with windows (FDS) models SGD with momentum and weight decay, and the inner optimiser "
-                f"is {type(rule).__name__}: use SGD, or leave windows out"
-            )
-        sizes = {hyper.name: list(lam[hyper.name].shape) for hyper in rule.windowed}
+        sizes = {hyper.name: list(lam[hyper.name].shape) for hyper in problem.update.windowed}
         if not sizes or any(size != [self.windows] for size in sizes.values()):
             raise ValueError(
                 f"forward_mode: windows={self.windows} asks for Windowed hyperparameters of shape [{self.windows}], "

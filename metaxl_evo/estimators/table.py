@@ -24,6 +24,7 @@ Columns = Mapping[str, Callable[[Estimator], str]]
 EPISODE = 10  # steps
 ALSO: dict[str, dict[str, Any]] = {  # settings under which an estimator's facts are others than by default
     "unroll": {"horizon": 3},
+    "forward_mode": {"windows": 3},
     "hyperdistill": {"scale": "fixed"},
 }
 MARKED = re.compile(r"(<!-- estimators: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import sys
 import warnings
 from collections import defaultdict
 from contextlib import nullcontext
@@ -294,12 +295,13 @@ class MetaTrainer(Trainer):
         They are most of the gradient and empty but for these rows: what is kept of the weights goes into their place,
         so that a meta step needs no more memory than the base step.
         """
+        if not rows:
+            return
         parameters = self.model.base_parameters()
-        waiting = {name: p.grad for name, p in parameters.items() if name not in rows} if rows else {}
+        waiting = {name: p.grad for name, p in parameters.items() if name not in rows}
         for name in waiting:
             parameters[name].grad = None
-        if waiting:
-            _plain(self.optimizer).step()
+        _plain(self.optimizer).step()
         for name, numbers in rows.items():
             gradient, parameters[name].grad = parameters[name].grad, None
             self._row_gradients[name] = None if gradient is None else gradient[numbers]
@@ -364,9 +366,9 @@ class MetaTrainer(Trainer):
         )
 
     def _diagnostics_of_step(self) -> Diagnostics | None:
-        """The diagnostics, where this step is theirs."""
+        """The diagnostics, where they look at the meta step that this base step may have."""
         due = self.diagnostics is not None and self.diagnostics.is_due(self.state.global_step)
-        return self.diagnostics if due and self._meta_step_is_due() else None
+        return self.diagnostics if due else None
 
     def _at_work(self) -> list[Estimator]:
         """The estimators that this step is to serve; the last of them needs the update rule if any does."""
@@ -379,7 +381,8 @@ class MetaTrainer(Trainer):
         return InnerStep(w, self.model.meta_parameters(), train_window, update_state, None, meta_window)
 
     def _problem(self, rule: UpdateRule, rows: tree.Tree | None = None) -> BilevelProblem:
-        return self.model.problem(rule, dropout=self.args.meta_dropout, rows=rows)
+        problem = self.model.problem(rule, dropout=self.args.meta_dropout, rows=rows)
+        return replace(problem, second_order=problem.second_order and not self.args.torch_compile)
 
     def _new_passes(self, problem: BilevelProblem) -> PassContext:
         devices = devices_of(self.model.base_parameters(), self.model.meta_parameters())
@@ -454,9 +457,11 @@ class MetaTrainer(Trainer):
 
     def _tune_optimizer(self) -> None:
         """Put the meta parameters that are numbers of the base optimiser into it."""
-        rule, step = _tuned(SGD(0.0), self.model), self._steps_of_optimizer()
+        acting = _tuned(SGD(0.0), self.model).acting(self.model.meta_parameters(), self._steps_of_optimizer())
+        if acting.get("momentum") == 0:
+            acting["momentum"] = sys.float_info.min  # at zero torch keeps no buffers, which its derivative reads
         for group in _plain(self.optimizer).param_groups:
-            group.update(rule.acting(self.model.meta_parameters(), step))
+            group.update(acting)
 
     def _take_gradient(self, rows: tree.Tree) -> tree.Tree:
         """The base gradient as it was before clipping; `.grad` is empty afterwards."""

@@ -373,7 +373,7 @@ def test_fds_models_sgd_only() -> None:
     rule = Adam(Windowed("lr", 4))
     toy = with_lam(rows_toy(rule), rule, lr=[0.1, 0.2])
     assert episode(toy, 4).grads["lr"].all()
-    refused(toy, ForwardMode(windows=2), "SGD with momentum.*is Adam: use SGD, or leave windows out")
+    refused(toy, ForwardMode(windows=2), "SGD, with momentum.*is Adam: use SGD, or unroll")
 
 
 @pytest.mark.parametrize("rule", [SGD("lr"), SGD(Windowed("lr", 4))], ids=["no_schedule", "another_size"])

@@ -9,13 +9,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import XLMRobertaXLConfig, XLMRobertaXLForTokenClassification
 
 from metaxl_evo.bilevel import SGD, Tree, hypergradient
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.estimators import EvoGrad, OneStep
 from metaxl_evo.models.bilevel_module import TOTALS, Batch
 from metaxl_evo.ner.tagger import IGNORED, TARGET, CrossLingualTagger
-from tests.training.tiny import HIDDEN, LABELS, PAD, collate, different, random_rows, tiny_base, tiny_tagger
+from tests.training.tiny import (
+    HIDDEN,
+    LABELS,
+    NO_DROPOUT,
+    PAD,
+    collate,
+    different,
+    random_rows,
+    tiny_base,
+    tiny_tagger,
+)
 
 
 def exact_tagger(**settings: Any) -> CrossLingualTagger:
@@ -226,6 +237,28 @@ def test_there_is_no_split_where_the_suffix_would_read_meta_parameters() -> None
     assert tiny_tagger(layers=[1, 2]).cut() is None
     assert tiny_tagger(layers=[1, 2], transform=False).cut() is not None
     assert whole(tiny_tagger()).cut() is None
+
+
+def test_what_is_below_the_transform_is_shared_where_nothing_is_above_it() -> None:
+    """XLM-R XL has a norm behind its last layer, which a transform after that layer does not see."""
+    base = XLMRobertaXLForTokenClassification(
+        XLMRobertaXLConfig(**{**tiny_base(**NO_DROPOUT).config.to_dict(), "architectures": None})
+    ).double()
+    extra = CrossLingualTagger(base, exact_tagger(layers=[2]).meta, pad_token_id=PAD)
+    for tagger, shared in [(exact_tagger(layers=[2]), True), (exact_tagger(layers=[1]), False), (extra, False)]:
+        problem, batch = tagger.train().problem(SGD(0.1)), batch_of(6, [0, TARGET])
+        w, lam = tagger.base_parameters(), tagger.meta_parameters()
+        assert problem.split is not None
+        assert (problem.split.prefix is not None) == shared
+        recorded = PassContext(problem)
+        with recorded.recording(0):
+            tagger.inner_loss(batch)
+        for passes in (recorded, PassContext(problem)):
+            below = passes.prefix(w, 0, batch)
+            with passes.scope(0):
+                found = problem.split.loss(w, problem.split.hidden(w, lam, below, batch), batch)
+                expected = problem.inner_loss(w, lam, batch)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("layers", [[2], [1, 2]])

@@ -97,19 +97,21 @@ def trainer_of(folder: Path, recorder: Recorder | None = None, model: Any = None
 
 def test_the_optimiser_follows_the_schedule(tmp_path: Path) -> None:
     recorder = Recorder()
-    trainer_of(tmp_path, recorder, meta_learning_rate=0.0).train()
-    assert [numbers["lr"] for numbers in recorder.numbers] == [0.02, 0.02, 0.05, 0.05, 0.1, 0.1]
+    trainer_of(tmp_path, recorder, meta_learning_rate=0.0, max_steps=2 * STEPS).train()
+    assert [numbers["lr"] for numbers in recorder.numbers] == [0.02, 0.02, 0.05, 0.05, 0.1, 0.1] * 2
     assert {(numbers["momentum"], numbers["weight_decay"]) for numbers in recorder.numbers} == {(0.5, 0.01)}
 
 
+@pytest.mark.parametrize("momentum", [0.5, 0.0])
 @pytest.mark.parametrize(("name", "fields"), [("forward_mode", {"windows": 3}), ("unroll", {})])
 def test_the_hypergradient_of_an_episode_is_that_of_the_schedule(
-    tmp_path: Path, name: str, fields: dict[str, Any]
+    tmp_path: Path, name: str, fields: dict[str, Any], momentum: float
 ) -> None:
     """The trainer's meta step at the end of an episode is `run_episode`'s on the same batches."""
     recorder, estimator = Recorder(), make_estimator(name, **fields)
     every = STEPS if estimator.online else 1
     trainer = trainer_of(tmp_path, recorder, estimator=name, estimator_kwargs=fields, meta_every=every)
+    trainer.model.meta.momentum.data.fill_(momentum)
     start = {n: p.detach().clone() for n, p in trainer.model.base_parameters().items()}
     before = {n: p.detach().clone() for n, p in trainer.model.meta_parameters().items()}
     trainer.train()
