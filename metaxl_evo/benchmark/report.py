@@ -130,12 +130,14 @@ def _draw(file: Path, points: Points, x: str, y: str, line: str) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for index, (label, values) in enumerate(points.items()):
         marker = "osD^v<>P*X"[index // 10 % 10]  # ten colours a marker
         axis.plot(*zip(*values, strict=True), marker + line, color=f"C{index % 10}", label=label)
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel=x, ylabel=y)
     if "MiB" in y:

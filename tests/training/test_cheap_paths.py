@@ -299,7 +299,8 @@ def test_looking_ahead_is_the_estimate_on_whole_weights(tmp_path: Path, name: st
     fields = FURTHER[name]["estimator_kwargs"] | ({"decay": 0.0} if name == "greedy" else {})
     trainer = tiny_trainer(
         tmp_path, tagger=tagger, meta_order="lookahead", estimator=FURTHER[name]["estimator"],
-        estimator_kwargs=fields, adam_epsilon=1e-4, meta_optim="SGD", meta_learning_rate=10.0, meta_lr_scheduler_type="constant",
+        estimator_kwargs=fields, adam_epsilon=1e-4, meta_optim="SGD", meta_learning_rate=10.0,
+        meta_lr_scheduler_type="constant",
     )  # fmt: skip
     with spied(look):
         trainer.train()
