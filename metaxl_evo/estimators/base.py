@@ -108,6 +108,12 @@ class Estimator(ABC):
         Of one part of a batch without stop-gradients, the outer pass included; of `observe` those of all the steps.
         """
 
+    @staticmethod
+    def _outer_cost(step_made: bool) -> Counts:
+        """The outer pass, and that of the step where it is still to come."""
+        passes = 1 if step_made else 2
+        return Counts(forwards=passes, backwards=passes)
+
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Any:
         """The state at the start of an episode; `previous` is what `end_episode` returned for the one before."""
         return None

@@ -62,8 +62,7 @@ class DrMAD(EpisodeEstimator):
         return "Fu et al., DrMAD: Distilling Reverse-Mode Automatic Differentiation, IJCAI 2016"
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        passes = 1 if step_made else 2  # the outer one, and that of the step to come
-        return Counts(forwards=passes, backwards=passes, hvps=steps)
+        return self._outer_cost(step_made) + Counts(hvps=steps)
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)

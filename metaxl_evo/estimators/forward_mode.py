@@ -94,8 +94,7 @@ class ForwardMode(EpisodeEstimator):
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         """The passes for an entry of lam, or with `windows` for a schedule; each further one adds as many products."""
         columns = [1 if self.windows is None else step * self.windows // steps + 1 for step in range(steps)]
-        passes = 1 if step_made else 2  # the outer one, and that of the step to come
-        return Counts(forwards=passes, backwards=passes, jvps=sum(columns))
+        return self._outer_cost(step_made) + Counts(jvps=sum(columns))
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)

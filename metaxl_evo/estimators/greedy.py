@@ -57,8 +57,7 @@ class Greedy(EpisodeEstimator, LocalEstimator):
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         """The passes where the outer loss reads lam; where it does not, the last outer pass has no backward."""
-        both = Counts(forwards=1, backwards=1)
-        return (self._product_cost() + both) * steps + both * (1 if step_made else 2)
+        return (self._product_cost() + Counts(forwards=1, backwards=1)) * steps + self._outer_cost(step_made)
 
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Tree:
         return tree.zeros_like(lam)

@@ -63,8 +63,7 @@ class LocalEstimator(EngineEstimator):
         return True
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        passes = 1 if step_made else 2  # the outer one, and that of the step to come
-        return self._product_cost() + Counts(forwards=passes, backwards=passes)
+        return self._product_cost() + self._outer_cost(step_made)
 
     def _pull_back(self, passes: PassContext, step: InnerStep, v: Tree, diagnostics: dict[str, float]) -> Tree:
         """d_lam <Phi(step.w, lam), v> of a step that was made; takes v and the step's gradient over."""

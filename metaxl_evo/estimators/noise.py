@@ -56,7 +56,7 @@ class Perturbations:
 
     def perturbed(self, w: Tree, k: int) -> Tree:
         """w + eps_k; leaves without noise are passed through."""
-        return {**w, **{name: self._drawn(name, range(k, k + 1))[0].add_(w[name]) for name in self.like}}
+        return {**w, **{name: eps.add_(w[name]) for name, eps in self[k].items()}}
 
     def combined(self, w: Tree, weights: Sequence[float]) -> Tree:
         """w + sum_k weights_k eps_k."""

@@ -67,8 +67,7 @@ class Unroll(EpisodeEstimator):
         return "Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017"
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        passes = 1 if step_made else 2  # the outer one, and that of the step to come
-        return Counts(forwards=passes, backwards=passes, hvps=min(steps, self.horizon or steps))
+        return self._outer_cost(step_made) + Counts(hvps=min(steps, self.horizon or steps))
 
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> list[Visit]:
         return []
