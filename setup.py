@@ -12,7 +12,7 @@ setup(
     packages=find_packages(include=["metaxl_evo", "metaxl_evo.*", "vision_tasks", "vision_tasks.*"]),
     install_requires=[
         "torch>=2.6",
-        "transformers>=5.0,<6",
+        "transformers>=5.23,<6",
         "accelerate>=1.10,<2",
         "datasets>=4.0,<6",
         "evaluate>=0.4.2",
@@ -26,7 +26,8 @@ setup(
         "pyyaml>=6",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
+        "peft": ["peft>=0.18"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "peft>=0.18"],
         "dev": ["ruff>=0.9", "mypy>=1.14", "pre-commit>=4.0", "types-PyYAML>=6.0.12"],
         "plot": ["matplotlib>=3.9"],
         # Betty, which configs/benchmark/peers.yaml knows too, is installed by a command of its own (it prints it).

@@ -5,15 +5,15 @@ python scripts/benchmark_estimators.py --config configs/benchmark/toy.yaml --out
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.rows import Row
 from metaxl_evo.benchmark.run import run_benchmark
-from metaxl_evo.training.cli import parse_arguments
+from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
 
 
+@ends_with_one_line
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Parse the settings and run the benchmark; results.json, table.md and plots go into the output folder."""
     (settings,) = parse_arguments((BenchmarkArguments,), argv)
@@ -21,7 +21,4 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    main()

@@ -5,14 +5,14 @@ python scripts/evaluate_ner.py --model_name_or_path DIR_OR_HUB_ID --dataset DIR_
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from metaxl_evo.ner.evaluation import EvaluationArguments, evaluate_model
-from metaxl_evo.training.cli import parse_arguments
+from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
 
 
+@ends_with_one_line
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse the settings and evaluate; returns the scores."""
     (settings,) = parse_arguments((EvaluationArguments,), argv)
@@ -20,7 +20,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    main()

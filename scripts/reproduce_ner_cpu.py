@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from metaxl_evo.ner.comparison import read_comparison, run_folder
-from metaxl_evo.training.cli import parse_arguments
+from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
 
 ROOT = Path(__file__).parents[1]
 METHODS = {
@@ -44,6 +44,7 @@ class ComparisonArguments:
     jobs: int = field(default=2, metadata={"help": "Runs side by side, one thread each."})
 
 
+@ends_with_one_line
 def main(argv: Sequence[str] | None = None) -> str:
     """Run what is not finished yet, then print and save the table."""
     (settings,) = parse_arguments((ComparisonArguments,), argv)
@@ -95,7 +96,4 @@ def find(data: Path, *places: str) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    main()

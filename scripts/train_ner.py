@@ -13,9 +13,10 @@ from metaxl_evo.ner.arguments import NerArguments
 from metaxl_evo.ner.check import check_experiment
 from metaxl_evo.ner.experiment import run_experiment
 from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.cli import parse_arguments
+from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
 
 
+@ends_with_one_line
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse the settings, then run (or check) the experiment; returns its results, or what the check found."""
     ner, args = parse_arguments((NerArguments, MetaTrainingArguments), argv)
@@ -23,8 +24,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        found = main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    sys.exit(1 if found.get("problems") else 0)
+    sys.exit(1 if main().get("problems") else 0)

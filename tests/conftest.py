@@ -10,6 +10,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # small tensors: two contended threads are many times slower than one
+os.fsync = lambda fd: None  # every checkpoint waits for the disk, which matters after a power cut only
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -21,6 +21,7 @@ NAMES = [
     "metaxl_evograd",
     "metaxl_evograd_paper",
     "metaxl_one_step",
+    "metaxl_one_step_lora",
     "quickstart",
     "wikiann_cpu",
 ]
@@ -101,6 +102,20 @@ EXPECTED: dict[str, dict[str, Any]] = {
         }
         for name, estimator in (("metaxl_evograd", "evograd"), ("metaxl_one_step", "one_step"))
     },
+    "metaxl_one_step_lora": {  # Hu et al., ICLR 2022, table 9 (RoBERTa base)
+        **{key: PAPER[key] for key in ("train_size", "target_train_size", "num_train_epochs")},
+        **HUB,
+        "target_languages": TARGETS,
+        "estimator": "one_step",
+        "use_peft": True,
+        "lora_r": 8,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "lora_target_modules": ["query", "value"],
+        "learning_rate": 5e-4,
+        "meta_learning_rate": 1e-3,
+        "load_best_model_at_end": True,
+    },
     "quickstart": {"model_name_or_path": "synthetic", "dataset": "synthetic", "use_cpu": True},
     "wikiann_cpu": {"target_languages": ["sw", "ig", "rw"], "target_train_size": 100, "use_cpu": True},
 }
@@ -157,6 +172,7 @@ BENCHMARKS = {
     "horizon": "regression",
     "peers": "peers",
     "rtn_base": "tagger",
+    "rtn_lora": "tagger",
     "rtn_tiny": "tagger",
     "toy": "regression",
     "weight_net": "weight_net",
@@ -178,7 +194,7 @@ def test_every_benchmark_parses_and_makes_its_estimators(name: str) -> None:
     assert settings.problem == BENCHMARKS[name]
     assert all(isinstance(row.make(), ESTIMATORS[row.estimator]) for row in settings.rows())
     assert settings.variants.keys() <= set(settings.estimators)
-    if name not in ("peers", "rtn_base"):
+    if name not in ("peers", "rtn_base", "rtn_lora"):
         assert settings.estimators == list(ESTIMATORS), "every registered estimator, those to come as well"
 
 

@@ -181,7 +181,7 @@ class Copy:
         for name in ("metaxl_evo", "tests/estimators"):
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
         (folder / "docs").mkdir()
-        for name in ("pyproject.toml", "tests/conftest.py", "README.md", "docs/estimators.md"):
+        for name in ("pyproject.toml", "tests/conftest.py", "tests/processes.py", "README.md", "docs/estimators.md"):
             shutil.copy(ROOT / name, folder / name)
         self.commands: list[str] = []
         self.settings: list[str] = []

@@ -54,6 +54,9 @@ class BenchmarkArguments:
     model: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Fields of XLMRobertaConfig (tagger; default: base shape)."}
     )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Rank of a LoRA adapter that is trained in place of the base (tagger)."}
+    )
     rtn_layer: list[int] = field(
         default_factory=lambda: [12], metadata={"help": "The RTN is after this layer; all is measured once for each."}
     )
@@ -74,6 +77,8 @@ class BenchmarkArguments:
         for name, least in {"repeats": 1, "warmup": 0, "noise_draws": 1, "length": 1, "batch_size": 1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.lora_r is not None and self.lora_r < 1:
+            raise ValueError(f"lora_r must be at least 1, not {self.lora_r}")
         for name in ("horizons", "rtn_layer"):
             if min(getattr(self, name), default=0) < 1:
                 raise ValueError(f"{name} must be whole numbers of at least 1, not {getattr(self, name)}")

@@ -18,8 +18,10 @@ from metaxl_evo.benchmark.weight_net import WeightedClassifier
 from metaxl_evo.bilevel import SGD, BilevelProblem, Counts, Hypergradient, Tree
 from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.models.rtn import RepresentationTransform
+from metaxl_evo.ner.pretrained import add_lora
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.cli import make_settings
 from metaxl_evo.training.episodes import Episodes
 from metaxl_evo.training.trainer import MetaTrainer
 
@@ -114,7 +116,10 @@ def tagger(settings: BenchmarkArguments, rtn_layer: int) -> MeasuredTrainer:
     torch.manual_seed(settings.seed)
     config: Any = XLMRobertaConfig(**NO_DROPOUT | settings.model)
     rtn = RepresentationTransform(config.hidden_size, layers=[rtn_layer])
-    module = CrossLingualTagger(XLMRobertaForTokenClassification(config), rtn, pad_token_id=config.pad_token_id)
+    base: Any = XLMRobertaForTokenClassification(config)
+    if settings.lora_r is not None:
+        base = add_lora(base, r=settings.lora_r, alpha=settings.lora_r, dropout=0.0, target_modules=None)
+    module = CrossLingualTagger(base, rtn, pad_token_id=config.pad_token_id)
 
     def sentence(language: int) -> dict[str, Tensor]:
         return {
@@ -151,7 +156,7 @@ def _arguments(settings: BenchmarkArguments, **fields: Any) -> MetaTrainingArgum
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    return MetaTrainingArguments(**plain | fields | settings.training)
+    return make_settings(MetaTrainingArguments, plain | fields | settings.training)
 
 
 def _trainer(

@@ -12,6 +12,7 @@ from metaxl_evo.bilevel.problem import (
     hypergradient,
     run_episode,
 )
+from metaxl_evo.bilevel.processes import Processes, Traffic
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import SGD, Adam, AdamW, Windowed
 
@@ -25,9 +26,11 @@ __all__ = [
     "Hypergradient",
     "InnerStep",
     "PassContext",
+    "Processes",
     "Response",
     "Split",
     "StepMade",
+    "Traffic",
     "Tree",
     "Windowed",
     "hypergradient",

@@ -9,11 +9,12 @@ into a module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,8 @@ class Counts:
     """Work of one hypergradient, in passes over one part of a batch.
 
     `forwards` and `backwards` are of whole losses, `hvps` are double backwards, `jvps` forward-mode products through a
-    gradient (each of these two includes its own forward and backward), `suffixes` are evaluations of a split's suffix.
+    gradient (each of these two includes its own forward and backward), `suffixes` are evaluations of a split's suffix,
+    `reduced` are the numbers that were summed over several processes.
     """
 
     forwards: int = 0
@@ -42,6 +44,7 @@ class Counts:
     hvps: int = 0
     jvps: int = 0
     suffixes: int = 0
+    reduced: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{name: count + getattr(other, name) for name, count in self.as_dict().items()})
@@ -63,9 +66,9 @@ class Inputs(Enum):
 
 @dataclass
 class _Tape:
-    """What a pass over one part recorded: the inputs of `stop_gradient` in their order, and what it gave to `keep`."""
+    """What a pass over one part recorded: the inputs of `stop_gradient` by their place, and what it gave to `keep`."""
 
-    inputs: list[Tensor] = field(default_factory=list)
+    inputs: dict[Hashable, Tensor] = field(default_factory=dict)
     kept: Tensor | None = None
 
 
@@ -76,32 +79,53 @@ class _Pass:
     inputs: Inputs
     tape: _Tape
     stack: ExitStack
-    position: int = 0
+    calls: Iterator[int] = field(default_factory=count)
 
 
 _CURRENT: ContextVar[_Pass | None] = ContextVar("metaxl_evo_pass", default=None)
 
 
-def stop_gradient(x: Tensor) -> Tensor:
+def stop_gradient(x: Tensor, key: Hashable | None = None) -> Tensor:
     """`x.detach()`, except that a perturbed pass returns the value recorded at the unperturbed weights.
 
     A meta network that reads a detached activation has a mixed partial which only sees its parameters at that very
     activation. Finite differences and EvoGrad would see the activation move with the weights; replaying the recorded
     one makes them estimate the same quantity as exact differentiation does.
+
+    Args:
+        x: the activation.
+        key: the place of the call in the loss, one call a key and pass. Without keys the calls are told apart by their
+            order, which activation checkpointing upsets: inside a function that the backward computes again a key is
+            needed.
+
+    Raises:
+        RuntimeError: where a pass brings another value for a key that it recorded, or asks for what was not recorded.
     """
     current = _CURRENT.get()
     if current is None or current.inputs is Inputs.LIVE:
         return x.detach()
+    inputs, place = current.tape.inputs, ("call", next(current.calls)) if key is None else ("key", key)
     if current.inputs is Inputs.RECORD:
-        current.tape.inputs.append(x.detach().clone())
+        if place not in inputs:
+            inputs[place] = x.detach().clone()
+        elif not _identical(inputs[place], x):
+            raise RuntimeError(
+                f"stop_gradient was given two different values with key {key!r} in one pass: "
+                "give each call in the loss a key of its own"
+            )
         return x.detach()
-    if current.position >= len(current.tape.inputs):
+    if place not in inputs:
         raise RuntimeError(
-            "a perturbed pass calls stop_gradient more often than the recorded one: "
-            "the loss must make the same calls each time"
+            "a perturbed pass calls stop_gradient more often than the recorded one"
+            f"{'' if key is None else f', with key {key!r}'}: the loss must make the same calls each time, "
+            "with a key where activation checkpointing repeats them"
         )
-    current.position += 1
-    return current.tape.inputs[current.position - 1]
+    return inputs[place]
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; a NaN is one of them."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def keep(x: Tensor) -> None:
@@ -160,7 +184,7 @@ class PassContext:
         forward mode. `stream` other than 0 draws independent randomness.
         """
         with ExitStack() as stack:
-            stack.enter_context(_seeded(mix_seed(self.seed, part, stream), self.devices))
+            stack.enter_context(_seeded(self._seed_of(part, stream), self.devices))
             stack.enter_context(self.problem.scope())
             stack.enter_context(torch.enable_grad())
             if second_order:
@@ -187,7 +211,26 @@ class PassContext:
 
     def reseed(self, part: int) -> None:
         """Within a scope: put the shared randomness of the part back to its start."""
-        _seed_all(mix_seed(self.seed, part, 0), self.devices)
+        _seed_all(self._seed_of(part, 0), self.devices)
+
+    def _seed_of(self, part: int, stream: int) -> int:
+        """Of the randomness within a part, which no two parts share, on whatever process they are."""
+        processes = self.problem.processes
+        return mix_seed(self.seed, part * processes.size + processes.rank, stream)
+
+    def whole(self, shares: Tree) -> Tree:
+        """The sum of what every process has computed for its rows; takes `shares` over."""
+        if self.problem.processes.size > 1:
+            self.counts.reduced += tree.size(shares)
+        return self.problem.processes.whole(shares)
+
+    def total(self, share: Tensor) -> Tensor:
+        """`whole` of a single tensor."""
+        return self.whole({"": share})[""]
+
+    def once(self, whole: Tree) -> Tree:
+        """What every process has computed alike, as a share that is counted once."""
+        return self.problem.processes.once(whole)
 
     def prefix(self, w: Tree, part: int, batch: Any) -> Tensor | None:
         """The hidden states that a split's prefix gives for one part: those kept, or computed now without a graph."""
@@ -216,7 +259,7 @@ class PassContext:
             with self.scope(index, inputs=inputs, stream=stream), torch.no_grad():
                 values.append(self.problem.inner_loss(tree.detach(w), tree.detach(lam), part))
             self.counts.forwards += 1
-        return torch.stack(values).sum()
+        return _sum(values, w)
 
     def inner_grad(
         self,
@@ -274,7 +317,13 @@ class PassContext:
                 self.counts.backwards += 1
             _accumulate(grad_w, wrt_w, found[: len(wrt_w)])
             _accumulate(grad_lam, wrt_lam, found[len(wrt_w) :])
-        return torch.stack(values).sum(), _filled(grad_w, w, wrt_w), _filled(grad_lam, lam, wrt_lam), bool(grad_lam)
+        reads_lam = bool(grad_lam) or not parts  # a process without rows knows nothing of it
+        return _sum(values, w), _filled(grad_w, w, wrt_w), _filled(grad_lam, lam, wrt_lam), reads_lam
+
+
+def _sum(values: list[Tensor], like: Tree) -> Tensor:
+    """The loss of the parts, if there are any."""
+    return torch.stack(values).sum() if values else next(iter(like.values())).new_zeros(())
 
 
 def _accumulate(total: Tree, names: Sequence[str], found: Sequence[Tensor | None]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, Inputs, PassContext, devices_of, mix_seed
+from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, UpdateState
 
@@ -74,6 +75,7 @@ class BilevelProblem:
             the same `stop_gradient` calls on them as the whole part does.
         rows: row numbers of the leaves of w that hold only some rows of their parameter (touched embedding rows).
         examples: how batches are taken apart and put together.
+        processes: those that hold a share of every batch each; the losses then are shares that add up to the whole.
     """
 
     inner_loss: Loss
@@ -88,6 +90,7 @@ class BilevelProblem:
     reads_lam: Callable[[Any], Any] = _same
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     examples: Examples | None = None
+    processes: Processes = field(default_factory=Processes)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ class Response:
     Args:
         value: where the outer loss is judged; keys and shapes of w.
         vjp: cotangent on value -> cotangent on lam; linear; called once; it owns the cotangent and may overwrite it.
-        offset: what was pulled back already on the way.
+            On several processes it takes this one's share and returns a share.
+        offset: what was pulled back already on the way, whole.
         wrt: the keys of value whose cotangent `vjp` reads (default: all); the outer backward stops there.
     """
 
@@ -239,7 +243,8 @@ def estimate(passes: PassContext, estimator: HypergradientEstimator, step: Inner
     )
     if estimator.requires_direct_term and not reads_lam:
         raise ValueError(NO_DIRECT_TERM)
-    grads = tree.add(direct, response.vjp(cotangent))
+    grads = passes.whole(tree.add(direct, response.vjp(cotangent)))
+    outer_loss = passes.total(outer_loss)
     if response.offset is not None:
         grads = tree.add(grads, response.offset)
     return Hypergradient(grads, outer_loss, diagnostics, passes.counts)
@@ -298,7 +303,7 @@ def look_ahead(passes: PassContext, step: InnerStep) -> InnerStep:
     """The step with what the optimiser makes of it; its pass records the stop-gradient inputs on the way."""
     rule = passes.problem.update
     inputs = Inputs.RECORD if passes.problem.stop_gradients else Inputs.LIVE
-    _, grad, _ = passes.inner_grad(step.w, step.lam, step.batch, wrt_w=step.w, inputs=inputs)
+    grad = passes.whole(passes.inner_grad(step.w, step.lam, step.batch, wrt_w=step.w, inputs=inputs)[1])
     before = step.update_state if step.update_state is not None else rule.init(step.w)
     with torch.no_grad():
         after, after_state = rule(step.w, before, grad, tree.detach(step.lam))

@@ -31,11 +31,11 @@ W, LAM = 0, 1  # the argument of the inner loss that a product is with respect t
 def mixed_product(
     passes: PassContext, engine: str, w: Tree, lam: Tree, batch: object, v: Tree, *, radius: float = 0.01
 ) -> Tree:
-    """d_lam <grad_w L_T(w, lam; batch), v> at the given point, a tree like `lam`.
+    """d_lam <grad_w L_T(w, lam; batch), v> at the given point, a tree like `lam`; on several processes a share of it.
 
     Args:
         engine: one of `ENGINES`.
-        v: a direction with the keys of `w`.
+        v: a direction with the keys of `w`, whole.
         radius: length of the finite-difference perturbation, in the units of w (DARTS, footnote 2: 0.01).
 
     Raises:
@@ -47,12 +47,12 @@ def mixed_product(
 def hessian_product(
     passes: PassContext, engine: str, w: Tree, lam: Tree, batch: object, v: Tree, *, radius: float = 0.01
 ) -> Tree:
-    """d_w <grad_w L_T(w, lam; batch), v> at the given point, a tree like `w`; arguments as of `mixed_product`.
+    """d_w <grad_w L_T(w, lam; batch), v> at the given point, a tree like `w`, whole; arguments as of `mixed_product`.
 
     Raises:
         ValueError: for an unknown engine.
     """
-    return _product(passes, engine, w, lam, batch, v, radius, W)
+    return passes.whole(_product(passes, engine, w, lam, batch, v, radius, W))
 
 
 def _product(

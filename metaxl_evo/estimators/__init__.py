@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from metaxl_evo.estimators.base import Estimator
 from metaxl_evo.estimators.conjugate_gradient import ConjugateGradient
@@ -38,18 +39,37 @@ def make_estimator(name: str, **settings: Any) -> Estimator:
     """The estimator of that name with the given fields.
 
     Raises:
-        ValueError: for an unknown name or field (the valid ones are listed), or a value out of range.
+        ValueError: for an unknown name or field (the valid ones are listed), a value of another type or out of range.
     """
     if name not in ESTIMATORS:
         raise ValueError(unknown("estimator", name, ESTIMATORS))
     cls = ESTIMATORS[name]
     valid = [field.name for field in fields(cls)]
-    for setting in settings:
+    hints = get_type_hints(cls)
+    for setting, value in settings.items():
         if setting not in valid:
             raise ValueError(
                 unknown(f"field of {name}", setting, valid) if valid else f"{name} has no fields, not {setting!r}"
             )
+        if not _fits(value, hints[setting]):
+            raise ValueError(f"{name}: {setting} must be {_in_words(hints[setting])}, not {value!r}")
     return cls(**settings)
+
+
+_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", NoneType: "null"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of a file may stand for a field of that type."""
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, member) for member in get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else str if get_origin(hint) is Literal else hint)
+
+
+def _in_words(hint: Any) -> str:
+    return " or ".join(_WORDS.get(member, "a text") for member in get_args(hint) or (hint,))
 
 
 __all__ = [

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import NO_DIRECT_TERM, BilevelProblem, InnerStep, Response, look_ahead
+from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import SGD
 
@@ -113,6 +114,10 @@ class Estimator(ABC):
         """The outer pass, and that of the step where it is still to come."""
         passes = 1 if step_made else 2
         return Counts(forwards=passes, backwards=passes)
+
+    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
+        """What several processes sum for it, as `cost` counts: here the outer loss and the hypergradient itself."""
+        return Traffic(lam=1, scalars=1)
 
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Any:
         """The state at the start of an episode; `previous` is what `end_episode` returned for the one before."""

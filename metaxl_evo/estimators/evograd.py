@@ -13,6 +13,7 @@ from torch import Tensor
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, Inputs, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response, Split
+from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import Estimator, Exactness
 from metaxl_evo.estimators.noise import NOISES, Perturbations
@@ -96,6 +97,9 @@ class EvoGrad(Estimator):
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         return Counts(forwards=self.copies + 1, backwards=self.copies + 1)
 
+    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
+        return Traffic(lam=1, scalars=2 * self.copies + 1)
+
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)
         self._perturbed(w)
@@ -121,7 +125,7 @@ class EvoGrad(Estimator):
         diagnostics["loss_spread"] = float(copies.losses.std() / self.temperature)
 
         def vjp(v: Tree) -> Tree:
-            along = noise.along(v)
+            along = passes.total(noise.along(v))
             return copies.pull_back(-(weights / self.temperature) * (along - (weights * along).sum()))
 
         return Response(noise.combined(w, weights.tolist()), vjp, wrt=sorted(names))
@@ -166,7 +170,7 @@ class _FullPasses:
             )
             losses.append(loss.double())
             self.gradients.append(gradient)
-        self.losses = torch.stack(losses)
+        self.losses = passes.total(torch.stack(losses))
         self.lam = step.lam
 
     def pull_back(self, coefficients: Tensor) -> Tree:
@@ -196,7 +200,7 @@ class _SharedPass:
                 with torch.no_grad():
                     losses += torch.stack([self._suffix(k, hidden, index, part).double() for k in range(noise.copies)])
             self.hidden.append(hidden if len(parts) == 1 else hidden.detach())
-        self.losses = losses
+        self.losses = passes.total(losses)
 
     def pull_back(self, coefficients: Tensor) -> Tree:
         """Accumulate sum_k a_k d l_k / d hidden, then one backward to lam, a part at a time."""

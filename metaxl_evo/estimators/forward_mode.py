@@ -11,6 +11,7 @@ import torch
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
+from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
@@ -93,8 +94,13 @@ class ForwardMode(EpisodeEstimator):
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         """The passes for an entry of lam, or with `windows` for a schedule; each further one adds as many products."""
-        columns = [1 if self.windows is None else step * self.windows // steps + 1 for step in range(steps)]
-        return self._outer_cost(step_made) + Counts(jvps=sum(columns))
+        return self._outer_cost(step_made) + Counts(jvps=self._products(steps))
+
+    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
+        return Traffic(w=self._products(steps) + (not step_made), lam=1, scalars=1)
+
+    def _products(self, steps: int) -> int:
+        return sum(1 if self.windows is None else step * self.windows // steps + 1 for step in range(steps))
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)
@@ -147,7 +153,7 @@ class ForwardMode(EpisodeEstimator):
         return [j for j, (name, index) in enumerate(entries) if index <= began.get(name, index)]
 
     def _gradient_tangent(self, passes: PassContext, step: InnerStep, z: Tree, unit: Tree) -> Tree:
-        """The tangent of the inner gradient along (z, unit), the sum of those of the parts."""
+        """The tangent of the inner gradient along (z, unit), the sum of those of the parts of all processes."""
         point, gradient = (tree.detach(step.w), tree.detach(step.lam)), torch.func.grad(passes.problem.inner_loss)
         total = tree.zeros_like(step.w)
         for index, part in passes.parts(step.batch):
@@ -155,6 +161,7 @@ class ForwardMode(EpisodeEstimator):
                 tangent = torch.func.jvp(lambda w, lam, part=part: gradient(w, lam, part), point, (z, unit))[1]
             passes.counts.jvps += 1
             total = tree.add(total, tree.detach(tangent))
+        total = passes.whole(total)
         limit = self.clamp
         return total if limit is None else tree.tree_map(lambda leaf: leaf.clamp(-limit, limit), total)
 

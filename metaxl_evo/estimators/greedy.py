@@ -8,6 +8,7 @@ from typing import Any
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
+from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
 from metaxl_evo.estimators.local import LocalEstimator
@@ -59,6 +60,9 @@ class Greedy(EpisodeEstimator, LocalEstimator):
         """The passes where the outer loss reads lam; where it does not, the last outer pass has no backward."""
         return (self._product_cost() + Counts(forwards=1, backwards=1)) * steps + self._outer_cost(step_made)
 
+    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
+        return Traffic(w=steps if step_made else steps + 1, lam=steps + 1, scalars=1)
+
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Tree:
         return tree.zeros_like(lam)
 
@@ -66,7 +70,7 @@ class Greedy(EpisodeEstimator, LocalEstimator):
         assert step.made is not None
         _, cotangent, _, _ = passes.outer_grad(step.current, step.lam, step.val_batch, wrt_w=step.w, wrt_lam=())
         step = replace(step, made=replace(step.made, grad=dict(step.made.grad)))  # the pullback empties it
-        return tree.add(self._pull_back(passes, step, cotangent, {}), state, self.decay)
+        return tree.add(passes.whole(self._pull_back(passes, step, cotangent, {})), state, self.decay)
 
     def _answer(self, passes: PassContext, step: InnerStep, state: Tree, diagnostics: dict[str, float]) -> Response:
         diagnostics["accumulated_norm"] = tree.norm(state)

@@ -11,6 +11,7 @@ import torch
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext, mix_seed
 from metaxl_evo.bilevel.problem import BilevelProblem, Examples, InnerStep, Response, look_ahead
+from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
 from metaxl_evo.estimators.local import LocalEstimator
@@ -90,7 +91,16 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
     def citation(self) -> str:
         return "Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022"
 
+    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
+        sent = super().traffic(step_made=step_made, steps=steps)
+        return replace(sent, lam=2) if self.scale == "normalize" else sent
+
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
+        if problem.examples is not None and problem.processes.size > 1:
+            raise ValueError(
+                f"{type(self).__name__} would draw other examples on {problem.processes.size} processes than on one: "
+                "leave the problem's `examples` out, or use one process"
+            )
         if self.scale != "fit":
             return super().check(problem, w, lam)
         replace(self, scale="fixed").check(problem, w, lam)
@@ -138,11 +148,11 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         walk = walk_back(passes, straight_line(visits, visits[0].w, step.current), alpha)
         found, w, batch, xy, xx = tree.zeros_like(step.lam), step.w, None, 0.0, 0.0
         for visit, term in zip(reversed(visits), walk, strict=True):
-            found, horizon = tree.add(found, term), horizon + weight
+            found, horizon = tree.add(found, passes.whole(term)), horizon + weight
             w = _moved(w, visit.w, weight / horizon)
             batch = _drawn(passes.problem.examples, batch, visit.batch, weight / horizon, visit.seed)
             last = replace(step, made=replace(made, grad=dict(made.grad)))  # it is emptied, like the cotangent
-            local = self._local(passes, last, w, batch, dict(alpha), {})
+            local = passes.whole(self._local(passes, last, w, batch, dict(alpha), {}))
             xy += horizon * tree.dot(local, found).item()
             xx += (horizon * tree.norm(local)) ** 2
             weight *= self.decay
@@ -156,17 +166,11 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
 
         def vjp(v: Tree) -> Tree:
             local = self._local(passes, step, state["w"], state["batch"], v, diagnostics)
-            return tree.scale(local, self._size(local, state))
+            if self.scale == "normalize":  # of the whole, whose length no share knows
+                return passes.once(_normalized(passes.whole(local)))
+            return tree.scale(local, 1.0 if self.scale == "one" else state["theta"] * state["horizon"])
 
         return Response(step.current, vjp)
-
-    def _size(self, local: Tree, state: dict[str, Any]) -> float:
-        if self.scale == "one":
-            return 1.0
-        if self.scale == "normalize":
-            norm = tree.norm(local)
-            return 1 / norm if norm else 0.0
-        return float(state["theta"] * state["horizon"])
 
     def _local(
         self, passes: PassContext, step: InnerStep, w: Tree, batch: Any, v: Tree, diagnostics: dict[str, float]
@@ -177,6 +181,12 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         if passes.problem.update.tunes:
             step = look_ahead(passes, replace(step, made=None))
         return self._pull_back(passes, step, v, diagnostics)
+
+
+def _normalized(term: Tree) -> Tree:
+    """At unit length, where it has one."""
+    norm = tree.norm(term)
+    return tree.scale(term, 1 / norm if norm else 0.0)
 
 
 def _moved(mean: Tree, w: Tree, share: float) -> Tree:

@@ -9,6 +9,7 @@ from typing import Literal
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep
+from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import ENGINES, mixed_product
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import Estimator
@@ -65,13 +66,17 @@ class LocalEstimator(EngineEstimator):
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         return self._product_cost() + self._outer_cost(step_made)
 
+    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
+        return Traffic(w=1 if step_made else 2, lam=1, scalars=1)
+
     def _pull_back(self, passes: PassContext, step: InnerStep, v: Tree, diagnostics: dict[str, float]) -> Tree:
-        """d_lam <Phi(step.w, lam), v> of a step that was made; takes v and the step's gradient over."""
+        """d_lam <Phi(step.w, lam), v> of a step made, share for share; takes v and the step's gradient over."""
         assert step.made is not None
         rule = passes.problem.update
         through_rule = rule.lam_vjp(v, step.w, step.update_state, step.made.grad, step.lam)
         direction = rule.grad_vjp(v, step.w, step.made.grad, step.made.update_state, step.lam)
         step.made.grad.clear()
+        direction = passes.whole(direction)
         diagnostics["direction_norm"] = tree.norm(direction)
         mixed = mixed_product(
             passes, self._engine(passes.problem), step.w, step.lam, step.batch, direction, radius=self.radius

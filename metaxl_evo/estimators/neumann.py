@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from metaxl_evo.bilevel.passes import Counts
+from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.solvers import Matvec, Solution, largest_eigenvalue, neumann_series
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.implicit import ImplicitEstimator
@@ -52,8 +53,14 @@ class Neumann(ImplicitEstimator):
         return "Lorraine et al., Optimizing Millions of Hyperparameters by Implicit Differentiation, AISTATS 2020"
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        products = self.terms + (self.power_iterations if self.step is None else 0) + 1  # the last one is mixed
-        return self._product_cost() * products + Counts(forwards=1, backwards=1)
+        return self._product_cost() * (self._hessian_products + 1) + Counts(forwards=1, backwards=1)
+
+    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
+        return Traffic(w=self._hessian_products + 1, lam=1, scalars=1)
+
+    @property
+    def _hessian_products(self) -> int:
+        return self.terms + (self.power_iterations if self.step is None else 0)
 
     def _solve(self, matvec: Matvec, v: Tree, diagnostics: dict[str, float]) -> Solution:
         step = self._step_below_the_bound(matvec, v) if self.step is None else self.step

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from metaxl_evo.bilevel import Counts
+from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
 from metaxl_evo.estimators.local import Engine, EngineEstimator
 
@@ -59,6 +60,7 @@ def costs() -> str:
     """The passes of one hypergradient of a step that was made, and the fields that they depend on."""
     columns: Columns = {
         "one step": lambda e: _passes(e.cost(step_made=True)),
+        "sent": lambda e: _sent(e.traffic(step_made=True)),
         f"an episode of {EPISODE}": lambda e: _passes(e.cost(step_made=True, steps=EPISODE)),
         "fields": lambda e: _settings(asdict(e)) or "none",
     }
@@ -125,6 +127,11 @@ def _lam(estimator: Estimator) -> str:
 def _passes(counts: Counts) -> str:
     letters = {"forwards": "F", "backwards": "B", "hvps": "D", "jvps": "J", "suffixes": "S"}
     return " + ".join(f"{count} {letters[name]}" for name, count in counts.as_dict().items() if count)
+
+
+def _sent(traffic: Traffic) -> str:
+    sent = {"w": traffic.w, "lam": traffic.lam, "": traffic.scalars}
+    return " + ".join(f"{count} {what}".strip() for what, count in sent.items() if count)
 
 
 def _settings(fields: Mapping[str, Any]) -> str:

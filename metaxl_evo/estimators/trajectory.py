@@ -16,6 +16,7 @@ import torch
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import InnerStep
+from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import LAM, W, double_backward
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState
@@ -50,6 +51,8 @@ class Visit:
 def walk_back(passes: PassContext, visits: Iterable[Visit], cotangent: Tree) -> Iterator[Tree]:
     """What each step adds to d_lam <w_T, cotangent>, from the last step to the first: B_t^T alpha_t, a tree like lam.
 
+    On several processes a share of it, of a share of the cotangent.
+
     Args:
         visits: the steps, the last one first; they may be made on the way.
         cotangent: on the weights after the last step.
@@ -57,7 +60,7 @@ def walk_back(passes: PassContext, visits: Iterable[Visit], cotangent: Tree) -> 
     Each step is one double backward a part, where there are several parts with a gradient of the whole batch before;
     the first step's is to lam alone.
     """
-    alpha, beta = cotangent, dict[str, Tree]()
+    alpha, beta = passes.whole(dict(cotangent)), dict[str, Tree]()
     walk = iter(visits)
     visit = next(walk, None)
     while visit is not None:
@@ -65,6 +68,14 @@ def walk_back(passes: PassContext, visits: Iterable[Visit], cotangent: Tree) -> 
         alpha, beta, d_lam = _step_back(passes.elsewhere(visit.seed), visit, alpha, beta, onward=earlier is not None)
         yield d_lam
         visit = earlier
+
+
+def walk_traffic(steps: int, step_made: bool) -> Traffic:
+    """What a walk back sends: the cotangent at the end, and of each step its gradient and the cotangent before it.
+
+    The first step's has no use; a step still to come sends its gradient once more, to be made.
+    """
+    return Traffic(w=2 * steps if step_made else 2 * steps + 1, lam=1, scalars=1)
 
 
 def check_straight_line(name: str, rule: UpdateRule) -> None:
@@ -108,10 +119,11 @@ def _step_back(
     gives it; several parts take a pass of their own for it.
     """
     parts, pulled = passes.parts(visit.batch), dict[str, Tree]()
-    wrt = (LAM, W) if onward else (LAM,)
+    wrt = {LAM: visit.lam, W: visit.w} if onward else {LAM: visit.lam}
+    products = {index: tree.zeros_like(like) for index, like in wrt.items()}
 
     def direction(grad: Tree) -> Tree:
-        pulled.update(_through_rule(visit, grad, alpha, beta))
+        pulled.update(_through_rule(visit, passes.whole(grad), alpha, beta))
         return pulled["grad"]
 
     if len(parts) > 1:
@@ -119,10 +131,13 @@ def _step_back(
     for index, part in parts:
         with passes.scope(index, second_order=True):
             found = double_backward(
-                passes, visit.w, visit.lam, part, direction if len(parts) == 1 else lambda grad: v, wrt
+                passes, visit.w, visit.lam, part, direction if len(parts) == 1 else lambda grad: v, tuple(wrt)
             )
-        pulled |= {key: tree.add(pulled[key], product) for key, product in zip(("lam", "w"), found, strict=False)}
-    return pulled["w"], {key: pulled[key] for key in visit.update_state.keys() & pulled.keys()}, pulled["lam"]
+        products = {index: tree.add(products[index], one) for index, one in zip(wrt, found, strict=True)}
+    if onward:
+        pulled["w"] = tree.add(pulled["w"], passes.whole(products[W]))
+    d_lam = tree.add(passes.once(pulled["lam"]), products[LAM])
+    return pulled["w"], {key: pulled[key] for key in visit.update_state.keys() & pulled.keys()}, d_lam
 
 
 def _through_rule(visit: Visit, grad: Tree, alpha: Tree, beta: dict[str, Tree]) -> dict[str, Tree]:

@@ -9,9 +9,10 @@ from typing import Any
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
+from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
-from metaxl_evo.estimators.trajectory import Visit, walk_back
+from metaxl_evo.estimators.trajectory import Visit, walk_back, walk_traffic
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Unroll(EpisodeEstimator):
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         return self._outer_cost(step_made) + Counts(hvps=min(steps, self.horizon or steps))
+
+    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
+        return walk_traffic(min(steps, self.horizon or steps), step_made)
 
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> list[Visit]:
         return []

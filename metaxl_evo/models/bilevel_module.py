@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from metaxl_evo.bilevel.passes import for_this_pass
 from metaxl_evo.bilevel.problem import BilevelProblem, Split
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, Windowed
+from metaxl_evo.models.adapters import ADAPTER, is_adapted, load_adapter, merged, plain_model, save_adapter
 
 Batch = dict[str, Any]
 
@@ -100,13 +103,18 @@ class BilevelModule(nn.Module, ABC):
         for batch in batches:
             for name, rows in self.lookups(batch).items():
                 found[name].append(rows.flatten())
-        touched, trainable, places = {}, self.base_parameters(), places_of(self.base)
+        touched, trainable, places = {}, self.base_parameters(), places_of(self.plain_base)
         for name, looked_up in found.items():
             if name not in trainable or len(places[name]) > 1:  # tied weights are read whole elsewhere
                 continue
             padding = torch.arange((places[name][0][0].padding_idx or 0) + 1, device=looked_up[0].device)
             touched[name] = torch.cat([padding, *looked_up]).unique()
         return touched
+
+    @property
+    def plain_base(self) -> Any:
+        """The base without its peft wrapper, if it has one: it names and holds the parts of the model as ever."""
+        return plain_model(self.base)
 
     def forward(self, **batch: Any) -> Any:
         return {"loss": self.inner_loss(batch)} if self.training else self.base(**batch)
@@ -125,8 +133,8 @@ class BilevelModule(nn.Module, ABC):
         self.base.gradient_checkpointing_enable(*args, **kwargs)
 
     def base_parameters(self) -> Tree:
-        """The trainable base parameters by name (frozen ones are constants of the problem)."""
-        return {name: p for name, p in self.base.named_parameters() if p.requires_grad}
+        """The trainable base parameters by their names in `plain_base` (frozen ones are constants of the problem)."""
+        return {name: p for name, p in self.plain_base.named_parameters() if p.requires_grad}
 
     def meta_parameters(self) -> Tree:
         """The meta parameters by name."""
@@ -149,7 +157,7 @@ class BilevelModule(nn.Module, ABC):
     def second_order_obstacle(self) -> str | None:
         """Why the inner loss cannot be differentiated twice; None where it can."""
         if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
-            return "activation_checkpointing recomputes the forward outside the pass"
+            return "activation_checkpointing is beyond torch.func, forward mode with it"
         kernel = self.attention_kernel or "eager"
         if kernel not in ("eager", "sdpa"):
             return (
@@ -169,7 +177,7 @@ class BilevelModule(nn.Module, ABC):
             rows: `touched_rows` of every batch there will be; the weights then hold these rows of the embeddings only.
         """
         obstacle = self.second_order_obstacle
-        base, meta = places_of(self.base), places_of(self.meta)
+        base, meta = places_of(self.plain_base), places_of(self.meta)
         rows = {} if rows is None else rows
         embeddings = [(base[name][0][0], numbers) for name, numbers in rows.items()]
 
@@ -205,9 +213,19 @@ class BilevelModule(nn.Module, ABC):
         """Read back what `save_meta` wrote."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The base as a plain Hugging Face folder, the meta network in its own subfolder."""
-        self.base.save_pretrained(folder)
+        """The base as a plain Hugging Face folder, the meta network in its own subfolder.
+
+        Of a base that peft wraps the adapter alone is written, into `adapter/`; `save_merged` writes the model.
+        """
+        if is_adapted(self.base):
+            save_adapter(self.base, Path(folder) / ADAPTER)
+        else:
+            self.base.save_pretrained(folder)
         self.save_meta(folder)
+
+    def save_merged(self, folder: str | Path) -> None:
+        """The base that peft wraps as a plain Hugging Face folder, the adapter merged into a copy of its weights."""
+        merged(self.base).save_pretrained(folder)
 
     def load_pretrained(self, folder: str | Path) -> None:
         """Read the weights of both levels from what `save_pretrained` wrote.
@@ -215,27 +233,38 @@ class BilevelModule(nn.Module, ABC):
         Raises:
             ValueError: for a file that is missing, damaged or incomplete, named.
         """
-        file = Path(folder) / "model.safetensors"
+        if is_adapted(self.base):
+            load_adapter(self.base, Path(folder) / ADAPTER)
+        else:
+            self._load_base(Path(folder))
+        self.load_meta(folder)
+
+    def _load_base(self, folder: Path) -> None:
+        file = folder / "model.safetensors"
         dtype = next(self.base.parameters()).dtype
         try:
             saved, report = type(self.base).from_pretrained(
                 folder, config=copy.deepcopy(self.base.config), dtype=dtype, output_loading_info=True
             )
+        except pickle.UnpicklingError as error:  # of a pytorch_model.bin; its text advises to run what it refused
+            raise ValueError(
+                f"{file} is missing, and the weights beside it are more than tensors: use another checkpoint"
+            ) from error
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{file} cannot be read ({reason}): use another checkpoint") from error
         if report["missing_keys"]:
             raise ValueError(f"{file} has no {sorted(report['missing_keys'])[0]}: use another checkpoint")
         self.base.load_state_dict(saved.state_dict())
-        self.load_meta(folder)
 
     @contextmanager
     def _frozen(self, dropout: bool, embeddings: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
         """Dropout off unless asked for, batch norm without a memory, other buffers on copies that are thrown away.
 
-        Embeddings that hold some rows only are looked up by their place among these.
+        Embeddings that hold some rows only are looked up by their place among these. Layers still checkpoint.
         """
         modes = [(module, module.training) for module in self.modules()]
+        recomputed = [module for module, training in modes if training and not dropout and _is_checkpointed(module)]
         norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         tracking = [(norm, norm.track_running_stats) for norm in norms]
         buffers = [(m, key, b) for m in self.modules() for key, b in m._buffers.items() if b is not None]
@@ -248,7 +277,8 @@ class BilevelModule(nn.Module, ABC):
                     module.training = dropout and module.training
             for norm in norms:
                 norm.track_running_stats = False  # an update in place is beyond torch.func, even on a copy
-            yield
+            with _recomputing(recomputed):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -258,6 +288,43 @@ class BilevelModule(nn.Module, ABC):
                 module.training = mode
             for norm, tracked in tracking:
                 norm.track_running_stats = tracked
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+
+
+@contextmanager
+def _recomputing(layers: Sequence[Any]) -> Iterator[None]:
+    """Let these layers of transformers checkpoint their activations in evaluation mode.
+
+    They do so only while their own `training` is on, which some of them (BART's) read for dropout as well: it is off
+    again wherever their forward runs.
+    """
+    before = [(layer, layer._gradient_checkpointing_func) for layer in layers]
+    try:
+        for layer, checkpointed in before:
+            layer.training, layer._gradient_checkpointing_func = True, _in_evaluation(layer, checkpointed)
+        yield
+    finally:
+        for layer, checkpointed in before:
+            layer.training, layer._gradient_checkpointing_func = False, checkpointed
+
+
+def _in_evaluation(layer: nn.Module, checkpointed: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's checkpointing function that takes its `training` back for each run of its forward."""
+
+    def run(forward: Callable[..., Any], *args: Any) -> Any:
+        def evaluated(*args: Any) -> Any:
+            layer.training = False
+            try:
+                return forward(*args)
+            finally:
+                layer.training = True
+
+        return checkpointed(evaluated, *args)
+
+    return run
 
 
 def _micro_batches(batch: Any) -> Sequence[Any]:

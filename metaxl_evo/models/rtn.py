@@ -275,7 +275,7 @@ class RepresentationTransform(nn.Module):
         `layer` indexes `self.layers`, `language_rows` (N,) the languages; `attention_mask` is (N, T). The gradient
         reaches `hidden` through the identity only. `stop_gradient` is called once, on all rows together.
         """
-        frozen = stop_gradient(hidden)  # (N, T, H)
+        frozen = stop_gradient(hidden, key=layer)  # (N, T, H)
         change = torch.zeros_like(frozen)
         for language in range(len(self.languages)):
             rows = (language_rows == language).nonzero().squeeze(1).to(hidden.device)
@@ -385,7 +385,7 @@ class RepresentationTransform(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path, **hub_options: Any) -> RepresentationTransform:
-        """A saved transform, on the CPU in float32.
+        """A saved transform, on the CPU in float32, or in float64 if it was saved so.
 
         A folder holds its files, or holds them in `rtn/` as output folders do; a Hub repository has them in `rtn/`.
         `hub_options` (revision, token, cache_dir, local_files_only) go to `snapshot_download`. No random numbers are
@@ -429,7 +429,8 @@ class RepresentationTransform(nn.Module):
         if not path.is_file():
             raise ValueError(f"{path} is missing: copy it beside its {CONFIG_FILE} or train anew")
         try:
-            weights = {name: tensor.float() for name, tensor in load_file(path, device="cpu").items()}
+            held = load_file(path, device="cpu")
+            weights = {name: leaf if leaf.dtype == torch.float64 else leaf.float() for name, leaf in held.items()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is corrupt or truncated ({error}): copy it again or train anew") from error
         try:

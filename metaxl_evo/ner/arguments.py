@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from transformers.utils.import_utils import is_peft_available
+
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.rtn import KINDS
 
 PAPER_LANGUAGES = ("qu", "cdo", "ilo", "xmf", "mhr", "mi", "tk", "gn")
 SELECTIONS = ("dev", "last")
 SHORTEST = 8  # sub-tokens: the special ones and a word or two
+WIDEST = 65536  # of an RTN: many times any encoder's width
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,17 @@ class NerArguments:
         default=None, metadata={"help": "Where the model's list of encoder layers is, if it is not found by itself."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel of the base model."})
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "Train a LoRA adapter and the classifier; the other base weights stay as they are."},
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter's scale is lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the adapted layers, or `all-linear` (default: peft's choice for the model)."},
+    )
     select: str = field(
         default="dev",
         metadata={"help": "dev: the checkpoint with the best dev F1; last: the last, no dev set is read."},
@@ -92,11 +106,20 @@ class NerArguments:
         for name, valid in (("method", METHODS), ("rtn_kind", KINDS), ("select", SELECTIONS)):
             if getattr(self, name) not in valid:
                 raise ValueError(unknown(name, str(getattr(self, name)), valid))
-        sizes = dict.fromkeys(("train_size", "target_train_size", "eval_size", "rtn_bottleneck"), 1)
+        counted = ("train_size", "target_train_size", "eval_size", "rtn_bottleneck", "lora_r", "lora_alpha")
+        sizes = dict.fromkeys(counted, 1)
         for name, least in {**sizes, "max_length": SHORTEST, "eval_max_length": SHORTEST}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
+            if value is not None and value >= 2**31:
+                raise ValueError(f"{name} must be below 2**31, not {value}")
+        if self.rtn_bottleneck is not None and self.rtn_bottleneck > WIDEST:
+            raise ValueError(f"rtn_bottleneck must be at most {WIDEST}, not {self.rtn_bottleneck}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
+        if self.use_peft and not is_peft_available():
+            raise ValueError("use_peft needs the package peft: run pip install 'metaxl_evo[peft]'")
         for name in ("source_languages", "target_languages"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: name at least one language")

@@ -17,10 +17,12 @@ def card_sections(results: dict[str, Any], ner: NerArguments, estimator: Estimat
     settings = "\n".join(f"| `{key}` | `{value}` |" for key, value in results["settings"].items())
     sources = ", ".join(ner.source_languages) if ner.recipe.source else "none"
     cited = [METAXL] if estimator is None else [METAXL, estimator.citation]
+    adapted = " Its LoRA adapter is merged into it, and in `adapter/` by itself." if ner.use_peft else ""
     return [
         f"## Cross-lingual NER\n\nMethod `{ner.method}`, source {sources}, data `{ner.dataset}`.\n\n"
         "The model here is a plain token classifier; "
-        "the representation transformation network of the training is in `rtn/` and is not needed for prediction.",
+        "the representation transformation network of the training is in `rtn/` and is not needed for prediction."
+        + adapted,
         f"## Test scores\n\nEntity F1 by seqeval{' (strict IOB2)' if ner.strict else ''}, percent.\n\n"
         + scores_table(test),
         f"## Settings\n\n| field | value |\n|---|---|\n{settings}",

@@ -179,6 +179,8 @@ def _shared_names(corpus: Corpus, names: Sequence[str] | None, names_of: str) ->
     declared = next(((language, part.declared) for language, part in parts if part.declared), None)
     first = parts[0][0]
     seen = {tag[2:] for language, part in parts if language == first for tags in part.tags for tag in tags} - {""}
+    if names is None and declared is None and not seen:
+        raise ValueError(f"{first} has no entity: choose a first language with every entity type, or repair its tags")
     owner, chosen = (names_of, list(names)) if names is not None else declared or (first, label_names(seen))
     for language, part in parts:
         labels = part.declared or sorted({tag for tags in part.tags for tag in tags})

@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from metaxl_evo.messages import unknown
+from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.ner.arguments import SHORTEST
 from metaxl_evo.ner.data import encode, load_ner_dataset
 from metaxl_evo.ner.metrics import Scores, average, entity_scores, scores_table, word_predictions
@@ -128,6 +128,8 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
         )
     data = load_ner_dataset(settings.dataset, settings.languages, splits=[settings.split], names=names)
     base, tokenizer = load_classifier(settings.model_name_or_path, names)
+    if output is not None:
+        _require_writable(output)
     scores: dict[str, Scores] = {}
     with tempfile.TemporaryDirectory() as scratch:  # a Trainer wants a folder even where it writes nothing
         trainer = Trainer(
@@ -146,6 +148,17 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         print(scores_table(scores))
         if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def _require_writable(file: Path) -> None:
+    """Before anything is computed for it; makes the folders above."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError("it is a folder")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_file: {file} cannot be written ({one_line(error)}): choose another") from error

@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, concatenate_datasets
+from torch import nn
 from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.messages import unknown
-from metaxl_evo.models.rtn import RepresentationTransform, encoder_layers
+from metaxl_evo.messages import one_line, unknown
+from metaxl_evo.models.adapters import ADAPTER
+from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform, encoder_layers
 from metaxl_evo.ner.arguments import NerArguments, steps_of
 from metaxl_evo.ner.card import card_sections
 from metaxl_evo.ner.data import encode, load_ner_dataset, overlap, sample
 from metaxl_evo.ner.evaluation import EvaluationSet, label_ids
 from metaxl_evo.ner.metrics import average, scores_table
-from metaxl_evo.ner.pretrained import SYNTHETIC, load_classifier, trained_labels
+from metaxl_evo.ner.pretrained import SYNTHETIC, add_lora, load_classifier, trained_labels
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
-from metaxl_evo.training.checkpoint import LATEST, find_checkpoint
+from metaxl_evo.training.checkpoint import LATEST
 from metaxl_evo.training.meta_rows import MetaRows
 from metaxl_evo.training.trainer import MetaTrainer
 
@@ -40,7 +42,10 @@ OUTSIDE = (  # settings that do not change the results
     *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "use_cpu", "dataloader_pin_memory"),
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_token", "save_total_limit"),
 )
-OWN_FILES = (RESULTS, "config.json", "model.safetensors", "README.md", "rtn", "training_args.bin", "tokenizer.json")
+OWN_FILES = (
+    *(RESULTS, "config.json", "model.safetensors", "README.md", SUBFOLDER, ADAPTER),
+    *("training_args.bin", "tokenizer.json"),
+)
 
 
 @dataclass
@@ -102,7 +107,11 @@ def refuse_another_run(folder: Path, resuming: bool) -> None:
     Raises:
         ValueError: where the folder holds files of the names that a run writes and this run does not resume it.
     """
-    if folder.exists() and not folder.is_dir():
+    try:
+        exists = folder.exists()
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"output_dir cannot be made ({one_line(error)}): choose another") from error
+    if exists and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another output_dir")
     signs = [*(folder / name for name in OWN_FILES), *folder.glob("checkpoint-*")]
     found = [sign.name for sign in signs if sign.exists()]
@@ -170,7 +179,7 @@ def require_enough(ner: NerArguments, args: MetaTrainingArguments, target: str, 
     portion = 0.0 if ner.recipe.all_target_rows else args.meta_portion
     rows = args.per_device_meta_batch_size * args.world_size
     try:
-        MetaRows(data.target, rows, portion=portion, seed=0, world_size=args.world_size)
+        MetaRows(data.target, rows, portion=portion, seed=0)
     except ValueError as error:
         raise ValueError(f"target {target}: {error}: raise target_train_size or per_device_meta_batch_size") from error
 
@@ -178,12 +187,11 @@ def require_enough(ner: NerArguments, args: MetaTrainingArguments, target: str, 
 def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, data: TargetData) -> dict[str, Any]:
     """Train, select, test and save the tagger of one target language."""
     set_seed(args.seed)
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     trainer, evaluation = build_trainer(ner, args, data)
     tagger = cast(CrossLingualTagger, trainer.model)
     started = tree.clone(tagger.meta_parameters())
     begun = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.perf_counter() - begun
     results: dict[str, Any] = {"test": {target: evaluation["test"].predict(trainer)}}
     if "dev" in evaluation:
@@ -200,6 +208,8 @@ def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, da
     results = summarise({target: results})
     trainer.save_model()
     if args.should_save:
+        if ner.use_peft:
+            tagger.save_merged(args.output_dir)
         write_results(Path(args.output_dir), results)
     trainer.card_sections = card_sections(results, ner, trainer.estimator)
     finish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card
@@ -260,13 +270,26 @@ def build_tagger(ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrained
     )
     recipe = ner.recipe
     return CrossLingualTagger(
-        base,
+        _with_lora(ner, base),
         rtn,
         pad_token_id=tokenizer.pad_token_id,
         transform=recipe.transform,
         source_weight=recipe.weight,
         target_weight=recipe.weight,
         module_path=ner.rtn_module_path,
+    )
+
+
+def _with_lora(ner: NerArguments, base: PreTrainedModel) -> nn.Module:
+    """The base with the adapter that the settings ask for, if they do."""
+    if not ner.use_peft:
+        return base
+    return add_lora(
+        base,
+        r=ner.lora_r,
+        alpha=ner.lora_alpha,
+        dropout=ner.lora_dropout,
+        target_modules=ner.lora_target_modules,
     )
 
 
@@ -322,7 +345,8 @@ def _keep_source_schedule(args: MetaTrainingArguments, sentences: int) -> None:
 
 def run_settings(ner: NerArguments, args: MetaTrainingArguments, target: str) -> dict[str, Any]:
     """What a run is made with: the NER settings, the estimator, and the training arguments off their defaults."""
-    defaults = MetaTrainingArguments(output_dir=args.output_dir).to_dict()
+    here = {"use_configured_state": True}  # fresh arguments would start the launch anew, as one process
+    defaults = MetaTrainingArguments(output_dir=args.output_dir, accelerator_config=here).to_dict()
     found = {key: value for key, value in args.to_dict().items() if not key.startswith("_")}
     chosen = {key: value for key, value in found.items() if value != defaults.get(key) or key in ALWAYS_NAMED}
     return {**asdict(ner), "target_languages": [target], **chosen}

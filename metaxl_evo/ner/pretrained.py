@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
-from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -16,11 +17,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
+from metaxl_evo.models.adapters import ADAPTER
+from metaxl_evo.models.rtn import SUBFOLDER
 from metaxl_evo.ner.sources import HUB_TIMEOUT
 
 SYNTHETIC = "synthetic"
+ALL_LINEAR = "all-linear"
 
 
 def load_config(model: str) -> PretrainedConfig:
@@ -32,15 +38,20 @@ def load_config(model: str) -> PretrainedConfig:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         _require_reachable(model)
+    elif _is_adapter(folder):
+        raise ValueError(
+            f"model_name_or_path: {model} holds a peft adapter, not a model: give the output folder of its finished "
+            "run, or merge it (AutoPeftModelForTokenClassification.from_pretrained, merge_and_unload, save_pretrained)"
+        )
     elif not (folder / CONFIG_NAME).is_file():
-        inside = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_NAME}"))
+        inside = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_NAME}") if file.parent.name != SUBFOLDER)
         advice = (
             f"give one of its models: {', '.join(inside)}" if inside else "give a folder that save_pretrained wrote"
         )
         raise ValueError(f"model_name_or_path: {model} holds no {CONFIG_NAME}: {advice}")
     try:
         return AutoConfig.from_pretrained(folder if folder.is_dir() else model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the content of the file leads the library into any
         raise _unusable(model, error) from error
 
 
@@ -74,14 +85,80 @@ def load_classifier(
             "use a model without a head, or data with the same labels"
         )
     place = Path(model).expanduser() if Path(model).expanduser().is_dir() else model
+    if isinstance(place, Path) and not any(place.glob("*token*")) and not any(place.glob("*vocab*")):
+        raise ValueError(
+            f"model_name_or_path: {model} holds no tokenizer: save the model's own there, or give its Hub id"
+        )
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
-        base = AutoModelForTokenClassification.from_pretrained(place, dtype="float32", **labels, **kernel)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        base, found = AutoModelForTokenClassification.from_pretrained(
+            place, dtype="float32", output_loading_info=True, **labels, **kernel
+        )
+    except pickle.UnpicklingError as error:  # whose text advises to run what it refused
+        raise _unusable(model, ValueError("its pytorch_model.bin holds more than tensors")) from error
+    except Exception as error:  # the content of a file leads the library into any
         raise _unusable(model, error) from error
+    _require_whole(model, base, tokenizer, sorted(found["missing_keys"]), has_head=trained is not None)
     return base, tokenizer
+
+
+def _require_whole(
+    model: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, missing: list[str], *, has_head: bool
+) -> None:
+    """Refuse weights that are not all there, or not numbers, and a tokenizer of another vocabulary."""
+    lacking = [name for name in missing if has_head or name.startswith(f"{base.base_model_prefix}.")]
+    unfit = [name for name, parameter in base.named_parameters() if not parameter.isfinite().all()]
+    words = getattr(base.config, "vocab_size", len(tokenizer))
+    problem = ""
+    if lacking:
+        problem = f"lacks {len(lacking)} of its weights, such as {lacking[0]}"
+    elif tokenizer.pad_token_id is None:
+        problem = "has a tokenizer without a padding token"
+    elif unfit:
+        problem = f"has weights that are not finite, such as {unfit[0]}"
+    elif tokenizer.is_fast and len(tokenizer) > words:
+        problem = f"has {words} word embeddings for a tokenizer with a vocabulary of {len(tokenizer)}"
+    if problem:
+        raise ValueError(f"model_name_or_path: {model} {problem}: fetch or save it again, whole")
+
+
+def add_lora(
+    base: PreTrainedModel, *, r: int, alpha: int, dropout: float, target_modules: Sequence[str] | None
+) -> nn.Module:
+    """`base` with a LoRA adapter: the adapter and the classifier are trainable, all else is frozen.
+
+    Raises:
+        ValueError: for target modules that are not layers of the encoder, with those that are.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    layers = [name for name, layer in base.base_model.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
+    targets = list(DEFAULTS.get(base.config.model_type, []) if target_modules is None else target_modules)
+    everywhere = targets == [ALL_LINEAR]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
+    if not everywhere and (unknown or not targets):
+        wanted = f"{', '.join(unknown)} are no layers of" if unknown else "peft has no choice for"
+        there = ", ".join([ALL_LINEAR, *sorted({name.rpartition(".")[2] for name in layers})])
+        raise ValueError(f"lora_target_modules: {wanted} {type(base).__name__}: choose from {there}")
+    heads = [name for name, child in base.named_children() if child is not base.base_model]
+    config = LoraConfig(
+        task_type=TaskType.TOKEN_CLS,  # the classifier is trained and saved with the adapter
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=ALL_LINEAR if everywhere else targets,
+        exclude_modules=heads if everywhere else None,
+    )
+    return get_peft_model(base, config)
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, at its top or as a checkpoint of ours does, in place of a model."""
+    inside = (folder / ADAPTER / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).is_file()
+    return inside or (folder / ADAPTER_CONFIG_NAME).is_file()
 
 
 def _require_reachable(model: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -17,11 +17,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, LargeList, List, Value, g
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-from metaxl_evo.messages import unknown
+from metaxl_evo.messages import one_line, unknown
 
 SPLITS = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 TEXT_SUFFIXES = ("", ".txt", ".tsv", ".conll", ".iob2")
-HUB_TIMEOUT = 5.0  # seconds, tried twice at most; load_dataset alone retries an unreachable Hub for about 23
+HUB_TIMEOUT = 4.0  # seconds, tried twice at most; load_dataset alone retries an unreachable Hub for about 23
 LABEL = re.compile(r"O|[BI]-\S+")
 
 
@@ -72,10 +72,18 @@ def read_hub(dataset: str, languages: Sequence[str], splits: Sequence[str]) -> C
 def read_table(table: Dataset, where: str) -> Sentences:
     """Read the columns `tokens` and `ner_tags`, the latter of a `ClassLabel` or of strings."""
     if not {"tokens", "ner_tags"} <= set(table.column_names):
-        raise ValueError(f"{where} needs the columns tokens and ner_tags, but has {', '.join(table.column_names)}")
+        raise ValueError(
+            f"{where} needs the columns tokens and ner_tags, but has {', '.join(table.column_names) or 'none'}"
+        )
+    if not _is_text(_kind_of_items(table, "tokens")):
+        raise ValueError(f"{where}: tokens must be a list of strings for each sentence: split them into words")
     tokens, tags, declared = table["tokens"][:], table["ner_tags"][:], None
-    feature = table.features["ner_tags"]
-    kind = feature.feature if isinstance(feature, List | LargeList) else None
+    kind = _kind_of_items(table, "ner_tags")
+    if not (isinstance(kind, ClassLabel) or _is_text(kind)):
+        raise ValueError(f"{where}: ner_tags has no label names: make it a list of ClassLabel or of strings")
+    for number, row in enumerate(zip(tokens, tags, strict=True)):
+        if any(part is None or None in part for part in row):
+            raise ValueError(f"{where}: sentence {number} has a missing token or tag: repair the data")
     if isinstance(kind, ClassLabel):
         declared = kind.names
         names = dict(enumerate(declared))
@@ -83,12 +91,20 @@ def read_table(table: Dataset, where: str) -> Sentences:
             tags = [[names[tag] for tag in row] for row in tags]
         except KeyError as error:
             raise ValueError(f"{where}: label id {error} has no name among {', '.join(declared)}") from error
-    elif not (isinstance(kind, Value) and kind.dtype in ("string", "large_string")):
-        raise ValueError(f"{where}: ner_tags has no label names: make it a list of ClassLabel or of strings")
     for tag in declared or {tag for row in tags for tag in row}:
         if not LABEL.fullmatch(tag):
             raise ValueError(f"{where}: malformed tag {tag!r}: a tag is O, B-TYPE or I-TYPE")
     return Sentences(tokens, tags, declared)
+
+
+def _kind_of_items(table: Dataset, column: str) -> Any:
+    """The feature of a list's items; None where the column holds no lists."""
+    feature = table.features[column]
+    return feature.feature if isinstance(feature, List | LargeList) else None
+
+
+def _is_text(kind: Any) -> bool:
+    return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
@@ -115,7 +131,7 @@ def _read_parquet(path: Path) -> Dataset:
     try:
         return Dataset(pyarrow.parquet.read_table(path))  # Dataset.from_parquet would fill the user's cache folder
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: fetch it again ({_one_line(error)})") from error
+        raise ValueError(f"{path} is not a readable parquet file: fetch it again ({one_line(error)})") from error
 
 
 def _read_text(path: Path, language: str) -> Sentences:
@@ -134,6 +150,10 @@ def _read_text(path: Path, language: str) -> Sentences:
             tokens.append([])
             tags.append([])
             continue
+        if "\0" in line or "\r" in line.rstrip("\r"):
+            raise ValueError(
+                f"{path}:{number}: NUL bytes or old Mac line ends, not a text file of this system: convert it"
+            )
         token, *others = line.rstrip().split("\t" if "\t" in line else " ")
         tag = others[-1] if others else ""
         if not LABEL.fullmatch(tag):
@@ -179,7 +199,7 @@ def _load_configuration(dataset: str, language: str) -> DatasetDict:
     except RuntimeError as error:
         raise _clearer(dataset, error) from error
     except ValueError as error:
-        raise ValueError(f"cannot load language {language!r} of {dataset}: {_one_line(error)}") from error
+        raise ValueError(f"cannot load language {language!r} of {dataset}: {one_line(error)}") from error
     except OSError as error:
         raise ConnectionError(_unreachable_message(dataset, error)) from error
 
@@ -202,10 +222,6 @@ def _script_message(dataset: str) -> str:
 
 def _unreachable_message(dataset: str, error: Exception) -> str:
     return (
-        f"{dataset!r} is neither a folder nor a reachable Hub id ({type(error).__name__}: {_one_line(error)}): "
+        f"{dataset!r} is neither a folder nor a reachable Hub id ({type(error).__name__}: {one_line(error)}): "
         "use --dataset FOLDER, or HF_HUB_OFFLINE=1 with a filled cache"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

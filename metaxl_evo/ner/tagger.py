@@ -28,7 +28,7 @@ class CrossLingualTagger(BilevelModule):
     target rows.
 
     Args:
-        base: a Hugging Face token classifier.
+        base: a Hugging Face token classifier, also one that peft wraps (LoRA).
         meta: the RTN; its hooks are attached to `base` here.
         pad_token_id: for joining rows of different lengths.
         transform: False trains on untransformed source rows (joint training).
@@ -55,7 +55,7 @@ class CrossLingualTagger(BilevelModule):
         self.transform = transform
         self.source_weight, self.target_weight = source_weight, target_weight
         self.module_path = module_path
-        meta.attach(base, module_path)
+        meta.attach(self.plain_base, module_path)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         labelled = batch["labels"] != IGNORED  # (B, T)
@@ -77,7 +77,7 @@ class CrossLingualTagger(BilevelModule):
     def cut(self) -> Cut | None:
         if not self._has_plain_head or (self.transform and len(self.meta.layers) > 1):
             return None  # with several layers the loss behind the encoder reads meta parameters: their mixing weights
-        names = frozenset(f"classifier.{name}" for name, _ in self.base.get_submodule("classifier").named_parameters())
+        names = frozenset(name for name in self.base_parameters() if name.startswith("classifier."))
         return Cut(names, self._hidden, self._suffix_loss, self._untransformed if self._is_on_top else None)
 
     def reads_lam(self, batch: Batch) -> Batch:
@@ -88,10 +88,12 @@ class CrossLingualTagger(BilevelModule):
         return {**rows, TOTALS: totals_of(self, batch)}
 
     def lookups(self, batch: Batch) -> dict[str, Tensor]:
-        words = self.base.get_input_embeddings()
-        names = [name for name, parameter in self.base.named_parameters() if parameter is words.weight]
-        plain = type(words) is nn.Embedding and words.max_norm is None
-        return {names[0]: batch["input_ids"]} if plain and names else {}
+        words = self.plain_base.get_input_embeddings()
+        if type(words) is not nn.Embedding or words.max_norm is not None:
+            return {}
+        names = [name for name, parameter in self.plain_base.named_parameters() if parameter is words.weight]
+        rows: Tensor = batch["input_ids"]
+        return dict.fromkeys(names, rows)
 
     def join(self, batch: Batch, extra: Batch) -> Batch:
         joined = {}
@@ -115,13 +117,13 @@ class CrossLingualTagger(BilevelModule):
     @property
     def _has_plain_head(self) -> bool:
         """Whether the head is dropout and one linear layer, as in the BERT family."""
-        return all(isinstance(getattr(self.base, name, None), nn.Module) for name in ("dropout", "classifier"))
+        return all(isinstance(getattr(self.plain_base, name, None), nn.Module) for name in ("dropout", "classifier"))
 
     @property
     def _is_on_top(self) -> bool:
         """Whether the transform acts on the encoder's output itself; XLM-R XL has a norm behind its last layer."""
-        layers = encoder_layers(self.base, self.module_path)
-        alone = any([*owner.children()] == [layers] for owner in self.base.modules())
+        layers = encoder_layers(self.plain_base, self.module_path)
+        alone = any([*owner.children()] == [layers] for owner in self.plain_base.modules())
         return self.transform and alone and self.meta.layers == (len(layers),)
 
     def _rows(self, batch: Batch) -> tuple[Batch, Tensor | None]:
@@ -149,19 +151,19 @@ class CrossLingualTagger(BilevelModule):
     def _hidden(self, below: Tensor | None, batch: Batch) -> Tensor:
         """The encoder's output (B', T, H), the transform applied; `below` saves the encoder where it is on top."""
         if below is None:
-            return self._encode(batch, self.base.base_model).last_hidden_state
+            return self._encode(batch, self.plain_base.base_model).last_hidden_state
         with self.meta.active(batch["language"], attention_mask=batch["attention_mask"]):
             changed = self.meta.apply_route(below, 0)
         return below if changed is None else changed
 
     def _untransformed(self, batch: Batch) -> Tensor:
         """The encoder's output before a transform on top of it, (B, T, H)."""
-        return self.base.base_model(
+        return self.plain_base.base_model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).last_hidden_state
 
     def _suffix_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
-        return self._reduce(self.base.classifier(self.base.dropout(hidden)), batch)
+        return self._reduce(self.plain_base.classifier(self.plain_base.dropout(hidden)), batch)
 
     def _reduce(self, logits: Tensor, batch: Batch) -> Tensor:
         """The weighted sum of the two means, of logits (B', T, C)."""

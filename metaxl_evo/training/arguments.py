@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
 
 from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
-from metaxl_evo.messages import unknown
+from metaxl_evo.messages import one_line, unknown
+from metaxl_evo.training.launch import refuse_engines
 from metaxl_evo.training.sign_halving import SignHalving
 
 NO_ESTIMATOR = "none"
@@ -41,6 +45,7 @@ _NUMBERS = (
 )
 _BETAS = ("adam_beta1", "adam_beta2")
 _INTERVALS = ("logging_steps", "eval_steps", "save_steps")  # zero is judged, or replaced, by TrainingArguments
+_SEEDS = ("data_seed", "meta_seed")
 _COUNTS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -177,8 +182,10 @@ class MetaTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.estimator_kwargs = _mapping("estimator_kwargs", self.estimator_kwargs)
-        super().__post_init__()
+        self.lr_scheduler_kwargs = _mapping("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
         self._check_sizes()
+        refuse_engines(self)
+        super().__post_init__()
         if self.meta_order not in META_ORDERS:
             raise ValueError(unknown("meta_order", self.meta_order, META_ORDERS))
         if self.episode_reset not in EPISODE_RESETS:
@@ -193,6 +200,7 @@ class MetaTrainingArguments(TrainingArguments):
         if self.meta_seed is None:
             self.meta_seed = self.seed
         self.make_estimator()
+        self._try_out()
 
     def make_estimator(self) -> Estimator | None:
         """The configured estimator; None for `none`."""
@@ -206,10 +214,35 @@ class MetaTrainingArguments(TrainingArguments):
         except ValueError as error:
             raise ValueError(f"{error} (estimator_kwargs '{{}}' drops those of a config)") from None
 
+    def _try_out(self) -> None:
+        """Make what a library makes of the settings, for one number, so that it complains before data are read."""
+        weight = torch.nn.Parameter(torch.zeros(1))
+        if self.optimizer_class is None and self.optim_target_modules is None:
+            with _telling(self, "optim", "optim_args"):
+                cls, settings = Trainer.get_optimizer_cls_and_kwargs(self)
+                cls([weight], **settings)
+        with _telling(self, "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"):
+            optimizer = torch.optim.SGD([weight], lr=1.0)
+            own = _mapping("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
+            schedule = get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=own)
+            if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+                optimizer.step()
+                schedule.step()
+        with _telling(self, "report_to"):
+            for callback in get_reporting_integration_callbacks(self.report_to):
+                callback()
+        if self.torch_compile:
+            with _telling(self, "torch_compile_backend", "torch_compile_mode"):
+                torch.compile(
+                    torch.nn.Identity(), backend=self.torch_compile_backend or "inductor", mode=self.torch_compile_mode
+                )
+
     def _check_sizes(self) -> None:
         checks: list[tuple[str, bool, str]] = [
+            ("output_dir", bool(self.output_dir), "the name of a folder"),
             *((name, _is_number(getattr(self, name)), "a number of at least 0") for name in _NUMBERS),
-            *((name, _is_count(getattr(self, name)), "a whole number of at least 1") for name in _COUNTS),
+            *((name, _is_count(getattr(self, name)), "a whole number of at least 1, below 2**31") for name in _COUNTS),
+            *((name, _is_seed(getattr(self, name)), "a whole number of at least 0, below 2**32") for name in _SEEDS),
             (
                 "episode_length",
                 self.episode_length is None or _is_count(self.episode_length),
@@ -236,6 +269,20 @@ class MetaTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
 
 
+@contextmanager
+def _telling(args: TrainingArguments, *names: str) -> Iterator[None]:
+    """Turns whatever a library raises into one line with the settings that it was given."""
+    try:
+        yield
+    except Exception as error:
+        given = ", ".join(f"{name} {_plain(getattr(args, name))}" for name in names if getattr(args, name))
+        raise ValueError(f"{given}: cannot be used ({one_line(error)})") from error
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
@@ -249,7 +296,11 @@ def _is_beta(value: Any) -> bool:
 
 
 def _is_count(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+
+
+def _is_seed(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and 0 <= value < 2**32)
 
 
 def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -1,82 +1,314 @@
-"""Which checkpoint a run resumes from, and whether its files are whole: asked before training begins."""
+"""Checkpoints: complete when their manifest stands, resumed by the run that they are of, lost to no failed save."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import zipfile
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from metaxl_evo.training.trainer import META_STATE
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.models.bilevel_module import BilevelModule
+from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 
 logger = logging.getLogger(__name__)
 
+MANIFEST, META_STATE = "manifest.json", "meta_state.pt"
 LATEST = ("latest", "true")
 NEEDED = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, META_STATE)
+ADVICE = "resume from an earlier checkpoint, or start anew in another output_dir"
 
 
-def find_checkpoint(wanted: str | None, output_dir: str | Path) -> str | None:
-    """The checkpoint folder to resume from; None to start anew, which `latest` also does where there is no checkpoint.
+# Before training: which one
+
+
+def find_checkpoint(wanted: str | bool | None, output_dir: str | Path) -> str | None:
+    """The checkpoint folder to resume from, every file of it verified; None to start anew.
+
+    Args:
+        wanted: a checkpoint folder; `latest` for the newest complete one of `output_dir`, anew where there is none;
+            True for the newest, which must exist; None or False to start anew.
 
     Raises:
         ValueError: naming the file that is missing or damaged, and what to do.
     """
-    if wanted is None:
+    if wanted is None or wanted is False:
         return None
     if str(wanted).lower() not in LATEST:
-        if not Path(wanted).is_dir():
+        if not Path(str(wanted)).is_dir():
             raise ValueError(
                 f"resume_from_checkpoint: {wanted} is not a folder: give a checkpoint-N folder, or `latest`"
             )
-        require_whole(Path(wanted))
+        _require_resumable(Path(str(wanted)))
         return str(wanted)
-    return _newest_whole(Path(output_dir))
+    found = _newest_resumable(Path(output_dir))
+    if found is None and wanted is True:
+        raise ValueError(f"{output_dir} holds no complete checkpoint: leave resume_from_checkpoint out to start anew")
+    return found
 
 
-def _newest_whole(folder: Path) -> str | None:
-    """The newest complete checkpoint; newer ones that a crash left incomplete are named in the log and passed over."""
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    checkpoints.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    failures: list[ValueError] = []
-    for checkpoint in checkpoints:
+def _newest_resumable(folder: Path) -> str | None:
+    """The newest complete checkpoint; those whose save was cut off, or that are damaged, are named and passed over."""
+    damaged: list[ValueError] = []
+    for checkpoint in _checkpoints(folder):
         try:
-            require_whole(checkpoint)
+            _require_resumable(checkpoint)
         except ValueError as error:
             logger.warning("%s", error)
-            failures.append(error)
+            if (checkpoint / MANIFEST).exists():
+                damaged.append(error)
         else:
             return str(checkpoint)
-    if failures:
-        raise failures[0]
+    if damaged:  # a save that was cut off leaves nothing to lose, these did
+        raise damaged[0]
     return None
 
 
-def require_whole(checkpoint: Path) -> None:
-    """Look into every file of a checkpoint without loading it.
+def _require_resumable(checkpoint: Path) -> None:
+    processes = require_whole(checkpoint)["processes"]
+    ranks = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
+    for name in (*NEEDED, *ranks):
+        if not (checkpoint / name).is_file():
+            raise ValueError(f"{checkpoint / name} is missing (save_only_model writes none): {ADVICE}")
+
+
+def require_whole(checkpoint: Path) -> dict[str, Any]:
+    """Verify every file that the manifest lists; returns the manifest.
 
     Raises:
-        ValueError: for a file that is missing, truncated or not what its name says.
+        ValueError: for a save that was cut off, or a file that is missing or not what was written.
     """
-    advice = "resume from an earlier checkpoint, or start anew in another output_dir"
-    for name in NEEDED:
-        if not (checkpoint / name).is_file():
-            raise ValueError(f"{checkpoint / name} is missing (a save that was cut off, or save_only_model): {advice}")
+    manifest = _read_manifest(checkpoint)
+    for name, written in manifest["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, though the save was complete: {ADVICE}")
+        if file.stat().st_size != written["size"]:
+            raise _damaged(file, f"{file.stat().st_size} bytes where {written['size']} were written")
+        if _sha256(file) != written["sha256"]:
+            raise _damaged(file, f"its SHA-256 is not that of {MANIFEST}")
+    return manifest
+
+
+def require_same(checkpoint: str | Path, made_by: Mapping[str, Any], processes: int) -> None:
+    """Refuse the checkpoint of another run; another number of processes is a warning, since all but the bits go on.
+
+    Args:
+        made_by: `made_by` of the run that resumes.
+
+    Raises:
+        ValueError: saying what differs.
+    """
+    manifest = _read_manifest(Path(checkpoint))
+    then = manifest["made_by"]
+    differences = [
+        f"{what} ({_short(then.get(what))} there, {_short(made_by.get(what))} here)"
+        for what in dict.fromkeys([*made_by, *then])
+        if then.get(what) != made_by.get(what)
+    ]
+    if differences:
+        raise ValueError(
+            f"{checkpoint} was made with another {', '.join(differences)}: give the settings of that run, or start "
+            "anew in another output_dir"
+        )
+    if manifest["processes"] != processes:
+        logger.warning(
+            "%s is of a run on %d process(es), this one has %d: it goes on, but not bit by bit as it would have",
+            *(checkpoint, manifest["processes"], processes),
+        )
+
+
+def made_by(model: BilevelModule, args: MetaTrainingArguments) -> dict[str, Any]:
+    """What makes a run the one that a checkpoint belongs to, as plain JSON values."""
+    estimator = args.make_estimator()
+    labels = getattr(getattr(model.base, "config", None), "id2label", None) or {}
+    return {
+        "estimator": NO_ESTIMATOR if estimator is None else repr(estimator),
+        "meta_optim": None if estimator is None else args.meta_optim,
+        "optimiser": args.optimizer_class or str(getattr(args.optim, "value", args.optim)),
+        "episode_length": args.episode_length,
+        "episode_reset": args.episode_reset,
+        "task": type(model).__name__,
+        "base model": type(model.base).__name__,
+        "labels": [labels[number] for number in sorted(labels)],
+        "base parameters": _shapes(model.base_parameters()),
+        "meta parameters": _shapes(model.meta_parameters()),
+    }
+
+
+def require_writable(folder: str | Path) -> None:
+    """Refuse a folder, made where there is none, in which no file can be written.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"a byte, for a disk that is full")
+    except OSError as error:
+        raise ValueError(f"output_dir: {folder} cannot be written ({_reason(error)}): choose another one") from error
+
+
+# Saving
+
+
+class SaveFailed(OSError):
+    """A save that failed; the message says what is intact."""
+
+
+@contextmanager
+def saving(folder: str | Path) -> Iterator[None]:
+    """Around the writing of a folder.
+
+    Raises:
+        SaveFailed: one line for what the operating system, torch's writer or that of safetensors raised.
+    """
+    folder = Path(folder)
+    try:
+        yield
+    except SaveFailed:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        others = [one for one in (*_checkpoints(folder), *_checkpoints(folder.parent)) if one != folder]
+        intact = next((one for one in others if (one / MANIFEST).is_file()), None)
+        kept = "there is no earlier checkpoint" if intact is None else f"{intact} is intact"
+        free = shutil.disk_usage(next(one for one in (folder, *folder.absolute().parents) if one.exists())).free
+        raise SaveFailed(
+            f"{folder} could not be written ({_reason(error)}; {free >> 20} MiB are free): {kept}; mend that, then "
+            "set resume_from_checkpoint: latest"
+        ) from error
+
+
+def unseal(checkpoint: Path) -> None:
+    """Before a folder is written over: it is not complete any more."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+
+
+def seal(checkpoint: Path, made_by: Mapping[str, Any], processes: int) -> None:
+    """Complete a checkpoint: the manifest of all its files, which are on the disk before it is."""
+    unseal(checkpoint)
+    files = {}
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        try:
-            _look_into(file)
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{file} is damaged or truncated ({type(error).__name__}): {advice}") from error
+        files[file.relative_to(checkpoint).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file, True)}
+    content = {"made_by": dict(made_by), "processes": processes, "files": files}
+    draft = checkpoint / f"{MANIFEST}.tmp"
+    with draft.open("w", encoding="utf-8") as out:
+        json.dump(content | {"sha256": _sha256_of(content)}, out, indent=2)
+        out.flush()
+        os.fsync(out.fileno())
+    draft.replace(checkpoint / MANIFEST)
 
 
-def _look_into(file: Path) -> None:
-    if file.suffix == ".json":
-        json.loads(file.read_text(encoding="utf-8"))
-    elif file.suffix == ".safetensors":
-        with safe_open(file, framework="pt"):
-            pass
-    elif file.suffix in (".pt", ".pth"):
-        with zipfile.ZipFile(file):  # whose table of contents is at the end
-            pass
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Delete checkpoints beyond `limit`, incomplete ones before old ones, never the newest nor the best."""
+    if not limit or limit < 0:
+        return
+    kept = {newest, Path(best or newest)}
+    others = [one for one in _checkpoints(newest.parent) if one not in kept]
+    others.sort(key=lambda one: (one / MANIFEST).is_file(), reverse=True)
+    for old in others[max(limit - len(kept), 0) :]:
+        with suppress(OSError):
+            unseal(old)  # first, lest a half deleted one passes for complete
+        shutil.rmtree(old, ignore_errors=True)
+
+
+# Loading
+
+
+@contextmanager
+def loading(checkpoint: str | Path) -> Iterator[None]:
+    """Around the loading of a checkpoint's states, of which none may be code.
+
+    Raises:
+        ValueError: one line that names the file that cannot be read, or says why the states do not fit.
+    """
+    try:
+        yield
+    except Exception as error:
+        for file in sorted(Path(checkpoint).glob("*.pt*")):
+            read_tensors(file)
+        raise ValueError(f"{checkpoint} does not fit this run ({_reason(error)}): {ADVICE}") from error
+
+
+def read_tensors(file: Path) -> Any:
+    """What a file of tensors and plain values holds, on the CPU; no code of a pickle is run.
+
+    Raises:
+        ValueError: for a file that is damaged, or holds anything else.
+    """
+    try:
+        with safe_globals():  # the containers of numpy's random state
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch each have their own kind
+        raise ValueError(
+            f"{file} cannot be read, or holds more than tensors and plain values ({type(error).__name__}): {ADVICE}"
+        ) from error
+
+
+# The manifest
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    file = checkpoint / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"{checkpoint} has no {MANIFEST} (a save that was cut off): {ADVICE}")
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        digest = manifest.pop("sha256")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise _damaged(file, type(error).__name__) from error
+    if digest != _sha256_of(manifest):
+        raise _damaged(file, "its own SHA-256 is another")
+    return manifest
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders there, the newest first."""
+    found = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return sorted((path for path in found if found[path].isdigit()), key=lambda path: int(found[path]), reverse=True)
+
+
+def _sha256(file: Path, sync: bool = False) -> str:
+    with file.open("rb") as opened:
+        if sync:
+            os.fsync(opened.fileno())
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _sha256_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _shapes(leaves: Tree) -> str:
+    """`3 tensors of 17 numbers (1a2b3c4d)`; the digest is of their names and shapes."""
+    shapes: dict[str, Sequence[int]] = {name: list(leaf.shape) for name, leaf in leaves.items()}
+    size = sum(leaf.numel() for leaf in leaves.values())
+    return f"{len(leaves)} tensors of {size} numbers ({_sha256_of(shapes)[:8]})"
+
+
+def _damaged(file: Path, how: str) -> ValueError:
+    return ValueError(f"{file} is damaged or truncated ({how}): {ADVICE}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        value = f"{len(value)}: {', '.join(map(str, value))}"
+    return text if len(text := str(value)) <= 300 else f"{text[:297]}..."
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, or its kind where it says nothing."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

@@ -13,24 +13,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-from metaxl_evo.messages import unknown
+from metaxl_evo.messages import one_line, unknown
 
 SUFFIXES = (".yaml", ".yml", ".json")
+DEEPEST, MOST = 50, 10_000  # what a settings file may nest, and the values of one entry
+Settings = TypeVar("Settings")
+Result = TypeVar("Result")
 
 
 class SettingsError(SystemExit, ValueError):
-    """Bad settings. Code may catch it as a ValueError; uncaught, it ends a script with its one line, no traceback."""
+    """Bad input. Code may catch it as a ValueError; uncaught, it ends a script with its one line, no traceback."""
 
 
 def parse_arguments(types: tuple[type, ...], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -47,7 +51,56 @@ def parse_arguments(types: tuple[type, ...], argv: Sequence[str] | None = None) 
     settings = parser.settings(tokens, given, places={key: entry.place for key, entry in entries.items()})
     for key, overrides in dotted.items():
         settings[key] = _merged(key, settings.get(key, parser.fields[key].default), overrides)
-    return parser.parse_dict(settings)
+    return tuple(
+        make_settings(one, {name: settings[name] for name in settings if name in _names(one)}) for one in types
+    )
+
+
+def make_settings(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """An instance of a settings dataclass, whose own check may be a library's.
+
+    Raises:
+        ValueError: whatever the check raised, as one line that names the settings to blame.
+    """
+    try:
+        return cls(**values)
+    except Exception as error:
+        text = one_line(error)
+        if isinstance(error, ValueError) and any(name in text for name in values):
+            raise
+        blamed = ", ".join(_blamed(cls, values, error)) or cls.__name__
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise SettingsError(f"{blamed}: cannot be used ({kind}{text})") from error
+
+
+def ends_with_one_line(main: Callable[[Sequence[str] | None], Result]) -> Callable[..., Result]:
+    """Decorates the `main` of a script: bad input ends it with one line, whether it is run or called."""
+
+    @functools.wraps(main)
+    def ended(argv: Sequence[str] | None = None) -> Result:
+        try:
+            return main(argv)
+        except (ValueError, OSError, FloatingPointError) as error:
+            raise SettingsError(f"error: {one_line(error)}") from error
+
+    return ended
+
+
+def _blamed(cls: type, values: Mapping[str, Any], error: Exception) -> list[str]:
+    """The settings without which this error does not come."""
+
+    def is_needed(name: str) -> bool:
+        try:
+            cls(**{other: value for other, value in values.items() if other != name})
+        except Exception as other:
+            return (type(other), str(other)) != (type(error), str(error))
+        return True
+
+    return [name for name in values if is_needed(name)]
+
+
+def _names(cls: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls) if field.init}
 
 
 # --- the parser ------------------------------------------------------------------------------------------------------
@@ -266,6 +319,10 @@ class _Entry:
     def tokens(self, key: str, field: _Field) -> Iterator[str]:
         """The command-line token that says the same; none for null, which leaves the default."""
         node = self.node
+        try:
+            _refuse_unfolding(node)
+        except yaml.YAMLError as error:
+            raise _unreadable(self.file, error) from None
         if node.tag == _NULL:
             return
         if isinstance(node, yaml.ScalarNode):
@@ -289,6 +346,8 @@ class _Entry:
             return _Loader("").construct_document(node)
         except yaml.YAMLError as error:
             raise _unreadable(self.file, error) from None
+        except ValueError as error:  # !!int x
+            raise SettingsError(f"{self.place}: cannot be read: {one_line(error)}") from None
 
 
 def read_config(file: Path) -> dict[str, _Entry]:
@@ -296,24 +355,28 @@ def read_config(file: Path) -> dict[str, _Entry]:
     if file.suffix not in SUFFIXES:
         raise SettingsError(f"--config {file}: expected a file that ends in {', '.join(SUFFIXES)}")
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise IsADirectoryError("it is not a file")
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         present = sorted(other.name for other in file.parent.glob("*") if other.suffix in SUFFIXES)
         raise SettingsError(
             f"--config {file}: {unknown('file', file.name, present) if present else 'no such file'}"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise SettingsError(f"--config {file}: cannot be read as UTF-8 text ({error})") from None
     try:
         # JSON is YAML's flow style, but for tabs between its tokens.
         root = yaml.compose(text.expandtabs(1) if file.suffix == ".json" else text, Loader=_Loader)
         if root is None:
             return {}
-        if not isinstance(root, yaml.MappingNode):
+        if not (isinstance(root, yaml.MappingNode) and all(isinstance(key, yaml.ScalarNode) for key, _ in root.value)):
             raise SettingsError(f"{_place(file, root)}: expected 'key: value' lines at the top level")
         _refuse_duplicates(root)
     except yaml.YAMLError as error:
         raise _unreadable(file, error) from None
+    except RecursionError:
+        raise SettingsError(f"{file}: cannot be read: it is nested more than {DEEPEST} deep") from None
     return {str(key.value): _Entry(value, file) for key, value in root.value}
 
 
@@ -326,6 +389,32 @@ def _unreadable(file: Path, error: yaml.YAMLError) -> SettingsError:
     line = f":{mark.line + 1}" if mark is not None else ""
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
     return SettingsError(f"{file}{line}: cannot be read: {' '.join(str(problem).split())}")
+
+
+def _refuse_unfolding(node: yaml.Node) -> None:
+    """Refuse what only YAML can say: types of its own, and anchors that unfold without end."""
+    for number, (inner, depth) in enumerate(_unfolded(node)):
+        if depth > DEEPEST:
+            problem = f"it is nested more than {DEEPEST} deep, or in itself"
+        elif number > MOST:
+            problem = f"its anchors unfold to more than {MOST} values"
+        elif inner.tag not in _PLAIN:
+            problem = f"a value of the type {inner.tag!r} is none that JSON has"
+        else:
+            continue
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=inner.start_mark)
+
+
+def _unfolded(node: yaml.Node) -> Iterator[tuple[yaml.Node, int]]:
+    """The nodes with every anchor in its places, and how deep each is."""
+    waiting = [(node, 0)]
+    while waiting:
+        inner, depth = waiting.pop()
+        yield inner, depth
+        if isinstance(inner, yaml.SequenceNode):
+            waiting += [(item, depth + 1) for item in inner.value]
+        elif isinstance(inner, yaml.MappingNode):
+            waiting += [(item, depth + 1) for pair in inner.value for item in pair]
 
 
 def _refuse_duplicates(node: yaml.MappingNode) -> None:
@@ -349,6 +438,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+_PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
 _NULL = "tag:yaml.org,2002:null"
 _RESOLVED = {
     "null": r"~|null|Null|NULL|",

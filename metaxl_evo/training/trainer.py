@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
+import shutil
 import sys
 import warnings
 from collections import defaultdict
@@ -17,21 +19,37 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, get_scheduler
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext, devices_of, mix_seed
 from metaxl_evo.bilevel.problem import BilevelProblem, Hypergradient, InnerStep, StepMade, estimate, hypergradient
+from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, Windowed, from_optimizer
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule
 from metaxl_evo.training.arguments import MetaTrainingArguments, optimizer_class
+from metaxl_evo.training.checkpoint import (
+    META_STATE,
+    find_checkpoint,
+    loading,
+    made_by,
+    read_tensors,
+    require_same,
+    require_whole,
+    require_writable,
+    rotate,
+    saving,
+    seal,
+    unseal,
+)
 from metaxl_evo.training.diagnostics import Diagnostics
 from metaxl_evo.training.episodes import Episodes
+from metaxl_evo.training.launch import refuse_launch
 from metaxl_evo.training.meta_rows import MetaRows
+from metaxl_evo.training.synchrony import require_synchrony, synchronise
 
 logger = logging.getLogger(__name__)
-
-META_STATE = "meta_state.pt"
 
 
 class MetaTrainer(Trainer):
@@ -65,7 +83,7 @@ class MetaTrainer(Trainer):
         **kwargs: Any,
     ):
         self.estimator: Estimator | None = args.make_estimator()
-        _refuse_launch(args, self.estimator)
+        refuse_launch(args, model, self.estimator)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(f"{type(model).__name__} has its own losses: leave out compute_loss_func")
         if self.estimator is not None:
@@ -82,7 +100,11 @@ class MetaTrainer(Trainer):
                 model.base_parameters(),
                 model.meta_parameters(),
             )
+        if args.should_save:
+            require_writable(args.output_dir)
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), _MetaSteps(self)], **kwargs)
+        if self.accelerator.num_processes > 1:
+            synchronise(self.model)
         self.loss_is_scaled_for_ga = True  # the module divides by the totals of the window
         if args.label_names is None:
             self.label_names = ["labels"]
@@ -92,6 +114,7 @@ class MetaTrainer(Trainer):
         self.meta_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         self.card_sections: list[str] = []
         self._window: tuple[list[Batch], list[Batch]] = ([], [])
+        self._window_rows: tree.Tree | None = None  # of the embeddings, as far as the window touches them
         self._window_is_new, self._micro_batch = False, 0
         self.episodes = self._make_episodes()
         self.diagnostics: Diagnostics | None = None
@@ -105,6 +128,25 @@ class MetaTrainer(Trainer):
         self._skipped_in_a_row = 0
         self.skipped_meta_steps = 0
         self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As the Trainer's, from a checkpoint that is complete and of this run.
+
+        Args:
+            resume_from_checkpoint: as for `find_checkpoint`: a folder, `latest`, or True for the newest one.
+
+        Raises:
+            ValueError: before anything is trained, saying what is wrong with the checkpoint.
+        """
+        checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        if checkpoint is not None:
+            require_same(checkpoint, made_by(self.model, self.args), self.args.world_size)
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     # ---- the two levels' optimisers
 
@@ -161,15 +203,17 @@ class MetaTrainer(Trainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         judged: list[Batch] = []
         if self.meta_rows is not None:
-            for index, batch in enumerate(batches):
-                train_rows, meta_rows = next(self.meta_rows)
+            for index, (train_rows, meta_rows) in enumerate(self.meta_rows.draw(len(batches))):
                 if train_rows:
-                    batches[index] = self.model.join(batch, self._collate(train_rows))
+                    batches[index] = self.model.join(batches[index], self._collate(train_rows))
                 if meta_rows:
                     judged.append(self._collate(meta_rows))
-        for window in (batches, judged):
-            self._set_totals(window)
+        if batches:
+            keys = tuple(self.model.counts(batches[0]))
+            for window in (batches, judged):
+                self._set_totals(window, keys)
         self._window, self._window_is_new = (batches, judged), True
+        self._window_rows = None
         return batches, items
 
     def _make_meta_rows(self) -> MetaRows | None:
@@ -191,16 +235,14 @@ class MetaTrainer(Trainer):
     def _collate(self, rows: list[Any]) -> Batch:
         return self._prepare_inputs(self.data_collator(rows))
 
-    def _set_totals(self, window: list[Batch]) -> None:
-        """Sum the counts over the window and the ranks and hand them to every micro-batch."""
-        if not window:
-            return
+    def _set_totals(self, window: list[Batch], keys: tuple[str, ...]) -> None:
+        """Sum the counts over the window and the ranks and hand them to every micro-batch; a rank may have none."""
         counts = [self.model.counts(batch) for batch in window]
-        totals = torch.tensor([sum(count[key] for count in counts) for key in counts[0]], device=self.args.device)
+        totals = torch.tensor([sum(count[key] for count in counts) for key in keys], device=self.args.device)
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
         for batch in window:
-            batch[TOTALS] = dict(zip(counts[0], totals.unbind(), strict=True))
+            batch[TOTALS] = dict(zip(keys, totals.unbind(), strict=True))
 
     # ---- the base step
 
@@ -382,7 +424,9 @@ class MetaTrainer(Trainer):
 
     def _problem(self, rule: UpdateRule, rows: tree.Tree | None = None) -> BilevelProblem:
         problem = self.model.problem(rule, dropout=self.args.meta_dropout, rows=rows)
-        return replace(problem, second_order=problem.second_order and not self.args.torch_compile)
+        processes = Processes(self.args.process_index, self.args.world_size)
+        second_order = problem.second_order and not self.args.torch_compile
+        return replace(problem, second_order=second_order, processes=processes)
 
     def _new_passes(self, problem: BilevelProblem) -> PassContext:
         devices = devices_of(self.model.base_parameters(), self.model.meta_parameters())
@@ -393,11 +437,20 @@ class MetaTrainer(Trainer):
         return mix_seed(_meta_seed(self.args), 1, self.state.global_step)
 
     def _touched_rows(self) -> tree.Tree:
-        """The embedding rows that the current window reads; none are left out where weights outlive the step."""
+        """The embedding rows that the current window reads, on any process; all where weights outlive the step."""
         assert self.estimator is not None
         if self.estimator.remembers not in ("nothing", "meta"):
             return {}
-        return self.model.touched_rows([batch for window in self._window for batch in window])
+        if self._window_rows is None:
+            touched = self.model.touched_rows([batch for window in self._window for batch in window])
+            self._window_rows = {name: self._on_all_processes(rows) for name, rows in touched.items()}
+        return self._window_rows
+
+    def _on_all_processes(self, rows: Tensor) -> Tensor:
+        """The sorted row numbers that any process has; they are padded to one length by row 0, which all have."""
+        if self.accelerator.num_processes == 1:
+            return rows
+        return self.accelerator.gather(self.accelerator.pad_across_processes(rows, pad_index=0)).unique()
 
     def _apply(self, result: Hypergradient) -> None:
         assert self.meta_optimizer is not None
@@ -495,17 +548,44 @@ class MetaTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        self.model.save_pretrained(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        torch.save(self.args, Path(folder) / "training_args.bin")
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        with saving(folder):
+            self.model.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's, completed by a manifest, before which no older one is deleted and nothing is pushed."""
+        args, folder = self.args, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with saving(folder):
+            if args.should_save:
+                unseal(folder)
+            self.accelerator.wait_for_everyone()  # until then no rank writes
+            self.args = copy.copy(args)
+            self.args.save_total_limit, self.args.push_to_hub = None, False
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args = args
+            self.accelerator.wait_for_everyone()  # every rank's random state is there
+            if args.should_save:
+                torch.save(args, folder / TRAINING_ARGS_NAME)
+                seal(folder, made_by(self.model, args), args.world_size)
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if args.should_save:
+            rotate(folder, args.save_total_limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.load_pretrained(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
+        try:
+            require_whole(Path(self.state.best_model_checkpoint))
+        except ValueError as error:
+            raise ValueError(f"{error}, or end with the last weights (load_best_model_at_end: false)") from error
         self.model.load_pretrained(self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -514,23 +594,24 @@ class MetaTrainer(Trainer):
             torch.save(self._meta_state(), Path(output_dir) / META_STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        file = Path(checkpoint) / META_STATE
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a truncated file raises one of several kinds
-            raise ValueError(
-                f"{file} cannot be read ({type(error).__name__}): resume from an earlier checkpoint"
-            ) from error
-        for name, holder in self._stateful().items():
-            if name not in saved:
-                raise ValueError(f"{file} has no {name}: it was written by a run without one, start a new run instead")
-            holder.load_state_dict(saved[name])
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            saved = read_tensors(Path(checkpoint) / META_STATE)
+            for name, holder in self._stateful().items():
+                holder.load_state_dict(saved[name])
+            self.skipped_meta_steps, self._skipped_in_a_row = saved["skipped"]
         if self.episodes is not None:
             self.episodes.to(self.args.device)
-        self.skipped_meta_steps, self._skipped_in_a_row = saved["skipped"]
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """None is ever saved: fp16 is refused."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with loading(checkpoint):
+                super()._load_rng_state(checkpoint)
 
     def _stateful(self) -> dict[str, Any]:
         held = {
@@ -578,7 +659,9 @@ class MetaTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero():
-            self.model.save_meta(self.args.output_dir)  # the Trainer copies only the file names it knows
+            for part in Path(checkpoint_folder).iterdir():
+                if part.is_dir():  # the meta network or an adapter; the Trainer copies only the file names it knows
+                    shutil.copytree(part, Path(str(self.args.output_dir)) / part.name, dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
 
@@ -587,6 +670,16 @@ class _MetaSteps(TrainerCallback):
 
     def __init__(self, trainer: MetaTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._require_synchrony("before the first step")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._require_synchrony(f"after step {state.global_step}")
+
+    def _require_synchrony(self, when: str) -> None:
+        if self.trainer.accelerator.num_processes > 1:
+            require_synchrony(self.trainer.model, when)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.model.tuned_optimizer:
@@ -606,35 +699,6 @@ class _MetaSteps(TrainerCallback):
             ):  # torch warns where the first meta steps are skipped, at a zero learning rate
                 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
                 self.trainer.meta_scheduler.step()
-
-
-def _refuse_launch(args: MetaTrainingArguments, estimator: Estimator | None) -> None:
-    """Refuse what would be silently wrong, with the way out."""
-    refused = {
-        "fsdp": (bool(args.fsdp), "parameters are sharded; train with DDP or on one device"),
-        "deepspeed": (bool(args.deepspeed), "its engine owns the backward; train with DDP or on one device"),
-        "fp16": (args.fp16, "its scaler is shared between optimisers; use bf16 or float32"),
-        "DataParallel": (
-            args.n_gpu > 1,
-            "replicas lose the hooks; start with accelerate launch, or set CUDA_VISIBLE_DEVICES",
-        ),
-    }
-    for what, (asked, reason) in refused.items():
-        if asked:
-            raise ValueError(f"MetaTrainer does not run with {what}: {reason}")
-    if estimator is None:
-        return
-    if args.world_size > 1:
-        raise ValueError(
-            f"meta steps on {args.world_size} processes are not supported yet: launch one process "
-            "(--num_processes 1), or use gradient_accumulation_steps for larger batches"
-        )
-    for field in ("activation_checkpointing", "gradient_checkpointing", "torch_compile"):
-        if getattr(args, field, False) and (estimator.second_order or estimator.needs_forward_ad):
-            raise ValueError(
-                f"estimator {args.estimator!r} ({estimator}) differentiates twice, which {field} does not allow: "
-                "set the engine to finite_difference or use evograd"
-            )
 
 
 def _tuned(rule: UpdateRule, model: BilevelModule) -> UpdateRule:

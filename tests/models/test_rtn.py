@@ -271,7 +271,7 @@ def test_several_layers_by_replicated_rows(batch: dict[str, Tensor]) -> None:
 
 def test_each_language_has_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Tensor] = []
-    monkeypatch.setattr(rtn, "stop_gradient", lambda x: calls.append(x) or x.detach())
+    monkeypatch.setattr(rtn, "stop_gradient", lambda x, key: calls.append(x) or x.detach())
     transform = tiny_transform(languages=["en", "de", "ru"])
     hidden = hidden_states(4)
     out = transform.transform(hidden, 0, torch.tensor([2, 0, 2, 0]))
@@ -284,13 +284,13 @@ def test_each_language_has_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hook_stops_the_gradient_once_on_the_transformed_rows(
     batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[Tensor] = []
-    monkeypatch.setattr(rtn, "stop_gradient", lambda x: calls.append(x) or x.detach())
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(rtn, "stop_gradient", lambda x, key: calls.append((len(x), key)) or x.detach())
     model, transform = tiny_model(), tiny_transform(layers=[1, 2, 3], languages=["en", "de"])
     transform.attach(model)
     with transform.active([0, -1, 1, 1], [0, 0, 0, 2]):
         model(**batch)
-    assert [len(rows) for rows in calls] == [2, 1]
+    assert calls == [(2, 0), (1, 2)]  # rows, and the index of the layer as key
 
 
 class TupleLayer(nn.Module):

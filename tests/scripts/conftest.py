@@ -1,12 +1,18 @@
-"""The data and the model of the scripts' tests, made once."""
+"""The data and the model of the scripts' tests, made once, and what a refused run leaves undone."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.scripts.runs import train, write_data, write_model
+from metaxl_evo.training.trainer import MetaTrainer
+from scripts.train_ner import main
+from tests.scripts.refusals import assert_refused
+from tests.scripts.runs import TINY, argv, train, write_data, write_model
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +31,35 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path, model: Path) -
     folder = tmp_path_factory.mktemp("trained") / "run"
     train(model, data, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, data: Path, model: Path) -> Path:
+    """An output folder with one checkpoint, of a run that did not come to its end."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    train(model, data, folder, save_strategy="steps", save_steps=2, max_steps=2)
+    for path in folder.iterdir():
+        if not path.name.startswith("checkpoint"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
+
+
+@pytest.fixture
+def no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes a training step fails."""
+
+    def training_step(self: MetaTrainer, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a training step was made")
+
+    monkeypatch.setattr(MetaTrainer, "training_step", training_step)
+
+
+@pytest.fixture
+def refused(no_step: None) -> Callable[..., None]:
+    """Asserts that a tiny run is refused by one line that matches, without a step or a change to its folder."""
+
+    def check(message: str, model: Path, data: Path, output: Path, *options: str, **settings: Any) -> None:
+        places = {"model_name_or_path": model, "dataset": data, "output_dir": output}
+        assert_refused(main, [*argv(places | TINY | settings), *options], message, output)
+
+    return check

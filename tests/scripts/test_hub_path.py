@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from safetensors import safe_open
 from transformers import XLMRobertaForMaskedLM
 
+from metaxl_evo.ner.pretrained import load_classifier
 from metaxl_evo.ner.synthetic import SyntheticFamily, build_tagger
+from tests.attack import WRAPS
 from tests.hub_cache import NAMES, REPOSITORY, Sentence, prepare_dataset_cache, prepare_model_cache, run_in_home
 from tests.scripts.runs import FAMILY
 
@@ -96,4 +99,25 @@ def test_what_is_not_in_the_cache_is_said_in_one_line(home: Path, tmp_path: Path
     last = finished.stderr.splitlines()[-1]
     assert last.startswith(f"error: model_name_or_path: '{MODEL}' cannot be loaded")
     assert last.endswith("HF_HUB_OFFLINE=1 with a filled cache")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_code_is_run_from_the_weights_of_the_hub(home: Path, tmp_path: Path) -> None:
+    """A snapshot whose only weights are a pickle with code, in both of torch's formats, and what a script says."""
+    attacked, mark = tmp_path / "home", tmp_path / "attacked"
+    shutil.copytree(home, attacked)
+    (weights,) = attacked.rglob("model.safetensors")
+    weights.unlink()
+    for wrap in WRAPS:
+        wrap(weights.with_name("pytorch_model.bin"), mark)
+        with pytest.raises(ValueError, match=r"pytorch_model.bin holds more than tensors\): give the folder"):
+            load_classifier(str(weights.parent), NAMES)
+        assert not mark.exists()
+    config = str(REPOSITORY / "configs/ner/metaxl_one_step.yaml")
+    finished = run("train_ner.py", attacked, "--config", config, output_dir=tmp_path / "out", **SMALLER)
+    assert finished.returncode == 1
+    last = finished.stderr.splitlines()[-1]
+    assert last.startswith(f"error: model_name_or_path: '{MODEL}' cannot be loaded")
+    assert "its pytorch_model.bin holds more than tensors" in last
+    assert not mark.exists()
     assert not (tmp_path / "out").exists()

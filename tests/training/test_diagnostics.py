@@ -29,9 +29,9 @@ from metaxl_evo.training.diagnostics import (
 from metaxl_evo.training.sign_halving import SignHalving
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.estimators.problems import quadratic
-from tests.training.test_trainer import ORDERS, ByHand, final_state, minus, recorded_run, same
+from tests.training.test_trainer import ORDERS, ByHand, minus, recorded_run, same
 from tests.training.test_tuned_optimizer import trainer_of
-from tests.training.tiny import PAD, logged, tiny_tagger, tiny_trainer
+from tests.training.tiny import PAD, final_state, logged, tiny_tagger, tiny_trainer
 
 NUMBERS = ("meta_cosine_to_exact", "meta_norm_by_exact")
 

@@ -23,7 +23,6 @@ from tests.training.tiny import (
     base_weights,
     close,
     different,
-    final_state,
     logged,
     meta_weights,
     minus,
@@ -120,10 +119,14 @@ class Watch(TrainerCallback):
         return {"w": base_weights(self.trainer), "lam": meta_weights(self.trainer)}
 
 
-def trainer_of(folder: Path, watch: Watch | None = None, **fields: Any) -> MetaTrainer:
+def trainer_of(
+    folder: Path, watch: Watch | None = None, *, dropout: float = 0.0, train_rows: int = 20, **fields: Any
+) -> MetaTrainer:
     """SGD with momentum, 4 + 9 rows a step, the meta parameters moved by minus the hypergradient."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    if dropout:
+        base.append(nn.Dropout(dropout))
     settings: dict[str, Any] = {
         "optim": "sgd",
         "optim_args": "momentum=0.5",
@@ -139,7 +142,7 @@ def trainer_of(folder: Path, watch: Watch | None = None, **fields: Any) -> MetaT
     trainer = MetaTrainer(
         Weighting(base, nn.Linear(3, 1).double()),
         tiny_arguments(folder, **settings | fields),
-        train_dataset=rows(20, 1),
+        train_dataset=rows(train_rows, 1),
         meta_dataset=rows(9, 2),
         data_collator=stack,
         callbacks=[] if watch is None else [watch],
@@ -474,77 +477,3 @@ def test_what_could_not_answer_or_not_be_resumed_is_refused(
 )
 def test_what_can_be_resumed_is_not_refused(tmp_path: Path, name: str, fields: dict[str, Any]) -> None:
     trainer_of(tmp_path, estimator=name, **fields)
-
-
-# Resume
-
-
-def run(folder: Path, resume: Path | None = None, **fields: Any) -> MetaTrainer:
-    trainer = trainer_of(folder, save_strategy="steps", meta_optim="Adam", meta_learning_rate=0.01, **fields)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return trainer
-
-
-@pytest.mark.parametrize("reset", EPISODE_RESETS)
-@on_instances
-def test_resume_is_bit_exact(tmp_path: Path, name: str, settings: dict[str, Any], reset: str) -> None:
-    """Four steps, a checkpoint and four steps are eight; the cut is within an episode, for a trajectory at its end."""
-    estimator = make_estimator(name, **settings)
-    fields: dict[str, Any] = {
-        "estimator": name,
-        "estimator_kwargs": settings,
-        "max_steps": 8,
-        "save_steps": 4,
-        "episode_length": 2 if estimator.remembers == "trajectory" else 3,
-        "episode_reset": reset,
-        "episode_reptile_rate": 0.5,
-        **OPTIMIZERS["momentum" if estimator.needs_sgd else "adamw"][0],
-    }
-    whole = run(tmp_path / "whole", **fields)
-    again = run(tmp_path / "again", tmp_path / "whole" / "checkpoint-4", **fields)
-    expected, found = final_state(whole), final_state(again)
-    assert {key: same(found[key], expected[key]) for key in expected} == dict.fromkeys(expected, True)
-    assert different(meta_weights(whole), meta_weights(trainer_of(tmp_path)))
-    for key in ("loss", "meta_loss", "meta_grad_norm"):
-        assert logged(again, key) == logged(whole, key)
-        assert len(logged(whole, key)) >= 2
-
-
-@pytest.mark.parametrize(
-    ("part", "estimator", "reset"),
-    [("state", "greedy", "continue"), ("open", "greedy", "continue"), ("start", "one_step", "restart"),
-     ("learned", "hyperdistill", "continue")],
-)  # fmt: skip
-def test_each_part_of_an_episodes_state_matters(tmp_path: Path, part: str, estimator: str, reset: str) -> None:
-    """The control of the resume tests: an altered state shows."""
-    fields: dict[str, Any] = {
-        "estimator": estimator,
-        "max_steps": 8,
-        "save_steps": 4,
-        "episode_length": 2 if estimator == "hyperdistill" else 3,
-        "episode_reset": reset,
-        "estimator_kwargs": {"fit_every": 3} if estimator == "hyperdistill" else None,
-    }
-    whole = run(tmp_path / "whole", **fields)
-    file = tmp_path / "whole" / "checkpoint-4" / "meta_state.pt"
-    saved = torch.load(file, weights_only=True)
-    held = saved["episodes"]
-    if part == "open":
-        held["open"] = False
-    elif part == "learned":
-        held["learned"]["theta"] *= 2
-    else:
-        held[part] = {name: 2 * leaf for name, leaf in held[part].items()}
-    torch.save(saved, file)
-    again = run(tmp_path / "again", file.parent, **fields)
-    assert different(meta_weights(again), meta_weights(whole))
-
-
-def test_a_trajectory_that_was_cut_off_begins_a_new_episode(tmp_path: Path) -> None:
-    """The checkpoint of a run's last step may be within an episode, whose remaining steps then make one."""
-    fields: dict[str, Any] = {"estimator": "unroll", "episode_length": 4, "save_steps": 4}
-    run(tmp_path, max_steps=6, **fields)
-    state = torch.load(tmp_path / "checkpoint-6" / "meta_state.pt", weights_only=True)["episodes"]
-    assert (state["open"], state["state"]) == (False, None)
-    again = run(tmp_path, tmp_path / "checkpoint-6", max_steps=12, **fields)
-    assert logged(again, "meta_horizon") == [4, 2, 4]

@@ -1,8 +1,6 @@
-"""The stream of meta rows: whole passes, an order of its own, exact shares, a state of one number."""
+"""The stream of meta rows: whole passes, an order of its own, exact shares however it is cut, one number as state."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
@@ -17,7 +15,13 @@ def rows(count: int, batch_size: int, *, portion: float = 0.5, seed: int = 0, **
 
 
 def draws(stream: MetaRows, count: int) -> list[Draw]:
-    return list(itertools.islice(stream, count))
+    return [stream.draw()[0] for _ in range(count)]
+
+
+def row_numbers(stream: MetaRows, count: int, micro_batches: int = 1) -> list[tuple[list[int], list[int]]]:
+    """The two parts of each draw, all micro-batches together."""
+    found = [stream.draw(micro_batches) for _ in range(count)]
+    return [([x for train, _ in draw for x in train], [x for _, meta in draw for x in meta]) for draw in found]
 
 
 @pytest.mark.parametrize("portion", [0.0, 0.3, 0.5, 1.0])
@@ -47,13 +51,13 @@ def test_the_order_is_seeded_and_leaves_the_global_generator_alone() -> None:
     assert draws(rows(12, 4, seed=6), 9) != first
 
 
-@pytest.mark.parametrize("drawn", [0, 2, 3, 7])
-def test_the_number_of_draws_is_the_whole_state(drawn: int) -> None:
+@pytest.mark.parametrize(("drawn", "gone_by"), [(0, 0), (2, 8), (3, 12), (4, 14), (7, 26)])
+def test_the_number_of_rows_that_went_by_is_the_whole_state(drawn: int, gone_by: int) -> None:
     whole = draws(rows(14, 4), 10)
     before = rows(14, 4)
     draws(before, drawn)
     state = before.state_dict()
-    assert state == {"drawn": drawn}
+    assert state == {"drawn": gone_by}
     after = rows(14, 4)
     after.load_state_dict(state)
     assert draws(after, 10 - drawn) == whole[drawn:]
@@ -77,38 +81,55 @@ def test_sizes_of_the_two_parts(portion: float, batch_size: int, train: int, met
 
 
 def test_a_last_draw_that_could_not_be_split_is_left_out() -> None:
-    assert rows(9, 4).draws_per_pass == 2  # one row is left
-    assert rows(10, 4).draws_per_pass == 3
-    assert rows(9, 4, portion=1.0).draws_per_pass == 3
+    def sizes(count: int, draws_of_a_pass: int, portion: float = 0.5) -> list[int]:
+        stream = rows(count, 4, portion=portion)
+        found = [len(train) + len(meta) for train, meta in draws(stream, draws_of_a_pass)]
+        assert stream.drawn == count
+        return found
+
+    assert sizes(9, 2) == [4, 4]  # one row is left
+    assert sizes(10, 3) == [4, 4, 2]
+    assert sizes(9, 3, portion=1.0) == [4, 4, 1]
     train, meta = draws(rows(10, 4), 3)[2]
     assert (len(train), len(meta)) == (1, 1)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("processes", "micro_batches"), [(1, 2), (1, 3), (2, 1), (3, 1), (2, 2), (4, 3)])
 @pytest.mark.parametrize("portion", [0.0, 0.4, 1.0])
-def test_the_shares_of_several_processes_are_the_draw_of_one(portion: float, world_size: int) -> None:
-    whole = draws(rows(31, 12, portion=portion), 7)
-    shares = [draws(rows(31, 12, portion=portion, rank=r, world_size=world_size), 7) for r in range(world_size)]
+@pytest.mark.parametrize("count", [31, 24, 14])
+def test_a_draw_is_the_same_however_it_is_cut_up(
+    count: int, portion: float, processes: int, micro_batches: int
+) -> None:
+    whole = row_numbers(rows(count, 12, portion=portion), 7)
+    shares = [
+        row_numbers(
+            rows(count, 12 // micro_batches, portion=portion, rank=rank, world_size=processes), 7, micro_batches
+        )
+        for rank in range(processes)
+    ]
     for draw, *parts in zip(whole, *shares, strict=True):
         for part in (0, 1):
             assert sorted(row for share in parts for row in share[part]) == sorted(draw[part])
-            sizes = {len(share[part]) for share in parts}
-            assert max(sizes) - min(sizes) <= 1
-            assert (min(sizes) > 0) == bool(draw[part])
+            sizes = [len(share[part]) for share in parts]
+            assert max(sizes) - min(sizes) <= micro_batches
+
+
+def test_every_process_has_its_first_rows_before_any_has_its_second() -> None:
+    shares = [rows(6, 3, rank=rank, world_size=2).draw(2) for rank in range(2)]
+    assert [[len(train) for train, _ in share] for share in shares] == [[1, 1], [1, 0]]
 
 
 @pytest.mark.parametrize(
-    ("count", "batch_size", "portion", "world_size", "what"),
+    ("count", "batch_size", "portion", "what"),
     [
-        (1, 4, 0.5, 1, r"the target \(meta\) data set has 1 rows, .* a step needs 2"),
-        (0, 4, 1.0, 1, r"data set has 0 rows, .* a step needs 1"),
-        (8, 1, 0.5, 1, r"a draw of meta rows has 1 rows, .* a step needs 2"),
-        (3, 8, 0.5, 2, r"data set has 3 rows, .* a step needs 4"),
+        (1, 4, 0.5, r"the target \(meta\) data set has 1 rows, .* a step needs 2"),
+        (0, 4, 1.0, r"data set has 0 rows, .* a step needs 1"),
+        (8, 1, 0.5, r"a draw of meta rows has 1 rows, .* a step needs 2"),
     ],
 )
-def test_too_few_rows_are_refused(count: int, batch_size: int, portion: float, world_size: int, what: str) -> None:
+def test_too_few_rows_are_refused(count: int, batch_size: int, portion: float, what: str) -> None:
     with pytest.raises(ValueError, match=what):
-        rows(count, batch_size, portion=portion, world_size=world_size)
+        rows(count, batch_size, portion=portion)
 
 
 @pytest.mark.parametrize(("count", "batch_size", "portion"), [(2, 2, 0.5), (1, 1, 1.0), (1, 1, 0.0)])

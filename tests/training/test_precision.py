@@ -1,5 +1,9 @@
 """bf16 training: the base step runs under autocast, the meta passes in float32: accelerate patches the forward
-alone."""
+alone.
+
+So the hypergradient of a step to come is that of a float32 run to the last bit, and that of a step made differs by
+what bf16 did to this step: its gradient, clip factor and new weights.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForTokenClassification
 
-from tests.training.tiny import base_weights, logged, meta_weights, tiny_tagger, tiny_trainer
+from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.problem import Hypergradient
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.models.rtn import RepresentationTransform
+from metaxl_evo.ner.tagger import CrossLingualTagger
+from metaxl_evo.training.trainer import MetaTrainer
+from tests.training.tiny import (
+    ESTIMATES,
+    LABELS,
+    PAD,
+    base_weights,
+    logged,
+    meta_weights,
+    minus,
+    tiny_tagger,
+    tiny_trainer,
+)
 
 
 def dtypes_seen(
@@ -49,3 +70,90 @@ def test_weights_stay_in_float32(tmp_path: Path) -> None:
     for weights in (base_weights(trainer), meta_weights(trainer)):
         assert {value.dtype for value in weights.values()} == {torch.float32}
         assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+ROUNDING = torch.finfo(torch.bfloat16).eps  # two units of rounding, 2^-7
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    **ESTIMATES,
+    "sama": {"estimator": "sama"},
+    "neumann": {"estimator": "neumann"},
+    "conjugate_gradient": {"estimator": "conjugate_gradient"},
+    "greedy": {"estimator": "greedy", "episode_length": 4},
+    "unroll": {"estimator": "unroll", "estimator_kwargs": {"horizon": 1}, "episode_length": 4},
+}
+SUBTRACTING = ("finite_difference", "evograd", "sama")  # differences of losses or gradients magnify their rounding
+
+
+class Catching(MetaTrainer):
+    """Keeps the last hypergradient."""
+
+    def _apply(self, result: Hypergradient) -> None:
+        self.caught = tree.clone(result.grads)
+        super()._apply(result)
+
+
+class UnderAutocast(Catching):
+    """What it would be with the meta passes in the base step's precision."""
+
+    def _meta_step(self, *arguments: Any) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            super()._meta_step(*arguments)
+
+
+def hypergradient_of_first_step(
+    folder: Path, case: str, tagger: CrossLingualTagger | None = None, cls: type[Catching] = Catching, **fields: Any
+) -> Tree:
+    trainer: Any = tiny_trainer(
+        folder,
+        tagger=tiny_tagger(dropout=False) if tagger is None else tagger,
+        trainer_class=cls,
+        optimizer_class="SGD",
+        learning_rate=1e-2,
+        max_steps=1,
+        **ESTIMATORS[case] | fields,
+    )
+    trainer.train()
+    caught: Tree = trainer.caught
+    return caught
+
+
+def relative_error(found: Tree, expected: Tree) -> float:
+    return tree.norm(minus(found, expected)) / tree.norm(expected)
+
+
+@pytest.mark.parametrize("case", ESTIMATORS)
+def test_hypergradients_of_bf16_steps(tmp_path: Path, case: str) -> None:
+    assert len(ESTIMATORS) == 10
+    reads_nothing_of_the_step = case.startswith("evograd")
+    for order, bar in (("after_step", 0.0 if reads_nothing_of_the_step else ROUNDING), ("lookahead", 0.0)):
+        plain = hypergradient_of_first_step(tmp_path, case, meta_order=order)
+        mixed = hypergradient_of_first_step(tmp_path, case, meta_order=order, bf16=True)
+        assert relative_error(mixed, plain) <= bar
+
+
+@pytest.mark.parametrize("order", ["after_step", "lookahead"])
+@pytest.mark.parametrize("case", SUBTRACTING)
+def test_meta_passes_under_autocast_would_be_far_off(tmp_path: Path, case: str, order: str) -> None:
+    plain = hypergradient_of_first_step(tmp_path, case, meta_order=order)
+    wrong = hypergradient_of_first_step(tmp_path, case, cls=UnderAutocast, meta_order=order, bf16=True)
+    assert relative_error(wrong, plain) > 10 * ROUNDING
+
+
+def pretrained_tagger(folder: Path) -> CrossLingualTagger:
+    """A pretrained encoder with its top layer transformed."""
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    base = AutoModelForTokenClassification.from_pretrained(folder, num_labels=LABELS, dtype=torch.float32, **off)
+    rtn = RepresentationTransform(base.config.hidden_size, layers=(base.config.num_hidden_layers,), languages=("s",))
+    for parameter in rtn.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return CrossLingualTagger(base, rtn, pad_token_id=PAD)
+
+
+@pytest.mark.parametrize("case", ["finite_difference", "evograd"])
+def test_hypergradients_of_bf16_steps_of_a_pretrained_model(tmp_path: Path, shared: Path, case: str) -> None:
+    plain, mixed = (
+        hypergradient_of_first_step(tmp_path, case, pretrained_tagger(shared / "models/xlmr-mini"), bf16=bf16)
+        for bf16 in (False, True)
+    )
+    assert relative_error(mixed, plain) <= ROUNDING

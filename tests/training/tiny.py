@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from transformers import XLMRobertaConfig, XLMRobertaForTokenClassification
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.tagger import IGNORED, TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.checkpoint import MANIFEST, seal
 from metaxl_evo.training.trainer import MetaTrainer
 
 PAD, VOCABULARY, LABELS, HIDDEN, LAYERS = 1, 100, 5, 32, 2
@@ -206,5 +209,11 @@ def final_state(trainer: Any) -> dict[str, Any]:
         "rows": trainer.meta_rows.state_dict() if trainer.meta_rows is not None else None,
         "episodes": None if trainer.episodes is None else trainer.episodes.state_dict(),
         "skipped": trainer.skipped_meta_steps,
-        "random": torch.random.get_rng_state(),
+        "random": [torch.random.get_rng_state(), np.random.get_state(), random.getstate()],  # noqa: NPY002
     }
+
+
+def reseal(checkpoint: Path) -> None:
+    """A manifest of the files as they are now, for checkpoints that were altered by hand."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    seal(checkpoint, manifest["made_by"], manifest["processes"])

@@ -1,0 +1,74 @@
+"""Base models below a peft wrapper (LoRA and its relatives). peft is optional: who wraps a model has imported it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+ADAPTER = "adapter"  # the subfolder; at the top of a model folder transformers would load the adapter over the model
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `model` is a peft wrapper."""
+    peft: Any = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def plain_model(model: Any) -> Any:
+    """The model below a peft wrapper, adapters in its layers; any other model itself.
+
+    Raises:
+        ValueError: for methods that act on a model's inputs, which the model below knows nothing of.
+    """
+    if not is_adapted(model):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        kind = model.active_peft_config.peft_type.value
+        raise ValueError(f"peft's {kind} changes the inputs of the base model: use a method inside its layers (LoRA)")
+    return model.get_base_model()
+
+
+def save_adapter(model: Any, folder: str | Path) -> None:
+    """Write the active adapter, and the modules trained beside it, as peft does, but without its blank model card."""
+    model.save_pretrained(folder, selected_adapters=[model.active_adapter], save_embedding_layers=False)
+    (Path(folder) / "README.md").unlink(missing_ok=True)
+
+
+def load_adapter(model: Any, folder: str | Path) -> None:
+    """Read back what `save_adapter` wrote, into a model with the same adapter.
+
+    Raises:
+        ValueError: for a file that is missing or damaged, and for the adapter of other settings or another model.
+    """
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+    name = model.active_adapter
+    place = Path(folder) if name == "default" else Path(folder) / name
+    file = place / WEIGHTS_FILE
+    try:
+        weights = load_file(file, device="cpu")
+        config = PeftConfig.from_pretrained(str(place)).to_dict()
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}): use another checkpoint") from error
+    now = model.peft_config[name].to_dict()
+    other = [key for key in ("r", "lora_alpha", "target_modules", "use_rslora") if config.get(key) != now.get(key)]
+    if other:
+        raise ValueError(f"{place} holds an adapter with another {', '.join(other)}: give the settings of that run")
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    wrong = [key for key, leaf in expected.items() if key not in weights or weights[key].shape != leaf.shape]
+    if wrong or weights.keys() != expected.keys():
+        key = (wrong or sorted(weights.keys() - expected.keys()))[0]
+        raise ValueError(f"{file} does not fit this model at {key}: use a checkpoint of the same model and labels")
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+def merged(model: Any) -> Any:
+    """A copy of the model below, the adapter added to its weights; `model` stays as it is."""
+    return copy.deepcopy(model).merge_and_unload()

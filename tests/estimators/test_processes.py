@@ -1,0 +1,200 @@
+"""N processes with a share of every batch each = one process with the whole of it: every estimator, every toy problem.
+
+Rows are spread unevenly, one process holds its rows in two parts, another has none of the rows that judge.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from metaxl_evo.bilevel import (
+    SGD,
+    BilevelProblem,
+    Hypergradient,
+    PassContext,
+    Split,
+    hypergradient,
+    run_episode,
+    tree,
+)
+from metaxl_evo.bilevel.processes import Processes, Traffic
+from metaxl_evo.estimators import Estimator, EvoGrad
+from tests.estimators.problems import TOYS, Toy
+from tests.estimators.test_contract import PAIRS, SERVED_PAIRS, build, label, step_made
+from tests.processes import on_processes
+
+pytestmark = pytest.mark.distributed
+
+Found = dict[str, Hypergradient]
+
+CASES = ("lookahead", "step made", "episode")
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a batch (None for a batch of nothing) and their share of its mean."""
+
+    rows: Any
+    weight: float
+
+
+def cut(batch: Any, shares: Sequence[float]) -> list[Part]:
+    """The batch in parts of about these shares of its rows, or the same nothing with these weights."""
+    if batch is None:
+        return [Part(None, share) for share in shares]
+    labelled = [int((row != -100).sum()) for row in batch[1].reshape(len(batch[1]), -1)]
+    ends = [round(len(labelled) * sum(shares[:index])) for index in range(len(shares) + 1)]
+    return [
+        Part(tuple(x[a:b] for x in batch), sum(labelled[a:b]) / sum(labelled)) for a, b in itertools.pairwise(ends)
+    ]
+
+
+def of_parts(split: Split) -> Split:
+    prefix = split.prefix
+    return Split(
+        split.names,
+        lambda w, lam, below, part: split.hidden(w, lam, below, part.rows),
+        lambda w, hidden, part: part.weight * split.loss(w, hidden, part.rows),
+        None if prefix is None else lambda w, part: prefix(w, part.rows),
+    )
+
+
+def spread(toy: Toy, processes: Processes) -> tuple[BilevelProblem, list[Part], list[Part]]:
+    """The problem of this process, and its parts of the train and the validation batch."""
+
+    def weighted(loss: Any) -> Any:
+        return lambda w, lam, part: part.weight * loss(w, lam, part.rows)
+
+    plain = toy.problem
+    problem = replace(
+        plain,
+        inner_loss=weighted(plain.inner_loss),
+        outer_loss=weighted(plain.outer_loss),
+        split=None if plain.split is None else of_parts(plain.split),
+        parts=lambda batch: batch,
+        processes=processes,
+    )
+    train, val = cut(toy.train, (0.25, 0.5, 0.25)), cut(toy.val, (0.25, 0.75))
+    mine = {0: train[:2], 1: train[2:]} if processes.size == 2 else {rank: [train[rank]] for rank in range(3)}
+    judges = {0: val[:1], 1: val[1:], 2: []} if processes.size == 3 else {0: val[:1], 1: val[1:]}
+    return problem, mine[processes.rank], judges[processes.rank]
+
+
+def estimates(toy: Toy, estimator: Estimator, problem: BilevelProblem, train: Any, val: Any) -> Found:
+    """Of one step, to come or made, and in float64 of an episode, which would add up float32's rounding."""
+    found = {
+        case: hypergradient(
+            problem,
+            estimator,
+            toy.w,
+            toy.lam,
+            train,
+            val,
+            generator=torch.Generator().manual_seed(9),
+            update_state=toy.update_state,
+            made=step_made(toy) if case == "step made" else None,
+        )
+        for case in CASES[:2]
+    }
+    if toy.w[next(iter(toy.w))].dtype == torch.float64:
+        generator = torch.Generator().manual_seed(9)
+        found["episode"] = run_episode(problem, estimator, toy.w, toy.lam, [train] * STEPS, val, generator=generator)
+    return found
+
+
+def of_pairs(dtype: torch.dtype, processes: Processes) -> dict[str, Found]:
+    found = {}
+    for name, settings, toy_name in PAIRS:
+        if dtype == torch.float32 and "radius" in settings:
+            settings = settings | {"radius": 0.01}  # the default: a smaller one leaves float32 no digits
+        toy = TOYS[toy_name](dtype)
+        whole = toy.problem, toy.train, toy.val
+        batches = whole if processes.size == 1 else spread(toy, processes)
+        found[label(name, settings, toy_name)] = estimates(toy, build(name, settings), *batches)
+    return found
+
+
+def of_this_process(dtype: torch.dtype) -> dict[str, Found]:
+    dist.init_process_group("gloo")
+    return of_pairs(dtype, Processes(dist.get_rank(), dist.get_world_size()))
+
+
+@cache
+def alone(dtype: torch.dtype) -> dict[str, Found]:
+    return of_pairs(dtype, Processes())
+
+
+@cache
+def together(count: int, dtype: torch.dtype) -> list[dict[str, Found]]:
+    return on_processes(count, of_this_process, dtype)
+
+
+def error(found: Hypergradient, expected: Hypergradient) -> float:
+    size = tree.norm(expected.grads)
+    return tree.norm(tree.add(found.grads, expected.grads, -1.0)) / (size or 1.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype", "cases"), [(2, torch.float64, 3), (3, torch.float64, 3), (2, torch.float32, 2)], ids=str
+)
+def test_the_hypergradient_of_several_processes_is_that_of_one(count: int, dtype: torch.dtype, cases: int) -> None:
+    expected, ranks = alone(dtype), together(count, dtype)
+    assert len(expected) == len(PAIRS) == sum(SERVED_PAIRS.values())
+    for pair, one in expected.items():
+        assert len(one) == cases
+        rough = pair.startswith(("evograd", "sama-0.0")) or "finite_difference" in pair
+        bound = 1e-10 if dtype == torch.float64 else 1e-4 if rough else 1e-6
+        for case, whole in one.items():
+            mine = [rank[pair][case] for rank in ranks]
+            assert error(mine[0], whole) < bound, (pair, case)
+            assert float(mine[0].outer_loss) == pytest.approx(float(whole.outer_loss), rel=bound)
+            for other in mine[1:]:  # to the last bit
+                assert all(torch.equal(other.grads[name], leaf) for name, leaf in mine[0].grads.items()), (pair, case)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_what_is_sent_is_what_is_declared(count: int) -> None:
+    seen = 0
+    for name, settings, toy_name in PAIRS:
+        toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
+        if getattr(estimator, "tolerance", None) is not None or estimator.max_meta_size is not None:
+            continue  # it ends early; it sends as much for every entry of lam
+        for case, steps in ((CASES[0], 1), (CASES[1], 1), (CASES[2], STEPS)):
+            sent = together(count, torch.float64)[0][label(name, settings, toy_name)][case].counts.reduced
+            if case == "episode" and getattr(estimator, "scale", None) == "fit":
+                continue  # and a fit, which is no part of an answer
+            made = estimator.traffic(step_made=case != "lookahead", steps=steps).numbers(toy.w, toy.lam)
+
+            assert sent == made, (name, settings, toy_name, case)
+            seen += 1
+    assert seen >= 379  # without those of an estimator that is being added
+
+
+@pytest.mark.parametrize("copies", [2, 5])
+def test_evograd_sends_its_losses_and_slopes_and_one_tree_like_lam(copies: int) -> None:
+    assert EvoGrad(copies=copies).traffic(step_made=True) == Traffic(w=0, lam=1, scalars=2 * copies + 1)
+
+
+def test_one_process_sends_nothing() -> None:
+    assert all(one.counts.reduced == 0 for found in alone(torch.float64).values() for one in found.values())
+
+
+def test_the_dropout_of_two_processes_is_not_the_same() -> None:
+    """Each part of each process draws masks of its own, so that they are those of more rows."""
+    seeds = set()
+    for rank in range(3):
+        problem = BilevelProblem(None, None, SGD(0.1), processes=Processes(rank, 3))  # type: ignore[arg-type]
+        passes = PassContext(problem, seed=4)
+        for part in range(2):
+            with passes.scope(part):
+                seeds.add(float(torch.rand(())))
+    assert len(seeds) == 6

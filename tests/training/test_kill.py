@@ -1,0 +1,108 @@
+"""kill -9 at random moments of a run: what is resumed ends with the weights of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from metaxl_evo.training.checkpoint import MANIFEST
+from metaxl_evo.training.trainer import MetaTrainer
+from tests.processes import FORKSERVER
+from tests.training import killed
+from tests.training.tiny import base_weights, different, final_state, meta_weights, same
+
+KILLS, TRIES = 20, 60
+AIMS = ("step", "save", "evaluation")
+
+
+class Child:
+    """A run in a process of its own, forked from one that has imported everything."""
+
+    def __init__(self, folder: Path):
+        self.phase = FORKSERVER.RawValue("b", 0)
+        self.ear, mouth = FORKSERVER.Pipe(duplex=False)
+        self.process = FORKSERVER.Process(target=killed.train, args=(str(folder), self.phase, mouth))
+        self.process.start()
+        mouth.close()
+
+    def told(self) -> Iterator[tuple[str, float]]:
+        """The phases and when they were entered, until the end or for a minute."""
+        while self.ear.poll(60):
+            yield (phase := self.ear.recv()), time.perf_counter()
+            if phase == "end":
+                return
+
+    def wait_for(self, phase: str, times: int) -> None:
+        """Until the run enters the phase for so many times; none: until its first step."""
+        for told, _ in self.told():
+            times -= told == phase
+            if times <= 0:
+                return
+
+    def kill(self) -> str | None:
+        """The phase in which it died; None where it had come to its end."""
+        self.process.kill()
+        self.process.join()
+        return killed.PHASES[self.phase.value] if self.process.exitcode == -signal.SIGKILL else None
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[MetaTrainer, dict[str, list[float]]]:
+    """A run's end, and how long each of its phases takes in a child."""
+    trainer = killed.trainer_of(str(tmp_path_factory.mktemp("undisturbed")))
+    trainer.train()
+    child = Child(tmp_path_factory.mktemp("timed"))
+    told = [*child.told()]
+    child.process.join()
+    assert Counter(phase for phase, _ in told) == {"step": 12, "save": 6, "evaluation": 4, "between": 10, "end": 1}
+    lengths = defaultdict(list)
+    for (phase, begun), (_, ended) in itertools.pairwise(told):
+        lengths[phase].append(ended - begun)
+    return trainer, {**lengths, "any time": [told[-1][1] - told[0][1]]}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    undisturbed: tuple[MetaTrainer, dict[str, list[float]]], tmp_path: Path
+) -> None:
+    """Some kills fall at any time, some somewhere within a phase; every run is then brought to its end."""
+    (whole, lengths), generator = undisturbed, random.Random(time.time_ns())
+    expected, died, resumed_from, cut_off = final_state(whole), Counter[str](), Counter[int](), 0
+    for number in range(TRIES):
+        if died.total() >= KILLS and min(died[phase] for phase in AIMS) >= 3:
+            break
+        folder = tmp_path / str(number)
+        child = Child(folder)
+        if number % 4 == 0:
+            child.wait_for(aim := "any time", 0)
+        else:
+            aim = min(AIMS, key=lambda phase: died[phase])
+            child.wait_for(aim, generator.randint(1, len(lengths[aim])))
+        time.sleep(generator.random() * sorted(lengths[aim])[len(lengths[aim]) // 2])
+        phase = child.kill()
+        if phase is None:
+            continue
+        died[phase] += 1
+        checkpoints = sorted((int(path.name.split("-")[1]), path) for path in folder.glob("checkpoint-*"))
+        complete = [step for step, path in checkpoints if (path / MANIFEST).exists()]
+        cut_off += len(checkpoints) - len(complete)
+        trainer = killed.trainer_of(str(folder))
+        trainer.train("latest")
+        assert trainer._initial_global_step == max(complete, default=0)
+        resumed_from[trainer._initial_global_step] += 1
+        assert different(base_weights(trainer), base_weights(whole)) == []
+        assert different(meta_weights(trainer), meta_weights(whole)) == []
+        unlike = [key for key, value in final_state(trainer).items() if not same(value, expected[key])]
+        assert unlike == ["random"] * (trainer._initial_global_step == 12)  # not asked for where no step is left
+    assert died.total() >= KILLS
+    assert min(died[phase] for phase in AIMS) >= 3, died
+    assert cut_off >= 3
+    assert len(resumed_from) >= 3, resumed_from

@@ -1,0 +1,288 @@
+"""One loss, gradient norm and hypergradient however a batch of eight rows is cut up; processes that stay alike."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from metaxl_evo.bilevel import Tree, tree
+from metaxl_evo.estimators import ESTIMATORS, make_estimator
+from metaxl_evo.training.synchrony import require_synchrony, synchronise
+from metaxl_evo.training.trainer import MetaTrainer
+from tests.processes import on_processes
+from tests.training.test_episodes import INSTANCES, OPTIMIZERS, trainer_of
+from tests.training.tiny import (
+    ESTIMATES,
+    ORDERS,
+    base_weights,
+    final_state,
+    logged,
+    meta_weights,
+    random_rows,
+    same,
+    tiny_tagger,
+    tiny_trainer,
+)
+
+pytestmark = pytest.mark.distributed
+
+ROWS = 8  # of an optimizer step
+LAYOUTS = {"8 x 1": (1, 1), "4 x 2": (1, 2), "2 processes x 4 x 1": (2, 1), "2 processes x 2 x 2": (2, 2)}
+REGRESSIONS = {
+    f"{name} {settings} {order}": {
+        "estimator": name,
+        "estimator_kwargs": settings,
+        "meta_order": order,
+        "episode_length": 2,
+        **OPTIMIZERS["momentum" if make_estimator(name, **settings).needs_sgd else "adamw"][0],
+    }
+    for name, settings in INSTANCES
+    for order in ORDERS[: 2 if make_estimator(name, **settings).online else 1]
+}
+TAGGERS = {f"{name} {order}": {**ESTIMATES[name], "meta_order": order} for name in ESTIMATES for order in ORDERS}
+ROUGH = ("evograd", "finite_difference")  # whose own rounding in float32 is of the order of 1e-4
+Record = dict[str, Any]
+
+
+def noted(trainer: MetaTrainer) -> Record:
+    """Train, and note every hypergradient on the way."""
+    hypergradients: list[Tree] = []
+    apply = trainer._apply
+
+    def note(result: Any) -> None:
+        hypergradients.append(tree.clone(result.grads))
+        apply(result)
+
+    trainer._apply = note  # type: ignore[method-assign]
+    trainer.train()
+    return {
+        "hypergradients": hypergradients,
+        "logs": {key: logged(trainer, key) for key in ("loss", "grad_norm", "meta_loss")},
+        "state": {name: held for name, held in final_state(trainer).items() if name != "random"},
+        "weights": {**base_weights(trainer), **meta_weights(trainer)},
+    }
+
+
+def cut_up(processes: int, accumulation: int) -> dict[str, int]:
+    rows = ROWS // processes // accumulation
+    return {
+        "per_device_train_batch_size": rows,
+        "per_device_meta_batch_size": rows,
+        "gradient_accumulation_steps": accumulation,
+    }
+
+
+def regressions(processes: int, accumulation: int) -> dict[str, Record]:
+    """Every estimator; the last draw of meta rows is one row, which one process has in one micro-batch."""
+    fields = {"max_steps": 4, "train_rows": 24, **cut_up(processes, accumulation)}
+    with tempfile.TemporaryDirectory() as folder:
+        return {key: noted(trainer_of(Path(folder), **fields | settings)) for key, settings in REGRESSIONS.items()}
+
+
+def taggers(processes: int, accumulation: int, dtype: torch.dtype) -> dict[str, Record]:
+    """Rows of very different numbers of tokens; the touched rows of the embeddings differ from process to process."""
+
+    def trainer(folder: str, settings: dict[str, Any]) -> MetaTrainer:
+        return tiny_trainer(
+            folder,
+            tagger=tiny_tagger(dtype, dropout=False),
+            train=random_rows(24, seed=1, language=0, length=20),
+            meta=random_rows(24, seed=2, length=20),
+            optim="sgd",
+            learning_rate=0.05,
+            max_grad_norm=0.5,
+            meta_optim="SGD",
+            **cut_up(processes, accumulation) | settings,
+        )
+
+    cases = TAGGERS
+    if dtype == torch.float32:  # whose digits a radius of 1e-4 would leave none of
+        cases = {key: settings for key, settings in TAGGERS.items() if not key.startswith("finite_difference")}
+        for order in ORDERS:
+            engine = {"estimator_kwargs": {"engine": "finite_difference"}}
+            cases[f"finite_difference {order}"] = {**engine, "meta_order": order}
+
+    with tempfile.TemporaryDirectory() as folder:
+        return {key: noted(trainer(folder, settings)) for key, settings in cases.items()}
+
+
+@cache
+def records(what: Callable[..., dict[str, Record]], layout: str, *options: Any) -> list[dict[str, Record]]:
+    """Of every process of a layout."""
+    processes, accumulation = LAYOUTS[layout]
+    if processes == 1:
+        return [what(1, accumulation, *options)]
+    return on_processes(processes, what, processes, accumulation, *options)
+
+
+def errors(found: Iterable[Tree], expected: Iterable[Tree]) -> list[float]:
+    return [tree.norm(tree.add(a, b, -1.0)) / (tree.norm(b) or 1.0) for a, b in zip(found, expected, strict=True)]
+
+
+def assert_as_one(ranks: list[dict[str, Record]], one: dict[str, Record], bound: Callable[[str], float]) -> None:
+    for key, expected in one.items():
+        found = ranks[0][key]
+        assert max(errors(found["hypergradients"], expected["hypergradients"])) < bound(key), key
+        assert max(errors([found["weights"]], [expected["weights"]])) < bound(key), key
+        assert expected["hypergradients"]
+        for name, values in expected["logs"].items():
+            rel = max(bound(key), 3e-7)  # the Trainer adds losses in float32
+            assert found["logs"][name] == pytest.approx(values, rel=rel), (key, name)
+        assert len(expected["logs"]["grad_norm"]) == len(expected["logs"]["loss"])
+        for other in ranks[1:]:
+            assert same(other[key], found), key  # ranks agree to the last bit
+
+
+def test_every_estimator_is_driven() -> None:
+    assert {settings["estimator"] for settings in REGRESSIONS.values()} == ESTIMATORS.keys()
+    assert (len(REGRESSIONS), len(TAGGERS)) == (26, 10)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_every_estimator_is_the_same_however_a_batch_is_cut_up(layout: str) -> None:
+    one = records(regressions, "8 x 1")[0]
+    assert_as_one(records(regressions, layout), one, lambda key: 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [*((layout, torch.float64) for layout in list(LAYOUTS)[1:]), ("2 processes x 4 x 1", torch.float32)],
+    ids=str,
+)
+def test_the_tagger_is_the_same_however_a_batch_is_cut_up(layout: str, dtype: torch.dtype) -> None:
+    def bound(key: str) -> float:
+        if dtype == torch.float64:
+            return 1e-10
+        return 1e-4 if key.startswith(ROUGH) else 1e-6
+
+    assert_as_one(records(taggers, layout, dtype), records(taggers, "8 x 1", dtype)[0], bound)
+
+
+def run_long() -> dict[str, Any]:
+    """Fifty steps with dropout on, which draws other masks on every process."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {}
+        for name in ("jvp", "finite_difference", "evograd", "evograd_head"):
+            torch.manual_seed(int(PartialState(cpu=True).process_index))  # what was drawn before does not matter
+            trainer = tiny_trainer(Path(folder), max_steps=50, **cut_up(2, 1), **ESTIMATES[name])
+            trainer.train()
+            found[name] = {key: held for key, held in final_state(trainer).items() if key != "random"}
+            found[name]["moved"] = logged(trainer, "meta_grad_norm")
+        return found
+
+
+def test_ranks_are_bit_identical_after_fifty_steps() -> None:
+    first, second = on_processes(2, run_long)
+    assert len(first) == 4
+    for name, held in first.items():
+        assert same(second[name], held), name
+        assert len(held["moved"]) == 50
+        assert min(held["moved"]) > 0
+
+
+# The start
+
+
+def start_apart(kind: str) -> list[Any]:
+    """Models that the processes have seeded on their own, or built in other sizes."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("metaxl_evo").addHandler(handler)
+    rank = PartialState(cpu=True).process_index
+    tagger = tiny_tagger()
+    with torch.no_grad():
+        if kind == "other values":
+            tagger.meta.get_parameter("nets.0.0.net.0.weight").add_(rank)
+        elif kind == "other buffers":
+            tagger.base.register_buffer("scale", torch.full((2,), float(rank)))
+        elif kind == "other shapes":
+            tagger.base.add_module("more", nn.Linear(2 + rank, 1))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = tiny_trainer(Path(folder), tagger=tagger)
+    except ValueError as error:
+        return [str(error), messages, None]
+    return [None, messages, {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "warning", "refusal"),
+    [
+        ("the same", None, None),
+        ("other values", "other values of meta.nets.0.0.net.0.weight, and 1 tensors in all", None),
+        ("other buffers", "other values of base.scale, and 1 tensors in all", None),
+        ("other shapes", None, r"base.more.weight is \[1, [23]\] torch.float32 here and \[1, [23]\] torch.float32 on"),
+    ],
+)
+def test_weights_are_those_of_the_first_process(kind: str, warning: str | None, refusal: str | None) -> None:
+    ranks = on_processes(2, start_apart, kind)
+    for error, messages, weights in ranks:
+        if refusal is not None:
+            assert re.search(refusal, error)
+            continue
+        assert error is None
+        warned = [text for text in messages if "processes" in text]
+        assert len(warned) == (warning is not None)
+        assert all(warning in text for text in warned if warning)
+        assert same(weights, ranks[0][2])
+
+
+def drift() -> str:
+    rank = PartialState(cpu=True).process_index
+    model = nn.Linear(3, 2)
+    synchronise(model)
+    require_synchrony(model, "now")
+    if rank:
+        with torch.no_grad():
+            model.bias[1] += 1e-7 + model.bias[1].abs() * 1e-6
+    try:
+        require_synchrony(model, "after step 3")
+    except RuntimeError as error:
+        return str(error)
+    return "not noticed"
+
+
+def test_weights_that_drift_apart_are_noticed() -> None:
+    for text in on_processes(2, drift):
+        assert re.match("after step 3 the processes hold different values of bias, and of 1 tensors in all", text)
+
+
+# As a user starts it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+    ],
+    ids=["accelerate launch", "torchrun"],
+)
+def test_the_script_on_two_processes(tmp_path: Path, launcher: list[str]) -> None:
+    settings = {"config": "configs/ner/quickstart.yaml", "output_dir": tmp_path / "run", "target_languages": "beru"}
+    settings |= {"max_steps": 4, "save_steps": 2, "eval_steps": 2}
+    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, *launcher, "scripts/train_ner.py", *options],
+        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"test", "settings"} <= results.keys()
+    assert done.stdout.count("models, cards and results.json") == 1  # one process reports
