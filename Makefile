@@ -44,7 +44,7 @@ test: $(VENV)/.installed-test
 test-all: PYTEST_FLAGS = $(WORKERS)
 test-all: test
 
-# 10,000 meta steps of five estimators: memory stays flat. About half an hour each on one core.
+# 10,000 meta steps of five estimators: memory stays flat. It takes an hour or two.
 soak: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 METAXL_SOAK_STEPS=10000 $(BIN)/python -m pytest -s tests/soak
 

@@ -26,8 +26,8 @@ setup(
         "pyyaml>=6",
     ],
     extras_require={
-        "peft": ["peft>=0.18"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "peft>=0.18"],
+        "peft": ["peft>=0.20"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "peft>=0.20"],
         "dev": ["ruff>=0.9", "mypy>=1.14", "pre-commit>=4.0", "types-PyYAML>=6.0.12"],
         "plot": ["matplotlib>=3.9"],
         # Betty, which configs/benchmark/peers.yaml knows too, is installed by a command of its own (it prints it).

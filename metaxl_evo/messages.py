@@ -25,6 +25,11 @@ def one_line(error: object) -> str:
     return f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, or its kind where it says nothing."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 def _first(choices: list[str]) -> str:
     shown = choices
     while len(", ".join(shown)) > SHOWN:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -68,6 +69,8 @@ class BenchmarkArguments:
     )
 
     def __post_init__(self) -> None:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError("a benchmark measures one process, and several would write the same files: use python")
         self._known("problem", [self.problem], PROBLEMS)
         self._known("estimator", self.estimators, ESTIMATORS)
         self._known("estimator", self.variants, ESTIMATORS)

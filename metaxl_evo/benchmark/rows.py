@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from metaxl_evo.estimators import Estimator, make_estimator
+from metaxl_evo.messages import one_line
 
 
 class Spread(NamedTuple):
@@ -55,7 +56,7 @@ class Row:
 
     def fail(self, error: Exception) -> None:
         """Note why there are no (further) numbers."""
-        text = " ".join(str(error).split())
+        text = one_line(error)
         self.error = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
     @contextmanager

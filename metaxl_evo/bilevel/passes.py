@@ -225,8 +225,8 @@ class PassContext:
         return self.problem.processes.whole(shares)
 
     def total(self, share: Tensor) -> Tensor:
-        """`whole` of a single tensor."""
-        return self.whole({"": share})[""]
+        """`whole` of a single tensor, summed in float64: a process without rows does not know a loss's dtype."""
+        return self.whole({"": share.double()})[""].to(share.dtype)
 
     def once(self, whole: Tree) -> Tree:
         """What every process has computed alike, as a share that is counted once."""
@@ -317,8 +317,7 @@ class PassContext:
                 self.counts.backwards += 1
             _accumulate(grad_w, wrt_w, found[: len(wrt_w)])
             _accumulate(grad_lam, wrt_lam, found[len(wrt_w) :])
-        reads_lam = bool(grad_lam) or not parts  # a process without rows knows nothing of it
-        return _sum(values, w), _filled(grad_w, w, wrt_w), _filled(grad_lam, lam, wrt_lam), reads_lam
+        return _sum(values, w), _filled(grad_w, w, wrt_w), _filled(grad_lam, lam, wrt_lam), bool(grad_lam)
 
 
 def _sum(values: list[Tensor], like: Tree) -> Tensor:

@@ -241,9 +241,9 @@ def estimate(passes: PassContext, estimator: HypergradientEstimator, step: Inner
     outer_loss, cotangent, direct, reads_lam = passes.outer_grad(
         response.value, lam, step.val_batch, wrt_w=wrt, wrt_lam=lam
     )
-    if estimator.requires_direct_term and not reads_lam:
-        raise ValueError(NO_DIRECT_TERM)
     grads = passes.whole(tree.add(direct, response.vjp(cotangent)))
+    if estimator.requires_direct_term and not reads_lam and tree.norm(grads) == 0:  # rows elsewhere may read it
+        raise ValueError(NO_DIRECT_TERM)
     outer_loss = passes.total(outer_loss)
     if response.offset is not None:
         grads = tree.add(grads, response.offset)

@@ -126,7 +126,7 @@ def _step_back(
         pulled.update(_through_rule(visit, passes.whole(grad), alpha, beta))
         return pulled["grad"]
 
-    if len(parts) > 1:
+    if len(parts) != 1:  # without any, the other processes' gradient is still to be waited for
         v = direction(passes.inner_grad(visit.w, visit.lam, visit.batch, wrt_w=visit.w)[1])
     for index, part in parts:
         with passes.scope(index, second_order=True):

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from metaxl_evo.messages import first_line
+
 ADAPTER = "adapter"  # the subfolder; at the top of a model folder transformers would load the adapter over the model
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -56,7 +58,7 @@ def load_adapter(model: Any, folder: str | Path) -> None:
         weights = load_file(file, device="cpu")
         config = PeftConfig.from_pretrained(str(place)).to_dict()
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}): use another checkpoint") from error
+        raise ValueError(f"{file} cannot be read ({first_line(error)}): use another checkpoint") from error
     now = model.peft_config[name].to_dict()
     other = [key for key in ("r", "lora_alpha", "target_modules", "use_rslora") if config.get(key) != now.get(key)]
     if other:

@@ -20,6 +20,7 @@ from metaxl_evo.bilevel.passes import for_this_pass
 from metaxl_evo.bilevel.problem import BilevelProblem, Split
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, Windowed
+from metaxl_evo.messages import first_line
 from metaxl_evo.models.adapters import ADAPTER, is_adapted, load_adapter, merged, plain_model, save_adapter
 
 Batch = dict[str, Any]
@@ -251,8 +252,7 @@ class BilevelModule(nn.Module, ABC):
                 f"{file} is missing, and the weights beside it are more than tensors: use another checkpoint"
             ) from error
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{file} cannot be read ({reason}): use another checkpoint") from error
+            raise ValueError(f"{file} cannot be read ({first_line(error)}): use another checkpoint") from error
         if report["missing_keys"]:
             raise ValueError(f"{file} has no {sorted(report['missing_keys'])[0]}: use another checkpoint")
         self.base.load_state_dict(saved.state_dict())

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from metaxl_evo.bilevel.passes import keep, stop_gradient
-from metaxl_evo.messages import unknown
+from metaxl_evo.messages import first_line, one_line, unknown
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -436,8 +436,7 @@ class RepresentationTransform(nn.Module):
         try:
             self.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path} does not fit the {CONFIG_FILE} beside it: {reason}") from error
+            raise ValueError(f"{path} does not fit the {CONFIG_FILE} beside it: {one_line(error)}") from error
 
     def relative_change(self, start: Mapping[str, Tensor]) -> float:
         """|lam - lam_0| / |lam_0| over all parameters together, `start` being `named_parameters` of an earlier moment.
@@ -494,8 +493,9 @@ def _local_folder(folder_or_hub_id: str | Path, hub_options: Mapping[str, Any]) 
     try:
         return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=f"{SUBFOLDER}/*", **hub_options))
     except (HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"no RTN at {folder_or_hub_id}: not a folder, and not from the Hub ({reason})") from error
+        raise ValueError(
+            f"no RTN at {folder_or_hub_id}: not a folder, and not from the Hub ({first_line(error)})"
+        ) from error
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

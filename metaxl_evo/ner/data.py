@@ -83,14 +83,17 @@ def label_names(types: Iterable[str]) -> list[str]:
     return ["O", *(f"{position}-{kind}" for kind in sorted(types) for position in "BI")]
 
 
-def sample(dataset: Dataset, size: int | None, seed: int) -> Dataset:
-    """Draw `size` sentences without replacement (None: all). Of one seed, a small sample is the start of a larger."""
+def sample(dataset: Dataset, size: int | None, seed: int, *, name: str = "the data set") -> Dataset:
+    """Draw `size` sentences without replacement (None: all). Of one seed, a small sample is the start of a larger.
+
+    `name` is said where there are fewer.
+    """
     if size is None:
         return dataset
     if size < 1:
         raise ValueError(f"the number of sentences must be at least 1, not {size}")
     if size > len(dataset):
-        logger.warning("%d sentences asked for, but there are only %d: taking all", size, len(dataset))
+        logger.warning("%s: %d sentences asked for, there are only %d: taking all", name, size, len(dataset))
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)
     return dataset.select(order[:size], keep_in_memory=True)

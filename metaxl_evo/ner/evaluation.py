@@ -20,12 +20,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from metaxl_evo.messages import one_line, unknown
+from metaxl_evo.messages import unknown
 from metaxl_evo.ner.arguments import SHORTEST
 from metaxl_evo.ner.data import encode, load_ner_dataset
 from metaxl_evo.ner.metrics import Scores, average, entity_scores, scores_table, word_predictions
 from metaxl_evo.ner.pretrained import load_classifier, trained_labels
 from metaxl_evo.ner.sources import SPLITS
+from metaxl_evo.training.checkpoint import require_writable
 
 
 @dataclass
@@ -115,9 +116,12 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
     The result is `{SPLIT: {LANGUAGE: scores, "average": scores}, "settings": {...}}`, as in `results.json` of a run.
 
     Raises:
-        ValueError: for a model without a trained head, data that do not fit it, or an output file that exists.
+        ValueError: for a model without a trained head, data that do not fit it, or an output file that exists or
+            cannot be written.
     """
     output = None if settings.output_file is None else Path(settings.output_file)
+    if output is not None and output.is_dir():
+        raise ValueError(f"output_file: {output} is a folder: name a file in it")
     if output is not None and output.exists() and not settings.overwrite:
         raise ValueError(f"output_file: {output} exists: choose another name, or set overwrite: true")
     names = trained_labels(settings.model_name_or_path)
@@ -129,7 +133,7 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
     data = load_ner_dataset(settings.dataset, settings.languages, splits=[settings.split], names=names)
     base, tokenizer = load_classifier(settings.model_name_or_path, names)
     if output is not None:
-        _require_writable(output)
+        require_writable(output.parent, "output_file")
     scores: dict[str, Scores] = {}
     with tempfile.TemporaryDirectory() as scratch:  # a Trainer wants a folder even where it writes nothing
         trainer = Trainer(
@@ -150,15 +154,3 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
         if output is not None:
             output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
-
-
-def _require_writable(file: Path) -> None:
-    """Before anything is computed for it; makes the folders above."""
-    try:
-        if file.is_dir():
-            raise IsADirectoryError("it is a folder")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"output_file: {file} cannot be written ({one_line(error)}): choose another") from error

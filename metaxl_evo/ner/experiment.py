@@ -42,6 +42,11 @@ OUTSIDE = (  # settings that do not change the results
     *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "use_cpu", "dataloader_pin_memory"),
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_token", "save_total_limit"),
 )
+EXTENDED = (  # settings with which a run that was cut off may go on, longer, or on other machines
+    *("max_steps", "num_train_epochs", "eval_strategy", "eval_steps", "save_strategy", "save_steps"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "per_device_meta_batch_size"),
+    *("gradient_accumulation_steps", "dataloader_num_workers"),
+)
 OWN_FILES = (
     *(RESULTS, "config.json", "model.safetensors", "README.md", SUBFOLDER, ADAPTER),
     *("training_args.bin", "tokenizer.json"),
@@ -113,8 +118,9 @@ def refuse_another_run(folder: Path, resuming: bool) -> None:
         raise ValueError(f"output_dir cannot be made ({one_line(error)}): choose another") from error
     if exists and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another output_dir")
-    signs = [*(folder / name for name in OWN_FILES), *folder.glob("checkpoint-*")]
-    found = [sign.name for sign in signs if sign.exists()]
+    places = [folder, *(path for path in folder.glob("*") if path.is_dir())]  # a run of several targets has subfolders
+    signs = [sign for place in places for sign in (*(place / name for name in OWN_FILES), *place.glob("checkpoint-*"))]
+    found = [str(sign.relative_to(folder)) for sign in signs if sign.exists()]
     if found and not resuming:
         raise ValueError(
             f"{folder} holds another run ({found[0]}): choose another output_dir, or set "
@@ -154,12 +160,12 @@ def load_target(ner: NerArguments, target: str, names: Sequence[str] | None = No
     names_of = "the model" if names is not None else sources[0]
     names = names or loaded[sources[0]]["train"].features["ner_tags"].feature.names
     of_target = load_ner_dataset(ner.dataset, [target], splits=target_splits, names=names, names_of=names_of)[target]
-    train = sample(of_target["train"], ner.target_train_size, ner.sample_seed) if recipe.target else None
+    train = sample(of_target["train"], ner.target_train_size, ner.sample_seed, name=target) if recipe.target else None
     dev = None
     if wants_dev:  # a zero-shot run knows no target labels, not even for choosing a checkpoint
         dev = of_target["validation"] if recipe.target else loaded[sources[0]]["validation"]
     return TargetData(
-        sources={language: sample(loaded[language]["train"], ner.train_size, ner.sample_seed) for language in sources},
+        sources={one: sample(loaded[one]["train"], ner.train_size, ner.sample_seed, name=one) for one in sources},
         target=train,
         dev=None if dev is None else _first(dev, ner.eval_size),
         test=_first(of_target["test"], ner.eval_size),
@@ -191,12 +197,14 @@ def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, da
     tagger = cast(CrossLingualTagger, trainer.model)
     started = tree.clone(tagger.meta_parameters())
     begun = time.perf_counter()
+    settings = run_settings(ner, trainer.args, target)
+    trainer.run_settings = {key: value for key, value in settings.items() if key not in (*OUTSIDE, *EXTENDED)}
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.perf_counter() - begun
     results: dict[str, Any] = {"test": {target: evaluation["test"].predict(trainer)}}
     if "dev" in evaluation:
         results["dev"] = {target: evaluation["dev"].predict(trainer)}
-    results["settings"] = run_settings(ner, trainer.args, target)
+    results["settings"] = settings
     results["run"] = {
         "steps": trainer.state.global_step,
         "train_seconds": seconds,

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
+from metaxl_evo.messages import first_line
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.rtn import SUBFOLDER
 from metaxl_evo.ner.sources import HUB_TIMEOUT
@@ -85,10 +86,6 @@ def load_classifier(
             "use a model without a head, or data with the same labels"
         )
     place = Path(model).expanduser() if Path(model).expanduser().is_dir() else model
-    if isinstance(place, Path) and not any(place.glob("*token*")) and not any(place.glob("*vocab*")):
-        raise ValueError(
-            f"model_name_or_path: {model} holds no tokenizer: save the model's own there, or give its Hub id"
-        )
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
@@ -100,22 +97,35 @@ def load_classifier(
         raise _unusable(model, ValueError("its pytorch_model.bin holds more than tensors")) from error
     except Exception as error:  # the content of a file leads the library into any
         raise _unusable(model, error) from error
+    _require_tokens(model, tokenizer)
     _require_whole(model, base, tokenizer, sorted(found["missing_keys"]), has_head=trained is not None)
     return base, tokenizer
+
+
+def _require_tokens(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that transformers made up where its files are missing, and one that cannot pad."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"model_name_or_path: {model} holds no vocabulary of a tokenizer: save the model's own there, or give its "
+            "Hub id"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"model_name_or_path: {model} has no padding token: give it one (tokenizer.pad_token = ...) and save the "
+            "tokenizer there"
+        )
 
 
 def _require_whole(
     model: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, missing: list[str], *, has_head: bool
 ) -> None:
-    """Refuse weights that are not all there, or not numbers, and a tokenizer of another vocabulary."""
+    """Refuse weights that are not all there, or not numbers, or of another vocabulary than the tokenizer's."""
     lacking = [name for name in missing if has_head or name.startswith(f"{base.base_model_prefix}.")]
     unfit = [name for name, parameter in base.named_parameters() if not parameter.isfinite().all()]
     words = getattr(base.config, "vocab_size", len(tokenizer))
     problem = ""
     if lacking:
         problem = f"lacks {len(lacking)} of its weights, such as {lacking[0]}"
-    elif tokenizer.pad_token_id is None:
-        problem = "has a tokenizer without a padding token"
     elif unfit:
         problem = f"has weights that are not finite, such as {unfit[0]}"
     elif tokenizer.is_fast and len(tokenizer) > words:
@@ -167,15 +177,13 @@ def _require_reachable(model: str) -> None:
         if is_offline_mode() or isinstance(try_to_load_from_cache(model, CONFIG_NAME), str):
             return
         HfApi().model_info(model, timeout=HUB_TIMEOUT)
-    except (
-        Exception
-    ) as error:  # HFValidationError, or that of whatever HTTP library the installed huggingface_hub uses
+    except Exception as error:  # of the id, or of the HTTP library that the installed huggingface_hub uses
         raise _unusable(model, error) from error
 
 
 def _unusable(model: str, error: Exception) -> ValueError:
-    reason = next(filter(None, map(str.strip, str(error).splitlines())), "").rstrip(":. ")
+    reason = f"{type(error).__name__}: {first_line(error).rstrip(':. ')}"
     return ValueError(
-        f"model_name_or_path: {model!r} cannot be loaded ({type(error).__name__}: {reason}): give the folder of a "
-        "transformers model, a Hub id that can be reached, or set HF_HUB_OFFLINE=1 with a filled cache"
+        f"model_name_or_path: {model!r} cannot be loaded ({reason}): give the folder of a transformers model, a Hub "
+        "id that can be reached, or set HF_HUB_OFFLINE=1 with a filled cache"
     )

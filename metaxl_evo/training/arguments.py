@@ -16,7 +16,7 @@ from transformers.trainer_utils import SchedulerType
 
 from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
 from metaxl_evo.messages import one_line, unknown
-from metaxl_evo.training.launch import refuse_engines
+from metaxl_evo.training.launch import refuse_engines, refuse_lost_processes
 from metaxl_evo.training.sign_halving import SignHalving
 
 NO_ESTIMATOR = "none"
@@ -186,6 +186,9 @@ class MetaTrainingArguments(TrainingArguments):
         self._check_sizes()
         refuse_engines(self)
         super().__post_init__()
+        refuse_lost_processes(self)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # losses read all base parameters; the search takes time and warns
         if self.meta_order not in META_ORDERS:
             raise ValueError(unknown("meta_order", self.meta_order, META_ORDERS))
         if self.episode_reset not in EPISODE_RESETS:
@@ -239,7 +242,7 @@ class MetaTrainingArguments(TrainingArguments):
 
     def _check_sizes(self) -> None:
         checks: list[tuple[str, bool, str]] = [
-            ("output_dir", bool(self.output_dir), "the name of a folder"),
+            ("output_dir", self.output_dir != "", "the name of a folder"),
             *((name, _is_number(getattr(self, name)), "a number of at least 0") for name in _NUMBERS),
             *((name, _is_count(getattr(self, name)), "a whole number of at least 1, below 2**31") for name in _COUNTS),
             *((name, _is_seed(getattr(self, name)), "a whole number of at least 0, below 2**32") for name in _SEEDS),

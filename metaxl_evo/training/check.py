@@ -17,6 +17,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators import Estimator
+from metaxl_evo.messages import first_line
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 
@@ -102,7 +103,7 @@ class _FewSteps(TrainerCallback):
             self.trainer.train()
         except RuntimeError as error:
             logger.warning("a step fails", exc_info=True)
-            self.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            self.failure = f"{type(error).__name__}: {first_line(error)}"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.meta_optimizer is not None:

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.messages import first_line
 from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 
@@ -47,29 +48,35 @@ def find_checkpoint(wanted: str | bool | None, output_dir: str | Path) -> str | 
     if wanted is None or wanted is False:
         return None
     if str(wanted).lower() not in LATEST:
-        if not Path(str(wanted)).is_dir():
+        checkpoint = Path(str(wanted))
+        if not checkpoint.is_dir():
             raise ValueError(
                 f"resume_from_checkpoint: {wanted} is not a folder: give a checkpoint-N folder, or `latest`"
             )
-        _require_resumable(Path(str(wanted)))
-        return str(wanted)
+        _require_resumable(checkpoint)
+        return str(checkpoint)
     found = _newest_resumable(Path(output_dir))
     if found is None and wanted is True:
         raise ValueError(f"{output_dir} holds no complete checkpoint: leave resume_from_checkpoint out to start anew")
+    if found is None:
+        logger.warning("%s holds no complete checkpoint: the run starts at step 0", output_dir)
     return found
 
 
 def _newest_resumable(folder: Path) -> str | None:
     """The newest complete checkpoint; those whose save was cut off, or that are damaged, are named and passed over."""
     damaged: list[ValueError] = []
+    level = logging.INFO
     for checkpoint in _checkpoints(folder):
         try:
             _require_resumable(checkpoint)
         except ValueError as error:
-            logger.warning("%s", error)
+            level = logging.WARNING
+            logger.log(level, "%s", error)
             if (checkpoint / MANIFEST).exists():
                 damaged.append(error)
         else:
+            logger.log(level, "the run goes on from %s", checkpoint)
             return str(checkpoint)
     if damaged:  # a save that was cut off leaves nothing to lose, these did
         raise damaged[0]
@@ -77,9 +84,8 @@ def _newest_resumable(folder: Path) -> str | None:
 
 
 def _require_resumable(checkpoint: Path) -> None:
-    processes = require_whole(checkpoint)["processes"]
-    ranks = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
-    for name in (*NEEDED, *ranks):
+    require_whole(checkpoint)
+    for name in NEEDED:
         if not (checkpoint / name).is_file():
             raise ValueError(f"{checkpoint / name} is missing (save_only_model writes none): {ADVICE}")
 
@@ -130,11 +136,14 @@ def require_same(checkpoint: str | Path, made_by: Mapping[str, Any], processes: 
         )
 
 
-def made_by(model: BilevelModule, args: MetaTrainingArguments) -> dict[str, Any]:
-    """What makes a run the one that a checkpoint belongs to, as plain JSON values."""
+def made_by(
+    model: BilevelModule, args: MetaTrainingArguments, run_settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What makes a run the one that a checkpoint belongs to, as plain JSON values; `run_settings` are the task's."""
     estimator = args.make_estimator()
     labels = getattr(getattr(model.base, "config", None), "id2label", None) or {}
-    return {
+    settings: dict[str, Any] = json.loads(json.dumps(dict(run_settings or {}), default=str))
+    return settings | {
         "estimator": NO_ESTIMATOR if estimator is None else repr(estimator),
         "meta_optim": None if estimator is None else args.meta_optim,
         "optimiser": args.optimizer_class or str(getattr(args.optim, "value", args.optim)),
@@ -148,18 +157,18 @@ def made_by(model: BilevelModule, args: MetaTrainingArguments) -> dict[str, Any]
     }
 
 
-def require_writable(folder: str | Path) -> None:
+def require_writable(folder: str | Path, setting: str = "output_dir") -> None:
     """Refuse a folder, made where there is none, in which no file can be written.
 
     Raises:
-        ValueError: with the reason.
+        ValueError: with the setting that asks for it and the reason.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"a byte, for a disk that is full")
     except OSError as error:
-        raise ValueError(f"output_dir: {folder} cannot be written ({_reason(error)}): choose another one") from error
+        raise ValueError(f"{setting}: {folder} cannot be written ({first_line(error)}): choose another one") from error
 
 
 # Saving
@@ -185,11 +194,21 @@ def saving(folder: str | Path) -> Iterator[None]:
         others = [one for one in (*_checkpoints(folder), *_checkpoints(folder.parent)) if one != folder]
         intact = next((one for one in others if (one / MANIFEST).is_file()), None)
         kept = "there is no earlier checkpoint" if intact is None else f"{intact} is intact"
-        free = shutil.disk_usage(next(one for one in (folder, *folder.absolute().parents) if one.exists())).free
+        free = shutil.disk_usage(next(one for one in (folder, *folder.absolute().parents) if one.exists())).free >> 20
+        reason = f"{first_line(error)}; {free} MiB are free" if free else "the disk is full"  # writers word it oddly
         raise SaveFailed(
-            f"{folder} could not be written ({_reason(error)}; {free >> 20} MiB are free): {kept}; mend that, then "
-            "set resume_from_checkpoint: latest"
+            f"{folder} could not be written ({reason}): {kept}; mend that, then set resume_from_checkpoint: latest"
         ) from error
+
+
+@contextmanager
+def discarding(checkpoint: Path) -> Iterator[None]:
+    """Around the making of a checkpoint: where it fails, what was written of it makes room."""
+    try:
+        yield
+    except SaveFailed:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise
 
 
 def unseal(checkpoint: Path) -> None:
@@ -200,16 +219,22 @@ def unseal(checkpoint: Path) -> None:
 def seal(checkpoint: Path, made_by: Mapping[str, Any], processes: int) -> None:
     """Complete a checkpoint: the manifest of all its files, which are on the disk before it is."""
     unseal(checkpoint)
-    files = {}
-    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        files[file.relative_to(checkpoint).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file, True)}
+    draft = checkpoint / f"{MANIFEST}.tmp"  # may be there, of a save that was cut off in it
+    files = {
+        file.relative_to(checkpoint).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file, sync=True)}
+        for file in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != draft)
+    }
     content = {"made_by": dict(made_by), "processes": processes, "files": files}
-    draft = checkpoint / f"{MANIFEST}.tmp"
     with draft.open("w", encoding="utf-8") as out:
         json.dump(content | {"sha256": _sha256_of(content)}, out, indent=2)
         out.flush()
         os.fsync(out.fileno())
     draft.replace(checkpoint / MANIFEST)
+    folder = os.open(checkpoint, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name too is on the disk before an older checkpoint goes
+    finally:
+        os.close(folder)
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
@@ -240,7 +265,7 @@ def loading(checkpoint: str | Path) -> Iterator[None]:
     except Exception as error:
         for file in sorted(Path(checkpoint).glob("*.pt*")):
             read_tensors(file)
-        raise ValueError(f"{checkpoint} does not fit this run ({_reason(error)}): {ADVICE}") from error
+        raise ValueError(f"{checkpoint} does not fit this run ({first_line(error)}): {ADVICE}") from error
 
 
 def read_tensors(file: Path) -> Any:
@@ -281,7 +306,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if found[path].isdigit()), key=lambda path: int(found[path]), reverse=True)
 
 
-def _sha256(file: Path, sync: bool = False) -> str:
+def _sha256(file: Path, *, sync: bool = False) -> str:
     with file.open("rb") as opened:
         if sync:
             os.fsync(opened.fileno())
@@ -294,7 +319,7 @@ def _sha256_of(content: Any) -> str:
 
 def _shapes(leaves: Tree) -> str:
     """`3 tensors of 17 numbers (1a2b3c4d)`; the digest is of their names and shapes."""
-    shapes: dict[str, Sequence[int]] = {name: list(leaf.shape) for name, leaf in leaves.items()}
+    shapes = {name: list(leaf.shape) for name, leaf in leaves.items()}
     size = sum(leaf.numel() for leaf in leaves.values())
     return f"{len(leaves)} tensors of {size} numbers ({_sha256_of(shapes)[:8]})"
 
@@ -307,8 +332,3 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         value = f"{len(value)}: {', '.join(map(str, value))}"
     return text if len(text := str(value)) <= 300 else f"{text[:297]}..."
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, or its kind where it says nothing."""
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

@@ -388,7 +388,7 @@ def _unreadable(file: Path, error: yaml.YAMLError) -> SettingsError:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     line = f":{mark.line + 1}" if mark is not None else ""
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-    return SettingsError(f"{file}{line}: cannot be read: {' '.join(str(problem).split())}")
+    return SettingsError(f"{file}{line}: cannot be read: {one_line(problem)}")
 
 
 def _refuse_unfolding(node: yaml.Node) -> None:

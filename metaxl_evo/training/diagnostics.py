@@ -17,6 +17,7 @@ from metaxl_evo.bilevel.problem import Hypergradient, InnerStep, estimate, look_
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators import Estimator, OneStep
 from metaxl_evo.estimators.local import EngineEstimator
+from metaxl_evo.messages import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Diagnostics:
         try:
             grads = self._exact_grads(passes, step)
         except RuntimeError as error:
-            self._differentiate_once(str(error).strip().splitlines()[0])
+            self._differentiate_once(first_line(error))
             grads = self._exact_grads(passes, step)
         return Exact(grads, gradient)
 

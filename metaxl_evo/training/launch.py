@@ -49,6 +49,20 @@ def refuse_engines(args: MetaTrainingArguments) -> None:
     _refuse(_engines(args))
 
 
+def refuse_lost_processes(args: MetaTrainingArguments) -> None:
+    """Refuse processes that were started together and know nothing of each other: each would write the same files.
+
+    Raises:
+        ValueError: one line with the way out.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size < started:
+        raise ValueError(
+            f"{started} processes were started, and each would train alone into the same folder: set use_cpu: true "
+            "where there are no GPUs, or start as many processes as there are GPUs"
+        )
+
+
 def _refuse(found: Found) -> None:
     for what, reason in found:
         raise ValueError(f"MetaTrainer does not run with {what}: {reason}")

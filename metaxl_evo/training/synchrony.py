@@ -33,7 +33,7 @@ def synchronise(model: nn.Module) -> None:
             len(differing),
         )
     for tensor in held.values():
-        tensor.copy_(broadcast(tensor.clone()))
+        tensor.copy_(broadcast(tensor.clone(memory_format=torch.contiguous_format)))  # nccl sends no other
 
 
 def require_synchrony(model: nn.Module, when: str) -> None:
@@ -80,7 +80,8 @@ def _checksum(tensor: Tensor) -> Tensor:
     """A number of the bits of a tensor and of their places, int64."""
     words = tensor.contiguous().reshape(-1).view(_WORDS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for start, block in zip(range(0, len(words), _BLOCK), words.split(_BLOCK), strict=True):
+    for start in range(0, len(words), _BLOCK):
+        block = words[start : start + _BLOCK]
         places = torch.arange(start + 1, start + 1 + len(block), device=words.device)
         total += (block * (places * _FACTOR)).sum()
     return total

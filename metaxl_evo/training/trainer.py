@@ -27,10 +27,12 @@ from metaxl_evo.bilevel.problem import BilevelProblem, Hypergradient, InnerStep,
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, Windowed, from_optimizer
 from metaxl_evo.estimators import Estimator
+from metaxl_evo.estimators.local import EngineEstimator
 from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule
 from metaxl_evo.training.arguments import MetaTrainingArguments, optimizer_class
 from metaxl_evo.training.checkpoint import (
     META_STATE,
+    discarding,
     find_checkpoint,
     loading,
     made_by,
@@ -65,6 +67,10 @@ class MetaTrainer(Trainer):
         meta_dataset: the rows that judge; a share of them (`1 - meta_portion`) joins the train rows. May be left out
             where `args.estimator` is `none`.
         kwargs: as for `transformers.Trainer`.
+
+    Attributes:
+        card_sections: Markdown for the model card.
+        run_settings: the task's own settings, plain values; a checkpoint made with others is not resumed from.
 
     Raises:
         ValueError: before anything runs, for a launch, an optimiser or an estimator that cannot work together.
@@ -113,6 +119,7 @@ class MetaTrainer(Trainer):
         self.meta_optimizer: torch.optim.Optimizer | None = None
         self.meta_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         self.card_sections: list[str] = []
+        self.run_settings: dict[str, Any] = {}
         self._window: tuple[list[Batch], list[Batch]] = ([], [])
         self._window_rows: tree.Tree | None = None  # of the embeddings, as far as the window touches them
         self._window_is_new, self._micro_batch = False, 0
@@ -145,7 +152,7 @@ class MetaTrainer(Trainer):
         """
         checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         if checkpoint is not None:
-            require_same(checkpoint, made_by(self.model, self.args), self.args.world_size)
+            require_same(checkpoint, made_by(self.model, self.args, self.run_settings), self.args.world_size)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     # ---- the two levels' optimisers
@@ -159,6 +166,8 @@ class MetaTrainer(Trainer):
             )
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
         if self.estimator is not None:
+            if isinstance(self.estimator, EngineEstimator) and self.estimator.engine == "auto":
+                self._say_what_auto_is()
             if self.estimator.needs_update_rule:
                 self.estimator.check(
                     self._problem(self._update_rule(self.estimator)[0]),
@@ -172,6 +181,11 @@ class MetaTrainer(Trainer):
                     raise ValueError(f"{error}, or leave meta_diagnostics_every at 0") from None
             self.meta_optimizer = self._make_meta_optimizer()
         return optimizer
+
+    def _say_what_auto_is(self) -> None:
+        if not self._problem(SGD(0.0)).second_order:
+            reason = self.model.second_order_obstacle or "torch_compile"
+            logger.warning("engine auto takes finite differences here (%s)", reason)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedules of both learning rates, in base steps."""
@@ -558,20 +572,23 @@ class MetaTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's, completed by a manifest, before which no older one is deleted and nothing is pushed."""
         args, folder = self.args, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with saving(folder):
+        with discarding(folder):
             if args.should_save:
-                unseal(folder)
+                with saving(folder):
+                    unseal(folder)
             self.accelerator.wait_for_everyone()  # until then no rank writes
             self.args = copy.copy(args)
             self.args.save_total_limit, self.args.push_to_hub = None, False
             try:
-                super()._save_checkpoint(model, trial)
+                with saving(folder):
+                    super()._save_checkpoint(model, trial)
             finally:
                 self.args = args
             self.accelerator.wait_for_everyone()  # every rank's random state is there
             if args.should_save:
-                torch.save(args, folder / TRAINING_ARGS_NAME)
-                seal(folder, made_by(self.model, args), args.world_size)
+                with saving(folder):
+                    torch.save(args, folder / TRAINING_ARGS_NAME)
+                    seal(folder, made_by(self.model, args, self.run_settings), args.world_size)
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if args.should_save:
@@ -591,7 +608,9 @@ class MetaTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            torch.save(self._meta_state(), Path(output_dir) / META_STATE)
+            states = {name: holder.state_dict() for name, holder in self._stateful().items()}
+            skipped = [self.skipped_meta_steps, self._skipped_in_a_row]
+            torch.save({**states, "skipped": skipped}, Path(output_dir) / META_STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -606,7 +625,7 @@ class MetaTrainer(Trainer):
             self.episodes.to(self.args.device)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """None is ever saved: fp16 is refused."""
+        """None: fp16 is refused, and one that stands in a checkpoint is not ours to read."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -621,10 +640,6 @@ class MetaTrainer(Trainer):
             "episodes": self.episodes,
         }
         return {name: holder for name, holder in held.items() if holder is not None}
-
-    def _meta_state(self) -> dict[str, Any]:
-        states = {name: holder.state_dict() for name, holder in self._stateful().items()}
-        return {**states, "skipped": [self.skipped_meta_steps, self._skipped_in_a_row]}
 
     def create_model_card(  # type: ignore[override]
         self,
@@ -690,15 +705,13 @@ class _MetaSteps(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._before is not None:
             self.trainer._after_step()
-        if self.trainer.meta_scheduler is not None:
-            self.trainer._meta_learning_rate = self.trainer.meta_scheduler.get_last_lr()[
-                0
-            ]  # of this step, for the log
-            with (
-                warnings.catch_warnings()
-            ):  # torch warns where the first meta steps are skipped, at a zero learning rate
+        scheduler = self.trainer.meta_scheduler
+        if scheduler is not None:
+            self.trainer._meta_learning_rate = scheduler.get_last_lr()[0]  # of this step, for the log
+            with warnings.catch_warnings():
+                # torch warns where the first meta steps are skipped, at a zero learning rate
                 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
-                self.trainer.meta_scheduler.step()
+                scheduler.step()
 
 
 def _tuned(rule: UpdateRule, model: BilevelModule) -> UpdateRule:

@@ -251,3 +251,9 @@ def test_settings_that_the_estimator_refuses_are_in_its_row(tmp_path: Path) -> N
     rows, _ = bench(tmp_path, "toy", "--estimators", "evograd", "--variants", variants, "--repeats", "1")
     assert ["copies must be" in str(row.error) for row in rows] == [True, False] * 2
     assert ["unknown field" in str(row.error) for row in rows] == [False, True] * 2
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="measures one process"):
+        BenchmarkArguments("unused")

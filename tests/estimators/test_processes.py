@@ -1,6 +1,7 @@
 """N processes with a share of every batch each = one process with the whole of it: every estimator, every toy problem.
 
-Rows are spread unevenly, one process holds its rows in two parts, another has none of the rows that judge.
+Rows are spread unevenly, one process holds its rows in two parts; of three, one has none of the rows that judge, one
+none of those that train.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from metaxl_evo.bilevel import (
     run_episode,
     tree,
 )
+from metaxl_evo.bilevel import processes as processes_module
+from metaxl_evo.bilevel.problem import NO_DIRECT_TERM
 from metaxl_evo.bilevel.processes import Processes, Traffic
-from metaxl_evo.estimators import Estimator, EvoGrad
+from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder
 from tests.estimators.problems import TOYS, Toy
 from tests.estimators.test_contract import PAIRS, SERVED_PAIRS, build, label, step_made
 from tests.processes import on_processes
@@ -84,8 +87,8 @@ def spread(toy: Toy, processes: Processes) -> tuple[BilevelProblem, list[Part], 
         processes=processes,
     )
     train, val = cut(toy.train, (0.25, 0.5, 0.25)), cut(toy.val, (0.25, 0.75))
-    mine = {0: train[:2], 1: train[2:]} if processes.size == 2 else {rank: [train[rank]] for rank in range(3)}
-    judges = {0: val[:1], 1: val[1:], 2: []} if processes.size == 3 else {0: val[:1], 1: val[1:]}
+    mine = {0: train[:2], 1: train[2:]} if processes.size == 2 else {0: train[:1], 1: train[1:], 2: []}
+    judges = {0: val[:1], 1: val[1:]} if processes.size == 2 else {0: [], 1: val[:1], 2: val[1:]}
     return problem, mine[processes.rank], judges[processes.rank]
 
 
@@ -182,6 +185,67 @@ def test_what_is_sent_is_what_is_declared(count: int) -> None:
 @pytest.mark.parametrize("copies", [2, 5])
 def test_evograd_sends_its_losses_and_slopes_and_one_tree_like_lam(copies: int) -> None:
     assert EvoGrad(copies=copies).traffic(step_made=True) == Traffic(w=0, lam=1, scalars=2 * copies + 1)
+
+
+def of_odd_rows(rows: Sequence[Sequence[float]]) -> Any:
+    """The outer loss is in float64, of weights in float32; only a row above 2 reads lam."""
+    dist.init_process_group("gloo")
+    problem = BilevelProblem(
+        inner_loss=lambda w, lam, row: row * (w["a"] * lam["b"]).sum(),
+        outer_loss=lambda w, lam, row: row * w["a"].double().sum() + (lam["b"].sum() if row > 2 else 0.0),
+        update=SGD(0.1),
+        parts=lambda batch: batch,
+        processes=Processes(dist.get_rank(), dist.get_world_size()),
+    )
+    w, lam = {"a": torch.ones(2)}, {"b": torch.ones(2)}
+    try:
+        found = hypergradient(problem, FirstOrder(), w, lam, [1.0], rows[dist.get_rank()])
+    except ValueError as error:
+        return str(error)
+    return found.grads["b"].tolist(), float(found.outer_loss)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (([], [3.0]), ([1.0, 1.0], 8.0)),
+        (([1.0], [3.0]), ([1.0, 1.0], 10.0)),
+        (([1.0], [2.0]), NO_DIRECT_TERM),
+    ],
+)
+def test_a_process_whose_rows_are_of_another_kind_keeps_step(rows: Any, expected: Any) -> None:
+    assert on_processes(2, of_odd_rows, rows) == [expected, expected]
+
+
+def of_odd_leaves() -> bool:
+    dist.init_process_group("gloo")
+    processes_module._BUCKET = 8
+    shares = {
+        "turned": torch.arange(20.0).view(4, 5).t(),
+        "number": torch.tensor(2.0),
+        "double": torch.ones(3, dtype=torch.float64),
+        "expanded": torch.ones(1).expand(6),
+        "nothing": torch.empty(0),
+        "small": torch.ones(2, 2),
+    }
+    found = Processes(dist.get_rank(), 2).whole(dict(shares))
+    assert list(found) == list(shares)
+    for name, share in shares.items():
+        torch.testing.assert_close(found[name], 2 * share, rtol=0, atol=0)
+    return True
+
+
+def test_leaves_of_every_kind_are_summed() -> None:
+    """In buckets that are smaller than some leaves, and end within others' dtypes."""
+    assert on_processes(2, of_odd_leaves) == [True, True]
+
+
+def test_a_bucket_is_of_one_dtype_and_no_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes_module, "_BUCKET", 8)
+    leaves = {name: torch.zeros(size) for name, size in (("a", 5), ("b", 3), ("c", 1), ("large", 20), ("d", 1))}
+    leaves["b"] = leaves["b"].double()
+    leaves["e"] = torch.zeros(3)
+    assert list(processes_module._buckets(leaves)) == [["a", "c"], ["large"], ["d", "e"], ["b"]]
 
 
 def test_one_process_sends_nothing() -> None:

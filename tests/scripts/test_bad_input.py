@@ -240,7 +240,7 @@ SIGNS = ["results.json", "config.json", "README.md", "rtn/config.json", "checkpo
 
 
 @pytest.mark.parametrize("sign", SIGNS)
-@pytest.mark.parametrize("where", ["", "celu"])
+@pytest.mark.parametrize("where", ["", "celu", "dalu"])
 def test_a_folder_that_holds_another_run(
     tmp_path: Path, data: Path, model: Path, refused: Callable[..., None], sign: str, where: str
 ) -> None:
@@ -313,6 +313,39 @@ def test_latest_passes_over_a_checkpoint_that_was_cut_off(
     (output / "checkpoint-3" / "trainer_state.json").unlink()
     assert train(model, data, output, resume_from_checkpoint="latest")["run"]["steps"] == 4
     assert "checkpoint-3/trainer_state.json is missing" in caplog.text
+    assert f"the run goes on from {output / 'checkpoint-2'}" in caplog.text
+
+
+def test_latest_says_that_there_is_nothing_to_go_on_from(
+    tmp_path: Path, data: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(model, data, tmp_path / "run", resume_from_checkpoint="latest", max_steps=1)
+    assert f"{tmp_path / 'run'} holds no complete checkpoint: the run starts at step 0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("target_languages", "celu"), ("learning_rate", 0.5), ("target_train_size", 8), ("rtn_kind", "perceptron")],
+)
+def test_a_checkpoint_is_resumed_only_with_its_own_settings(
+    tmp_path: Path,
+    data: Path,
+    model: Path,
+    interrupted: Path,
+    refused: Callable[..., None],
+    option: str,
+    value: object,
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(interrupted, output)
+    message = rf"checkpoint-2 was made with another .*\b{option} \(.* there, .*{value}.* here\)"
+    refused(message, model, data, output, resume_from_checkpoint="latest", **{option: value})
+
+
+def test_a_run_may_go_on_for_longer(tmp_path: Path, data: Path, model: Path, interrupted: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(interrupted, output)
+    assert train(model, data, output, resume_from_checkpoint="latest", max_steps=6)["run"]["steps"] == 6
 
 
 def test_a_finished_run_is_kept_only_with_its_own_settings(tmp_path: Path, data: Path, model: Path) -> None:

@@ -48,8 +48,8 @@ INSTANCES: dict[str, tuple[dict[str, Any], ...]] = {
         {"engine": "finite_difference", "terms": 2, "step": 0.1},
     ),
     "conjugate_gradient": (
-        {"engine": "jvp", "iterations": 2, "damping": 1.0},
-        {"engine": "finite_difference", "iterations": 2, "damping": 1.0},
+        {"engine": "jvp", "iterations": 2, "damping": 5.0},
+        {"engine": "finite_difference", "iterations": 2, "damping": 5.0},
     ),
     "unroll": ({}, {"horizon": 2}),
     "drmad": ({},),

@@ -68,7 +68,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[MetaTrainer, 
     return trainer, {**lengths, "any time": [told[-1][1] - told[0][1]]}
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     undisturbed: tuple[MetaTrainer, dict[str, list[float]]], tmp_path: Path

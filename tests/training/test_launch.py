@@ -20,6 +20,7 @@ from torch import nn
 
 from metaxl_evo.ner.tagger import CrossLingualTagger
 from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.launch import refuse_lost_processes
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.tiny import logged, random_rows, tiny_arguments, tiny_base, tiny_tagger, tiny_trainer
 
@@ -286,3 +287,14 @@ def test_a_model_loaded_onto_several_devices(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}], ids=str)
 def test_a_model_loaded_onto_one_device(device_map: Any, tmp_path: Path) -> None:
     tiny_trainer(tmp_path, tagger=loaded(tmp_path, device_map))
+
+
+def test_processes_that_do_not_find_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without a GPU and without use_cpu, where accelerate makes a world of each."""
+    args = tiny_arguments(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(type(args), "world_size", 1)
+    with pytest.raises(ValueError, match=r"2 processes were started, .* set use_cpu: true"):
+        refuse_lost_processes(args)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    refuse_lost_processes(args)

@@ -335,7 +335,6 @@ def parts_that_differ(folder: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_resume_bit_by_bit(tmp_path: Path) -> None:
     """Each rank with its own random state."""

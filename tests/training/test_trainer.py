@@ -751,7 +751,7 @@ def test_an_optimiser_without_a_rule_is_refused_before_the_first_step(
 )
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_auto_engine_is_finite_differences_under_checkpointing(
-    tmp_path: Path, with_it: dict[str, Any], without: dict[str, Any] | None, order: str
+    tmp_path: Path, with_it: dict[str, Any], without: dict[str, Any] | None, order: str, caplog: Any
 ) -> None:
     radius = {"radius": 1e-4}
     found = []
@@ -774,6 +774,8 @@ def test_the_auto_engine_is_finite_differences_under_checkpointing(
         found.append((base_weights(trainer), minus(start, meta_weights(trainer))))
     for one, other in zip(*found, strict=True):
         assert different(one, other) == []
+    said = "engine auto takes finite differences here (activation_checkpointing" in caplog.text
+    assert said == ("engine" not in with_it)
 
 
 @pytest.mark.parametrize("name", ["evograd", "evograd_head"])

@@ -70,10 +70,8 @@ def tiny_tagger(
     model = tiny_base(dtype, **({} if dropout else NO_DROPOUT), **(base or {}))
     torch.manual_seed(1)
     rtn = RepresentationTransform(HIDDEN, layers=layers, languages=languages, kind=kind).to(dtype)
-    for (
-        name,
-        parameter,
-    ) in rtn.named_parameters():  # biases and mixing logits start at 0, where their effects would hide
+    for name, parameter in rtn.named_parameters():
+        # biases and mixing logits start at 0, where their effects would hide
         if name.endswith("bias") or name == "mixing_logits":
             torch.nn.init.normal_(parameter, std=0.3)
     return CrossLingualTagger(model, rtn, pad_token_id=PAD, **settings)
