@@ -572,11 +572,11 @@ class MetaTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's, completed by a manifest, before which no older one is deleted and nothing is pushed."""
         args, folder = self.args, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if args.should_save:
+            with saving(folder):
+                unseal(folder)
+        self.accelerator.wait_for_everyone()  # until then no rank writes
         with discarding(folder):
-            if args.should_save:
-                with saving(folder):
-                    unseal(folder)
-            self.accelerator.wait_for_everyone()  # until then no rank writes
             self.args = copy.copy(args)
             self.args.save_total_limit, self.args.push_to_hub = None, False
             try:

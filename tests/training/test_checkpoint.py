@@ -474,3 +474,18 @@ def test_states_that_do_not_fit_are_one_line(output: Path) -> None:
         reseal(checkpoint)
         with one_line(r"checkpoint-4 does not fit this run \(.+\): resume from an earlier"):
             saving_trainer(output).train("latest")
+
+
+def test_a_checkpoint_that_cannot_be_written_over_stays(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is discarded after a failed save is what this save has written, never a complete one of before."""
+    shutil.copytree(output / "checkpoint-4", output / "checkpoint-6")
+    before = contents(output)
+
+    def refuse(checkpoint: Path) -> None:
+        raise PermissionError("Operation not permitted")
+
+    trainer = saving_trainer(output)
+    monkeypatch.setattr("metaxl_evo.training.trainer.unseal", refuse)
+    with one_line(r"checkpoint-6 could not be written \(Operation not permitted; ", SaveFailed):
+        trainer.train(str(output / "checkpoint-4"))
+    assert contents(output) == before
