@@ -21,6 +21,8 @@ setup(
         "huggingface_hub>=1.0,<3",
         "tokenizers>=0.21",
         "pyarrow>=21",
+        "numpy>=1.26",
+        "pillow>=10",
         "scipy>=1.11",
         "tqdm>=4.66",
         "pyyaml>=6",

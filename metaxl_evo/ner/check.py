@@ -14,16 +14,17 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.ner.arguments import NerArguments
 from metaxl_evo.ner.data import encode
 from metaxl_evo.ner.experiment import (
+    OWN_FILES,
     TargetData,
     build_trainer,
     fit_arguments,
     load_target,
-    refuse_another_run,
     require_enough,
 )
 from metaxl_evo.ner.pretrained import trained_labels
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.check import check_training, report
+from metaxl_evo.training.runs import refuse_another_run
 from metaxl_evo.training.trainer import MetaTrainer
 
 
@@ -43,7 +44,7 @@ def check_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str
     found, trainer = check_training(lambda args: build_trainer(ner, args, data)[0], args)
     found = {"target": target, **_describe(ner, data, trainer), **found, **_evaluation(trainer, found["problems"])}
     try:
-        refuse_another_run(Path(args.output_dir), args.resume_from_checkpoint is not None)
+        refuse_another_run(Path(args.output_dir), args.resume_from_checkpoint is not None, OWN_FILES)
     except ValueError as error:
         found["problems"].append(str(error))
     if args.should_log:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from scipy import stats
+from metaxl_evo.training.statistics import Interval, paired_difference, spread
 
 RunKey = tuple[str, str, int]  # method, language, seed
 
@@ -34,17 +33,10 @@ class Comparison:
         """A number of the `run` section, over all languages and seeds."""
         return [float(self.runs[method, one, seed]["run"][key]) for one in self.languages for seed in self.seeds]
 
-    def difference(self, method: str, baseline: str) -> tuple[float, float, float]:
-        """Mean paired difference of F1 over (language, seed), with its 95 % t-interval, in points.
-
-        The interval is infinite for a single pair.
-        """
+    def difference(self, method: str, baseline: str) -> Interval:
+        """Mean paired difference of F1 over (language, seed), in points."""
         pairs = [(one, seed) for one in self.languages for seed in self.seeds]
-        differences = [self._percent(method, *pair) - self._percent(baseline, *pair) for pair in pairs]
-        if len(differences) < 2:
-            return differences[0], -inf, inf
-        low, high = stats.t.interval(0.95, len(differences) - 1, fmean(differences), stats.sem(differences))
-        return fmean(differences), float(low), float(high)
+        return paired_difference(*([self._percent(one, *pair) for pair in pairs] for one in (method, baseline)))
 
     def _percent(self, method: str, language: str, seed: int) -> float:
         return 100 * self.runs[method, language, seed]["test"][language]["f1"]
@@ -53,13 +45,14 @@ class Comparison:
         """The tables of scores, of differences to `baseline`, and of cost."""
         columns = [*self.languages, "average"]
         lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-        lines += [f"| {m} | {' | '.join(_spread(self.f1(m, c)) for c in columns)} |" for m in self.methods]
+        lines += [f"| {m} | {' | '.join(spread(self.f1(m, c)) for c in columns)} |" for m in self.methods]
         lines += ["", f"| method | points over {baseline} | 95 % interval | reading |", "|---|---:|---:|---|"]
         for method in self.methods:
             if method != baseline:
-                mean, low, high = self.difference(method, baseline)
-                reading = "tie" if low <= 0 <= high else ("better" if low > 0 else "worse")
-                lines.append(f"| {method} | {mean:+.2f} | {low:+.2f} to {high:+.2f} | {reading} |")
+                found = self.difference(method, baseline)
+                lines.append(
+                    f"| {method} | {found.mean:+.2f} | {found.low:+.2f} to {found.high:+.2f} | {found.reading} |"
+                )
         lines += [
             "",
             "| method | seconds a run | RTN moved, % of its norm | skipped meta steps |",
@@ -69,7 +62,7 @@ class Comparison:
             moved = [100 * value for value in self.of_run(method, "rtn_relative_change")]
             skipped = int(sum(self.of_run(method, "skipped_meta_steps")))
             lines.append(
-                f"| {method} | {_spread(self.of_run(method, 'train_seconds'), 0)} | {_spread(moved)} | {skipped} |"
+                f"| {method} | {spread(self.of_run(method, 'train_seconds'), 0)} | {spread(moved)} | {skipped} |"
             )
         return "\n".join(lines) + "\n"
 
@@ -120,9 +113,3 @@ def read_comparison(
 def run_folder(folder: Path, method: str, language: str, seed: int) -> Path:
     """Where one run of a comparison lives."""
     return folder / method / language / str(seed)
-
-
-def _spread(values: Sequence[float], digits: int = 1) -> str:
-    """`mean ± standard deviation`."""
-    spread = stdev(values) if len(values) > 1 else 0.0
-    return f"{fmean(values):.{digits}f} ± {spread:.{digits}f}"

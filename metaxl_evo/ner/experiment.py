@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +15,7 @@ from transformers import DataCollatorForTokenClassification, PreTrainedModel, Pr
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.messages import one_line, unknown
+from metaxl_evo.messages import unknown
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform, encoder_layers
 from metaxl_evo.ner.arguments import NerArguments, steps_of
@@ -30,27 +28,19 @@ from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 from metaxl_evo.training.checkpoint import LATEST
 from metaxl_evo.training.meta_rows import MetaRows
+from metaxl_evo.training.runs import (
+    RESULTS,
+    checkpoint_settings,
+    finished_run,
+    hub_id,
+    refuse_another_run,
+    training_settings,
+    write_results,
+)
 from metaxl_evo.training.trainer import MetaTrainer
 
-logger = logging.getLogger(__name__)
-
-RESULTS = "results.json"
 METRICS = ("f1", "precision", "recall", "loss")
-ALWAYS_NAMED = ("estimator", "estimator_kwargs", "learning_rate", "meta_learning_rate", "seed", "meta_seed")
-OUTSIDE = (  # settings that do not change the results
-    *("output_dir", "resume_from_checkpoint", "check", "disable_tqdm", "report_to", "run_name", "project"),
-    *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "use_cpu", "dataloader_pin_memory"),
-    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_token", "save_total_limit"),
-)
-EXTENDED = (  # settings with which a run that was cut off may go on, longer, or on other machines
-    *("max_steps", "num_train_epochs", "eval_strategy", "eval_steps", "save_strategy", "save_steps"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "per_device_meta_batch_size"),
-    *("gradient_accumulation_steps", "dataloader_num_workers"),
-)
-OWN_FILES = (
-    *(RESULTS, "config.json", "model.safetensors", "README.md", SUBFOLDER, ADAPTER),
-    *("training_args.bin", "tokenizer.json"),
-)
+OWN_FILES = (SUBFOLDER, ADAPTER, "tokenizer.json")
 
 
 @dataclass
@@ -81,7 +71,7 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
             "resume_from_checkpoint: one checkpoint cannot continue several targets: use latest, or one target"
         )
     for folder in dict.fromkeys([Path(args.output_dir), *folders.values()]):
-        refuse_another_run(folder, resuming)
+        refuse_another_run(folder, resuming, OWN_FILES)
     names = trained_labels(ner.model_name_or_path)
     data = {target: load_target(ner, target, names) for target in targets}
     for target in targets:
@@ -92,7 +82,8 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
         target_args.output_dir = str(folders[target])
         saved = folders[target] / RESULTS
         if resuming and saved.exists():
-            results[target] = finished_run(saved, ner, fit_arguments(ner, target_args, data[target]), target)
+            fitted = fit_arguments(ner, target_args, data[target])
+            results[target] = finished_run(saved, run_settings(ner, fitted, target))
             continue
         if len(targets) > 1:  # a repository a target
             target_args.hub_model_id = f"{args.hub_model_id or Path(args.output_dir).name}-{target}"
@@ -104,46 +95,6 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
         print(scores_table({target: summary["test"][target] for target in targets}))
         print(f"models, cards and {RESULTS}: {', '.join(map(str, folders.values()))}")
     return summary
-
-
-def refuse_another_run(folder: Path, resuming: bool) -> None:
-    """Nothing of the user's is overwritten.
-
-    Raises:
-        ValueError: where the folder holds files of the names that a run writes and this run does not resume it.
-    """
-    try:
-        exists = folder.exists()
-    except OSError as error:  # a name that is too long
-        raise ValueError(f"output_dir cannot be made ({one_line(error)}): choose another") from error
-    if exists and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: choose another output_dir")
-    places = [folder, *(path for path in folder.glob("*") if path.is_dir())]  # a run of several targets has subfolders
-    signs = [sign for place in places for sign in (*(place / name for name in OWN_FILES), *place.glob("checkpoint-*"))]
-    found = [str(sign.relative_to(folder)) for sign in signs if sign.exists()]
-    if found and not resuming:
-        raise ValueError(
-            f"{folder} holds another run ({found[0]}): choose another output_dir, or set "
-            "resume_from_checkpoint: latest"
-        )
-
-
-def finished_run(file: Path, ner: NerArguments, args: MetaTrainingArguments, target: str) -> dict[str, Any]:
-    """The results of a target that is done already.
-
-    Raises:
-        ValueError: where they were made with other settings.
-    """
-    results = json.loads(file.read_text(encoding="utf-8"))
-    then = results["settings"]
-    now = json.loads(json.dumps(run_settings(ner, args, target), default=str))
-    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in OUTSIDE)
-    if changed:
-        raise ValueError(
-            f"{file} was made with another {', '.join(changed)}: give the settings of that run, or another output_dir"
-        )
-    logger.info("%s is finished: its results are kept", file.parent)
-    return results
 
 
 def load_target(ner: NerArguments, target: str, names: Sequence[str] | None = None) -> TargetData:
@@ -198,7 +149,7 @@ def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, da
     started = tree.clone(tagger.meta_parameters())
     begun = time.perf_counter()
     settings = run_settings(ner, trainer.args, target)
-    trainer.run_settings = {key: value for key, value in settings.items() if key not in (*OUTSIDE, *EXTENDED)}
+    trainer.run_settings = checkpoint_settings(settings)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.perf_counter() - begun
     results: dict[str, Any] = {"test": {target: evaluation["test"].predict(trainer)}}
@@ -224,8 +175,8 @@ def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, da
     finish(
         tasks="token-classification",
         language=target,
-        dataset_tags=_hub_id(ner.dataset),
-        finetuned_from=_hub_id(ner.model_name_or_path),
+        dataset_tags=hub_id(ner.dataset, SYNTHETIC),
+        finetuned_from=hub_id(ner.model_name_or_path, SYNTHETIC),
         model_name=Path(args.output_dir).name,
     )
     return results
@@ -315,12 +266,6 @@ def summarise(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return summary | {"run": {target: found["run"] for target, found in results.items()}}
 
 
-def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write `results.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
-
-
 def fit_arguments(ner: NerArguments, args: MetaTrainingArguments, data: TargetData) -> MetaTrainingArguments:
     """The arguments as the method needs them: no estimator without meta learning, no selection without dev data."""
     args, recipe = copy.copy(args), ner.recipe
@@ -353,16 +298,7 @@ def _keep_source_schedule(args: MetaTrainingArguments, sentences: int) -> None:
 
 def run_settings(ner: NerArguments, args: MetaTrainingArguments, target: str) -> dict[str, Any]:
     """What a run is made with: the NER settings, the estimator, and the training arguments off their defaults."""
-    here = {"use_configured_state": True}  # fresh arguments would start the launch anew, as one process
-    defaults = MetaTrainingArguments(output_dir=args.output_dir, accelerator_config=here).to_dict()
-    found = {key: value for key, value in args.to_dict().items() if not key.startswith("_")}
-    chosen = {key: value for key, value in found.items() if value != defaults.get(key) or key in ALWAYS_NAMED}
-    return {**asdict(ner), "target_languages": [target], **chosen}
-
-
-def _hub_id(name: str) -> str | None:
-    """`name` where a card can link to it: not a folder, not generated."""
-    return None if Path(name).expanduser().exists() or name == SYNTHETIC else name
+    return {**asdict(ner), "target_languages": [target], **training_settings(args)}
 
 
 def _with_language(rows: Dataset, index: int) -> Dataset:

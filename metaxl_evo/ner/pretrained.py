@@ -24,7 +24,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from metaxl_evo.messages import first_line
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.rtn import SUBFOLDER
-from metaxl_evo.ner.sources import HUB_TIMEOUT
+from metaxl_evo.training.hub import HUB_TIMEOUT
 
 SYNTHETIC = "synthetic"
 ALL_LINEAR = "all-linear"

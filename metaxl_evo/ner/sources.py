@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
-from datasets import ClassLabel, Dataset, DatasetDict, LargeList, List, Value, get_dataset_config_names, load_dataset
-from huggingface_hub import HfApi, is_offline_mode
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from datasets import ClassLabel, Dataset, LargeList, List, Value
+from huggingface_hub import is_offline_mode
 
 from metaxl_evo.messages import one_line, unknown
+from metaxl_evo.training.hub import Instead, configurations_of, load_from_hub, require_reachable, script_message
 
 SPLITS = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 TEXT_SUFFIXES = ("", ".txt", ".tsv", ".conll", ".iob2")
-HUB_TIMEOUT = 4.0  # seconds, tried twice at most; load_dataset alone retries an unreachable Hub for about 23
+INSTEAD = Instead("--dataset FOLDER", "WikiAnn: unimelb-nlp/wikiann")
 LABEL = re.compile(r"O|[BI]-\S+")
 
 
@@ -39,7 +39,7 @@ Corpus = dict[str, dict[str, Sentences]]  # language -> split -> sentences
 def read_folder(root: Path, languages: Sequence[str], splits: Sequence[str]) -> Corpus:
     """Read `root/LANGUAGE/SPLIT`, a text file or parquet files each."""
     if (root / f"{root.resolve().name}.py").is_file():
-        raise ValueError(_script_message(str(root)))
+        raise ValueError(script_message(str(root), INSTEAD))
     folders = {folder.name: _split_files(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
     present = {language: files for language, files in folders.items() if files}
     if not present:
@@ -57,11 +57,11 @@ def read_folder(root: Path, languages: Sequence[str], splits: Sequence[str]) -> 
 
 def read_hub(dataset: str, languages: Sequence[str], splits: Sequence[str]) -> Corpus:
     """Read one configuration a language from the Hub, or in offline mode from the cache of `datasets`."""
-    _require_reachable(dataset)
+    require_reachable(dataset, INSTEAD)
     _require_configurations(dataset, languages)
     corpus = {}
     for language in languages:
-        loaded = _load_configuration(dataset, language)
+        loaded = load_from_hub(dataset, language, instead=INSTEAD, what=f"language {language!r}")
         parts = {SPLITS.get(str(split), str(split)): part for split, part in loaded.items()}
         for split in splits:
             _require_split(split, parts, f"{dataset}, {language}")
@@ -167,61 +167,15 @@ def _read_text(path: Path, language: str) -> Sentences:
     return Sentences(list(filter(None, tokens)), list(filter(None, tags)))
 
 
-def _require_reachable(dataset: str) -> None:
-    """Ask the Hub once, with a short timeout, before `load_dataset` asks it with its long retries."""
-    if dataset.endswith(".py"):
-        raise ValueError(_script_message(dataset))
-    if is_offline_mode():
-        return
-    try:
-        HfApi().dataset_info(dataset, timeout=HUB_TIMEOUT)
-    except (HFValidationError, RepositoryNotFoundError) as error:
-        raise FileNotFoundError(_unreachable_message(dataset, error)) from error
-    except Exception as error:  # of whatever HTTP library the installed huggingface_hub uses
-        raise ConnectionError(_unreachable_message(dataset, error)) from error
-
-
 def _require_configurations(dataset: str, languages: Sequence[str]) -> None:
     if is_offline_mode():
         return  # the names are not known here; the error of a failed load lists those in the cache
-    try:
-        configurations = get_dataset_config_names(dataset)
-    except RuntimeError as error:
-        raise _clearer(dataset, error) from error
+    configurations = configurations_of(dataset, INSTEAD)
     for language in languages:
         if language not in configurations:
             raise ValueError(unknown(f"language of {dataset}", language, configurations))
 
 
-def _load_configuration(dataset: str, language: str) -> DatasetDict:
-    try:
-        return load_dataset(dataset, language)
-    except RuntimeError as error:
-        raise _clearer(dataset, error) from error
-    except ValueError as error:
-        raise ValueError(f"cannot load language {language!r} of {dataset}: {one_line(error)}") from error
-    except OSError as error:
-        raise ConnectionError(_unreachable_message(dataset, error)) from error
-
-
-def _clearer(dataset: str, error: RuntimeError) -> Exception:
-    return ValueError(_script_message(dataset)) if "scripts are no longer supported" in str(error) else error
-
-
 def _require_split(split: str, present: Iterable[str], where: str) -> None:
     if split not in present:
         raise ValueError(f"{where} has no split {split!r}; present: {', '.join(present) or 'none'}")
-
-
-def _script_message(dataset: str) -> str:
-    return (
-        f"{dataset} is a dataset script, and Dataset scripts are no longer supported: "
-        "use a data-only copy (WikiAnn: unimelb-nlp/wikiann) or --dataset FOLDER"
-    )
-
-
-def _unreachable_message(dataset: str, error: Exception) -> str:
-    return (
-        f"{dataset!r} is neither a folder nor a reachable Hub id ({type(error).__name__}: {one_line(error)}): "
-        "use --dataset FOLDER, or HF_HUB_OFFLINE=1 with a filled cache"
-    )

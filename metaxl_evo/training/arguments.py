@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,6 +64,14 @@ _UNFIT = (
     "Adafactor",
     "Rprop",
 )  # not driven by lr, weight_decay and eps alone
+_BASE_FIELDS = {  # the fields that hold an optimiser's settings
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "eps": "adam_epsilon",
+    "betas": "adam_beta1 and adam_beta2",
+}
+_META_FIELDS = {"lr": "meta_learning_rate", "weight_decay": "meta_weight_decay", "eps": "meta_adam_epsilon"}
+_NO_SETTINGS = ("params", "differentiable")  # a step that autograd may pass through cannot move a trainer's leaves
 _HOUSE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"SignHalving": SignHalving}
 
 
@@ -103,6 +113,10 @@ class MetaTrainingArguments(TrainingArguments):
     )
     meta_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the meta optimiser."})
     meta_optim: str = field(default="AdamW", metadata={"help": "Meta optimiser: the name of a torch.optim class."})
+    meta_optim_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Further settings of the meta optimiser, such as {"momentum": 0.9, "nesterov": true}.'},
+    )
     meta_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the meta optimiser."})
     meta_adam_epsilon: float = field(
         default=1e-12,
@@ -175,6 +189,20 @@ class MetaTrainingArguments(TrainingArguments):
             "class itself applies it (Adam: coupled L2), in place of optim."
         },
     )
+    optimizer_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Further settings of optimizer_class, such as {"momentum": 0.9, "nesterov": true}.'},
+    )
+    lr_milestones: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of the training, such as 0.5,0.75, after which the base learning rate drops to its "
+            "lr_milestone_factor; needs lr_scheduler_type: constant. The meta learning rate has none."
+        },
+    )
+    lr_milestone_factor: float = field(
+        default=0.1, metadata={"help": "What each of lr_milestones multiplies the base learning rate by."}
+    )
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "Drop columns that the model's forward does not name (off: losses read others)."},
@@ -183,6 +211,8 @@ class MetaTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.estimator_kwargs = _mapping("estimator_kwargs", self.estimator_kwargs)
         self.lr_scheduler_kwargs = _mapping("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
+        self.meta_optim_kwargs = _mapping("meta_optim_kwargs", self.meta_optim_kwargs)
+        self.optimizer_kwargs = _mapping("optimizer_kwargs", self.optimizer_kwargs)
         self._check_sizes()
         refuse_engines(self)
         super().__post_init__()
@@ -193,9 +223,12 @@ class MetaTrainingArguments(TrainingArguments):
             raise ValueError(unknown("meta_order", self.meta_order, META_ORDERS))
         if self.episode_reset not in EPISODE_RESETS:
             raise ValueError(unknown("episode_reset", self.episode_reset, EPISODE_RESETS))
-        optimizer_class(self.meta_optim, "meta_optim")
-        if self.optimizer_class is not None:
-            optimizer_class(self.optimizer_class, "optimizer_class")
+        if self.lr_milestones and self.lr_scheduler_type != SchedulerType.CONSTANT:
+            raise ValueError(
+                f"lr_milestones are drops of a constant rate, not of a {_plain(self.lr_scheduler_type)} one: "
+                "set lr_scheduler_type: constant, or leave lr_milestones out"
+            )
+        self._check_optimizers()
         schedule = getattr(self.meta_lr_scheduler_type, "value", self.meta_lr_scheduler_type)
         if schedule not in META_SCHEDULES:
             raise ValueError(unknown("meta_lr_scheduler_type", str(schedule), META_SCHEDULES))
@@ -217,10 +250,49 @@ class MetaTrainingArguments(TrainingArguments):
         except ValueError as error:
             raise ValueError(f"{error} (estimator_kwargs '{{}}' drops those of a config)") from None
 
+    def make_optimizer(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+        """The base optimiser that optimizer_class names."""
+        assert self.optimizer_class is not None
+        held = {
+            "lr": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "betas": (self.adam_beta1, self.adam_beta2),
+            "eps": self.adam_epsilon,
+        }
+        further = _mapping("optimizer_kwargs", self.optimizer_kwargs)
+        return _optimizer(optimizer_class(self.optimizer_class, "optimizer_class"), parameters, held, further)
+
+    def make_meta_optimizer(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+        """The meta optimiser."""
+        held = {
+            "lr": self.meta_learning_rate,
+            "weight_decay": self.meta_weight_decay,
+            "eps": self.meta_adam_epsilon,
+        }
+        further = _mapping("meta_optim_kwargs", self.meta_optim_kwargs)
+        return _optimizer(optimizer_class(self.meta_optim, "meta_optim"), parameters, held, further)
+
+    def _check_optimizers(self) -> None:
+        cls = optimizer_class(self.meta_optim, "meta_optim")
+        _check_further("meta_optim_kwargs", self.meta_optim_kwargs, cls, _META_FIELDS)
+        if self.optimizer_class is not None:
+            cls = optimizer_class(self.optimizer_class, "optimizer_class")
+            _check_further("optimizer_kwargs", self.optimizer_kwargs, cls, _BASE_FIELDS)
+        elif self.optimizer_kwargs:
+            raise ValueError(
+                "optimizer_kwargs are settings of optimizer_class, which is not set: set it, or use optim and "
+                "optim_args instead"
+            )
+
     def _try_out(self) -> None:
         """Make what a library makes of the settings, for one number, so that it complains before data are read."""
         weight = torch.nn.Parameter(torch.zeros(1))
-        if self.optimizer_class is None and self.optim_target_modules is None:
+        with _telling(self, "meta_optim", "meta_optim_kwargs"):
+            self.make_meta_optimizer([weight])
+        if self.optimizer_class is not None:
+            with _telling(self, "optimizer_class", "optimizer_kwargs"):
+                self.make_optimizer([weight])
+        elif self.optim_target_modules is None:
             with _telling(self, "optim", "optim_args"):
                 cls, settings = Trainer.get_optimizer_cls_and_kwargs(self)
                 cls([weight], **settings)
@@ -251,6 +323,8 @@ class MetaTrainingArguments(TrainingArguments):
                 self.episode_length is None or _is_count(self.episode_length),
                 "a whole number of at least 1, or left out",
             ),
+            ("lr_milestones", _are_milestones(self.lr_milestones), "increasing numbers above 0 and below 1"),
+            ("lr_milestone_factor", _is_share(self.lr_milestone_factor), "a number above 0 and at most 1"),
             ("episode_reptile_rate", _is_share(self.episode_reptile_rate), "a number above 0 and at most 1"),
             (
                 "meta_diagnostics_every",
@@ -294,6 +368,14 @@ def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 < value <= 1
 
 
+def _are_milestones(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, (list, tuple)) or not all(_is_share(share) and share < 1 for share in value):
+        return False
+    return all(first < second for first, second in pairwise(value))
+
+
 def _is_beta(value: Any) -> bool:
     return _is_number(value) and value < 1
 
@@ -306,15 +388,57 @@ def _is_seed(value: Any) -> bool:
     return value is None or (isinstance(value, int) and 0 <= value < 2**32)
 
 
+def _optimizer(
+    cls: type[torch.optim.Optimizer],
+    parameters: Iterable[torch.Tensor],
+    held: Mapping[str, Any],
+    further: Mapping[str, Any] | None,
+) -> torch.optim.Optimizer:
+    """Of the settings that fields hold it gets those that it takes; the further ones are checked."""
+    taken = {name: value for name, value in held.items() if name in inspect.signature(cls).parameters}
+    return cls(list(parameters), **taken, **(further or {}))
+
+
+def _check_further(
+    name: str, given: dict[str, Any] | str | None, cls: type[torch.optim.Optimizer], fields: Mapping[str, str]
+) -> None:
+    """Refuse settings that an optimiser does not have, that `fields` hold, or of another type than its default's."""
+    settings = {key: one.default for key, one in inspect.signature(cls).parameters.items() if key not in _NO_SETTINGS}
+    valid = [key for key in settings if key not in fields]
+    for key, value in (_mapping(name, given) or {}).items():
+        if key in settings and key in fields:
+            raise ValueError(f"{name}: {key} has a field of its own: set {fields[key]} instead")
+        if key not in settings:
+            what = unknown(f"setting of {cls.__name__}", key, valid)
+            raise ValueError(f"{what} ({name} '{{}}' drops those of a config)")
+        if not _is_like(value, settings[key]):
+            raise ValueError(f"{name}: {key} must be {_in_words(settings[key])}, not {value!r}")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    if default is None or isinstance(default, bool):  # torch's switches that choose for themselves have no default
+        return isinstance(value, bool) or (value is None and default is None)
+    if isinstance(default, tuple):
+        return isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(_is_like, value, default))
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _in_words(default: Any) -> str:
+    if isinstance(default, tuple):
+        return f"a list of {len(default)} numbers"
+    return "true or false" if default is None or isinstance(default, bool) else "a number"
+
+
 def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
     """A mapping that may be given as JSON."""
+    example = '{"momentum": 0.9}' if "optim" in name else '{"copies": 8}'
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f'{name} must be a mapping, as in {{"copies": 8}}, and {value!r} is not JSON: {error}'
+                f"{name} must be a mapping, as in {example}, and {value!r} is not JSON: {error}"
             ) from None
     if value is None or isinstance(value, dict):
         return value
-    raise ValueError(f'{name} must be a mapping, as in {{"copies": 8}}, not {value!r}')
+    raise ValueError(f"{name} must be a mapping, as in {example}, not {value!r}")

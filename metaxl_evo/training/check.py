@@ -167,6 +167,7 @@ def _scratch_arguments(args: MetaTrainingArguments, folder: str, *, estimator: b
     args.save_strategy, args.resume_from_checkpoint = SaveStrategy.NO, None
     args.logging_steps, args.logging_strategy = 1, IntervalStrategy.STEPS
     args.lr_scheduler_type = args.meta_lr_scheduler_type = SchedulerType.CONSTANT  # which has no warm-up either
+    args.lr_milestones = None
     args.disable_tqdm = True
     used = args.make_estimator()
     period = _period(args, used)

@@ -146,7 +146,9 @@ def made_by(
     return settings | {
         "estimator": NO_ESTIMATOR if estimator is None else repr(estimator),
         "meta_optim": None if estimator is None else args.meta_optim,
+        "meta_optim_kwargs": None if estimator is None else args.meta_optim_kwargs or None,
         "optimiser": args.optimizer_class or str(getattr(args.optim, "value", args.optim)),
+        "optimizer_kwargs": args.optimizer_kwargs or None,
         "episode_length": args.episode_length,
         "episode_reset": args.episode_reset,
         "task": type(model).__name__,

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from metaxl_evo.bilevel.passes import mix_seed
+
+
+@runtime_checkable
+class DrawnByEpoch(Protocol):
+    """A map-style data set whose rows are drawn anew in every pass: augmented images, episodes.
+
+    A row may depend on its index and the epoch, and on no random state outside: then it is the same on any process, in
+    any worker and after resume.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """The pass, counted from 0, whose rows are read next; the same may be told several times."""
+
+
+def tell_epoch(dataset: Any, epoch: int) -> None:
+    """Tell a data set the pass whose rows are read next, if it is one that asks for it."""
+    if isinstance(dataset, DrawnByEpoch):
+        dataset.set_epoch(epoch)
 
 
 class MetaRows:
@@ -19,7 +37,7 @@ class MetaRows:
     the seed and the number of the pass alone: the number of rows that went by is the whole state.
 
     Args:
-        dataset: a map-style data set.
+        dataset: a map-style data set; one that is `DrawnByEpoch` is told the pass before each draw.
         batch_size: rows a micro-batch, over all processes.
         portion: share of each draw that is meta; 0 and 1 leave the other part empty.
         seed: of the order.
@@ -50,6 +68,7 @@ class MetaRows:
         chosen = order[position : position + self.batch_size * micro_batches]
         left = len(order) - position - len(chosen)
         self.drawn += len(chosen) + (left if left < self.smallest else 0)
+        tell_epoch(self.dataset, number)
         cut = self._train_size(len(chosen))
         slots = self.world_size * micro_batches
         places = range(self.rank, slots, self.world_size)  # every process has its first rows before any has its second

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import math
 import shutil
 import sys
 import warnings
+from bisect import bisect_right
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -29,7 +31,7 @@ from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, Windowed, fr
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.estimators.local import EngineEstimator
 from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule
-from metaxl_evo.training.arguments import MetaTrainingArguments, optimizer_class
+from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.checkpoint import (
     META_STATE,
     discarding,
@@ -48,7 +50,7 @@ from metaxl_evo.training.checkpoint import (
 from metaxl_evo.training.diagnostics import Diagnostics
 from metaxl_evo.training.episodes import Episodes
 from metaxl_evo.training.launch import refuse_launch
-from metaxl_evo.training.meta_rows import MetaRows
+from metaxl_evo.training.meta_rows import DrawnByEpoch, MetaRows, tell_epoch
 from metaxl_evo.training.synchrony import require_synchrony, synchronise
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ class MetaTrainer(Trainer):
         model: the task.
         args: both levels' arguments.
         meta_dataset: the rows that judge; a share of them (`1 - meta_portion`) joins the train rows. May be left out
-            where `args.estimator` is `none`.
+            where `args.estimator` is `none`. It, and `train_dataset`, may be `DrawnByEpoch`.
         kwargs: as for `transformers.Trainer`.
 
     Attributes:
@@ -92,6 +94,7 @@ class MetaTrainer(Trainer):
         refuse_launch(args, model, self.estimator)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(f"{type(model).__name__} has its own losses: leave out compute_loss_func")
+        _refuse_data(args, kwargs.get("train_dataset"), meta_dataset, kwargs.get("eval_dataset"))
         if self.estimator is not None:
             if meta_dataset is None or args.meta_portion == 0:
                 raise ValueError(
@@ -160,10 +163,7 @@ class MetaTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The base optimiser over the base parameters, and the meta optimiser over the meta parameters."""
         if self.optimizer is None and self.args.optimizer_class is not None:
-            parameters = list(self.model.base_parameters().values())
-            self.optimizer = optimizer_class(self.args.optimizer_class, "optimizer_class")(
-                parameters, **_optimizer_settings(self.args)
-            )
+            self.optimizer = self.args.make_optimizer(self.model.base_parameters().values())
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
         if self.estimator is not None:
             if isinstance(self.estimator, EngineEstimator) and self.estimator.engine == "auto":
@@ -179,7 +179,7 @@ class MetaTrainer(Trainer):
                     self._update_rule(self.diagnostics.exact)
                 except ValueError as error:
                     raise ValueError(f"{error}, or leave meta_diagnostics_every at 0") from None
-            self.meta_optimizer = self._make_meta_optimizer()
+            self.meta_optimizer = self.args.make_meta_optimizer(self.model.meta_parameters().values())
         return optimizer
 
     def _say_what_auto_is(self) -> None:
@@ -197,14 +197,11 @@ class MetaTrainer(Trainer):
                 num_warmup_steps=int(warmup if warmup >= 1 else math.ceil(warmup * num_training_steps)),
                 num_training_steps=num_training_steps,
             )
+        if self.lr_scheduler is None and self.args.lr_milestones:
+            held = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = _with_drops(self.args, held, num_training_steps)
+            self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def _make_meta_optimizer(self) -> torch.optim.Optimizer:
-        args, cls = self.args, optimizer_class(self.args.meta_optim, "meta_optim")
-        settings: dict[str, Any] = {"lr": args.meta_learning_rate, "weight_decay": args.meta_weight_decay}
-        if "eps" in _accepted(cls):
-            settings["eps"] = args.meta_adam_epsilon
-        return cls(list(self.model.meta_parameters().values()), **settings)
 
     # ---- the window of one optimizer step
 
@@ -689,6 +686,11 @@ class _MetaSteps(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._require_synchrony("before the first step")
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The number of whole epochs made, also within one: the last step of epoch k sets it to k + n/n. The Trainer
+        # makes its iterator, and the workers their copies of the data set, after this.
+        tell_epoch(self.trainer.train_dataset, int(state.epoch))
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._require_synchrony(f"after step {state.global_step}")
 
@@ -720,6 +722,33 @@ def _tuned(rule: UpdateRule, model: BilevelModule) -> UpdateRule:
     return replace(rule, **fields)
 
 
+def _with_drops(args: MetaTrainingArguments, optimizer: Any, steps: int) -> LambdaLR:
+    """A constant rate with drops: the step nearest to a milestone's share of them all is the first at the lower rate.
+
+    No MultiStepLR: resume would bring back its milestones of before, where the other schedules follow the arguments.
+    """
+    drops = [round(share * steps) for share in args.lr_milestones or ()]
+    return LambdaLR(optimizer, lambda step: args.lr_milestone_factor ** bisect_right(drops, step))
+
+
+def _refuse_data(args: MetaTrainingArguments, train: Any, meta: Any, evaluated: Any) -> None:
+    """Refuse train rows that would be drawn for another epoch than the one that they are read in."""
+    if not isinstance(train, DrawnByEpoch):
+        return
+    evaluated = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
+    for name, held in {"meta_dataset": [meta], "eval_dataset": evaluated}.items():
+        if any(one is train for one in held):
+            raise ValueError(
+                f"train_dataset and {name} are one data set with set_epoch, which is told of one pass at a time: "
+                "make it twice"
+            )
+    if args.dataloader_persistent_workers and not isinstance(train, IterableDataset):
+        raise ValueError(
+            "dataloader_persistent_workers would keep the train_dataset of the first epoch, and it has set_epoch: "
+            "set it to false"
+        )
+
+
 def _refuse_schedules(args: MetaTrainingArguments, model: BilevelModule) -> None:
     """Refuse a schedule of the base optimiser over anything but an episode that starts afresh."""
     for field, hyper in model.tuned_optimizer.items():
@@ -748,20 +777,3 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
 
 def _meta_seed(args: MetaTrainingArguments) -> int:
     return args.seed if args.meta_seed is None else args.meta_seed
-
-
-def _accepted(cls: type[torch.optim.Optimizer]) -> Any:
-    return inspect.signature(cls).parameters
-
-
-def _optimizer_settings(args: MetaTrainingArguments) -> dict[str, Any]:
-    """Keyword arguments of a torch.optim class from the Trainer's fields; only those that it takes."""
-    assert args.optimizer_class is not None
-    settings = {
-        "lr": args.learning_rate,
-        "weight_decay": args.weight_decay,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-    }
-    accepted = _accepted(optimizer_class(args.optimizer_class, "optimizer_class"))
-    return {name: value for name, value in settings.items() if name in accepted}

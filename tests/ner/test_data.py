@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from metaxl_evo.ner import sources
 from metaxl_evo.ner.data import encode, load_ner_dataset, overlap, sample
+from metaxl_evo.training import hub
 from tests.hub_cache import prepare_dataset_cache, run_python
 
 WIKIANN_NAMES = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
@@ -173,9 +174,9 @@ except ConnectionError as error:
 def test_unreachable_hub_is_said_within_seconds(tmp_path: Path, answers: bool) -> None:
     code = """
 import time
-from metaxl_evo.ner import sources
 from metaxl_evo.ner.data import load_ner_dataset
-sources.HUB_TIMEOUT /= 5
+from metaxl_evo.training import hub
+hub.HUB_TIMEOUT /= 5
 start = time.monotonic()
 try:
     load_ner_dataset("unimelb-nlp/wikiann", ["qu"])
@@ -183,7 +184,7 @@ except ConnectionError as error:
     print(error)
 assert time.monotonic() - start < 6, time.monotonic() - start
 """
-    assert sources.HUB_TIMEOUT <= 5
+    assert hub.HUB_TIMEOUT <= 5
     with socket.socket() as server:  # one that refuses, or one that takes the connection and never says a word
         server.bind(("127.0.0.1", 0))
         if answers:
@@ -195,16 +196,17 @@ assert time.monotonic() - start < 6, time.monotonic() - start
 
 
 def test_hub_configurations_and_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "is_offline_mode", lambda: False)
+    for module in (hub, sources):
+        monkeypatch.setattr(module, "is_offline_mode", lambda: False)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **kwargs: None)
-    monkeypatch.setattr(sources, "get_dataset_config_names", lambda dataset: ["qu", "gn"])
+    monkeypatch.setattr(hub, "get_dataset_config_names", lambda dataset: ["qu", "gn"])
     with pytest.raises(ValueError, match=r"unknown language of some/data 'qi': Valid: qu, gn$"):
         load_ner_dataset("some/data", ["qi"])
 
     def refuse(dataset: str) -> list[str]:
         raise RuntimeError("Dataset scripts are no longer supported, but found data.py")
 
-    monkeypatch.setattr(sources, "get_dataset_config_names", refuse)
+    monkeypatch.setattr(hub, "get_dataset_config_names", refuse)
     with pytest.raises(ValueError, match=r"some/data is a dataset script, .* no longer supported: use"):
         load_ner_dataset("some/data", ["qu"])
 
@@ -323,7 +325,8 @@ def test_not_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(ValueError, match=r"is a dataset script, .* no longer supported: use"):
             load_train(script)
     for offline in (True, False):
-        monkeypatch.setattr(sources, "is_offline_mode", lambda offline=offline: offline)
+        for module in (hub, sources):
+            monkeypatch.setattr(module, "is_offline_mode", lambda offline=offline: offline)
         start = time.monotonic()
         with pytest.raises(OSError, match=r"/absent' is neither a folder nor a reachable Hub id .*--dataset FOLDER"):
             load_train(tmp_path / "absent")

@@ -14,6 +14,7 @@ from transformers.trainer_utils import SchedulerType
 
 from metaxl_evo.estimators import ESTIMATORS, EvoGrad, OneStep
 from metaxl_evo.training.arguments import META_SCHEDULES, MetaTrainingArguments, optimizer_class
+from metaxl_evo.training.cli import parse_arguments
 from tests.training.tiny import tiny_arguments
 
 NUMBER, COUNT = "must be a number of at least 0", "must be a whole number of at least 1"
@@ -50,6 +51,11 @@ BAD = {
         [0, -0.5, 1.5, float("nan"), "0.5", True, None],
         "must be a number above 0 and at most 1",
     ),
+    "lr_milestones": (
+        [[0.5, 0.5], [0.75, 0.5], [0, 0.5], [0.5, 1], [float("nan")], ["0.5"], [True], 0.5, "0.5"],
+        "must be increasing numbers above 0 and below 1",
+    ),
+    "lr_milestone_factor": ([0, -0.1, 1.5, float("nan"), "0.1", True, None], "must be a number above 0 and at most 1"),
     "meta_diagnostics_every": ([-1, 1.5, "2", True, None], "must be a whole number of at least 0"),
     "num_train_epochs": ([0, -1, float("nan"), float("inf"), "1", None], "must be a number above 0"),
     "max_steps": ([0, -5, 1.5, "3"], "must be at least 1"),
@@ -201,3 +207,126 @@ def test_optimizers_are_those_that_rate_decay_and_epsilon_drive() -> None:
         else:
             with pytest.raises(ValueError, match="unknown meta_optim"):
                 optimizer_class(name, "meta_optim")
+
+
+# Further settings of the optimisers
+
+SGD_SETTINGS = {"momentum": 0.9, "nesterov": True}
+FURTHER = {"meta_optim_kwargs": "meta_optim", "optimizer_kwargs": "optimizer_class"}  # and what names the class
+on_further = pytest.mark.parametrize("name", FURTHER)
+
+
+def further(folder: Path, name: str, cls: str, given: Any) -> MetaTrainingArguments:
+    return tiny_arguments(folder, **{FURTHER[name]: cls, name: given})
+
+
+@on_further
+@pytest.mark.parametrize("given", [SGD_SETTINGS, '{"momentum": 0.9, "nesterov": true}'], ids=["mapping", "json"])
+def test_further_settings_reach_the_optimiser(tmp_path: Path, name: str, given: Any) -> None:
+    args = further(tmp_path, name, "SGD", given)
+    assert getattr(args, name) == SGD_SETTINGS
+    make = args.make_meta_optimizer if name == "meta_optim_kwargs" else args.make_optimizer
+    (group,) = make([torch.nn.Parameter(torch.zeros(1))]).param_groups
+    assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.9, True, 0)
+    assert group["lr"] == (args.meta_learning_rate if name == "meta_optim_kwargs" else args.learning_rate)
+
+
+def test_betas_of_the_meta_optimiser(tmp_path: Path) -> None:
+    args = further(tmp_path, "meta_optim_kwargs", "Adam", {"betas": [0.5, 0.9]})
+    (group,) = args.make_meta_optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups
+    assert [*group["betas"]] == [0.5, 0.9]
+
+
+FIELDS = {
+    "meta_optim_kwargs": {"lr": "meta_learning_rate", "weight_decay": "meta_weight_decay", "eps": "meta_adam_epsilon"},
+    "optimizer_kwargs": {
+        "lr": "learning_rate",
+        "weight_decay": "weight_decay",
+        "eps": "adam_epsilon",
+        "betas": "adam_beta1 and adam_beta2",
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in FIELDS.items() for key in keys])
+def test_further_settings_that_have_a_field_point_to_it(tmp_path: Path, name: str, key: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: {key} has a field of its own: set {FIELDS[name][key]} instead$"):
+        further(tmp_path, name, "Adam", {key: 0.1})
+
+
+@on_further
+@pytest.mark.parametrize(
+    ("cls", "given", "what"),
+    [
+        ("SGD", {"momentun": 0.9}, r"unknown setting of SGD 'momentun': did you mean 'momentum'\? Valid: momentum, "),
+        ("SGD", {"eps": 0.9}, r"unknown setting of SGD 'eps': Valid: .* \(NAME '{}' drops those of a config\)"),
+        ("SGD", {"params": []}, "unknown setting of SGD 'params'"),
+        ("SGD", {"differentiable": True}, "unknown setting of SGD 'differentiable'"),
+        ("AdamW", {"momentum": 0.9}, "unknown setting of AdamW 'momentum': Valid: (betas, )?amsgrad, "),
+        ("SGD", {"momentum": "0.9"}, "NAME: momentum must be a number, not '0.9'"),
+        ("SGD", {"momentum": True}, "NAME: momentum must be a number, not True"),
+        ("SGD", {"momentum": float("nan")}, "NAME: momentum must be a number, not nan"),
+        ("SGD", {"nesterov": "false"}, "NAME: nesterov must be true or false, not 'false'"),
+        ("SGD", {"foreach": 1}, "NAME: foreach must be true or false, not 1"),
+        ("SGD", {"momentum": -1}, r"SGD, NAME {'momentum': -1}: cannot be used \(Invalid momentum value: -1\)"),
+        ("SGD", {"nesterov": True}, r"SGD, NAME .*: cannot be used \(Nesterov momentum requires a momentum"),
+        ("SGD", "momentum", r'NAME must be a mapping, as in {"momentum": 0.9}, and \'momentum\' is not JSON'),
+        ("SGD", [0.9], r'NAME must be a mapping, as in {"momentum": 0.9}, not \[0.9\]'),
+    ],
+)  # fmt: skip
+def test_further_settings_that_cannot_be(tmp_path: Path, name: str, cls: str, given: Any, what: str) -> None:
+    with pytest.raises(ValueError, match=what.replace("NAME", name)) as error:
+        further(tmp_path, name, cls, given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [[0.9], [0.9, True], [0.5, 0.9, 0.9], 0.9])
+def test_betas_are_as_many_as_the_class_has(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(ValueError, match="meta_optim_kwargs: betas must be a list of 2 numbers, not "):
+        further(tmp_path, "meta_optim_kwargs", "AdamW", {"betas": given})
+
+
+def test_settings_of_a_class_that_is_not_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="optimizer_class, which is not set: set it, or use optim and optim_args"):
+        tiny_arguments(tmp_path, optimizer_kwargs=SGD_SETTINGS)
+    tiny_arguments(tmp_path, optimizer_kwargs={})  # which drops those of a config
+
+
+# Drops of the learning rate
+
+
+@pytest.mark.parametrize("given", [{}, {"lr_scheduler_type": "cosine"}, {"lr_scheduler_type": "constant_with_warmup"}])
+def test_milestones_are_of_a_constant_rate(tmp_path: Path, given: dict[str, Any]) -> None:
+    kind = given.get("lr_scheduler_type", "linear")
+    message = f"^lr_milestones are .* not of a {kind} one: set lr_scheduler_type: constant, or leave lr_milestones"
+    with pytest.raises(ValueError, match=message):
+        tiny_arguments(tmp_path, lr_milestones=[0.5], **given)
+    tiny_arguments(tmp_path, lr_milestones=[], **given)
+
+
+# From a file and the command line
+
+
+def test_lists_and_mappings_of_a_settings_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "use_cpu: true\nreport_to: none\noptimizer_class: SGD\noptimizer_kwargs: {momentum: 0.9, nesterov: true}\n"
+        "meta_optim: SGD\nmeta_optim_kwargs: {momentum: 5e-1}\nlr_scheduler_type: constant\n"
+        "lr_milestones: [0.6666666666666666, 8e-1]\n"
+    )
+
+    def parsed(*given: str) -> MetaTrainingArguments:
+        return parse_arguments((MetaTrainingArguments,), ["--config", str(file), *given])[0]
+
+    args = parsed()
+    assert (args.optimizer_kwargs, args.meta_optim_kwargs) == (SGD_SETTINGS, {"momentum": 0.5})
+    assert args.lr_milestones == [0.6666666666666666, 0.8]
+    assert parsed("--lr_milestones", "0.25,0.5").lr_milestones == [0.25, 0.5]
+    assert parsed("--lr_milestones", "0.25", "0.5").lr_milestones == [0.25, 0.5]
+    assert not parsed("--lr_milestones", "[]", "--lr_scheduler_type", "linear").lr_milestones
+    dotted = parsed("--meta_optim_kwargs.nesterov", "true", "--optimizer_kwargs", '{"momentum": 0.8}')
+    assert (dotted.meta_optim_kwargs, dotted.optimizer_kwargs) == (
+        {"momentum": 0.5, "nesterov": True},
+        {"momentum": 0.8},
+    )
+    assert parsed("--meta_optim", "AdamW", "--meta_optim_kwargs", "{}").meta_optim_kwargs == {}

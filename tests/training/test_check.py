@@ -76,6 +76,14 @@ def start_of() -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in tiny_tagger(dropout=False).meta.named_parameters()}
 
 
+def test_drops_of_the_rate_are_not_checked(tmp_path: Path) -> None:
+    rates = [
+        checked(tmp_path / str(index), lr_scheduler_type="constant", lr_milestones=milestones)[0]["base_moved"]
+        for index, milestones in enumerate((None, [0.1]))
+    ]
+    assert rates[0] == rates[1]
+
+
 def test_planned_steps_are_counted_from_epochs(tmp_path: Path) -> None:
     found, _ = checked(tmp_path, max_steps=-1, num_train_epochs=2.5, gradient_accumulation_steps=4, estimator="none")
     assert found["planned_steps"] == math.ceil(2.5 * 2)  # 24 rows are 6 batches of 4, two windows of them an epoch

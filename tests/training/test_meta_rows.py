@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metaxl_evo.training.meta_rows import MetaRows
+from metaxl_evo.training.meta_rows import DrawnByEpoch, MetaRows
 
 Draw = tuple[list[int], list[int]]
 
@@ -137,3 +137,48 @@ def test_the_smallest_data_sets_that_work(count: int, batch_size: int, portion: 
     for train, meta in draws(rows(count, batch_size, portion=portion), 3):
         assert len(train) == (portion < 1)
         assert len(meta) == (portion > 0)
+
+
+class Passes:
+    """Rows that say in which pass they were read."""
+
+    def __init__(self, count: int):
+        self.count, self.epoch = count, -1
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self.epoch, index
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 3, 4, 8])
+@pytest.mark.parametrize("portion", [0.0, 0.5, 1.0])
+def test_rows_that_are_drawn_anew_are_those_of_their_pass(portion: float, drawn: int) -> None:
+    """Three draws a pass, the last a short one; from anywhere on."""
+    settings = {"portion": portion, "seed": 0}
+    before, after = MetaRows(Passes(10), 4, **settings), MetaRows(Passes(10), 4, **settings)
+    for _ in range(drawn):
+        before.draw()
+    after.load_state_dict(before.state_dict())
+    for number in range(drawn, 10):
+        ((train, meta),) = after.draw()
+        assert {epoch for epoch, _ in train + meta} == {number // 3}
+        assert before.draw() == [(train, meta)]
+
+
+def test_a_data_set_that_others_read_too_is_told_before_each_draw() -> None:
+    dataset = Passes(10)
+    stream = MetaRows(dataset, 4, portion=1.0, seed=0)
+    stream.draw()
+    dataset.set_epoch(7)
+    ((_, meta),) = stream.draw()
+    assert {epoch for epoch, _ in meta} == {0}
+
+
+def test_what_is_drawn_by_epoch() -> None:
+    assert isinstance(Passes(1), DrawnByEpoch)
+    assert not isinstance([1, 2], DrawnByEpoch)

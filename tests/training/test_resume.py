@@ -131,6 +131,13 @@ RESUMED: dict[str, dict[str, Any]] = {
     },
     "every other step": {"meta_every": 2, "meta_optim": "Adam", "meta_warmup_steps": 3},
     "coupled L2": {"optimizer_class": "Adam", "weight_decay": 0.1, "warmup_steps": 2},
+    "drops": {"lr_scheduler_type": "constant", "lr_milestones": [0.375, 0.5, 0.75], "warmup_steps": 2},
+    "momentum": {
+        "optimizer_class": "SGD",
+        "optimizer_kwargs": {"momentum": 0.9, "nesterov": True},
+        "meta_optim": "SGD",
+        "meta_optim_kwargs": {"momentum": 0.9},
+    },
     "sign halving": {"meta_optim": "SignHalving", "meta_learning_rate": 0.1},
     "diagnostics": {"meta_diagnostics_every": 2, **ESTIMATES["evograd"]},
     "float64": {"task": {"dtype": torch.float64}},

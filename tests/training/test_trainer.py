@@ -119,7 +119,7 @@ class Recorder(TrainerCallback):
                 "lam": meta_weights(self.trainer),
                 "state": {names[p]: copy.deepcopy(dict(optimizer.state[p])) for p in names},
                 "hyper": {
-                    names[p]: {key: group[key] for key in ("lr", "weight_decay", "betas", "eps") if key in group}
+                    names[p]: {key: value for key, value in group.items() if key != "params"}
                     for group in optimizer.param_groups
                     for p in group["params"]
                 },
@@ -217,6 +217,8 @@ def one_step(kind: str, w: Tensor, g: Tensor, hyper: dict[str, Any], state: dict
     lr, decay = hyper["lr"], hyper["weight_decay"]
     if kind == "sgd":
         return w - lr * (g + decay * w)
+    if kind == "torch":
+        return torchs_own_step(w, g, hyper, state)
     if kind == "adam":
         g = g + decay * w
     else:
@@ -229,10 +231,30 @@ def one_step(kind: str, w: Tensor, g: Tensor, hyper: dict[str, Any], state: dict
     return w - lr * torch.where(seen, m / (1 - b1**t) / (root + hyper["eps"]), 0.0)
 
 
+def torchs_own_step(w: Tensor, g: Tensor, hyper: dict[str, Any], state: dict[str, Any]) -> Tensor:
+    """The step that torch.optim.SGD makes, on a buffer that is there already, differentiable in the gradient."""
+    after = w.detach().clone()
+    optimizer = torch.optim.SGD([after], lr=1.0, differentiable=True)
+    optimizer.param_groups[0].update({**hyper, "differentiable": True, "foreach": False})
+    optimizer.state[after]["momentum_buffer"] = state["momentum_buffer"].clone()
+    after.grad = g
+    optimizer.step()
+    return after
+
+
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("adamw", {"optim": "adamw_torch_fused", "weight_decay": 0.1, "learning_rate": 1e-2}),
     "coupled": ("adam", {"optimizer_class": "Adam", "weight_decay": 0.1, "learning_rate": 1e-2}),
     "sgd": ("sgd", {"optim": "sgd", "learning_rate": 0.1}),
+    "nesterov": (
+        "torch",
+        {
+            "optimizer_class": "SGD",
+            "optimizer_kwargs": {"momentum": 0.9, "nesterov": True},
+            "weight_decay": 0.1,
+            "learning_rate": 0.1,
+        },
+    ),
     "decayed_sgd": ("sgd", {"optimizer_class": "SGD", "weight_decay": 0.1, "learning_rate": 0.1}),
 }
 
@@ -495,6 +517,30 @@ def test_the_meta_optimiser_is_the_one_asked_for(tmp_path: Path) -> None:
     group = trainer.meta_optimizer.param_groups[0]
     assert (group["weight_decay"], group["eps"]) == (0.2, 1e-9)
     assert {id(p) for p in group["params"]} == {id(p) for p in trainer.model.meta.parameters()}
+
+
+def test_the_meta_optimiser_has_its_further_settings(tmp_path: Path) -> None:
+    recorder = Recorder()
+    recorder.trainer = trainer = tiny_trainer(
+        tmp_path,
+        tagger=tiny_tagger(torch.float64),
+        trainer={"callbacks": [recorder]},
+        meta_optim="SGD",
+        meta_optim_kwargs={"momentum": 0.9, "nesterov": True},
+        meta_learning_rate=0.5,
+        meta_weight_decay=0.1,
+        meta_lr_scheduler_type="constant",
+    )
+    hypergradients: list[Tree] = []
+    apply = trainer._apply
+    trainer._apply = lambda result: (hypergradients.append(result.grads), apply(result))  # type: ignore[method-assign]
+    trainer.train()
+    buffers = {name: torch.zeros_like(leaf) for name, leaf in recorder.steps[0]["lam"].items()}
+    for record, found in zip(recorder.steps, hypergradients, strict=True):
+        decayed = {name: found[name] + 0.1 * leaf for name, leaf in record["lam"].items()}
+        buffers = {name: 0.9 * buffers[name] + g for name, g in decayed.items()}
+        expected = {name: 0.5 * (g + 0.9 * buffers[name]) for name, g in decayed.items()}
+        close(minus(record["lam"], record["after"]["lam"]), expected, 1e-12)
 
 
 DIAGNOSTICS = {
