@@ -18,11 +18,11 @@ BIN := $(VENV)/bin
 SOURCES := $(patsubst %/,%,$(dir $(wildcard metaxl_evo/__init__.py vision_tasks/__init__.py))) $(wildcard scripts)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all soak lint format docs reproduce-ner-cpu benchmark clean
+.PHONY: help quickstart test test-all soak lint format docs reproduce-ner-cpu reproduce-vision-cpu benchmark clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
-	@echo "Targets: quickstart test test-all soak lint format docs reproduce-ner-cpu benchmark clean"
+	@echo "Targets: quickstart test test-all soak lint format docs reproduce-ner-cpu reproduce-vision-cpu benchmark clean"
 
 # One stamp an extra: the install runs again only when what it reads has changed.
 $(VENV)/.installed-%: setup.py constraints.txt
@@ -63,6 +63,9 @@ docs: $(VENV)/.installed-test
 
 reproduce-ner-cpu: $(VENV)/.installed-base
 	$(BIN)/python scripts/reproduce_ner_cpu.py --data $(DATA)
+
+reproduce-vision-cpu: $(VENV)/.installed-plot
+	$(BIN)/python scripts/reproduce_vision_cpu.py --data $(DATA)
 
 benchmark: $(VENV)/.installed-plot
 	$(BIN)/python scripts/benchmark_estimators.py --config configs/benchmark/$(PROBLEM).yaml \

@@ -8,22 +8,19 @@ Finished runs are kept.
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from tqdm import tqdm
-
 from metaxl_evo.ner.comparison import read_comparison, run_folder
 from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
+from metaxl_evo.training.reproduction import find, run_scripts
+from metaxl_evo.training.runs import RESULTS
 
 ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "scripts/train_ner.py"
 METHODS = {
     "target_only": ["--method", "target_only"],
     "joint_training_equal": ["--method", "joint_training_equal"],
@@ -50,10 +47,12 @@ def main(argv: Sequence[str] | None = None) -> str:
     (settings,) = parse_arguments((ComparisonArguments,), argv)
     output = Path(settings.output_dir)
     keys = [(m, lang, seed) for seed in settings.seeds for lang in settings.languages for m in METHODS]
-    missing = [key for key in keys if not (run_folder(output, *key) / "results.json").exists()]
-    with ThreadPoolExecutor(settings.jobs) as pool:
-        done = pool.map(lambda key: run_one(Path(settings.data), run_folder(output, *key), *key), missing)
-        list(tqdm(done, total=len(missing), desc="runs"))
+    runs = {run_folder(output, *key): options_of(Path(settings.data), run_folder(output, *key), *key) for key in keys}
+    runs = {folder: options for folder, options in runs.items() if not (folder / RESULTS).exists()}
+    run_scripts({folder / "train.log": (TRAIN, options) for folder, options in runs.items()}, settings.jobs)
+    for folder in runs:
+        for checkpoint in folder.glob("checkpoint-*"):  # the model and its scores stay
+            shutil.rmtree(checkpoint)
     comparison = read_comparison(output, list(METHODS), settings.languages, settings.seeds)
     table = comparison.markdown("joint_training_equal")
     (output / "table.md").write_text(table, encoding="utf-8")
@@ -63,36 +62,15 @@ def main(argv: Sequence[str] | None = None) -> str:
     return table
 
 
-def run_one(data: Path, folder: Path, method: str, language: str, seed: int) -> None:
-    """One training run in a process of its own; its output goes into `train.log`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        str(ROOT / "scripts/train_ner.py"),
-        "--config",
-        str(ROOT / "configs/ner/wikiann_cpu.yaml"),
+def options_of(data: Path, folder: Path, method: str, language: str, seed: int) -> list[str]:
+    """The command line of one training run."""
+    return [
+        *("--config", str(ROOT / "configs/ner/wikiann_cpu.yaml")),
+        *("--model_name_or_path", str(find(data, "models/xlmr-mini", "xlmr-mini"))),
+        *("--dataset", str(find(data, "data/wikiann", "wikiann"))),
+        *("--target_languages", language, "--seed", str(seed), "--output_dir", str(folder), *METHODS[method]),
+        *("--disable_tqdm", "true", "--resume_from_checkpoint", "latest"),
     ]
-    command += ["--model_name_or_path", str(find(data, "models/xlmr-mini", "xlmr-mini"))]
-    command += ["--dataset", str(find(data, "data/wikiann", "wikiann"))]
-    command += ["--target_languages", language, "--seed", str(seed), "--output_dir", str(folder), *METHODS[method]]
-    command += ["--disable_tqdm", "true", "--resume_from_checkpoint", "latest"]
-    log = folder / "train.log"
-    with log.open("w", encoding="utf-8") as stream:
-        code = subprocess.run(
-            command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        ).returncode
-    if code:
-        raise ValueError(f"{method}, {language}, seed {seed} failed: see {log}")
-    for checkpoint in folder.glob("checkpoint-*"):  # the model and its scores stay
-        shutil.rmtree(checkpoint)
-
-
-def find(data: Path, *places: str) -> Path:
-    """The first of the places that exists below `data`."""
-    for place in places:
-        if (data / place).is_dir():
-            return data / place
-    raise ValueError(f"{data} has no {' or '.join(places)}: give --data (DATA=...) the folder that holds it")
 
 
 if __name__ == "__main__":

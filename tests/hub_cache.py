@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from datasets import ClassLabel, Features, List, Value
+from datasets import ClassLabel, Features, Image, List, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.info import DatasetInfo
 from datasets.splits import SplitDict, SplitInfo
@@ -51,23 +51,61 @@ def prepare_dataset_cache(
         }
     )
     for language in languages:
-        folder = home / "datasets/unimelb-nlp___wikiann" / language / "0.0.0" / "0123456789abcdef"
-        folder.mkdir(parents=True)
-        written = SplitDict()
-        for split, sentences in splits.items():
-            with ArrowWriter(path=str(folder / f"wikiann-{split}.arrow"), features=features) as writer:
-                for tokens, tags in sentences:
-                    writer.write({"tokens": list(tokens), "ner_tags": list(tags), "langs": [language] * len(tokens)})
-                n_examples, n_bytes = writer.finalize()
-            written.add(SplitInfo(split, num_bytes=n_bytes, num_examples=n_examples, dataset_name="wikiann"))
-        DatasetInfo(
-            features=features,
-            builder_name="parquet",
-            dataset_name="wikiann",
-            config_name=language,
-            version="0.0.0",
-            splits=written,
-        ).write_to_directory(str(folder))
+        rows = {
+            split: [
+                {"tokens": list(tokens), "ner_tags": list(tags), "langs": [language] * len(tokens)}
+                for tokens, tags in sentences
+            ]
+            for split, sentences in splits.items()
+        }
+        _prepare(home, "unimelb-nlp/wikiann", language, features, rows)
+
+
+def prepare_image_cache(
+    home: Path,
+    dataset: str,
+    configuration: str,
+    columns: Mapping[str, Sequence[str] | None],
+    splits: Mapping[str, Sequence[Sequence[object]]],
+) -> None:
+    """What `load_dataset(dataset)` leaves of a data set of images.
+
+    Args:
+        columns: in their order, with the names of the classes; None for the images.
+        splits: their rows, images as PIL has them.
+    """
+    features = Features(
+        {name: Image() if names is None else ClassLabel(names=names) for name, names in columns.items()}
+    )
+    rows = {split: [dict(zip(columns, row, strict=True)) for row in held] for split, held in splits.items()}
+    _prepare(home, dataset, configuration, features, rows)
+
+
+def _prepare(
+    home: Path,
+    dataset: str,
+    configuration: str,
+    features: Features,
+    splits: Mapping[str, Sequence[Mapping[str, object]]],
+) -> None:
+    name = dataset.rpartition("/")[2]
+    folder = home / "datasets" / dataset.replace("/", "___") / configuration / "0.0.0" / "0123456789abcdef"
+    folder.mkdir(parents=True)
+    written = SplitDict()
+    for split, rows in splits.items():
+        with ArrowWriter(path=str(folder / f"{name}-{split}.arrow"), features=features) as writer:
+            for row in rows:
+                writer.write(features.encode_example(row))
+            n_examples, n_bytes = writer.finalize()
+        written.add(SplitInfo(split, num_bytes=n_bytes, num_examples=n_examples, dataset_name=name))
+    DatasetInfo(
+        features=features,
+        builder_name="parquet",
+        dataset_name=name,
+        config_name=configuration,
+        version="0.0.0",
+        splits=written,
+    ).write_to_directory(str(folder))
 
 
 def prepare_model_cache(home: Path, model_id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:

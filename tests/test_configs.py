@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ from metaxl_evo.estimators import ESTIMATORS
 from metaxl_evo.ner.arguments import METHODS, NerArguments, steps_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.cli import parse_arguments
+from vision_tasks.experiment import plan
+from vision_tasks.fewshot import PERTURBED
+from vision_tasks.fewshot_experiment import EpisodicTrainingArguments, FewShotArguments, FewShotTask
+from vision_tasks.noisy_labels_experiment import NoisyLabelsArguments, NoisyLabelsTask
+from vision_tasks.rotation_experiment import RotationArguments, RotationTask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDER = CONFIGS / "ner"
@@ -169,14 +176,19 @@ def test_the_papers_estimator_and_schedule() -> None:
 # Benchmarks ----------------------------------------------------------------------------------------------------------
 
 BENCHMARKS = {
+    "fewshot": "fewshot",
     "horizon": "regression",
     "peers": "peers",
+    "rotation": "rotation",
     "rtn_base": "tagger",
     "rtn_lora": "tagger",
     "rtn_tiny": "tagger",
     "toy": "regression",
     "weight_net": "weight_net",
+    "weight_net_scaling": "weight_net",
+    "weight_net_scaling_cpu": "weight_net",
 }
+CHOSEN = ("peers", "rtn_base", "rtn_lora", "weight_net_scaling", "weight_net_scaling_cpu")  # estimators of their own
 
 
 def benchmark(name: str) -> BenchmarkArguments:
@@ -194,7 +206,7 @@ def test_every_benchmark_parses_and_makes_its_estimators(name: str) -> None:
     assert settings.problem == BENCHMARKS[name]
     assert all(isinstance(row.make(), ESTIMATORS[row.estimator]) for row in settings.rows())
     assert settings.variants.keys() <= set(settings.estimators)
-    if name not in ("peers", "rtn_base", "rtn_lora"):
+    if name not in CHOSEN:
         assert settings.estimators == list(ESTIMATORS), "every registered estimator, those to come as well"
 
 
@@ -209,3 +221,311 @@ def test_the_shape_of_xlmr_base() -> None:
     found = {(row.estimator, *row.settings.values()) for row in settings.rows()}
     assert found >= {("one_step", engine) for engine in ("finite_difference", "jvp", "double_backward")}
     assert found >= {("evograd", 2), ("evograd", 8), ("evograd", 2, "^classifier"), ("evograd", 64, "^classifier")}
+
+
+def test_the_scaling_study_of_the_paper() -> None:
+    """Bohdal et al., NeurIPS 2021, section 4.6: width x1 to x5, 301 to 30,001 parameters, number of copies."""
+    settings = benchmark("weight_net_scaling")
+    assert (settings.backbone, settings.blocks, settings.image_size, settings.image_channels) == (
+        "resnet32",
+        None,
+        32,
+        3,
+    )
+    assert settings.sizes() == [(1, 100), (1, 1000), (1, 10_000), (2, 100), (3, 100), (4, 100), (5, 100)]
+    assert settings.orders == ["lookahead"]
+    assert settings.training["per_device_train_batch_size"] == settings.training["per_device_meta_batch_size"] == 100
+    found = {(row.estimator, *row.settings.values()) for row in settings.rows()}
+    assert found == {("one_step", engine) for engine in ("finite_difference", "jvp", "double_backward")} | {
+        ("evograd", copies) for copies in (2, 4, 8, 10)
+    }
+
+
+def test_the_scaling_study_in_small_is_the_same_study() -> None:
+    full, small = benchmark("weight_net_scaling"), benchmark("weight_net_scaling_cpu")
+    assert set(small.sizes()) < set(full.sizes())
+    sizes = {"use_cpu", "per_device_train_batch_size", "per_device_meta_batch_size"}
+    rest = [{key: value for key, value in one.training.items() if key not in sizes} for one in (full, small)]
+    assert rest[0] == rest[1]
+
+
+# Images --------------------------------------------------------------------------------------------------------------
+
+VISION: dict[str, tuple[Any, type[Any], dict[str, tuple[str, ...]]]] = {  # task, settings, runs: estimator, its fields
+    "noisy_labels_cpu": (
+        NoisyLabelsTask(),
+        NoisyLabelsArguments,
+        {
+            "baseline": ("none",),
+            "one_step": ("one_step",),
+            "evograd_2": ("evograd", "copies 2", "share_meta_inputs True"),
+            "evograd_8": ("evograd", "copies 8", "share_meta_inputs True"),
+            "evograd_2_live": ("evograd", "copies 2", "share_meta_inputs False"),
+        },
+    ),
+    "noisy_labels_paper": (
+        NoisyLabelsTask(),
+        NoisyLabelsArguments,
+        {"baseline": ("none",), "evograd": ("evograd", "copies 2", "share_meta_inputs False")},
+    ),
+    "rotation_cpu": (
+        RotationTask(),
+        RotationArguments,
+        {
+            "baseline": ("none",),
+            "one_step": ("one_step",),
+            "evograd_2": ("evograd", "copies 2"),
+            "evograd_10": ("evograd", "copies 10"),
+        },
+    ),
+    "rotation_paper": (RotationTask(), RotationArguments, {"baseline": ("none",), "evograd": ("evograd", "copies 2")}),
+}
+ELSEWHERE = ("fewshot", "illustration")  # configs with tests of their own
+EVOGRAD = {"copies": 2, "sigma": 1e-3, "temperature": 0.05, "noise": "sign", "antithetic": False, "parameters": None}
+IMAGE_PAPERS: dict[str, dict[str, Any]] = {
+    "rotation_paper": {  # Bohdal et al., NeurIPS 2021, section 4.2 and the published notebook
+        "data": "ylecun/mnist",
+        "backbone": "lenet",
+        "degrees": 30,
+        "train_size": 40_000,
+        "meta_size": 10_000,
+        "image_mean": [0.1307],
+        "image_std": [0.3081],
+        "seeds": [1, 23, 345, 4567, 56789],
+        "num_train_epochs": 5,
+        "per_device_train_batch_size": 128,
+        "per_device_meta_batch_size": 128,
+        "gradient_accumulation_steps": 1,
+        "optimizer_class": "Adam",
+        "learning_rate": 1e-3,
+        "weight_decay": 0,
+        "lr_scheduler_type": "constant",
+        "lr_milestones": None,
+        "warmup_steps": 0,
+        "max_grad_norm": 0,
+        "meta_optim": "Adam",
+        "meta_learning_rate": 1e-2,
+        "meta_weight_decay": 0,
+        "meta_adam_epsilon": 1e-8,
+        "meta_lr_scheduler_type": "constant",
+        "meta_warmup_steps": 0,
+        "meta_max_grad_norm": None,
+        "meta_order": "after_step",
+        "meta_every": 1,
+        "meta_portion": 1,
+        "estimator": "evograd",
+    },
+    "noisy_labels_paper": {  # section 4.4 and the published code
+        "data": "uoft-cs/cifar10",
+        "backbone": "resnet32",
+        "width": 1,
+        "weight_net_hidden": 100,
+        "weight_normalisation": "sum",
+        "noise": "flip2",
+        "noise_rate": 0.4,
+        "train_size": None,
+        "meta_size": 1000,
+        "meta_data": None,
+        "image_size": None,
+        "augmentation": "pad_crop_flip",
+        "num_train_epochs": 60,
+        "per_device_train_batch_size": 100,
+        "per_device_meta_batch_size": 100,
+        "gradient_accumulation_steps": 1,
+        "optimizer_class": "SGD",
+        "optimizer_kwargs": {"momentum": 0.9, "nesterov": True},
+        "learning_rate": 0.1,
+        "weight_decay": 5e-4,
+        "lr_scheduler_type": "constant",
+        "lr_milestone_factor": 0.1,
+        "warmup_steps": 0,
+        "max_grad_norm": 0,
+        "meta_optim": "SGD",
+        "meta_optim_kwargs": {"momentum": 0.9, "nesterov": True},
+        "meta_learning_rate": 1e-3,
+        "meta_weight_decay": 5e-4,
+        "meta_lr_scheduler_type": "constant",
+        "meta_max_grad_norm": None,
+        "meta_order": "lookahead",
+        "meta_every": 1,
+        "meta_portion": 1,
+        "estimator": "evograd",
+    },
+}
+
+
+@cache
+def read_vision(name: str, *options: str) -> tuple[Any, MetaTrainingArguments]:
+    given = ["--config", str(CONFIGS / f"vision/{name}.yaml"), "--use_cpu", "true", *options]
+    return parse_arguments((VISION[name][1], MetaTrainingArguments), given)
+
+
+def test_the_vision_configs_are_these() -> None:
+    found = [path.stem for path in (CONFIGS / "vision").iterdir()]
+    assert sorted(name for name in found if not name.startswith(ELSEWHERE)) == sorted(VISION)
+    assert len(VISION) == 4
+    assert [len(one) for one in IMAGE_PAPERS.values()] == [30, 34]
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_every_vision_config_plans_its_runs(name: str, tmp_path: Path) -> None:
+    task, _, expected = VISION[name]
+    settings, args = read_vision(name, "--output_dir", str(tmp_path))
+    runs = plan(task, settings, args)
+    assert len(runs) == len(expected) * len(settings.seeds)
+    assert len({run.folder for run in runs}) == len(runs)
+    assert next(iter(expected)) == "baseline"  # of the others
+    for run in runs:
+        kind, *held = expected[run.name]
+        estimator = run.args.make_estimator()
+        assert (estimator is None) == (kind == "none") == (not task.learns(run.settings))
+        assert estimator is None or type(estimator) is ESTIMATORS[kind]
+        for key, value in (one.split() for one in held):
+            assert str(getattr(estimator, key)) == value
+        assert (run.args.seed, run.args.meta_portion, run.args.max_grad_norm) == (run.seed, 1, 0)
+    text = (CONFIGS / f"vision/{name}.yaml").read_text(encoding="utf-8")
+    assert "../" not in text
+    assert (settings.data == "synthetic") == name.endswith("_cpu")  # real images come by the command line
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, row in IMAGE_PAPERS.items() for key in row])
+def test_the_constants_of_the_image_papers(name: str, key: str) -> None:
+    found = next(getattr(one, key) for one in read_vision(name) if hasattr(one, key))
+    assert getattr(found, "value", found) == IMAGE_PAPERS[name][key]
+
+
+@pytest.mark.parametrize("name", IMAGE_PAPERS)
+def test_the_image_papers_estimator(name: str, tmp_path: Path) -> None:
+    settings, args = read_vision(name, "--output_dir", str(tmp_path))
+    for run in plan(VISION[name][0], settings, args):
+        if run.name == "evograd":
+            estimator = run.args.make_estimator()
+            assert {key: getattr(estimator, key) for key in EVOGRAD} == EVOGRAD
+
+
+def test_the_noisy_labels_papers_schedule_and_pixels() -> None:
+    """Drops at epochs 40 and 50 of 490 steps each; pixel statistics in 1/255."""
+    settings, args = read_vision("noisy_labels_paper")
+    steps = steps_of(args.num_train_epochs, 50_000 - settings.meta_size, args.per_device_train_batch_size, 1)
+    assert steps == 60 * 490
+    assert [round(share * steps) for share in args.lr_milestones or ()] == [40 * 490, 50 * 490]
+    assert settings.image_mean == pytest.approx([125.3 / 255, 123.0 / 255, 113.9 / 255], abs=5e-6)
+    assert settings.image_std == pytest.approx([63.0 / 255, 62.1 / 255, 66.7 / 255], abs=5e-6)
+    assert len(settings.seeds) == 5
+
+
+# Few-shot learning ---------------------------------------------------------------------------------------------------
+
+FEWSHOT = {  # runs: method, estimator
+    "fewshot_cpu": {
+        "none": ("none", "none"),
+        "fixed": ("fixed", "none"),
+        "evograd": ("learned", "evograd"),
+        "one_step": ("learned", "one_step"),
+    },
+    "fewshot_paper": {"none": ("none", "none"), "fixed": ("fixed", "none"), "evograd": ("learned", "evograd")},
+    "fewshot_pretrain_paper": {"run": ("pretrain", "none")},
+}
+FEWSHOT_PAPER: dict[str, Any] = {  # Bohdal et al., NeurIPS 2021, section 4.3, and the published code
+    "domains": [
+        "miniImagenet",
+        "cars",
+        "places?images_per_class=200",
+        "plantae?largest_classes=200&images_per_class=600",
+    ],
+    "unseen_domain": "cub",
+    "backbone": "resnet10",
+    "width": 64,
+    "head": "relation",
+    "n_way": 5,
+    "n_shot": 5,
+    "n_query": 16,
+    "test_n_query": 15,
+    "test_episodes": 1000,
+    "episodes_per_epoch": 100,
+    "baseline_episodes": "all",
+    "aux_domain": "miniImagenet",
+    "aux_images": 16,
+    "ft_gamma": 0.3,
+    "ft_beta": 0.5,
+    "image_size": 224,
+    "channels": 3,
+    "crop_scale": [0.08, 1.0],
+    "jitter": 0.4,
+    "flips": True,
+    "num_train_epochs": 400,
+    "per_device_train_batch_size": 1,
+    "per_device_meta_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "optimizer_class": "Adam",
+    "learning_rate": 1e-3,
+    "weight_decay": 0,
+    "adam_epsilon": 1e-8,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "meta_optim": "Adam",
+    "meta_learning_rate": 1e-3,
+    "meta_weight_decay": 1e-8,
+    "meta_adam_epsilon": 1e-8,
+    "meta_lr_scheduler_type": "constant",
+    "meta_max_grad_norm": None,
+    "meta_order": "after_step",
+    "meta_every": 1,
+    "estimator": "evograd",
+}
+WARM_UP = {
+    "num_train_epochs": 400,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 1e-3,
+    "optimizer_class": "Adam",
+}
+
+
+def read_fewshot(name: str, *options: str) -> tuple[FewShotArguments, MetaTrainingArguments]:
+    given = ["--config", str(CONFIGS / f"vision/{name}.yaml"), "--use_cpu", "true", *options]
+    return parse_arguments((FewShotArguments, EpisodicTrainingArguments), given)
+
+
+def test_the_fewshot_configs_are_these() -> None:
+    assert sorted(path.stem for path in (CONFIGS / "vision").glob("fewshot*")) == sorted(FEWSHOT)
+    assert len(FEWSHOT_PAPER) == 41
+
+
+@pytest.mark.parametrize("name", FEWSHOT)
+def test_every_fewshot_config_plans_its_runs(name: str, tmp_path: Path) -> None:
+    settings, args = read_fewshot(name, "--output_dir", str(tmp_path))
+    runs = plan(FewShotTask(), settings, args)
+    assert {run.name: (run.settings.method, run.args.estimator) for run in runs} == FEWSHOT[name]
+    assert len(runs) == len(FEWSHOT[name]) * len(settings.seeds or [0])
+    assert {run.args.meta_portion for run in runs} == {1}
+    assert settings.data == "synthetic"  # real images come by the command line
+    assert "../" not in (CONFIGS / f"vision/{name}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("key", FEWSHOT_PAPER)
+def test_the_constants_of_the_fewshot_paper(key: str) -> None:
+    found = next(getattr(one, key) for one in read_fewshot("fewshot_paper") if hasattr(one, key))
+    assert getattr(found, "value", found) == FEWSHOT_PAPER[key]
+
+
+def test_the_fewshot_papers_estimator_and_warm_up(tmp_path: Path) -> None:
+    settings, args = read_fewshot("fewshot_paper", "--output_dir", str(tmp_path))
+    *baselines, evograd = plan(FewShotTask(), settings, args)
+    estimator = evograd.args.make_estimator()
+    assert {key: getattr(estimator, key) for key in EVOGRAD} == EVOGRAD | {"parameters": PERTURBED}
+    small = dict(read_fewshot("fewshot_cpu")[0].runs)
+    assert small["evograd"]["estimator_kwargs"] == {"parameters": PERTURBED}
+    assert [run.settings.aux_domain for run in (*baselines, evograd)] == [None, None, "miniImagenet"]
+    warm, args = read_fewshot("fewshot_pretrain_paper")
+    assert (warm.backbone, warm.width, warm.image_size) == (settings.backbone, settings.width, settings.image_size)
+    assert {key: getattr(args, key) for key in WARM_UP} == WARM_UP
+
+
+def test_the_other_rows_of_the_fewshot_paper() -> None:
+    """The commands that the header of the config gives."""
+    seen = ["miniImagenet", "cub", *FEWSHOT_PAPER["domains"][2:]]
+    given = ["--unseen_domain", "cars", "--domains", json.dumps(seen), "--n_shot", "1", "--backbone", "resnet34"]
+    settings, _ = read_fewshot("fewshot_paper", *given, "--runs.t1_t2.estimator", "one_step")
+    assert (settings.unseen_domain, settings.domains, settings.n_shot) == ("cars", seen, 1)
+    assert list(settings.runs) == ["none", "fixed", "evograd", "t1_t2"]

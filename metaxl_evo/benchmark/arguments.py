@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
+from itertools import product
 from typing import Any
 
 from transformers import XLMRobertaConfig
@@ -12,8 +13,11 @@ from metaxl_evo.benchmark.rows import Row
 from metaxl_evo.estimators import ESTIMATORS
 from metaxl_evo.messages import unknown
 from metaxl_evo.training.arguments import META_ORDERS, MetaTrainingArguments
+from vision_tasks import fewshot
+from vision_tasks.backbones import BACKBONES
 
-PROBLEMS = ("regression", "tagger", "weight_net", "peers")
+PROBLEMS = ("regression", "tagger", "weight_net", "rotation", "fewshot", "peers")
+WIDE = ("resnet32", *fewshot.BACKBONES)  # backbones that have a width
 
 
 @dataclass
@@ -29,8 +33,10 @@ class BenchmarkArguments:
         default="regression",
         metadata={
             "help": "regression: a decay for each feature learned over whole episodes, in float64; tagger: an XLM-R "
-            "with random weights and an RTN, in a MetaTrainer; weight_net: a convolutional net on noisy labels with a "
-            "loss-weighting net, in a MetaTrainer; peers: one step of weight_net beside other libraries."
+            "with random weights and an RTN, in a MetaTrainer; weight_net: an image classifier on noisy labels with a "
+            "loss-weighting net, in a MetaTrainer; rotation: an image classifier with a learned angle, the same; "
+            "fewshot: an episodic classifier with a feature-wise transform, the same; peers: one step of weight_net "
+            "beside other libraries."
         },
     )
     estimators: list[str] = field(
@@ -63,9 +69,39 @@ class BenchmarkArguments:
     )
     batch_size: int = field(default=100, metadata={"help": "Images of a batch (peers)."})
     length: int = field(default=64, metadata={"help": "Tokens of a sentence (tagger)."})
+    backbone: str = field(
+        default="convnet",
+        metadata={
+            "help": f"One of {', '.join(BACKBONES)} (weight_net, rotation, peers) or {', '.join(fewshot.BACKBONES)} "
+            "(fewshot)."
+        },
+    )
+    widths: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Times the channels of resnet32, or channels of the stem (fewshot); all is measured once for each."
+        },
+    )
+    blocks: int | None = field(default=None, metadata={"help": "Of each stage of resnet32 (default: 5)."})
+    weight_net_hidden: list[int] = field(
+        default_factory=lambda: [100],
+        metadata={
+            "help": "Hidden units of the weighting net, which has 3 times as many parameters + 1 (weight_net); all is "
+            "measured once for each. The first one is that of peers."
+        },
+    )
+    one_at_a_time: bool = field(
+        default=False,
+        metadata={
+            "help": "Widths at the first weight_net_hidden and weight_net_hidden at the first width (default: all "
+            "combinations)."
+        },
+    )
+    image_size: int = field(default=16, metadata={"help": "Pixels of a side (weight_net, rotation, fewshot, peers)."})
+    image_channels: int = field(default=1, metadata={"help": "1 or 3, the same thrice (weight_net, rotation, peers)."})
     training: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Fields of MetaTrainingArguments, such as use_cpu and batch sizes (tagger, weight_net)."},
+        metadata={"help": "Fields of MetaTrainingArguments, such as use_cpu and batch sizes (in a MetaTrainer)."},
     )
 
     def __post_init__(self) -> None:
@@ -77,14 +113,22 @@ class BenchmarkArguments:
         self._known("order", self.orders, META_ORDERS)
         self._known("training field", self.training, [one.name for one in fields(MetaTrainingArguments) if one.init])
         self._known("model field", self.model, [*XLMRobertaConfig().to_dict(), "num_labels"])
-        for name, least in {"repeats": 1, "warmup": 0, "noise_draws": 1, "length": 1, "batch_size": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if self.lora_r is not None and self.lora_r < 1:
-            raise ValueError(f"lora_r must be at least 1, not {self.lora_r}")
-        for name in ("horizons", "rtn_layer"):
-            if min(getattr(self, name), default=0) < 1:
+        self._known("backbone", [self.backbone], fewshot.BACKBONES if self.problem == "fewshot" else BACKBONES)
+        for name in ("repeats", "noise_draws", "length", "batch_size", "image_size", "lora_r", "blocks"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0, not {self.warmup}")
+        for name in ("horizons", "rtn_layer", "widths", "weight_net_hidden"):
+            if getattr(self, name) is not None and min(getattr(self, name), default=0) < 1:
                 raise ValueError(f"{name} must be whole numbers of at least 1, not {getattr(self, name)}")
+        if self.image_channels not in (1, 3):
+            raise ValueError(f"image_channels must be 1 or 3, not {self.image_channels}")
+        for name, having in {"widths": WIDE, "blocks": ("resnet32",)}.items():
+            if getattr(self, name) is not None and self.backbone not in having:
+                raise ValueError(
+                    f"{name} are of {', '.join(having)}, not of the backbone {self.backbone}: leave them out"
+                )
         for name, variants in self.variants.items():
             if not (isinstance(variants, list) and all(isinstance(one, dict) for one in variants)):
                 raise ValueError(f"variants: {name} must be a list of mappings, as in [{{}}], not {variants!r}")
@@ -96,6 +140,20 @@ class BenchmarkArguments:
             for name in self.estimators
             for settings in self.variants.get(name, [{}])
             for order in (self.orders if orders is None else orders)
+        ]
+
+    @property
+    def each_width(self) -> list[int | None]:
+        """The backbone's width in every case; None is its own."""
+        return [*self.widths] if self.widths else [None]
+
+    def sizes(self) -> list[tuple[int | None, int]]:
+        """Width of the backbone and hidden units of the weighting net, for every case of weight_net."""
+        widths, hidden = self.each_width, self.weight_net_hidden
+        return [
+            (width, units)
+            for width, units in product(widths, hidden)
+            if not self.one_at_a_time or width == widths[0] or units == hidden[0]
         ]
 
     def draws(self, row: Row) -> int:

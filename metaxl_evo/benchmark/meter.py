@@ -72,6 +72,7 @@ class Meter:
             row.time_ratio = ratio(self.seconds[row], self.seconds[None])
             row.memory_ratio = self.peak[row] / self.peak[None]
             row.memory_increment_mib = (self.peak[row] - resident) / MIB
+            row.peak_mib = self.peak[row] / MIB
 
     def _now(self) -> float:
         if self.device.type == "cuda":

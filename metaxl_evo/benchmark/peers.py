@@ -16,10 +16,12 @@ from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.episodes import AFTER, Run, estimator_run, measure_runs
 from metaxl_evo.benchmark.problems import Episode
 from metaxl_evo.benchmark.rows import Row
-from metaxl_evo.benchmark.weight_net import WeightedClassifier
+from metaxl_evo.benchmark.vision import EPOCH, noisy_images, weighted_classifier
 from metaxl_evo.bilevel import SGD, Hypergradient
 from metaxl_evo.estimators import ESTIMATORS
 from metaxl_evo.models.bilevel_module import Batch
+from vision_tasks.images import ImageRows
+from vision_tasks.weight_net import WeightedClassifier
 
 EXTRA = "pip install metaxl_evo[peers]"
 INSTALL = {
@@ -32,12 +34,8 @@ INSTALL = {
 
 def measure_peers(settings: BenchmarkArguments) -> Iterator[list[Row]]:
     """One SGD step of weight_net and its hypergradient; the yardstick is that step in plain torch."""
-    torch.manual_seed(settings.seed)
-    module = WeightedClassifier()
-    train = default_collate([module.image(label_noise=0.4) for _ in range(settings.batch_size)])
-    val = default_collate([module.image() for _ in range(settings.batch_size)])
-    problem = module.problem(SGD(settings.learning_rate))
-    episode = Episode(problem, module.base_parameters(), module.meta_parameters(), [train], val)
+    module, episode = weighted_step(settings)
+    (train,), val = episode.train, episode.val
 
     def prepare(row: Row) -> Run:
         if row.estimator in ESTIMATORS:
@@ -48,6 +46,20 @@ def measure_peers(settings: BenchmarkArguments) -> Iterator[list[Row]]:
     rows += [Row("betty", {"type": one}, AFTER) for one in ("darts", "sama")]
     measure_runs(settings, rows, prepare, plain_step(trainable(module), settings.learning_rate, train), episode)
     yield rows
+
+
+def weighted_step(settings: BenchmarkArguments) -> tuple[WeightedClassifier, Episode]:
+    """Meta-Weight-Net on generated images, and its first step."""
+    torch.manual_seed(settings.seed)
+    images = noisy_images(settings, EPOCH * settings.batch_size, EPOCH * settings.batch_size)
+    width, hidden = settings.sizes()[0]
+    module = weighted_classifier(settings, images.train, width, hidden)
+    train, val = (
+        default_collate([rows[number] for number in range(settings.batch_size)])
+        for rows in (ImageRows(images.train), ImageRows(images.meta))
+    )
+    problem = module.problem(SGD(settings.learning_rate))
+    return module, Episode(problem, module.base_parameters(), module.meta_parameters(), [train], val)
 
 
 def plain_step(module: WeightedClassifier, lr: float, train: Batch) -> Callable[[], None]:

@@ -14,7 +14,6 @@ from transformers import PrinterCallback, XLMRobertaConfig, XLMRobertaForTokenCl
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.rows import Row
-from metaxl_evo.benchmark.weight_net import WeightedClassifier
 from metaxl_evo.bilevel import SGD, BilevelProblem, Counts, Hypergradient, Tree
 from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.models.rtn import RepresentationTransform
@@ -129,18 +128,13 @@ def tagger(settings: BenchmarkArguments, rtn_layer: int) -> MeasuredTrainer:
             "language": torch.tensor(language),
         }
 
-    return _trainer(module, "transform", _arguments(settings), partial(sentence, 0), partial(sentence, TARGET))
+    args = step_arguments(settings)
+    train = [sentence(0) for _ in range(EPOCH * args.per_device_train_batch_size)]
+    meta = [sentence(TARGET) for _ in range(EPOCH * args.per_device_meta_batch_size)]
+    return measured_trainer(module, partial(setattr, module, "transform"), args, train, meta)
 
 
-def weight_net(settings: BenchmarkArguments) -> MeasuredTrainer:
-    """A small convolutional net on images with noisy labels, its losses weighted by a net that clean images judge."""
-    torch.manual_seed(settings.seed)
-    module = WeightedClassifier()
-    args = _arguments(settings, meta_portion=1.0)
-    return _trainer(module, "weighted", args, partial(module.image, label_noise=0.4), module.image)
-
-
-def _arguments(settings: BenchmarkArguments, **fields: Any) -> MetaTrainingArguments:
+def step_arguments(settings: BenchmarkArguments, **fields: Any) -> MetaTrainingArguments:
     """Arguments under which steps are alike and nothing but steps happens; `settings.training` wins."""
     plain: dict[str, Any] = {
         "output_dir": settings.output_dir,
@@ -159,21 +153,11 @@ def _arguments(settings: BenchmarkArguments, **fields: Any) -> MetaTrainingArgum
     return make_settings(MetaTrainingArguments, plain | fields | settings.training)
 
 
-def _trainer(
-    module: BilevelModule,
-    switch: str,
-    args: MetaTrainingArguments,
-    train_row: Callable[[], Any],
-    meta_row: Callable[[], Any],
+def measured_trainer(
+    module: BilevelModule, switch: Callable[[bool], None], args: MetaTrainingArguments, train: Any, meta: Any
 ) -> MeasuredTrainer:
-    """A silent trainer on generated rows; `switch` is the module's attribute that turns its meta network on."""
-    trainer = MeasuredTrainer(
-        module,
-        args,
-        train_dataset=[train_row() for _ in range(EPOCH * args.per_device_train_batch_size)],
-        meta_dataset=[meta_row() for _ in range(EPOCH * args.per_device_meta_batch_size)],
-        data_collator=default_collate,
-    )
-    trainer.switch = partial(setattr, module, switch)
+    """A silent trainer on generated rows; `switch` turns the module's meta network on and off."""
+    trainer = MeasuredTrainer(module, args, train_dataset=train, meta_dataset=meta, data_collator=default_collate)
+    trainer.switch = switch
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -7,7 +7,7 @@ import math
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +33,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "remark": lambda row: row.error or "",
 }
 Points = dict[str, list[tuple[float, float]]]  # by label
+COSINE = "cosine to the exact hypergradient"
+TIME = "time, times the plain step"
+PLAIN = "plain step"
 TEXTS = ("estimator", "settings", "case", "order", "passes", "remark")
 
 
@@ -76,73 +79,109 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Cost against accuracy, memory against number of copies, horizon against cosine: those that have points.
+    """Cost against accuracy; memory, time or cosine against what was varied: those that have points.
 
     Raises:
         ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
     """
+    cost = _Panel(_cost_points(rows), TIME, COSINE, "")
     plots = {
-        "cost.png": (_cost_points(rows), "time, times the plain step", "cosine to the exact hypergradient", ""),
-        "copies.png": (_copies_points(rows), "copies", "MiB above resident", "-"),
-        "horizon.png": (_horizon_points(rows), "steps of the episode", "cosine to the exact hypergradient", "-"),
+        "cost.png": [cost],
+        "copies.png": [
+            _Panel(_against(rows, "copies", "memory_increment_mib"), "copies", "MiB above resident"),
+            _Panel(_against(rows, "copies", "time"), "copies", TIME),
+        ],
+        "horizon.png": [_Panel(_against(rows, "horizon", "cosine"), "steps of the episode", COSINE)],
+        "width.png": _sizes(rows, "width", "width of the backbone", scale="linear"),
+        "meta_parameters.png": _sizes(rows, "meta_parameters", "meta parameters"),
     }
-    return [_draw(folder / name, *what) for name, what in plots.items() if what[0]]
+    return [_draw(folder / name, panels) for name, panels in plots.items() if panels[0].points]
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Lines, or loose points, on axes of their own."""
+
+    points: Points
+    x: str
+    y: str
+    line: str = "-"
+    scale: str = "log"
+
+
+def _sizes(rows: Sequence[Row], size: str, x: str, scale: str = "log") -> list[_Panel]:
+    """Peak memory and time against a size of the problem, the plain step among the estimators."""
+    rows = [*rows, *_plain_steps(rows)]
+    measures = {"peak_mib": "peak memory, MiB", "time": TIME}
+    return [_Panel(_against(rows, size, y), x, label, scale=scale) for y, label in measures.items()]
+
+
+def _plain_steps(rows: Sequence[Row]) -> list[Row]:
+    """The yardstick as a row of each case; every row was measured against it."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row.memory_ratio and row.peak_mib:
+            plain = Row(PLAIN, {}, "", row.case, time_ratio=Spread(1, 1, 1), peak_mib=row.peak_mib / row.memory_ratio)
+            found.setdefault(_pairs(row.case), plain)
+    return list(found.values())
 
 
 def _cost_points(rows: Sequence[Row]) -> Points:
     points: Points = {}
     for row in rows:
-        if row.time_ratio is not None and row.cosine is not None:
-            points.setdefault(_label(row), []).append((row.time_ratio.median, row.cosine))
+        if row.time is not None and row.cosine is not None:
+            points.setdefault(_label(row.estimator, row.settings), []).append((row.time, row.cosine))
     return points
 
 
-def _copies_points(rows: Sequence[Row]) -> Points:
-    """A line for everything but the copies; lines of at least two points."""
-    points: Points = {}
+def _against(rows: Sequence[Row], x: str, y: str) -> Points:
+    """Lines of at least two points, one for all that is alike but `x`, a setting or a part of the case."""
+    lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in rows:
-        copies = row.settings.get("copies")
-        if copies is not None and row.memory_increment_mib is not None:
-            rest = {name: value for name, value in row.settings.items() if name != "copies"}
-            label = " ".join(filter(None, [row.estimator, _pairs(rest), _pairs(row.case), row.order]))
-            points.setdefault(label, []).append((copies, row.memory_increment_mib))
-    return _lines(points)
+        found, value = {**row.case, **row.settings}.get(x), getattr(row, y)
+        if found is not None and value is not None:
+            settings, case = ({key: v for key, v in one.items() if key != x} for one in (row.settings, row.case))
+            lines.setdefault((_label(row.estimator, settings), _pairs(case), row.order), []).append((found, value))
+    lines = {key: sorted(line) for key, line in lines.items() if len({at for at, _ in line}) > 1}
+    cases, orders = ({key[place] for key in lines if key[place]} for place in (1, 2))
+    return {  # what all lines have in common is left out
+        " ".join(filter(None, [label, case if len(cases) > 1 else "", order if len(orders) > 1 else ""])): line
+        for (label, case, order), line in lines.items()
+    }
 
 
-def _horizon_points(rows: Sequence[Row]) -> Points:
-    points: Points = {}
-    for row in rows:
-        if "horizon" in row.case and row.cosine is not None:
-            points.setdefault(_label(row), []).append((row.case["horizon"], row.cosine))
-    return _lines(points)
+def _label(estimator: str, settings: dict[str, Any]) -> str:
+    return " ".join(filter(None, [estimator, _pairs(settings)]))
 
 
-def _lines(points: Points) -> Points:
-    return {label: sorted(line) for label, line in points.items() if len({x for x, _ in line}) > 1}
-
-
-def _label(row: Row) -> str:
-    return " ".join(filter(None, [row.estimator, _pairs(row.settings)]))
-
-
-def _draw(file: Path, points: Points, x: str, y: str, line: str) -> Path:
+def _draw(file: Path, panels: Sequence[_Panel]) -> Path:
+    """The panels side by side, with one legend; a label has its colour in all."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import FixedLocator, LogLocator
 
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for index, (label, values) in enumerate(points.items()):
-        marker = "osD^v<>P*X"[index // 10 % 10]  # ten colours a marker
-        axis.plot(*zip(*values, strict=True), marker + line, color=f"C{index % 10}", label=label)
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel=x, ylabel=y)
-    if "MiB" in y:
-        axis.set_ylim(bottom=0)
-    figure.legend(loc="outside right upper", fontsize="small")
+    inches = (8 + 3 * (len(panels) - 1), 4.5)
+    figure, axes = plt.subplots(1, len(panels), figsize=inches, layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for index, (label, values) in enumerate(panel.points.items()):
+            marker = "osD^v<>P*X"[index // 10 % 10]  # ten colours a marker
+            style, colour = ("--", "0.4") if label.startswith(PLAIN) else (marker + panel.line, f"C{index % 10}")
+            size = max(10 - index, 4) if panel.line else 6  # of lines that coincide the ones below stay visible
+            axis.plot(*zip(*values, strict=True), style, color=colour, label=label, markersize=size)
+        if panel.scale == "log":
+            axis.set_xscale("log", base=2)
+        if panel.line:
+            axis.xaxis.set_major_locator(FixedLocator(sorted({x for line in panel.points.values() for x, _ in line})))
+        else:
+            axis.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set(xlabel=panel.x, ylabel=panel.y)
+        axis.grid(alpha=0.25)
+        if panel.y != COSINE:
+            axis.set_ylim(bottom=0)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(file, dpi=120)
     plt.close(figure)
     return file

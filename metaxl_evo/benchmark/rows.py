@@ -28,6 +28,7 @@ class Row:
         case: where, such as {"rtn_layer": 12} or {"horizon": 8}.
         time_ratio: seconds against the yardstick's median.
         memory_ratio, memory_increment_mib: peak against the yardstick's peak, and above the resident tensors.
+        peak_mib: the peak itself.
         cosine, relative_error: to the exact hypergradient of the same horizon; means over the draws of noise.
         noise_to_signal: variance of a draw over the square of the draws' common component along the exact one.
         counts: passes of one hypergradient.
@@ -40,11 +41,17 @@ class Row:
     time_ratio: Spread | None = None
     memory_ratio: float | None = None
     memory_increment_mib: float | None = None
+    peak_mib: float | None = None
     cosine: float | None = None
     relative_error: float | None = None
     noise_to_signal: float | None = None
     counts: dict[str, int] | None = None
     error: str | None = None
+
+    @property
+    def time(self) -> float | None:
+        """The median of `time_ratio`."""
+        return None if self.time_ratio is None else self.time_ratio.median
 
     def make(self) -> Estimator:
         """The estimator.

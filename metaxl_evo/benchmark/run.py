@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
@@ -11,12 +12,15 @@ from metaxl_evo.benchmark.episodes import measure_regression
 from metaxl_evo.benchmark.peers import measure_peers
 from metaxl_evo.benchmark.report import write_report
 from metaxl_evo.benchmark.rows import Row
-from metaxl_evo.benchmark.steps import measure_tagger, measure_weight_net
+from metaxl_evo.benchmark.steps import measure_tagger, measure_weight_net, measure_widths
+from metaxl_evo.benchmark.vision import fewshot, rotation
 
 MEASURES: dict[str, Callable[[BenchmarkArguments], Iterator[list[Row]]]] = {
     "regression": measure_regression,
     "tagger": measure_tagger,
     "weight_net": measure_weight_net,
+    "rotation": partial(measure_widths, rotation),
+    "fewshot": partial(measure_widths, fewshot),
     "peers": measure_peers,
 }
 

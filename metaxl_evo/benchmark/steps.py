@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -13,9 +13,10 @@ from transformers import TrainerCallback
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.meter import Meter, judge
-from metaxl_evo.benchmark.problems import MeasuredTrainer, tagger, weight_net
+from metaxl_evo.benchmark.problems import MeasuredTrainer, tagger
 from metaxl_evo.benchmark.rows import Row, standing
-from metaxl_evo.bilevel import Hypergradient
+from metaxl_evo.benchmark.vision import weight_net
+from metaxl_evo.bilevel import Hypergradient, tree
 from metaxl_evo.estimators import Estimator, OneStep
 
 EXACT = OneStep("double_backward")
@@ -32,8 +33,24 @@ def measure_tagger(settings: BenchmarkArguments) -> Iterator[list[Row]]:
 
 
 def measure_weight_net(settings: BenchmarkArguments) -> Iterator[list[Row]]:
-    """The rows of the one case there is."""
-    yield measure_task(settings, weight_net(settings), {})
+    """The rows for each size of the backbone and of the weighting net."""
+    for width, hidden in settings.sizes():
+        yield _measure_sized(settings, partial(weight_net, settings, width, hidden), width)
+
+
+def measure_widths(
+    make: Callable[[BenchmarkArguments, int | None], MeasuredTrainer], settings: BenchmarkArguments
+) -> Iterator[list[Row]]:
+    """The rows for each size of the backbone."""
+    for width in settings.each_width:
+        yield _measure_sized(settings, partial(make, settings, width), width)
+
+
+def _measure_sized(settings: BenchmarkArguments, make: Callable[[], MeasuredTrainer], width: int | None) -> list[Row]:
+    """The trainer is made here, so that it is gone when the next one is: its tensors would count as the next one's."""
+    trainer = make()
+    case = {"meta_parameters": tree.size(trainer.model.meta_parameters())}
+    return measure_task(settings, trainer, case if width is None else {"width": width, **case})
 
 
 def measure_task(settings: BenchmarkArguments, trainer: MeasuredTrainer, case: dict[str, Any]) -> list[Row]:

@@ -217,6 +217,8 @@ class MetaTrainingArguments(TrainingArguments):
         refuse_engines(self)
         super().__post_init__()
         refuse_lost_processes(self)
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False  # the trainer averages running statistics, and no other buffer moves
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # losses read all base parameters; the search takes time and warns
         if self.meta_order not in META_ORDERS:

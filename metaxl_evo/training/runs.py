@@ -60,8 +60,11 @@ def finished_run(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: where they were made with other settings than these.
     """
-    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    then = results["settings"]
+    try:
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        then = results["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} holds no results ({one_line(error)}): remove it, and the run goes on") from error
     now = json.loads(json.dumps(settings, default=str))
     changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in OUTSIDE)
     if changed:
@@ -73,9 +76,11 @@ def finished_run(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write `results.json`."""
+    """Write `results.json`, whole or not at all: it says that the run is finished."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS).write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+    draft = folder / f"{RESULTS}.tmp"
+    draft.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+    draft.replace(folder / RESULTS)
 
 
 def training_settings(args: MetaTrainingArguments) -> dict[str, Any]:

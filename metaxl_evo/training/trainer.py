@@ -51,7 +51,7 @@ from metaxl_evo.training.diagnostics import Diagnostics
 from metaxl_evo.training.episodes import Episodes
 from metaxl_evo.training.launch import refuse_launch
 from metaxl_evo.training.meta_rows import DrawnByEpoch, MetaRows, tell_epoch
-from metaxl_evo.training.synchrony import require_synchrony, synchronise
+from metaxl_evo.training.synchrony import average_statistics, require_synchrony, synchronise
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +263,10 @@ class MetaTrainer(Trainer):
             model.train()
             self._begin_step()
         self._window_is_new, self._micro_batch = False, 0 if self._window_is_new else self._micro_batch + 1
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            average_statistics(self.model)
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

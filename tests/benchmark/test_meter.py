@@ -74,7 +74,8 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(seconds) for seconds in meter.seconds.values()] == [3, 3]
     assert rows[0].time_ratio == (2.5, 2.5, 2.5)
     assert meter.peak[rows[0]] - 2**22 == pytest.approx(meter.peak[None], abs=2**16)
-    assert rows[0].memory_increment_mib == meter.peak[rows[0]] / 2**20
+    assert rows[0].memory_increment_mib == rows[0].peak_mib == meter.peak[rows[0]] / 2**20
+    assert rows[0].time == 2.5
 
 
 def test_ratio_is_that_of_medians() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from metaxl_evo.benchmark import report
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.report import markdown, plot, write_report
 from metaxl_evo.benchmark.rows import Row, Spread
@@ -16,7 +18,8 @@ from metaxl_evo.benchmark.rows import Row, Spread
 def measured(estimator: str = "one_step", horizon: int = 1, **settings: int) -> Row:
     return Row(
         estimator, settings, "after_step", {"horizon": horizon}, time_ratio=Spread(1.5, 1.25, 2.0), memory_ratio=1.05,
-        memory_increment_mib=12.5, cosine=0.98765, relative_error=1.234e-5, counts={"forwards": 2, "hvps": 0},
+        memory_increment_mib=12.5, peak_mib=21.0, cosine=0.98765, relative_error=1.234e-5,
+        counts={"forwards": 2, "hvps": 0},
     )  # fmt: skip
 
 
@@ -34,6 +37,7 @@ def test_results(tmp_path: Path) -> None:
     assert found["rows"][0] == {
         "estimator": "one_step", "settings": {}, "order": "after_step", "case": {"horizon": 1},
         "time_ratio": {"median": 1.5, "q1": 1.25, "q3": 2.0}, "memory_ratio": 1.05, "memory_increment_mib": 12.5,
+        "peak_mib": 21.0,
         "cosine": 0.98765, "relative_error": None, "noise_to_signal": None, "counts": {"forwards": 2, "hvps": 0},
         "error": None,
     }  # fmt: skip
@@ -68,3 +72,44 @@ def test_plots_are_those_that_have_points(tmp_path: Path) -> None:
     assert names(copies) == ["cost.png", "copies.png"]
     assert names(several) == ["cost.png", "horizon.png"]
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("cost", "copies", "horizon"))
+
+
+def test_sizes_are_drawn_against_memory_and_time_beside_the_plain_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(report, "_draw", lambda file, panels: drawn.setdefault(file.name, panels))
+
+    def sized(width: int, parameters: int, copies: int, order: str = "after_step") -> Row:
+        row = measured("evograd", copies=copies)
+        row.case, row.order = {"width": width, "meta_parameters": parameters}, order
+        row.time_ratio, row.peak_mib = Spread(2.0 * width, 1.0, 9.0), 21.0 * width
+        return row
+
+    plot([sized(3, 301, 2), sized(1, 301, 2), sized(1, 3001, 2), sized(2, 301, 9), FAILED], tmp_path)
+    memory, time = drawn["width.png"]
+    assert memory.points == {
+        "evograd copies 2": [(1, 21.0), (3, 63.0)],
+        "plain step": [(1, 20.0), (2, 40.0), (3, 60.0)],
+    }
+    assert time.points == {"evograd copies 2": [(1, 2.0), (3, 6.0)], "plain step": [(1, 1), (2, 1), (3, 1)]}
+    memory, time = drawn["meta_parameters.png"]
+    assert time.points == {
+        "evograd copies 2": [(301, 2.0), (3001, 2.0)],
+        "plain step": [(301, 1), (3001, 1)],
+    }
+    drawn.clear()
+    plot([sized(width, 301, 2, order) for width in (1, 2) for order in ("after_step", "lookahead")], tmp_path)
+    assert list(drawn["width.png"][0].points) == [
+        "evograd copies 2 after_step",
+        "evograd copies 2 lookahead",
+        "plain step",
+    ]
+
+
+def test_two_panels_are_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [measured(), measured()]
+    rows[0].case, rows[1].case = {"width": 1}, {"width": 2}
+    assert [file.name for file in plot(rows, tmp_path)] == ["cost.png", "width.png"]
+    assert (tmp_path / "width.png").stat().st_size > 5000

@@ -223,6 +223,31 @@ def test_weight_net(tmp_path: Path) -> None:
     assert all(row.relative_error is not None and row.relative_error < 1e-4 for row in exact)
 
 
+@pytest.mark.parametrize("config", ["rotation", "fewshot"])
+def test_the_other_vision_tasks(config: str, tmp_path: Path) -> None:
+    options = ["--estimators", "one_step", "--repeats", "1", "--warmup", "0", "--orders", "after_step"]
+    options += ["--variants", '{"one_step": [{"engine": "jvp"}]}', "--image_size", "16", "--training.use_cpu", "true"]
+    options += ["--widths", "4"] if config == "fewshot" else ["--training.per_device_train_batch_size", "8"]
+    ((row,), _) = bench(tmp_path, config, *options, "--training.episode_length", "1")
+    assert row.error is None
+    assert row.time_ratio is not None
+    assert row.relative_error is not None
+    assert row.relative_error < 1e-4
+
+
+def test_the_scaling_study_varies_one_thing_at_a_time(tmp_path: Path) -> None:
+    options = ["--blocks", "1", "--image_size", "8", "--widths", "1,2", "--weight_net_hidden", "100,200"]
+    batches = [f"--training.per_device_{level}_batch_size=4" for level in ("train", "meta")]
+    rows, _ = bench(tmp_path, "weight_net_scaling_cpu", "--estimators", "sama", "--repeats", "1", *options, *batches)
+    found = [row.case for row in rows]
+    assert found == [
+        {"width": 1, "meta_parameters": 301},
+        {"width": 1, "meta_parameters": 601},
+        {"width": 2, "meta_parameters": 301},
+    ]
+    assert {file.name for file in tmp_path.iterdir()} >= {"width.png", "meta_parameters.png"}
+
+
 # Settings ------------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +263,13 @@ def test_weight_net(tmp_path: Path) -> None:
         (["--training.lr", "1"], "unknown training field 'lr'"),
         (["--repeats", "0"], "repeats must be at least 1"),
         (["--horizons", "0,2"], "horizons must be whole numbers of at least 1"),
+        (["--warmup", "-1"], "warmup must be at least 0"),
+        (["--blocks", "0"], "blocks must be at least 1"),
+        (["--backbone", "resnet18"], "unknown backbone 'resnet18'"),
+        (["--problem", "fewshot"], "unknown backbone 'convnet': .*Valid: resnet10"),
+        (["--image_channels", "2"], "image_channels must be 1 or 3, not 2"),
+        (["--widths", "1,2"], "widths are of resnet32, .* not of the backbone convnet: leave them out"),
+        (["--blocks", "2"], "blocks are of resnet32, not of the backbone convnet"),
     ],
 )
 def test_bad_settings_say_the_fix(options: list[str], message: str, tmp_path: Path) -> None:

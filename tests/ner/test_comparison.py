@@ -68,7 +68,10 @@ def test_script_keeps_finished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(script, "METHODS", {"joint_training_equal": [], "a": []})
     monkeypatch.setitem(F1, "joint_training_equal", F1["b"])
-    monkeypatch.setattr(script, "run_one", lambda *arguments: pytest.fail("a finished run was started again"))
+    monkeypatch.setattr(script, "options_of", lambda *key: [])
+    monkeypatch.setattr(
+        script, "run_scripts", lambda runs, jobs: pytest.fail(f"started again: {runs}") if runs else None
+    )
     options = ["--data", str(tmp_path), "--output_dir", str(written(tmp_path / "runs"))]
     table = script.main([*options, "--languages", "sw,rw", "--seeds", "0,1"])
     assert "| a | -3.00 |" in table

@@ -1,0 +1,24 @@
+"""Few-shot learning for unseen domains with a learned feature-wise transform, beside a fixed one and none.
+
+accelerate launch scripts/train_fewshot.py --config configs/vision/fewshot_paper.yaml [--any_field value]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from metaxl_evo.training.cli import ends_with_one_line
+from vision_tasks.experiment import run_command
+from vision_tasks.fewshot_experiment import FewShotArguments, FewShotTask
+
+
+@ends_with_one_line
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse the settings, then make (or check) the runs; returns their results, or what the check found."""
+    return run_command(FewShotTask(), FewShotArguments, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main().get("problems") else 0)

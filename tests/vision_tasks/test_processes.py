@@ -1,0 +1,121 @@
+"""Image tasks on several processes: one hypergradient, and batch norms whose statistics are those of all rows."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.synchrony import different
+from metaxl_evo.training.trainer import MetaTrainer
+from tests.processes import on_processes
+from vision_tasks.backbones import BACKBONES
+from vision_tasks.images import ImageRows, drawn
+from vision_tasks.rotation import RotatedClassifier, Rotation
+from vision_tasks.weight_net import WeightedClassifier, WeightNet
+
+pytestmark = pytest.mark.distributed
+
+ROWS = 8  # of an optimizer step
+ESTIMATES: dict[str, dict[str, Any]] = {
+    "one_step": {"estimator": "one_step", "estimator_kwargs": {"engine": "double_backward"}},
+    "evograd": {"estimator": "evograd", "estimator_kwargs": {"sigma": 0.01, "copies": 4}},
+}
+
+
+def made(task: str, estimate: str, processes: int, accumulation: int, folder: str, **fields: Any) -> MetaTrainer:
+    """A trainer in float64 whose optimizer steps see the same rows however they are cut up."""
+    rows = ROWS // processes // accumulation
+    args = MetaTrainingArguments(
+        output_dir=folder,
+        **ESTIMATES[estimate],
+        meta_portion=1,
+        per_device_train_batch_size=rows,
+        per_device_meta_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        **{"max_steps": 3, "save_strategy": "no"} | fields,
+        optimizer_class="SGD",
+        optimizer_kwargs={"momentum": 0.9},
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    torch.manual_seed(0)
+    name = "resnet32" if task == "batch_norm" else "convnet"
+    base = BACKBONES[name](image_size=28, num_labels=10, **({"blocks": 1} if name == "resnet32" else {}))
+    if task == "rotation":
+        module: Any = RotatedClassifier(base, Rotation())
+    else:
+        module = WeightedClassifier(base, WeightNet(8), normalisation="mean")
+    images = drawn(8, seed=0)
+    return MetaTrainer(
+        module.double(),
+        args,
+        train_dataset=[_double(row) for row in ImageRows(images.take(slice(0, 32)))],
+        meta_dataset=[_double(row) for row in ImageRows(images.take(slice(32, 80)))],
+        data_collator=default_collate,
+    )
+
+
+def _double(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.double() if value.is_floating_point() else value for key, value in row.items()}
+
+
+def trained(task: str, estimate: str, processes: int, accumulation: int) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = made(task, estimate, processes, accumulation, folder)
+        trainer.train()
+        return tree.clone({**trainer.model.base_parameters(), **trainer.model.meta_parameters()})
+
+
+@pytest.mark.parametrize("task", ["rotation", "weight_net"])
+@pytest.mark.parametrize("estimate", ESTIMATES)
+def test_processes_and_micro_batches_are_one_batch(task: str, estimate: str) -> None:
+    whole = trained(task, estimate, 1, 1)
+    (first, second) = on_processes(2, trained, task, estimate, 2, 1)
+    for found in (trained(task, estimate, 1, 2), first, second):
+        for name, value in whole.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-11)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def statistics() -> dict[str, Any]:
+    """Two steps with a checkpoint, before which the trainer compares the processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = made("batch_norm", "evograd", 2, 1, folder, max_steps=2, save_strategy="steps", save_steps=1)
+        inputs: list[Tensor] = []
+        norm = trainer.model.base.stem[1]
+        forward = norm.forward
+
+        def noted(x: Tensor) -> Tensor:
+            if norm.track_running_stats:  # the base step's own
+                inputs.append(x.detach().clone())
+            return forward(x)
+
+        norm.forward = noted
+        trainer.train()
+        assert different(dict(trainer.model.named_buffers())) == []
+        return {"inputs": inputs, "mean": norm.running_mean.clone(), "var": norm.running_var.clone()}
+
+
+def test_running_statistics_are_the_mean_over_the_processes() -> None:
+    """By hand: torch's update with momentum 0.1 from 0 and 1, averaged over the two processes at each step."""
+    found = on_processes(2, statistics)
+    mean, var = torch.zeros(16, dtype=torch.float64), torch.ones(16, dtype=torch.float64)
+    assert [len(one["inputs"]) for one in found] == [2, 2]
+    for inputs in zip(*(one["inputs"] for one in found), strict=True):
+        mean = 0.9 * mean + 0.1 * torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+        var = 0.9 * var + 0.1 * torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0)
+    assert not torch.allclose(*(one["inputs"][0].mean((0, 2, 3)) for one in found))
+    for one in found:
+        torch.testing.assert_close(one["mean"], mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one["var"], var, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,91 @@
+"""What the tasks share that train an image classifier: its batches, its accuracy, and its normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import EvalPrediction
+
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
+from metaxl_evo.training.trainer import MetaTrainer
+from vision_tasks.images import ImageRows, ImageSet
+
+
+class ImageTask(BilevelModule):
+    """A BilevelModule on batches of `images` (B, C, H, W) in [0, 1] and `labels` (B,).
+
+    The base is a classifier of transformers that says in its configuration how pixels are normalised
+    (`image_mean`, `image_std`); outer loss = mean cross-entropy of the meta images as they are.
+    """
+
+    def __init__(self, base: nn.Module, meta: nn.Module) -> None:
+        super().__init__(base, meta)
+        for name in ("image_mean", "image_std"):
+            values = torch.tensor(getattr(base.config, name), dtype=torch.get_default_dtype())
+            self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def costs(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The cross-entropy of each image, (B,)."""
+        logits = self.base(pixel_values=self.normalised(images)).logits
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1] as the base takes them, (B, C, H, W)."""
+        return (images - self.image_mean) / self.image_std
+
+    def outer_loss(self, batch: Batch) -> Tensor:
+        return self.costs(batch["images"], batch["labels"]).sum() / totals_of(self, batch)["images"]
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"images": len(batch["labels"])}
+
+    def forward(self, **batch: Any) -> Any:
+        if self.training:
+            return super().forward(**batch)
+        return self.base(pixel_values=self.normalised(batch["images"]), labels=batch["labels"])
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of images whose class has the largest logit."""
+    logits: Any = prediction.predictions
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+
+
+def tested(trainer: MetaTrainer, images: ImageSet) -> float:
+    """The accuracy of the trained base on these images."""
+    metrics = trainer.predict(cast(Any, ImageRows(images))).metrics
+    assert metrics is not None
+    return metrics["test_accuracy"]
+
+
+def pixel_statistics(
+    images: ImageSet, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """How pixels in [0, 1] are normalised: as given, or by the mean and the deviation of each channel of `images`.
+
+    Raises:
+        ValueError: where the numbers are not one a channel or not finite, or a deviation is not positive.
+    """
+    if not (mean and std):
+        channels = np.moveaxis(images.images, 3, 0)
+        counts = np.stack([np.bincount(one.ravel(), minlength=256) for one in channels]) / channels[0].size
+        levels = np.arange(256) / 255
+        centre = counts @ levels  # (C,)
+        mean, std = mean or centre, std or np.sqrt((counts * (levels - centre[:, None]) ** 2).sum(1))
+    found = [[float(one) for one in values] for values in (mean, std)]
+    for name, values in zip(("image_mean", "image_std"), found, strict=True):
+        if len(values) != images.channels:
+            raise ValueError(f"{name} has {len(values)} numbers, {images.where} {images.channels} channels: one each")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} must be finite numbers, not {values}")
+    if not min(found[1]) > 0:
+        raise ValueError(f"image_std must be above 0, not {found[1]}: are all pixels of {images.where} alike?")
+    return found[0], found[1]

@@ -1,0 +1,316 @@
+"""One command, several runs: every method on every seed, each in a folder of its own, and their comparison.
+
+A task says what differs: how data, trainer and scores are made. Everything here is the same for all.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Generic, TypeVar, cast
+
+from transformers import set_seed
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
+from metaxl_evo.training.check import check_training, report
+from metaxl_evo.training.checkpoint import LATEST
+from metaxl_evo.training.cli import make_settings, parse_arguments
+from metaxl_evo.training.runs import (
+    RESULTS,
+    checkpoint_settings,
+    finished_run,
+    hub_id,
+    refuse_another_run,
+    training_settings,
+    write_results,
+)
+from metaxl_evo.training.statistics import paired_difference, spread
+from metaxl_evo.training.trainer import MetaTrainer
+from vision_tasks.arguments import VisionArguments
+from vision_tasks.images import SYNTHETIC
+
+SINGLE = ("model.safetensors", "config.json")  # what a folder of several runs has not
+Settings = TypeVar("Settings", bound=VisionArguments)
+Data = TypeVar("Data")
+
+
+class VisionTask(ABC, Generic[Settings, Data]):
+    """What an experiment is about.
+
+    Attributes:
+        title: of the model card.
+        sources: what the card cites.
+        hub_task: the Hub's name of what the base does.
+        own_files: names that a run writes beyond those of any run.
+        shown: of the test scores, those that the table shows; the first is compared.
+        training: the training arguments, where the task has defaults of its own.
+        chooses: whether evaluations are of other data than the tests, so that they may choose a checkpoint.
+    """
+
+    title: str
+    sources: Sequence[str]
+    hub_task: str
+    own_files: Sequence[str] = ()
+    shown: Sequence[str] = ("accuracy",)
+    training: type[MetaTrainingArguments] = MetaTrainingArguments
+    chooses: bool = False
+
+    @abstractmethod
+    def learns(self, settings: Settings) -> bool:
+        """Whether the method learns on the meta level."""
+
+    @abstractmethod
+    def load(self, settings: Settings, seed: int) -> Data:
+        """The data of one repetition.
+
+        Raises:
+            ValueError: for data that cannot serve.
+        """
+
+    @abstractmethod
+    def build_trainer(self, settings: Settings, args: MetaTrainingArguments, data: Data) -> MetaTrainer:
+        """The trainer of one run."""
+
+    @abstractmethod
+    def score(self, trainer: MetaTrainer, settings: Settings, data: Data) -> dict[str, float]:
+        """The test scores of the trained model."""
+
+    def describe(self, trainer: MetaTrainer, settings: Settings, data: Data) -> dict[str, Any]:
+        """What else is to be known of a trained run (plain values)."""
+        return {}
+
+    def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
+        """Pictures of one run, where matplotlib is installed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run(Generic[Settings]):
+    """One training: a method on one seed."""
+
+    name: str
+    seed: int
+    folder: Path
+    settings: Settings
+    args: MetaTrainingArguments
+
+    def all_settings(self) -> dict[str, Any]:
+        """What it is made with, plain values."""
+        own = {key: value for key, value in asdict(self.settings).items() if key not in ("runs", "seeds", "check")}
+        return {**own, **training_settings(self.args)}
+
+
+def plan(task: VisionTask[Settings, Any], settings: Settings, args: MetaTrainingArguments) -> list[Run[Settings]]:
+    """The runs of one command, seed by seed; a single one has the output folder for itself.
+
+    Raises:
+        ValueError: for settings of a run that cannot be.
+    """
+    if args.load_best_model_at_end and not task.chooses:
+        raise ValueError("load_best_model_at_end would choose on the test images: leave it out, the last step counts")
+    named, seeds = settings.runs or {"": {}}, settings.seeds or [args.seed]
+    alone, root = len(named) * len(seeds) == 1, Path(args.output_dir)
+    runs = []
+    for seed in seeds:
+        for name, overrides in named.items():
+            folder = root if alone else root / (name or "run") / str(seed)
+            mine = {one.name for one in fields(type(settings))}
+            held = {key: getattr(settings, key) for key in mine} | {"runs": {}, "seeds": None}
+            own = make_settings(type(settings), held | {key: v for key, v in overrides.items() if key in mine})
+            theirs = {key: value for key, value in overrides.items() if key not in mine}
+            if not task.learns(own):
+                theirs |= {"estimator": NO_ESTIMATOR}
+            if "estimator" in theirs:  # which then starts from its own defaults
+                theirs = {"estimator_kwargs": None} | theirs
+            theirs |= {"output_dir": str(folder), "seed": seed}
+            if not alone:  # a repository a run
+                theirs["hub_model_id"] = f"{args.hub_model_id or root.name}-{name or 'run'}-{seed}"
+            runs.append(Run(name or "run", seed, folder, own, _with(args, theirs)))
+    return runs
+
+
+def _with(args: MetaTrainingArguments, changes: Mapping[str, Any]) -> MetaTrainingArguments:
+    """Arguments made anew, so that what they check is checked of the changed ones too."""
+    values = {one.name: getattr(args, one.name) for one in fields(args) if one.init}
+    launch = {"use_configured_state": True}  # which stays as it is
+    values["accelerator_config"] = cast(Any, args.accelerator_config).to_dict() | launch
+    if args.meta_seed == args.seed:
+        values["meta_seed"] = None  # follows the seed
+    return make_settings(type(args), values | dict(changes))
+
+
+def run_experiment(task: VisionTask[Settings, Any], settings: Settings, args: MetaTrainingArguments) -> dict[str, Any]:
+    """Train and test every run; returns and saves the results, those of several runs with their comparison.
+
+    Raises:
+        ValueError: before any training, for what cannot work or would overwrite another run.
+    """
+    runs = plan(task, settings, args)
+    resuming = args.resume_from_checkpoint is not None
+    if resuming and len(runs) > 1 and str(args.resume_from_checkpoint).lower() not in LATEST:
+        raise ValueError("resume_from_checkpoint: one checkpoint cannot continue several runs: use latest, or one run")
+    for folder in dict.fromkeys([Path(args.output_dir), *(run.folder for run in runs)]):
+        refuse_another_run(folder, resuming, task.own_files)
+    if len(runs) > 1 and any((Path(args.output_dir) / name).exists() for name in SINGLE):
+        raise ValueError(f"{args.output_dir} holds a single run: choose another output_dir for several")
+    finished: dict[Path, dict[str, Any]] = {}
+    for run in runs:  # all that complains does so before the first step
+        saved = run.folder / RESULTS
+        if resuming and saved.exists():
+            finished[run.folder] = finished_run(saved, run.all_settings())
+        else:
+            task.build_trainer(run.settings, run.args, task.load(run.settings, run.seed))
+    results = {(run.name, run.seed): finished.get(run.folder) or train_run(task, run) for run in runs}
+    summary = summarise(task, results, settings, args)
+    if len(runs) > 1 and args.should_save:
+        write_results(Path(args.output_dir), summary)
+    if args.should_log:
+        print(table(task.shown, summary))
+        print(f"models, cards and {RESULTS}: {args.output_dir}")
+    return summary if len(runs) > 1 else results[runs[0].name, runs[0].seed]
+
+
+def train_run(task: VisionTask[Settings, Any], run: Run[Settings]) -> dict[str, Any]:
+    """Train, test and save one run."""
+    set_seed(run.args.seed)
+    data = task.load(run.settings, run.seed)
+    trainer = task.build_trainer(run.settings, run.args, data)
+    settings = run.all_settings()
+    trainer.run_settings = checkpoint_settings(settings)
+    begun = time.perf_counter()
+    trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
+    seconds = time.perf_counter() - begun
+    results: dict[str, Any] = {
+        "test": task.score(trainer, run.settings, data),
+        "settings": settings,
+        "run": {
+            "steps": trainer.state.global_step,
+            "train_seconds": seconds,
+            "skipped_meta_steps": trainer.skipped_meta_steps,
+            "base_parameters": tree.size(trainer.model.base_parameters()),
+            "meta_parameters": tree.size(trainer.model.meta_parameters()),
+            **task.describe(trainer, run.settings, data),
+        },
+    }
+    trainer.save_model()
+    if run.args.should_save:
+        write_results(run.folder, results)
+        task.plot(run.folder, results)
+    trainer.card_sections = _card(task, results, trainer)
+    finish = trainer.push_to_hub if run.args.push_to_hub else trainer.create_model_card
+    title = (run.args.hub_model_id or run.folder.name).rpartition("/")[2]  # a folder of several runs is a seed's
+    finish(tasks=task.hub_task, dataset_tags=hub_id(run.settings.data, SYNTHETIC), model_name=title)
+    return results
+
+
+def _card(task: VisionTask[Any, Any], results: Mapping[str, Any], trainer: MetaTrainer) -> list[str]:
+    scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in results["test"].items())
+    settings = "\n".join(f"| `{key}` | `{value}` |" for key, value in results["settings"].items())
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    weights = "the weights of its last step" if best is None else f"the weights of its {Path(best).name}"
+    cited = [*task.sources, *([] if trainer.estimator is None else [trainer.estimator.citation])]
+    return [
+        f"## {task.title}\n\nData `{results['settings']['data']}`, one training run, {weights}.",
+        f"## Test scores\n\n| score | value |\n|---|---:|\n{scores}",
+        f"## Settings\n\n| field | value |\n|---|---|\n{settings}",
+        "## Citation\n\n" + "\n".join(f"- {line}" for line in cited),
+    ]
+
+
+def summarise(
+    task: VisionTask[Any, Any],
+    results: Mapping[tuple[str, int], Mapping[str, Any]],
+    settings: VisionArguments,
+    args: MetaTrainingArguments,
+) -> dict[str, Any]:
+    """Scores of every run over the seeds, and their paired differences from the first run."""
+    names, seeds = (list(dict.fromkeys(keys)) for keys in zip(*results, strict=True))
+
+    def values(name: str, key: str) -> list[float]:
+        return [float(results[name, seed]["test"][key]) for seed in seeds]
+
+    def seconds(name: str) -> list[float]:
+        return [float(results[name, seed]["run"]["train_seconds"]) for seed in seeds]
+
+    compared, plain = task.shown[0], seconds(names[0])
+    test, differences = {}, {}
+    for name in names:
+        test[name] = {key: _described(values(name, key)) for key in results[name, seeds[0]]["test"]}
+        if name != names[0]:
+            found = paired_difference(values(name, compared), values(names[0], compared))
+            bounds = {key: value if math.isfinite(value) else None for key, value in found._asdict().items()}
+            differences[name] = {**bounds, "reading": found.reading}  # of one seed there are none, nor is inf JSON
+    return {
+        "test": test,
+        "differences": differences,
+        "time_ratio": {name: _described([a / b for a, b in zip(seconds(name), plain, strict=True)]) for name in names},
+        "seeds": seeds,
+        "settings": {**asdict(settings), **training_settings(args)},
+        "run": {name: {str(seed): results[name, seed]["run"] for seed in seeds} for name in names},
+    }
+
+
+def _described(values: list[float]) -> dict[str, Any]:
+    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "values": values}
+
+
+def table(shown: Sequence[str], summary: Mapping[str, Any]) -> str:
+    """A summary in Markdown: test scores, mean ± deviation over the seeds, and differences from the first run.
+
+    Args:
+        shown: the scores to show; the first is the one compared.
+        summary: of `summarise`.
+    """
+    first, *others = summary["test"]
+    lines = [
+        f"| run | {' | '.join(shown)} | {shown[0]} over {first} | 95 % interval | reading | time, of {first} |",
+        "|---|" + "---:|" * (len(shown) + 2) + "---|---:|",
+    ]
+    for name in (first, *others):
+        cells = [spread(summary["test"][name][key]["values"], 3) for key in shown]
+        cells += ["", "", ""] if name == first else _difference(summary["differences"][name])
+        lines.append(f"| {name} | {' | '.join([*cells, spread(summary['time_ratio'][name]['values'])])} |")
+    return "\n".join(lines)
+
+
+def _difference(found: Mapping[str, Any]) -> list[str]:
+    between = "" if found["low"] is None else f"{found['low']:+.3f} to {found['high']:+.3f}"
+    return [f"{found['mean']:+.3f}", between, found["reading"]]
+
+
+def check_experiment(
+    task: VisionTask[Settings, Any], settings: Settings, args: MetaTrainingArguments
+) -> dict[str, Any]:
+    """A few steps of the first run that learns, at the full learning rates; prints the findings and returns them.
+
+    Nothing of the user's is touched. The returned `problems` is empty where the verdict is OK.
+
+    Raises:
+        ValueError: for what a run would refuse as well.
+    """
+    runs = plan(task, settings, args)
+    run = next((one for one in runs if task.learns(one.settings)), runs[0])
+    data = task.load(run.settings, run.seed)
+    found, _ = check_training(lambda args: task.build_trainer(run.settings, args, data), run.args)
+    found = {"run": run.name, **found}
+    for folder in dict.fromkeys([Path(args.output_dir), *(one.folder for one in runs)]):
+        try:
+            refuse_another_run(folder, args.resume_from_checkpoint is not None, task.own_files)
+        except ValueError as error:
+            found["problems"].append(str(error))
+    if args.should_log:
+        print(report(found))
+    return found
+
+
+def run_command(
+    task: VisionTask[Settings, Any], arguments: type[Settings], argv: Sequence[str] | None
+) -> dict[str, Any]:
+    """What a script does: parse the settings, then make the runs, or check one with `--check`."""
+    settings, args = parse_arguments((arguments, task.training), argv)
+    return check_experiment(task, settings, args) if settings.check else run_experiment(task, settings, args)

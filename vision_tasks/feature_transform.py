@@ -1,0 +1,228 @@
+"""Learned feature-wise transformation: the meta network of cross-domain few-shot learning, and its forward hooks.
+
+Behind the last batch norm x of every residual block, and behind that of its 1x1 shortcut, a channel becomes
+
+    (1 + n1 softplus(gamma)) x + n2 softplus(beta),    n1, n2 ~ N(0, 1), one draw a channel for batch and positions,
+
+which varies the features as other domains would. The transform belongs to training alone: its hooks do nothing outside
+of `FeatureTransform.active`.
+
+Source: Tseng et al., Cross-Domain Few-Shot Classification via Learned Feature-Wise Transformation, ICLR 2020;
+Bohdal et al., EvoGrad, NeurIPS 2021, section 4.3.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers import ResNetModel
+from transformers.models.resnet.modeling_resnet import ResNetShortCut
+
+from metaxl_evo.bilevel.passes import mix_seed
+from metaxl_evo.messages import one_line, unknown
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+SUBFOLDER = "feature_transform"
+MODEL_TYPE = "metaxl_feature_transform"
+
+NOISES = ("per_batch", "per_pass")
+SHARPNESS = 100.0  # of the softplus; at 0.3 it is 0.3
+
+
+def transformed_norms(encoder: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    """The batch norms of a ResNet that are transformed, by the names that the transform gives to them.
+
+    Raises:
+        ValueError: for another kind of encoder.
+    """
+    if not isinstance(encoder, ResNetModel):
+        raise ValueError(
+            f"the feature-wise transform knows the blocks of ResNetModel, not of {type(encoder).__name__}"
+        )
+    found: dict[str, Any] = {}
+    stages: Any = encoder.encoder.stages
+    for i, stage in enumerate(stages, start=1):
+        for j, block in enumerate(stage.layers, start=1):
+            found[f"stage{i}_block{j}"] = block.layer[-1].normalization
+            if isinstance(block.shortcut, ResNetShortCut):
+                found[f"stage{i}_block{j}_shortcut"] = block.shortcut.normalization
+    return found
+
+
+class ChannelAffine(nn.Module):
+    """The transformation of one batch norm; `gamma` and `beta` (C,) are the sizes of its noise."""
+
+    def __init__(self, channels: int, gamma: float, beta: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((channels,), gamma))
+        self.beta = nn.Parameter(torch.full((channels,), beta))
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        """`x` (B, C, H, W) under `noise` (2, C)."""
+        noise = noise.to(self.gamma)
+        scale = 1 + noise[0] * F.softplus(self.gamma, beta=SHARPNESS)
+        shift = noise[1] * F.softplus(self.beta, beta=SHARPNESS)
+        return (scale[:, None, None] * x + shift[:, None, None]).to(x.dtype)
+
+
+@dataclass(eq=False)
+class _NormHook:
+    """The forward hook of one batch norm; an object, so that deep copies of model and transform stay paired."""
+
+    transform: FeatureTransform
+    name: str
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """The transformed output; None, which keeps it, while the transform is off."""
+        return self.transform.apply_layer(output, self.name)
+
+
+class FeatureTransform(nn.Module):
+    """One pair of (gamma, beta) for each transformed batch norm of an encoder.
+
+    Meant to be used through `attach` and `active`:
+
+        transform = FeatureTransform.for_encoder(encoder)
+        transform.attach(encoder)
+        with transform.active(seed):
+            features = encoder(images)
+
+    Args:
+        channels: of each transformed batch norm, by name.
+        gamma, beta: where all channels start.
+        noise: `per_batch` draws from the seed given to `active` and the place of the layer, so that every pass over a
+            batch (the base step, perturbed copies, both sides of a finite difference) sees the same noise;
+            `per_pass` draws from the global random state, which the passes of one meta step share among them but not
+            with the base step (EvoGrad's published code: with share_randomness False each copy draws its own).
+
+    Raises:
+        ValueError: for an unknown noise, or where no batch norm is transformed.
+    """
+
+    def __init__(
+        self, channels: Mapping[str, int], *, gamma: float = 0.3, beta: float = 0.5, noise: str = "per_batch"
+    ):
+        super().__init__()
+        if noise not in NOISES:
+            raise ValueError(unknown("ft_noise", noise, NOISES))
+        if not channels:
+            raise ValueError("the feature-wise transform has no batch norm to act on: give the encoder a stage")
+        self.channels = dict(channels)
+        self.noise = noise
+        self.layers = nn.ModuleDict({name: ChannelAffine(c, gamma, beta) for name, c in channels.items()})
+        self._numbers = {name: number for number, name in enumerate(channels)}
+        self._seed: int | None = None
+
+    @classmethod
+    def for_encoder(cls, encoder: nn.Module, **settings: Any) -> FeatureTransform:
+        """A transform with the channels of `encoder`, not attached yet."""
+        return cls({name: norm.num_features for name, norm in transformed_norms(encoder).items()}, **settings)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON can hold them, but for the start values."""
+        return {"channels": self.channels, "noise": self.noise}
+
+    def attach(self, encoder: nn.Module) -> list[RemovableHandle]:
+        """Hook the batch norms of `encoder`; returns the handles. Attaching again replaces the hooks.
+
+        Nothing is registered in `encoder`: its state dict and saved files do not change.
+
+        Raises:
+            ValueError: for an encoder with other blocks or widths.
+        """
+        norms = transformed_norms(encoder)
+        found = {name: norm.num_features for name, norm in norms.items()}
+        if found != self.channels:
+            differs = next(iter(dict(found.items() ^ self.channels.items())))
+            raise ValueError(
+                f"the feature-wise transform has {self.channels.get(differs)} channels at {differs}, the encoder "
+                f"{found.get(differs)}: build it by FeatureTransform.for_encoder"
+            )
+        self.detach(encoder)
+        return [norm.register_forward_hook(_NormHook(self, name)) for name, norm in norms.items()]
+
+    def detach(self, encoder: nn.Module) -> None:
+        """Remove this transform's hooks from `encoder`; nothing happens where there are none."""
+        for module in encoder.modules():
+            hooks = module._forward_hooks
+            for key in [k for k, hook in hooks.items() if isinstance(hook, _NormHook) and hook.transform is self]:
+                del hooks[key]
+
+    @contextmanager
+    def active(self, seed: int) -> Iterator[None]:
+        """Transform in every encoder pass inside, the only switch; `seed` is of the noise, where it is per batch.
+
+        The previous state, normally off, comes back on leaving, also by an exception.
+        """
+        previous, self._seed = self._seed, seed
+        try:
+            yield
+        finally:
+            self._seed = previous
+
+    def apply_layer(self, x: Tensor, name: str) -> Tensor | None:
+        """The output (B, C, H, W) of the batch norm `name` transformed; None while the transform is off."""
+        if self._seed is None:
+            return None
+        return self.layers[name](x, self._draw(name, self._seed))
+
+    def _draw(self, name: str, seed: int) -> Tensor:
+        """The noise of one layer, (2, C); drawn on the CPU, so that it is the same on every device."""
+        generator = None
+        if self.noise == "per_batch":
+            generator = torch.Generator().manual_seed(mix_seed(seed, self._numbers[name]))
+        return torch.randn(2, self.channels[name], generator=generator, device="cpu", dtype=torch.float32)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`, which is made if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": MODEL_TYPE, **self.config}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> FeatureTransform:
+        """A saved transform, on the CPU; `folder` holds its files, or holds them in `feature_transform/`.
+
+        Raises:
+            ValueError: where nothing is found and where a file is unreadable.
+        """
+        root = Path(folder)
+        place = root / SUBFOLDER if (root / SUBFOLDER / CONFIG_FILE).is_file() else root
+        transform = cls._build(place / CONFIG_FILE)
+        transform._load(place / WEIGHTS_FILE)
+        return transform
+
+    @classmethod
+    def _build(cls, path: Path) -> FeatureTransform:
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config.pop("model_type") != MODEL_TYPE:
+                raise ValueError("of another model type")
+            return cls(**config)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} does not describe a feature-wise transform ({one_line(error)}): use another checkpoint"
+            ) from error
+
+    def _load(self, path: Path) -> None:
+        """Take the parameters from a safetensors file, all of them and nothing else."""
+        try:
+            self.load_state_dict(load_file(path, device="cpu"), assign=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read ({one_line(error)}): use another checkpoint") from error

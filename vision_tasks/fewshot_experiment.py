@@ -1,0 +1,426 @@
+"""The few-shot experiment: a feature-wise transform learned for unseen domains, beside a fixed one and none at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+from transformers.trainer_utils import IntervalStrategy
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.messages import unknown
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.statistics import interval
+from metaxl_evo.training.trainer import MetaTrainer
+from vision_tasks import fewshot
+from vision_tasks.arguments import VisionArguments
+from vision_tasks.augmentation import EvaluationTransform, TrainTransform
+from vision_tasks.classification import accuracy
+from vision_tasks.domains import SYNTHETIC as GENERATED
+from vision_tasks.domains import name_of, parse_source, read_domain
+from vision_tasks.episodes import Auxiliary, Domain, Episodes, EpisodeSize
+from vision_tasks.experiment import VisionTask
+from vision_tasks.feature_transform import NOISES, SHARPNESS, SUBFOLDER, FeatureTransform
+from vision_tasks.fewshot import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, CrossDomainFewShot, FewShotModel
+from vision_tasks.heads import HEADS
+from vision_tasks.images import SYNTHETIC
+from vision_tasks.pretraining import ClassifierRows, EncoderPretraining, load_encoder
+from vision_tasks.symbols import LOOKS
+
+METHODS = (*fewshot.METHODS, "pretrain")
+BASELINE_EPISODES = ("all", "seen")
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's in grey
+QUARTILES = ("min", "q1", "median", "q3", "max")
+SYNTHETIC_DOMAINS = [f"{GENERATED}{look}" for look in LOOKS]
+
+
+@dataclass
+class EpisodicTrainingArguments(MetaTrainingArguments):
+    """MetaTrainingArguments whose batches are of episodes, each a batch of images in itself."""
+
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Episodes a step (pretrain: images)."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Episodes that are tested at once."})
+    per_device_meta_batch_size: int = field(
+        default=1, metadata={"help": "Episodes of the pseudo-unseen domain per micro-batch and device."}
+    )
+    meta_portion: float = field(default=1.0, metadata={"help": "1: episodes that judge do not join the others."})
+
+
+@dataclass
+class FewShotArguments(VisionArguments):
+    """Settings of the few-shot experiment.
+
+    Raises:
+        ValueError: one line for the first value that cannot be, with the valid choices.
+    """
+
+    data: str = field(
+        default=SYNTHETIC,
+        metadata={
+            "help": "The folder from which relative paths of domains start (`.` also where all are of the Hub), or "
+            "`synthetic`: as many generated domains take the place of those that are named."
+        },
+    )
+    method: str = field(
+        default="learned",
+        metadata={
+            "help": "The feature-wise transform is learned, or fixed, or there is none; pretrain: the encoder learns "
+            "to classify the images of aux_domain, for other runs to start from."
+        },
+    )
+    domains: list[str] = field(
+        default_factory=lambda: SYNTHETIC_DOMAINS[:3],
+        metadata={
+            "help": "Seen domains: .npz files, Omniglot's zip files, image folders or Hub ids, with ?options "
+            "(vision_tasks/domains.py); options with commas in them need a JSON list."
+        },
+    )
+    unseen_domain: str = field(
+        default=SYNTHETIC_DOMAINS[3], metadata={"help": "The domain that is tested, on its novel classes."}
+    )
+    backbone: str = field(default="resnet10", metadata={"help": f"One of {', '.join(BACKBONES)}."})
+    width: int = field(default=64, metadata={"help": "Channels of the backbone's stem and first stage."})
+    head: str = field(default="relation", metadata={"help": f"One of {', '.join(HEADS)}."})
+    n_way: int = field(default=5, metadata={"help": "Classes of an episode."})
+    n_shot: int = field(default=5, metadata={"help": "Support images of each."})
+    n_query: int = field(default=16, metadata={"help": "Queries of each in training."})
+    test_n_query: int = field(default=15, metadata={"help": "Queries of each in tests."})
+    test_episodes: int = field(default=1000, metadata={"help": "Of a test; the same for all runs of a seed."})
+    val_episodes: int = field(
+        default=100, metadata={"help": "Of an evaluation (eval_strategy), on the val classes of the seen domains."}
+    )
+    episodes_per_epoch: int = field(default=100, metadata={"help": "A pair of domains is drawn for each epoch."})
+    baseline_episodes: str = field(
+        default="all",
+        metadata={
+            "help": "What fixed and none train on: all, every seen domain in equal parts (as published), or seen, the "
+            "very episodes of the pseudo-seen domains that learned trains on."
+        },
+    )
+    aux_domain: str | None = field(
+        default=None,
+        metadata={"help": "The one of the seen domains whose base classes an auxiliary classifier learns, by name."},
+    )
+    aux_images: int = field(default=16, metadata={"help": "Images of the auxiliary classifier an episode."})
+    encoder: str | None = field(
+        default=None, metadata={"help": "The output folder of a run (method: pretrain) whose encoder is the start."}
+    )
+    ft_noise: str = field(default="per_batch", metadata={"help": f"One of {', '.join(NOISES)}."})
+    ft_gamma: float = field(default=0.3, metadata={"help": "Where the transform's scales start."})
+    ft_beta: float = field(default=0.5, metadata={"help": "Where the transform's shifts start."})
+    image_size: int = field(default=224, metadata={"help": "Pixels of a side."})
+    channels: int = field(default=3, metadata={"help": "1: images are turned grey; 3: grey ones are repeated."})
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Of pixels in [0, 1], a channel each (default: ImageNet's)."}
+    )
+    image_std: list[float] | None = field(default=None, metadata={"help": "Their standard deviation."})
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.08, 1.0],
+        metadata={"help": "Least and largest share of an image that a random crop keeps in training."},
+    )
+    jitter: float = field(default=0.4, metadata={"help": "Of brightness, contrast and colour in training."})
+    flips: bool = field(
+        default=True, metadata={"help": "Mirror images in training (not for digits and letters: --no_flips)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, valid in (
+            ("method", METHODS),
+            ("backbone", BACKBONES),
+            ("head", HEADS),
+            ("baseline_episodes", BASELINE_EPISODES),
+            ("ft_noise", NOISES),
+        ):
+            self.require_known(name, getattr(self, name), valid)
+        for name in ("width", "n_shot", "n_query", "test_n_query", "val_episodes", "episodes_per_epoch", "aux_images"):
+            self.require_count(name, getattr(self, name))
+        self.require_count("image_size", self.image_size)
+        self.require_count("n_way", self.n_way, least=2)
+        self.require_count("test_episodes", self.test_episodes, least=2)  # one has no interval
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, not {self.channels!r}")
+        for name in ("ft_gamma", "ft_beta"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, not {getattr(self, name)}")
+        if not 0 <= self.jitter <= 1:
+            raise ValueError(f"jitter must be between 0 and 1, not {self.jitter}")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale must be two increasing numbers above 0 and at most 1, not {self.crop_scale}")
+        self._check_domains()
+
+    def _check_domains(self) -> None:
+        if not self.domains:
+            raise ValueError("domains are empty: name those that are seen in training")
+        seen, unseen = [name_of(text) for text in self.domains], name_of(self.unseen_domain)
+        for name, text in zip(seen, self.domains, strict=True):
+            if name == unseen or _overlap(text, self.unseen_domain):
+                raise ValueError(
+                    f"unseen_domain {self.unseen_domain} is among the domains, as {text}: leave it out of them"
+                )
+        if self.aux_domain is not None:
+            self.require_known("aux_domain", self.aux_domain, seen)
+        elif self.method == "pretrain":
+            raise ValueError(f"method pretrain learns the classes of aux_domain: set it to one of {', '.join(seen)}")
+
+    @property
+    def normalisation(self) -> dict[str, Any]:
+        """The model's constants of pixels in [0, 1]."""
+        mean, std = (GREY_MEAN, GREY_STD) if self.channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+        return {"image_mean": list(self.image_mean or mean), "image_std": list(self.image_std or std)}
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two texts name images of one source, of the same alphabets where these are told apart."""
+    (source, options), (other_source, others) = parse_source(one), parse_source(other)
+    if source.rstrip("/") != other_source.rstrip("/"):
+        return False
+    if options.alphabets is None or others.alphabets is None:
+        return True
+    return not set(options.alphabets.split(",")).isdisjoint(others.alphabets.split(","))
+
+
+@dataclass(frozen=True, eq=False)
+class FewShotData:
+    """The domains of a run; `aux` is one of `seen`."""
+
+    seen: list[Domain]
+    unseen: Domain
+    aux: Domain | None
+
+
+class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
+    """Features that carry over to unseen domains (Tseng et al., ICLR 2020; Bohdal et al., 2021, section 4.3)."""
+
+    title = "Cross-domain few-shot classification"
+    sources = (
+        "Tseng et al., Cross-Domain Few-Shot Classification via Learned Feature-Wise Transformation, ICLR 2020",
+        "Bohdal et al., EvoGrad, NeurIPS 2021, section 4.3",
+    )
+    hub_task = "image-classification"
+    own_files = (SUBFOLDER,)
+    shown = ("accuracy", "interval")
+    training = EpisodicTrainingArguments
+    chooses = True  # on val classes of the seen domains
+
+    def __init__(self) -> None:
+        self._held: dict[str, Domain] = {}  # read once for all runs of a command
+
+    def learns(self, settings: FewShotArguments) -> bool:
+        return settings.method == "learned"
+
+    def load(self, settings: FewShotArguments, seed: int) -> FewShotData:
+        *seen, unseen = (self._read(text) for text in located(settings))
+        named = [name_of(text) for text in settings.domains]
+        aux = None if settings.aux_domain is None else seen[named.index(settings.aux_domain)]
+        return FewShotData(seen, unseen, aux)
+
+    def build_trainer(self, settings: FewShotArguments, args: MetaTrainingArguments, data: FewShotData) -> MetaTrainer:
+        evaluation(settings, args, data, "novel")  # complains before the first step
+        aux = None if data.aux is None else Auxiliary(data.aux, epochs_of(settings, args), settings.aux_images)
+        module, transform = make_module(settings, aux), train_transform(settings)
+        train: Any
+        meta: Episodes | None = None
+        if isinstance(module, EncoderPretraining):
+            assert aux is not None
+            train = ClassifierRows(aux, transform, args.seed)
+            _refuse_single_images(args, len(train))
+        else:
+            made: dict[str, Any] = {
+                "size": EpisodeSize(settings.n_way, settings.n_shot, settings.n_query),
+                "length": settings.episodes_per_epoch,
+                "seed": args.seed,
+                "transform": transform,
+            }
+            role = "seen" if self.learns(settings) else settings.baseline_episodes
+            train = Episodes(data.seen, role, aux=aux, **made)
+            if self.learns(settings):
+                meta = Episodes(data.seen, "unseen", partner=train, **made)
+        return MetaTrainer(
+            module,
+            args,
+            train_dataset=train,
+            meta_dataset=meta,
+            eval_dataset=None
+            if args.eval_strategy == IntervalStrategy.NO
+            else evaluation(settings, args, data, "val"),
+            data_collator=default_collate,
+            compute_metrics=accuracy,
+        )
+
+    def score(self, trainer: MetaTrainer, settings: FewShotArguments, data: FewShotData) -> dict[str, float]:
+        found = trainer.predict(cast(Any, evaluation(settings, trainer.args, data, "novel")))
+        scores: Any = found.predictions  # (episodes, way * queries, way)
+        mean, low, high = interval((scores.argmax(-1) == found.label_ids).mean(1).tolist())
+        return {"accuracy": mean, "interval": (high - low) / 2, "low": low, "high": high}
+
+    def describe(self, trainer: MetaTrainer, settings: FewShotArguments, data: FewShotData) -> dict[str, Any]:
+        module = cast(CrossDomainFewShot, trainer.model)
+        found: dict[str, Any] = {
+            "seen_domains": [domain.name for domain in data.seen],
+            "unseen_domain": data.unseen.name,
+        }
+        if self.learns(settings):
+            log = trainer.state.log_history
+            start = FeatureTransform(module.meta.channels, gamma=settings.ft_gamma, beta=settings.ft_beta)
+            before, after = (
+                tree.detach(dict(start.named_parameters())),
+                tree.tree_map(lambda p: p.detach().cpu(), module.meta_parameters()),
+            )
+            found |= {
+                "meta_loss": [[row["step"], row["meta_loss"]] for row in log if "meta_loss" in row],
+                "ft_relative_change": tree.norm(tree.add(after, before, -1.0)) / (tree.norm(before) or 1.0),
+                "feature_transform": {"before": sizes_of(start), "after": sizes_of(module.meta)},
+            }
+        return found
+
+    def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
+        if "feature_transform" in results["run"] and find_spec("matplotlib"):
+            plot_sizes(results["run"]["feature_transform"], folder / "feature_transform.png")
+
+    def _read(self, text: str) -> Domain:
+        if text not in self._held:
+            self._held[text] = read_domain(text)
+        return self._held[text]
+
+
+def located(settings: FewShotArguments) -> list[str]:
+    """The texts of the seen domains and, last, the unseen one, as `read_domain` takes them.
+
+    Raises:
+        ValueError: for a path that there is not, or more domains than can be generated.
+    """
+    named = [*settings.domains, settings.unseen_domain]
+    if settings.data == SYNTHETIC:
+        if len(named) > len(LOOKS):
+            raise ValueError(
+                f"data: {SYNTHETIC} has {len(LOOKS)} domains, {len(named)} are asked for: name fewer, or give the "
+                "folder of real ones"
+            )
+        return SYNTHETIC_DOMAINS[: len(named)]
+    folder = Path(settings.data).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"data must be {SYNTHETIC} or the folder where the domains are, {settings.data} is neither")
+    return [_located(text, folder) for text in named]
+
+
+def _located(text: str, folder: Path) -> str:
+    source, _ = parse_source(text)
+    if source.startswith(GENERATED) or Path(source).is_absolute():
+        return text
+    if (folder / source).exists():
+        return f"{folder / source}{text.removeprefix(source)}"
+    if source.count("/") == 1 and not source.startswith(".") and not Path(source).suffix:
+        return text  # a Hub id
+    present = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    raise ValueError(f"{folder}: {unknown('domain', source, present)} (or ORGANISATION/NAME of the Hub)")
+
+
+def train_transform(settings: FewShotArguments) -> TrainTransform:
+    """What training makes of an image."""
+    low, high = settings.crop_scale
+    return TrainTransform(settings.image_size, settings.channels, (low, high), settings.jitter, settings.flips)
+
+
+def evaluation(settings: FewShotArguments, args: MetaTrainingArguments, data: FewShotData, split: str) -> Episodes:
+    """Episodes that are the same for all methods of a seed: `novel` of the unseen domain, `val` of all seen ones."""
+    novel = split == "novel"
+    return Episodes(
+        [data.unseen] if novel else data.seen,
+        "test" if novel else "all",
+        EpisodeSize(settings.n_way, settings.n_shot, settings.test_n_query),
+        length=settings.test_episodes if novel else settings.val_episodes,
+        seed=args.seed,
+        transform=EvaluationTransform(settings.image_size, settings.channels),
+        split=split,
+    )
+
+
+def make_module(settings: FewShotArguments, aux: Auxiliary | None) -> CrossDomainFewShot:
+    """The model, its encoder pre-trained where that is asked for, with its transform."""
+    pretrains = settings.method == "pretrain"
+    config = fewshot.backbone_config(
+        settings.backbone,
+        width=settings.width,
+        num_channels=settings.channels,
+        head="prototype" if pretrains else settings.head,  # without parameters: tests tell what the encoder is worth
+        aux_classes=0 if aux is None else aux.classes,
+        **settings.normalisation,
+    )
+    base = FewShotModel(config)
+    if settings.encoder is not None:
+        load_encoder(base.encoder, settings.encoder)
+    if pretrains:
+        return EncoderPretraining(base)
+    start: dict[str, Any] = {"gamma": settings.ft_gamma, "beta": settings.ft_beta, "noise": settings.ft_noise}
+    return CrossDomainFewShot(base, FeatureTransform.for_encoder(base.encoder, **start), method=settings.method)
+
+
+def _refuse_single_images(args: MetaTrainingArguments, images: int) -> None:
+    """Batch norm has no statistics of one image, which may be left over at the end of an epoch."""
+    size = args.per_device_train_batch_size
+    if size == 1 or (images % size == 1 and not args.dataloader_drop_last):
+        raise ValueError(
+            f"method pretrain: per_device_train_batch_size {size} makes a batch of one image out of {images}: set "
+            "another, such as 16"
+        )
+
+
+def epochs_of(settings: FewShotArguments, args: MetaTrainingArguments) -> int:
+    """The epochs of a whole run, over which the auxiliary loss's weight falls."""
+    if args.max_steps <= 0:
+        return math.ceil(args.num_train_epochs)
+    batches = math.ceil(settings.episodes_per_epoch / (args.per_device_train_batch_size * args.world_size))
+    return math.ceil(args.max_steps / math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def sizes_of(transform: FeatureTransform) -> dict[str, dict[str, dict[str, float]]]:
+    """Sizes of the noise, softplus of gamma and of beta: layer -> gamma or beta -> mean and quartiles of channels."""
+    return {
+        name: {kind: _quartiles(getattr(layer, kind).detach()) for kind in ("gamma", "beta")}
+        for name, layer in transform.layers.items()
+    }
+
+
+def _quartiles(values: Tensor) -> dict[str, float]:
+    sizes = F.softplus(values.double().cpu(), beta=SHARPNESS)
+    found = sizes.quantile(torch.linspace(0, 1, len(QUARTILES)).double()).tolist()
+    return {"mean": sizes.mean().item(), **dict(zip(QUARTILES, found, strict=True))}
+
+
+def plot_sizes(found: Mapping[str, Any], file: Path) -> None:
+    """The channels of every layer as a box, from the least to the largest, with a dashed line where all of them were.
+
+    Raises:
+        ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    before, after = found["before"], found["after"]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, kind, colour in zip(axes, ("gamma", "beta"), ("C0", "C1"), strict=True):
+        boxes = [
+            {"label": name.replace("_", "\n"), "whislo": row[kind]["min"], "whishi": row[kind]["max"]}
+            | {"q1": row[kind]["q1"], "med": row[kind]["median"], "q3": row[kind]["q3"], "fliers": []}
+            for name, row in after.items()
+        ]
+        axis.bxp(boxes, patch_artist=True, boxprops={"facecolor": colour, "alpha": 0.5}, medianprops={"color": "k"})
+        start = next(iter(before.values()))[kind]["mean"]
+        axis.axhline(start, color="0.3", linestyle="--", linewidth=1, label=f"start, {start:.2f}")
+        axis.set(title=f"softplus({kind}): size of the random {'scale' if kind == 'gamma' else 'shift'}")
+        axis.tick_params(axis="x", labelsize=7)
+        axis.legend(fontsize="small")
+    axes[0].set_ylabel("channels of a layer: quartiles and range")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,241 @@
+"""The noisy-labels experiment: Meta-Weight-Net beside the same training without it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.trainer import MetaTrainer
+from vision_tasks.arguments import VisionArguments
+from vision_tasks.augmentation import PadCropFlip
+from vision_tasks.backbones import BACKBONES
+from vision_tasks.classification import accuracy, pixel_statistics, tested
+from vision_tasks.experiment import VisionTask
+from vision_tasks.images import ImageRows, ImageSet, load_images
+from vision_tasks.noisy_labels import NOISES, NoisyLabels, make_noisy
+from vision_tasks.weight_net import NORMALISATIONS, SUBFOLDER, WeightedClassifier, WeightNet
+
+METHODS = ("meta_weight_net", "baseline")
+AUGMENTATIONS = {"none": None, "pad_crop_flip": PadCropFlip()}
+CURVE = torch.linspace(0, 8, 65)  # losses at which the learned weight is drawn
+
+
+@dataclass
+class NoisyLabelsArguments(VisionArguments):
+    """Settings of the noisy-labels experiment.
+
+    Raises:
+        ValueError: one line for the first value that cannot be, with the valid choices.
+    """
+
+    method: str = field(
+        default="meta_weight_net",
+        metadata={"help": "meta_weight_net: losses are weighted by a learned network; baseline: plain training."},
+    )
+    backbone: str = field(default="resnet32", metadata={"help": f"One of {', '.join(BACKBONES)}."})
+    width: int | None = field(
+        default=None, metadata={"help": "Multiplies the channels of resnet32 (the paper's scaling study: 1 to 5)."}
+    )
+    weight_net_hidden: int = field(
+        default=100,
+        metadata={"help": "Hidden units of the weighting network, which has 3 times as many parameters + 1."},
+    )
+    weight_normalisation: str = field(
+        default="sum", metadata={"help": f"Weights of a micro-batch divided by their: {', '.join(NORMALISATIONS)}."}
+    )
+    noise: str = field(default="flip2", metadata={"help": f"One of {', '.join(NOISES)}."})
+    noise_rate: float = field(
+        default=0.4, metadata={"help": "Of the labels; `unif` leaves one in `classes` of them right."}
+    )
+    train_size: int | None = field(
+        default=None, metadata={"help": "Images with noisy labels at most, the first ones (default: all)."}
+    )
+    meta_size: int = field(default=1000, metadata={"help": "Clean images that judge, equally many of each class."})
+    meta_data: str | None = field(
+        default=None,
+        metadata={"help": "An .npz file or Hub id whose training part is the clean set (default: split off)."},
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Average pixels down to this side."})
+    augmentation: str = field(
+        default="none", metadata={"help": f"One of {', '.join(AUGMENTATIONS)}; of train and meta."}
+    )
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Of pixels in [0, 1], a channel each (default: of the training images)."}
+    )
+    image_std: list[float] | None = field(default=None, metadata={"help": "Their standard deviation."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_known("method", self.method, METHODS)
+        self.require_known("backbone", self.backbone, BACKBONES)
+        self.require_known("weight_normalisation", self.weight_normalisation, NORMALISATIONS)
+        self.require_known("noise", self.noise, NOISES)
+        self.require_known("augmentation", self.augmentation, AUGMENTATIONS)
+        for name in ("width", "train_size", "weight_net_hidden", "meta_size", "image_size"):
+            self.require_count(name, getattr(self, name))
+        if self.width is not None and self.backbone != "resnet32":
+            raise ValueError(f"width multiplies the channels of resnet32; {self.backbone} has none: leave it out")
+        if not 0 <= self.noise_rate < 1:
+            raise ValueError(f"noise_rate must be at least 0 and below 1, not {self.noise_rate}")
+
+
+@dataclass(frozen=True, eq=False)
+class NoisyLabelsData:
+    """Noisy training images and clean ones that judge, and clean test images."""
+
+    noisy: NoisyLabels
+    test: ImageSet
+
+
+class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
+    """Losses weighted by a network that clean images judge (Shu et al., NeurIPS 2019)."""
+
+    title = "Learning with noisy labels"
+    sources = ("Shu et al., Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting, NeurIPS 2019",)
+    hub_task = "image-classification"
+    own_files = (SUBFOLDER,)
+
+    def learns(self, settings: NoisyLabelsArguments) -> bool:
+        return settings.method == "meta_weight_net"
+
+    def load(self, settings: NoisyLabelsArguments, seed: int) -> NoisyLabelsData:
+        parts = load_images(settings.data)
+        meta = None if settings.meta_data is None else load_images(settings.meta_data)["train"]
+        train, test = (parts[part].pooled(settings.image_size) for part in ("train", "test"))
+        noisy = make_noisy(
+            train.require_classes(),
+            kind=settings.noise,
+            rate=settings.noise_rate,
+            meta_size=settings.meta_size,
+            train_size=settings.train_size,
+            seed=seed,
+            meta=None if meta is None else meta.pooled(settings.image_size),
+        )
+        return NoisyLabelsData(noisy, test.require_classes())
+
+    def build_trainer(
+        self, settings: NoisyLabelsArguments, args: MetaTrainingArguments, data: NoisyLabelsData
+    ) -> MetaTrainer:
+        train, augment = data.noisy.train, AUGMENTATIONS[settings.augmentation]
+        mean, std = pixel_statistics(train, settings.image_mean, settings.image_std)
+        base = BACKBONES[settings.backbone](
+            id2label=dict(enumerate(train.names)),
+            label2id={name: number for number, name in enumerate(train.names)},
+            num_channels=train.channels,
+            image_size=train.side,
+            image_mean=mean,
+            image_std=std,
+            **({} if settings.width is None else {"width": settings.width}),
+        )
+        module = WeightedClassifier(
+            base,
+            WeightNet(settings.weight_net_hidden),
+            weighted=self.learns(settings),
+            normalisation=settings.weight_normalisation,
+        )
+        rows = ImageRows(train, augment, seed=2 * args.seed)
+        rows[0]  # complains before the first step of images that are too small for the augmentation
+        return MetaTrainer(
+            module,
+            args,
+            train_dataset=rows,
+            meta_dataset=ImageRows(data.noisy.meta, augment, seed=2 * args.seed + 1)
+            if self.learns(settings)
+            else None,
+            eval_dataset=ImageRows(data.test),
+            data_collator=default_collate,
+            compute_metrics=accuracy,
+        )
+
+    def score(self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData) -> dict[str, float]:
+        return {"accuracy": tested(trainer, data.test)}
+
+    def describe(self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "train_images": len(data.noisy.train),
+            "meta_images": len(data.noisy.meta),
+            "left_out": data.noisy.left_out,
+            "wrong_labels": float(data.noisy.wrong.mean()),
+        }
+        if self.learns(settings):
+            found["weights"] = weights_of(cast(WeightedClassifier, trainer.model), data.noisy)
+        return found
+
+    def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
+        if "weights" in results["run"] and find_spec("matplotlib"):
+            plot_weights(results["run"]["weights"], folder / "weights.png")
+
+
+def weights_of(module: WeightedClassifier, noisy: NoisyLabels, batch_size: int = 500) -> dict[str, Any]:
+    """What the trained network makes of right and wrong labels, and V over a range of losses; plain values.
+
+    Weights are sigmoids as they come, of unaugmented images at the final weights in evaluation mode.
+    """
+    costs = _costs(module, noisy.train, batch_size)
+    with torch.no_grad():
+        weights = module.meta(costs).cpu().numpy()
+        curve = module.meta(CURVE.to(costs)).cpu()
+    wrong = noisy.wrong
+    means = {
+        name: float(weights[which].mean()) for name, which in (("right", ~wrong), ("wrong", wrong)) if which.any()
+    }
+    bins = np.linspace(0, 1, 41)
+    return {
+        "mean": means,
+        "ratio": means["right"] / means["wrong"] if len(means) == 2 and means["wrong"] else None,
+        "histogram": {
+            "bins": bins.tolist(),
+            **{
+                name: np.histogram(weights[which], bins)[0].tolist()
+                for name, which in (("right", ~wrong), ("wrong", wrong))
+            },
+        },
+        "curve": {"loss": CURVE.tolist(), "weight": curve.tolist()},
+    }
+
+
+def _costs(module: WeightedClassifier, images: ImageSet, batch_size: int) -> Tensor:
+    """The loss of every image, in evaluation mode, (N,)."""
+    device, training = module.image_mean.device, module.training
+    module.eval()
+    with torch.no_grad():
+        found = [
+            module.costs(batch["images"].to(device), batch["labels"].to(device))
+            for batch in DataLoader(cast(Any, ImageRows(images)), batch_size)
+        ]
+    module.train(training)
+    return torch.cat(found)
+
+
+def plot_weights(weights: Mapping[str, Any], file: Path) -> None:
+    """The learned weight over the loss, and how right and wrong labels are weighted.
+
+    Raises:
+        ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.plot(weights["curve"]["loss"], weights["curve"]["weight"])
+    left.set(xlabel="loss of an image", ylabel="learned weight", ylim=(0, None), title="weight against loss")
+    bins = weights["histogram"]["bins"]
+    for name, colour in (("right", "C0"), ("wrong", "C3")):
+        counts = np.array(weights["histogram"][name])
+        if counts.sum():
+            right.stairs(counts / counts.sum(), bins, fill=True, alpha=0.5, color=colour, label=f"{name} labels")
+    right.set(xlabel="learned weight", ylabel="share of the images", title="training images at the end")
+    right.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

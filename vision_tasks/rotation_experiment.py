@@ -1,0 +1,126 @@
+"""The rotation experiment: upright training images, askew ones that judge and that are tested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+from torch.utils.data import default_collate
+
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.trainer import MetaTrainer
+from vision_tasks.arguments import VisionArguments
+from vision_tasks.backbones import BACKBONES
+from vision_tasks.classification import accuracy, pixel_statistics, tested
+from vision_tasks.experiment import VisionTask
+from vision_tasks.images import ImageRows, ImageSet, load_images
+from vision_tasks.rotation import SUBFOLDER, RotatedClassifier, Rotation, rotated
+
+METHODS = ("rotation", "baseline")
+
+
+@dataclass
+class RotationArguments(VisionArguments):
+    """Settings of the rotation experiment.
+
+    Raises:
+        ValueError: one line for the first value that cannot be, with the valid choices.
+    """
+
+    method: str = field(
+        default="rotation", metadata={"help": "rotation: the angle is learned; baseline: trains on upright images."}
+    )
+    backbone: str = field(default="lenet", metadata={"help": f"One of {', '.join(BACKBONES)}."})
+    degrees: float = field(
+        default=30.0, metadata={"help": "How far the judging and the test images are turned, counter-clockwise."}
+    )
+    train_size: int | None = field(
+        default=None,
+        metadata={"help": "Upright training images at most, the first ones (default: all but the meta images)."},
+    )
+    meta_size: int = field(default=10_000, metadata={"help": "Images that judge, the last of the training part."})
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Of pixels in [0, 1], a channel each (default: of the training images)."}
+    )
+    image_std: list[float] | None = field(default=None, metadata={"help": "Their standard deviation."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_known("method", self.method, METHODS)
+        self.require_known("backbone", self.backbone, BACKBONES)
+        self.require_count("train_size", self.train_size)
+        self.require_count("meta_size", self.meta_size)
+        if not -180 <= self.degrees <= 180:
+            raise ValueError(f"degrees must be between -180 and 180, not {self.degrees}")
+
+
+@dataclass(frozen=True, eq=False)
+class RotationData:
+    """Upright training images, askew ones that judge, and the test images either way."""
+
+    train: ImageSet
+    meta: ImageSet
+    test: ImageSet
+    upright: ImageSet
+
+
+class RotationTask(VisionTask[RotationArguments, RotationData]):
+    """An angle learned by hypergradients (Bohdal et al., NeurIPS 2021, section 4.2)."""
+
+    title = "Rotation transformer"
+    sources = ("Bohdal et al., EvoGrad, NeurIPS 2021, section 4.2",)
+    hub_task = "image-classification"
+    own_files = (SUBFOLDER,)
+    shown = ("accuracy", "accuracy_upright", "degrees")
+
+    def learns(self, settings: RotationArguments) -> bool:
+        return settings.method == "rotation"
+
+    def load(self, settings: RotationArguments, seed: int) -> RotationData:
+        parts = load_images(settings.data)
+        images, test = parts["train"], parts["test"].require_classes()
+        available = len(images) - settings.meta_size
+        if available < 1:
+            raise ValueError(
+                f"{images.where} has {len(images)} images: meta_size {settings.meta_size} leaves none to train "
+                "on: lower meta_size"
+            )
+        size = min(settings.train_size or available, available)
+        train, meta = images.take(np.arange(size)), images.take(np.arange(available, len(images)))
+        return RotationData(
+            train.require_classes(), rotated(meta, settings.degrees), rotated(test, settings.degrees), test
+        )
+
+    def build_trainer(
+        self, settings: RotationArguments, args: MetaTrainingArguments, data: RotationData
+    ) -> MetaTrainer:
+        mean, std = pixel_statistics(data.train, settings.image_mean, settings.image_std)
+        base = BACKBONES[settings.backbone](
+            id2label=dict(enumerate(data.train.names)),
+            label2id={name: number for number, name in enumerate(data.train.names)},
+            num_channels=data.train.channels,
+            image_size=data.train.side,
+            image_mean=mean,
+            image_std=std,
+        )
+        return MetaTrainer(
+            RotatedClassifier(base, Rotation(), rotated=self.learns(settings)),
+            args,
+            train_dataset=ImageRows(data.train),
+            meta_dataset=ImageRows(data.meta) if self.learns(settings) else None,
+            eval_dataset=ImageRows(data.test),
+            data_collator=default_collate,
+            compute_metrics=accuracy,
+        )
+
+    def score(self, trainer: MetaTrainer, settings: RotationArguments, data: RotationData) -> dict[str, float]:
+        return {
+            "accuracy": tested(trainer, data.test),
+            "accuracy_upright": tested(trainer, data.upright),
+            "degrees": cast(Rotation, trainer.model.meta).degrees,
+        }
+
+    def describe(self, trainer: MetaTrainer, settings: RotationArguments, data: RotationData) -> dict[str, Any]:
+        log = trainer.state.log_history
+        return {"meta_loss": [[row["step"], row["meta_loss"]] for row in log if "meta_loss" in row]}
