@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedModel
 
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
 from metaxl_evo.training.trainer import MetaTrainer
+from vision_tasks.backbones import BACKBONES
 from vision_tasks.images import ImageRows, ImageSet
 
 
@@ -57,6 +58,32 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """The share of images whose class has the largest logit."""
     logits: Any = prediction.predictions
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+
+
+def make_classifier(
+    backbone: str,
+    images: ImageSet,
+    *,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    **sizes: int | None,
+) -> PreTrainedModel:
+    """A backbone for such images, which names their classes and how their pixels are normalised.
+
+    Args:
+        images: those that are trained on.
+        sizes: of this backbone; None leaves its own.
+    """
+    mean, std = pixel_statistics(images, image_mean, image_std)
+    return BACKBONES[backbone](
+        id2label=dict(enumerate(images.names)),
+        label2id={name: number for number, name in enumerate(images.names)},
+        num_channels=images.channels,
+        image_size=images.side,
+        image_mean=mean,
+        image_std=std,
+        **{name: size for name, size in sizes.items() if size is not None},
+    )
 
 
 def tested(trainer: MetaTrainer, images: ImageSet) -> float:

@@ -13,7 +13,6 @@ Bohdal et al., EvoGrad, NeurIPS 2021, section 4.3.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -30,10 +27,9 @@ from transformers import ResNetModel
 from transformers.models.resnet.modeling_resnet import ResNetShortCut
 
 from metaxl_evo.bilevel.passes import mix_seed
-from metaxl_evo.messages import one_line, unknown
+from metaxl_evo.messages import unknown
+from metaxl_evo.models.network_files import CONFIG_FILE, load_network, save_network
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 SUBFOLDER = "feature_transform"
 MODEL_TYPE = "metaxl_feature_transform"
 
@@ -188,12 +184,7 @@ class FeatureTransform(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, which is made if need be."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": MODEL_TYPE, **self.config}
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_network(folder, MODEL_TYPE, self.config, self)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> FeatureTransform:
@@ -204,25 +195,4 @@ class FeatureTransform(nn.Module):
         """
         root = Path(folder)
         place = root / SUBFOLDER if (root / SUBFOLDER / CONFIG_FILE).is_file() else root
-        transform = cls._build(place / CONFIG_FILE)
-        transform._load(place / WEIGHTS_FILE)
-        return transform
-
-    @classmethod
-    def _build(cls, path: Path) -> FeatureTransform:
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            if config.pop("model_type") != MODEL_TYPE:
-                raise ValueError("of another model type")
-            return cls(**config)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} does not describe a feature-wise transform ({one_line(error)}): use another checkpoint"
-            ) from error
-
-    def _load(self, path: Path) -> None:
-        """Take the parameters from a safetensors file, all of them and nothing else."""
-        try:
-            self.load_state_dict(load_file(path, device="cpu"), assign=True)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read ({one_line(error)}): use another checkpoint") from error
+        return load_network(place, MODEL_TYPE, cls)

@@ -18,7 +18,7 @@ from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.arguments import VisionArguments
 from vision_tasks.augmentation import PadCropFlip
 from vision_tasks.backbones import BACKBONES
-from vision_tasks.classification import accuracy, pixel_statistics, tested
+from vision_tasks.classification import accuracy, make_classifier, tested
 from vision_tasks.experiment import VisionTask
 from vision_tasks.images import ImageRows, ImageSet, load_images
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, make_noisy
@@ -126,15 +126,12 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
         self, settings: NoisyLabelsArguments, args: MetaTrainingArguments, data: NoisyLabelsData
     ) -> MetaTrainer:
         train, augment = data.noisy.train, AUGMENTATIONS[settings.augmentation]
-        mean, std = pixel_statistics(train, settings.image_mean, settings.image_std)
-        base = BACKBONES[settings.backbone](
-            id2label=dict(enumerate(train.names)),
-            label2id={name: number for number, name in enumerate(train.names)},
-            num_channels=train.channels,
-            image_size=train.side,
-            image_mean=mean,
-            image_std=std,
-            **({} if settings.width is None else {"width": settings.width}),
+        base = make_classifier(
+            settings.backbone,
+            train,
+            image_mean=settings.image_mean,
+            image_std=settings.image_std,
+            width=settings.width,
         )
         module = WeightedClassifier(
             base,

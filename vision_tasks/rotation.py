@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +12,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from metaxl_evo.models.bilevel_module import Batch, totals_of
+from metaxl_evo.models.network_files import load_network, save_network
 from vision_tasks.classification import ImageTask
 from vision_tasks.images import ImageSet
 
 SUBFOLDER = "rotation"
+MODEL_TYPE = "metaxl_rotation"
 
 
 class Rotation(nn.Module):
-    """Rotates images about their middle by one learned angle in radians, counter-clockwise; 0 at the start.
+    """Rotates images about their middle by one learned angle in radians, counter-clockwise.
 
     `torch.nn.functional.grid_sample` gives the same values, but its backward has no forward-mode derivative, which the
     engine `jvp` needs: so the four neighbours of each point are gathered and weighted here.
@@ -28,9 +29,9 @@ class Rotation(nn.Module):
     Source: Bohdal et al., EvoGrad, NeurIPS 2021, section 4.2.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, degrees: float = 0.0) -> None:
         super().__init__()
-        self.angle = nn.Parameter(torch.zeros(()))
+        self.angle = nn.Parameter(torch.tensor(math.radians(degrees)))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), bilinear; outside of the image is 0, the background of pixels in [0, 1]."""
@@ -73,13 +74,10 @@ class RotatedClassifier(ImageTask):
         return self.costs(images, batch["labels"]).sum() / totals_of(self, batch)["images"]
 
     def save_meta(self, folder: str | Path) -> None:
-        place = Path(folder) / SUBFOLDER
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "config.json").write_text(json.dumps({"angle": float(self.meta.angle), "degrees": self.meta.degrees}))
+        save_network(Path(folder) / SUBFOLDER, MODEL_TYPE, {"degrees": self.meta.degrees}, self.meta)
 
     def load_meta(self, folder: str | Path) -> None:
-        angle = json.loads((Path(folder) / SUBFOLDER / "config.json").read_text())["angle"]
-        self.meta.load_state_dict({"angle": torch.tensor(angle, dtype=self.meta.angle.dtype)})
+        self.meta.load_state_dict(load_network(Path(folder) / SUBFOLDER, MODEL_TYPE, Rotation).state_dict())
 
 
 def rotated(images: ImageSet, degrees: float) -> ImageSet:

@@ -12,7 +12,7 @@ from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.arguments import VisionArguments
 from vision_tasks.backbones import BACKBONES
-from vision_tasks.classification import accuracy, pixel_statistics, tested
+from vision_tasks.classification import accuracy, make_classifier, tested
 from vision_tasks.experiment import VisionTask
 from vision_tasks.images import ImageRows, ImageSet, load_images
 from vision_tasks.rotation import SUBFOLDER, RotatedClassifier, Rotation, rotated
@@ -95,14 +95,8 @@ class RotationTask(VisionTask[RotationArguments, RotationData]):
     def build_trainer(
         self, settings: RotationArguments, args: MetaTrainingArguments, data: RotationData
     ) -> MetaTrainer:
-        mean, std = pixel_statistics(data.train, settings.image_mean, settings.image_std)
-        base = BACKBONES[settings.backbone](
-            id2label=dict(enumerate(data.train.names)),
-            label2id={name: number for number, name in enumerate(data.train.names)},
-            num_channels=data.train.channels,
-            image_size=data.train.side,
-            image_mean=mean,
-            image_std=std,
+        base = make_classifier(
+            settings.backbone, data.train, image_mean=settings.image_mean, image_std=settings.image_std
         )
         return MetaTrainer(
             RotatedClassifier(base, Rotation(), rotated=self.learns(settings)),

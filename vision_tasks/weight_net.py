@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from metaxl_evo.bilevel import stop_gradient
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.bilevel_module import Batch, totals_of
+from metaxl_evo.models.network_files import load_network, save_network
 from vision_tasks.classification import ImageTask
 
 SUBFOLDER = "weight_net"
+MODEL_TYPE = "metaxl_weight_net"
 NORMALISATIONS = ("sum", "mean")
 
 
@@ -35,17 +35,17 @@ class WeightNet(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into the folder itself."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(json.dumps({"hidden": self.hidden.out_features}) + "\n")
-        save_file(self.state_dict(), Path(folder) / "model.safetensors")
+        save_network(folder, MODEL_TYPE, {"hidden": self.hidden.out_features}, self)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> WeightNet:
-        """The network of a run's folder, or of its subfolder `weight_net`."""
-        place = Path(folder) / SUBFOLDER if (Path(folder) / SUBFOLDER).is_dir() else Path(folder)
-        net = cls(**json.loads((place / "config.json").read_text()))
-        net.load_state_dict(load_file(place / "model.safetensors"))
-        return net
+        """The network of a run's folder, or of its subfolder `weight_net`.
+
+        Raises:
+            ValueError: for a file that is missing or damaged, named.
+        """
+        inside = Path(folder) / SUBFOLDER
+        return load_network(inside if inside.is_dir() else folder, MODEL_TYPE, cls)
 
 
 class WeightedClassifier(ImageTask):

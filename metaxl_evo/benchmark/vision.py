@@ -13,8 +13,7 @@ from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.problems import MeasuredTrainer, measured_trainer, step_arguments
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from vision_tasks.augmentation import EvaluationTransform
-from vision_tasks.backbones import BACKBONES
-from vision_tasks.classification import pixel_statistics
+from vision_tasks.classification import make_classifier
 from vision_tasks.domains import SYNTHETIC, read_domain
 from vision_tasks.episodes import Episodes, EpisodeSize
 from vision_tasks.feature_transform import FeatureTransform
@@ -99,16 +98,7 @@ def held(rows: Any) -> list[dict[str, Any]]:
 
 def _classifier(settings: BenchmarkArguments, images: ImageSet, width: int | None) -> Any:
     """The backbone for these images."""
-    mean, std = pixel_statistics(images, None, None)
-    sizes = {"width": width, "blocks": settings.blocks}
-    return BACKBONES[settings.backbone](
-        num_labels=len(images.names),
-        num_channels=images.channels,
-        image_size=images.side,
-        image_mean=mean,
-        image_std=std,
-        **{name: size for name, size in sizes.items() if size is not None},
-    )
+    return make_classifier(settings.backbone, images, width=width, blocks=settings.blocks)
 
 
 def _arguments(settings: BenchmarkArguments) -> MetaTrainingArguments:

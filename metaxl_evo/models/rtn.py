@@ -21,16 +21,15 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from metaxl_evo.bilevel.passes import keep, stop_gradient
 from metaxl_evo.messages import first_line, one_line, unknown
+from metaxl_evo.models.network_files import CONFIG_FILE, WEIGHTS_FILE, save_network
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 SUBFOLDER = "rtn"
 MODEL_TYPE = "metaxl_rtn"
 
@@ -376,12 +375,7 @@ class RepresentationTransform(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, which is made if need be."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": MODEL_TYPE, **self.config}
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_network(folder, MODEL_TYPE, self.config, self)
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path, **hub_options: Any) -> RepresentationTransform:

@@ -32,7 +32,7 @@ OWN = {
     "noisy_labels": {"noise_rate": 0.3, "method": "meta_weight_net"},
 }
 META = {
-    "rotation": ["rotation/config.json"],
+    "rotation": ["rotation/config.json", "rotation/model.safetensors"],
     "noisy_labels": ["weight_net/config.json", "weight_net/model.safetensors"],
 }
 BASELINE = {"method": "baseline"}
@@ -90,9 +90,8 @@ def read(folder: Path) -> dict[str, Any]:
 def weights(folder: Path) -> dict[str, Tensor]:
     """The saved weights of both levels."""
     held = load_file(folder / "model.safetensors")
-    if (folder / "rotation/config.json").exists():
-        return held | {"angle": torch.tensor(json.loads((folder / "rotation/config.json").read_text())["angle"])}
-    return held | {f"net.{name}": value for name, value in load_file(folder / "weight_net/model.safetensors").items()}
+    (net,) = (place for name in ("rotation", "weight_net") if (place := folder / name).is_dir())
+    return held | {f"net.{name}": value for name, value in load_file(net / "model.safetensors").items()}
 
 
 # What a comparison leaves

@@ -1,0 +1,55 @@
+"""A small network as two files, as transformers' own models are: `config.json` and `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from metaxl_evo.messages import one_line
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+MODEL_TYPE = "model_type"
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def save_network(folder: str | Path, model_type: str, config: Mapping[str, Any], network: nn.Module) -> None:
+    """Write both files into `folder`, which is made if need be; `config` are the fields that make the network anew."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = json.dumps({MODEL_TYPE: model_type, **config}, indent=2)
+    (folder / CONFIG_FILE).write_text(written + "\n", encoding="utf-8")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def load_network(folder: str | Path, model_type: str, make: Callable[..., Network]) -> Network:
+    """The network of both files, on the CPU, in the dtype that it was saved in.
+
+    Args:
+        make: the fields of the configuration as keywords -> the network.
+
+    Raises:
+        ValueError: for a file that is missing, damaged or of another kind of network, named.
+    """
+    config_file, weights_file = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        if config.pop(MODEL_TYPE) != model_type:
+            raise ValueError("of another model type")
+        network = make(**config)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{config_file} does not describe a {model_type} ({one_line(error)}): use another checkpoint"
+        ) from error
+    try:
+        network.load_state_dict(load_file(weights_file, device="cpu"), assign=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{weights_file} cannot be read ({one_line(error)}): use another checkpoint") from error
+    return network
