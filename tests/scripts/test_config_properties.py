@@ -31,6 +31,10 @@ from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
 from scripts import train_ner
 from tests.scripts.refusals import assert_is_one_line, yaml_of
 from tests.scripts.runs import TINY, argv
+from vision_tasks.fewshot_experiment import FewShotArguments
+from vision_tasks.illustration import IllustrationArguments
+from vision_tasks.noisy_labels_experiment import NoisyLabelsArguments
+from vision_tasks.rotation_experiment import RotationArguments
 
 EXAMPLES = int(os.environ.get("METAXL_EXAMPLES", "0"))
 SCRIPTS: dict[str, tuple[tuple[type, ...], dict[str, str]]] = {
@@ -40,6 +44,11 @@ SCRIPTS: dict[str, tuple[tuple[type, ...], dict[str, str]]] = {
         {"model_name_or_path": "m", "dataset": "d", "languages": "[a]", "use_cpu": "true"},
     ),
     "benchmark_estimators": ((BenchmarkArguments,), {"output_dir": "o"}),
+    "illustrate": ((IllustrationArguments,), {"output_dir": "o"}),
+    # Their training arguments are those of train_ner.
+    "train_noisy_labels": ((NoisyLabelsArguments,), {}),
+    "train_fewshot": ((FewShotArguments,), {}),
+    "train_rotation": ((RotationArguments,), {}),
 }
 FIELDS = {
     script: [field.name for one in types for field in dataclasses.fields(one) if field.init]
@@ -213,7 +222,8 @@ def test_every_setting_with_every_awkward_value(
 
 def test_every_field_is_there() -> None:
     assert {
-        script: len(names) > least for (script, names), least in zip(FIELDS.items(), (150, 9, 15), strict=True)
+        script: len(names) > least
+        for (script, names), least in zip(FIELDS.items(), (150, 9, 15, 8, 15, 25, 8), strict=True)
     } == dict.fromkeys(SCRIPTS, True)
 
 
