@@ -420,6 +420,8 @@ FEWSHOT = {  # runs: method, estimator
     "fewshot_cpu": {
         "none": ("none", "none"),
         "fixed": ("fixed", "none"),
+        "none_seen": ("none", "none"),
+        "fixed_seen": ("fixed", "none"),
         "evograd": ("learned", "evograd"),
         "one_step": ("learned", "one_step"),
     },

@@ -11,6 +11,13 @@ from vision_tasks.images import SYNTHETIC
 
 
 @dataclass
+class VisionTrainingArguments(MetaTrainingArguments):
+    """MetaTrainingArguments for tasks whose judging rows do not train."""
+
+    meta_portion: float = field(default=1.0, metadata={"help": "1: rows that judge do not join the train rows."})
+
+
+@dataclass
 class VisionArguments:
     """Data and runs; the optimisation is in MetaTrainingArguments.
 

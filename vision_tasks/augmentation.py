@@ -132,12 +132,9 @@ def colour_jitter(image: Tensor, generator: Generator, strength: float = 0.4) ->
 
 
 def centre_crop(image: Tensor, size: int) -> Tensor:
-    """The shorter side to EVALUATION_MARGIN x size, then the middle, (C, size, size)."""
-    short = int(size * EVALUATION_MARGIN)
-    height, width = image.shape[1:]
-    factor = short / min(height, width)
-    sized = resize(image, max(short, int(height * factor)), max(short, int(width * factor)))
-    return _centre(sized, size, size)
+    """Both sides to EVALUATION_MARGIN x size, whatever they were, then the middle, (C, size, size); as published."""
+    side = int(size * EVALUATION_MARGIN)
+    return _centre(resize(image, side, side), size, size)
 
 
 def _centre(image: Tensor, height: int, width: int) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from metaxl_evo.training.figures import figure
 from metaxl_evo.training.runs import RESULTS
 from vision_tasks.experiment import table
 
@@ -27,14 +27,20 @@ def read_summary(folder: Path) -> Summary:
     return summary
 
 
-def page(output: Path, experiments: Mapping[str, Sequence[str]]) -> str:
+def page(output: Path, experiments: Mapping[str, Sequence[str]], costs: Sequence[str]) -> str:
     """The tables of all experiments.
 
     Args:
         output: where their folders are.
         experiments: folder -> scores to show.
+        costs: folders of benchmarks.
     """
-    parts = [f"### {name}\n\n{table(shown, read_summary(output / name))}" for name, shown in experiments.items()]
+    parts = []
+    for name, shown in experiments.items():
+        summary = read_summary(output / name)
+        firsts = [None, *(run for run in summary["test"] if run.endswith("_seen"))]  # the baselines of the learned
+        parts += [f"### {name}\n\n{table(shown, summary, first)}" for first in firsts]
+    parts += [f"### {name}\n\n{(output / name / 'table.md').read_text(encoding='utf-8').strip()}" for name in costs]
     return "\n\n".join(parts) + "\n"
 
 
@@ -44,7 +50,7 @@ def plot_noise(summaries: Mapping[float, Summary], file: Path) -> None:
     Raises:
         ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
     """
-    with _figure(file, (6.4, 4.0)) as axis:
+    with figure(file) as (axis,):
         rates = sorted(summaries)
         for number, name in enumerate(summaries[rates[0]]["test"]):
             scores = [summaries[rate]["test"][name]["accuracy"] for rate in rates]
@@ -64,7 +70,7 @@ def plot_weight_curves(summary: Summary, file: Path) -> None:
         ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
     """
     learned = [name for name, seeds in summary["run"].items() if all("weights" in run for run in seeds.values())]
-    with _figure(file, (6.4, 4.0)) as axis:
+    with figure(file) as (axis,):
         for number, name in enumerate(learned, start=1):  # the colours of `plot_noise`, where the baseline is first
             for seed, run in enumerate(summary["run"][name].values()):
                 curve = run["weights"]["curve"]
@@ -72,17 +78,3 @@ def plot_weight_curves(summary: Summary, file: Path) -> None:
                 axis.plot(curve["loss"], heights, color=f"C{number}", alpha=0.8, label="" if seed else name)
         axis.set(xlabel="loss of an image", ylabel="learned weight, of its largest", ylim=(0, 1.05))
         axis.legend(fontsize="small")
-
-
-@contextmanager
-def _figure(file: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """An axis to draw on; saved at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    yield axis
-    figure.savefig(file, dpi=120)
-    plt.close(figure)

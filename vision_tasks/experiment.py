@@ -20,7 +20,7 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 from metaxl_evo.training.check import check_training, report
 from metaxl_evo.training.checkpoint import LATEST
-from metaxl_evo.training.cli import make_settings, parse_arguments
+from metaxl_evo.training.cli import make_settings, parse_arguments, typed
 from metaxl_evo.training.runs import (
     RESULTS,
     checkpoint_settings,
@@ -32,7 +32,7 @@ from metaxl_evo.training.runs import (
 )
 from metaxl_evo.training.statistics import paired_difference, spread
 from metaxl_evo.training.trainer import MetaTrainer
-from vision_tasks.arguments import VisionArguments
+from vision_tasks.arguments import VisionArguments, VisionTrainingArguments
 from vision_tasks.images import SYNTHETIC
 
 SINGLE = ("model.safetensors", "config.json")  # what a folder of several runs has not
@@ -58,7 +58,7 @@ class VisionTask(ABC, Generic[Settings, Data]):
     hub_task: str
     own_files: Sequence[str] = ()
     shown: Sequence[str] = ("accuracy",)
-    training: type[MetaTrainingArguments] = MetaTrainingArguments
+    training: type[MetaTrainingArguments] = VisionTrainingArguments
     chooses: bool = False
 
     @abstractmethod
@@ -115,9 +115,10 @@ def plan(task: VisionTask[Settings, Any], settings: Settings, args: MetaTraining
         raise ValueError("load_best_model_at_end would choose on the test images: leave it out, the last step counts")
     named, seeds = settings.runs or {"": {}}, settings.seeds or [args.seed]
     alone, root = len(named) * len(seeds) == 1, Path(args.output_dir)
+    changes = {name: _typed_run(settings, args, name, overrides) for name, overrides in named.items()}
     runs = []
     for seed in seeds:
-        for name, overrides in named.items():
+        for name, overrides in changes.items():
             folder = root if alone else root / (name or "run") / str(seed)
             mine = {one.name for one in fields(type(settings))}
             held = {key: getattr(settings, key) for key in mine} | {"runs": {}, "seeds": None}
@@ -132,6 +133,15 @@ def plan(task: VisionTask[Settings, Any], settings: Settings, args: MetaTraining
                 theirs["hub_model_id"] = f"{args.hub_model_id or root.name}-{name or 'run'}-{seed}"
             runs.append(Run(name or "run", seed, folder, own, _with(args, theirs)))
     return runs
+
+
+def _typed_run(
+    settings: VisionArguments, args: MetaTrainingArguments, name: str, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    try:
+        return typed((type(settings), type(args)), overrides)
+    except ValueError as error:
+        raise ValueError(f"run {name}: {error}") from None
 
 
 def _with(args: MetaTrainingArguments, changes: Mapping[str, Any]) -> MetaTrainingArguments:
@@ -234,10 +244,7 @@ def summarise(
     def values(name: str, key: str) -> list[float]:
         return [float(results[name, seed]["test"][key]) for seed in seeds]
 
-    def seconds(name: str) -> list[float]:
-        return [float(results[name, seed]["run"]["train_seconds"]) for seed in seeds]
-
-    compared, plain = task.shown[0], seconds(names[0])
+    compared = task.shown[0]
     test, differences = {}, {}
     for name in names:
         test[name] = {key: _described(values(name, key)) for key in results[name, seeds[0]]["test"]}
@@ -248,7 +255,6 @@ def summarise(
     return {
         "test": test,
         "differences": differences,
-        "time_ratio": {name: _described([a / b for a, b in zip(seconds(name), plain, strict=True)]) for name in names},
         "seeds": seeds,
         "settings": {**asdict(settings), **training_settings(args)},
         "run": {name: {str(seed): results[name, seed]["run"] for seed in seeds} for name in names},
@@ -259,28 +265,27 @@ def _described(values: list[float]) -> dict[str, Any]:
     return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "values": values}
 
 
-def table(shown: Sequence[str], summary: Mapping[str, Any]) -> str:
-    """A summary in Markdown: test scores, mean ± deviation over the seeds, and differences from the first run.
+def table(shown: Sequence[str], summary: Mapping[str, Any], first: str | None = None) -> str:
+    """A summary in Markdown: test scores, mean ± deviation over the seeds, and paired differences from one run.
 
     Args:
         shown: the scores to show; the first is the one compared.
         summary: of `summarise`.
+        first: the run that the others are compared with (default: the first one).
     """
-    first, *others = summary["test"]
+    scores = {name: {key: found[key]["values"] for key in shown} for name, found in summary["test"].items()}
+    first = next(iter(scores)) if first is None else first
     lines = [
-        f"| run | {' | '.join(shown)} | {shown[0]} over {first} | 95 % interval | reading | time, of {first} |",
-        "|---|" + "---:|" * (len(shown) + 2) + "---|---:|",
+        f"| run | {' | '.join(shown)} | {shown[0]} over {first} | 95 % interval | reading |",
+        "|---|" + "---:|" * (len(shown) + 2) + "---|",
     ]
-    for name in (first, *others):
-        cells = [spread(summary["test"][name][key]["values"], 3) for key in shown]
-        cells += ["", "", ""] if name == first else _difference(summary["differences"][name])
-        lines.append(f"| {name} | {' | '.join([*cells, spread(summary['time_ratio'][name]['values'])])} |")
+    for name, values in scores.items():
+        cells = [spread(values[key], 3) for key in shown]
+        found = paired_difference(values[shown[0]], scores[first][shown[0]])
+        between = f"{found.low:+.3f} to {found.high:+.3f}" if math.isfinite(found.low) else ""
+        cells += ["", "", ""] if name == first else [f"{found.mean:+.3f}", between, found.reading]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _difference(found: Mapping[str, Any]) -> list[str]:
-    between = "" if found["low"] is None else f"{found['low']:+.3f} to {found['high']:+.3f}"
-    return [f"{found['mean']:+.3f}", between, found["reading"]]
 
 
 def check_experiment(

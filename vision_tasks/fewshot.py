@@ -185,6 +185,9 @@ class CrossDomainFewShot(BilevelModule):
     Raises:
         ValueError: for an unknown method.
 
+    The auxiliary images see running statistics that each micro-batch moves: with several of them, or on several
+    processes, a meta pass sees those at the end of the step, which the losses of EvoGrad's copies feel slightly.
+
     Source: Tseng et al., ICLR 2020; Bohdal et al., EvoGrad, NeurIPS 2021, section 4.3. In the published code the
     copies' losses leave the auxiliary loss out; here they are the inner loss as it is trained.
     """

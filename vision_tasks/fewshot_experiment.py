@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -18,10 +19,11 @@ from transformers.trainer_utils import IntervalStrategy
 from metaxl_evo.bilevel import tree
 from metaxl_evo.messages import unknown
 from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.figures import figure
 from metaxl_evo.training.statistics import interval
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks import fewshot
-from vision_tasks.arguments import VisionArguments
+from vision_tasks.arguments import VisionArguments, VisionTrainingArguments
 from vision_tasks.augmentation import EvaluationTransform, TrainTransform
 from vision_tasks.classification import accuracy
 from vision_tasks.domains import SYNTHETIC as GENERATED
@@ -43,15 +45,14 @@ SYNTHETIC_DOMAINS = [f"{GENERATED}{look}" for look in LOOKS]
 
 
 @dataclass
-class EpisodicTrainingArguments(MetaTrainingArguments):
-    """MetaTrainingArguments whose batches are of episodes, each a batch of images in itself."""
+class EpisodicTrainingArguments(VisionTrainingArguments):
+    """VisionTrainingArguments whose batches are of episodes, each a batch of images in itself."""
 
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Episodes a step (pretrain: images)."})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "Episodes that are tested at once."})
     per_device_meta_batch_size: int = field(
         default=1, metadata={"help": "Episodes of the pseudo-unseen domain per micro-batch and device."}
     )
-    meta_portion: float = field(default=1.0, metadata={"help": "1: episodes that judge do not join the others."})
 
 
 @dataclass
@@ -181,7 +182,8 @@ class FewShotArguments(VisionArguments):
 def _overlap(one: str, other: str) -> bool:
     """Whether two texts name images of one source, of the same alphabets where these are told apart."""
     (source, options), (other_source, others) = parse_source(one), parse_source(other)
-    if source.rstrip("/") != other_source.rstrip("/"):
+    here, there = (Path(os.path.normpath(one)) for one in (source, other_source))
+    if here != there and here not in there.parents and there not in here.parents:
         return False
     if options.alphabets is None or others.alphabets is None:
         return True
@@ -402,25 +404,19 @@ def plot_sizes(found: Mapping[str, Any], file: Path) -> None:
     Raises:
         ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     before, after = found["before"], found["after"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, kind, colour in zip(axes, ("gamma", "beta"), ("C0", "C1"), strict=True):
-        boxes = [
-            {"label": name.replace("_", "\n"), "whislo": row[kind]["min"], "whishi": row[kind]["max"]}
-            | {"q1": row[kind]["q1"], "med": row[kind]["median"], "q3": row[kind]["q3"], "fliers": []}
-            for name, row in after.items()
-        ]
-        axis.bxp(boxes, patch_artist=True, boxprops={"facecolor": colour, "alpha": 0.5}, medianprops={"color": "k"})
-        start = next(iter(before.values()))[kind]["mean"]
-        axis.axhline(start, color="0.3", linestyle="--", linewidth=1, label=f"start, {start:.2f}")
-        axis.set(title=f"softplus({kind}): size of the random {'scale' if kind == 'gamma' else 'shift'}")
-        axis.tick_params(axis="x", labelsize=7)
-        axis.legend(fontsize="small")
-    axes[0].set_ylabel("channels of a layer: quartiles and range")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    with figure(file, 2, (10, 4)) as axes:
+        for axis, kind, colour in zip(axes, ("gamma", "beta"), ("C0", "C1"), strict=True):
+            boxes = [
+                {"label": name.replace("_", "\n"), "whislo": row[kind]["min"], "whishi": row[kind]["max"]}
+                | {"q1": row[kind]["q1"], "med": row[kind]["median"], "q3": row[kind]["q3"], "fliers": []}
+                for name, row in after.items()
+            ]
+            box = {"facecolor": colour, "alpha": 0.5}
+            axis.bxp(boxes, patch_artist=True, boxprops=box, medianprops={"color": "k"})
+            start = next(iter(before.values()))[kind]["mean"]
+            axis.axhline(start, color="0.3", linestyle="--", linewidth=1, label=f"start, {start:.2f}")
+            axis.set(title=f"softplus({kind}): size of the random {'scale' if kind == 'gamma' else 'shift'}")
+            axis.tick_params(axis="x", labelsize=7)
+            axis.legend(fontsize="small")
+        axes[0].set_ylabel("channels of a layer: quartiles and range")

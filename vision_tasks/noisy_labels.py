@@ -28,7 +28,7 @@ class NoisyLabels:
     Args:
         train: with the labels that are trained on.
         true_labels: (N,) of `train`.
-        meta: clean and balanced, no image of which is in `train`.
+        meta: clean, and balanced where it was split off; no image of it is in `train`.
         left_out: train images that equal a meta image and were left out.
     """
 
@@ -105,7 +105,7 @@ def make_noisy(
         chosen = _balanced(images, meta_size, generator)
         rest = np.setdiff1d(np.arange(len(images)), chosen)
         meta, train = images.take(chosen), images.take(rest)
-        twins = _found_in(train, meta)
+        twins = found_in(train, meta)
         left_out = int(twins.sum())
         if left_out:  # the data set holds an image twice
             logger.warning("%s: %d train images equal a meta image and are left out", images.where, left_out)
@@ -114,14 +114,14 @@ def make_noisy(
             train = train.take(~twins)
     else:
         _require_alike(meta, images)
-        train, twins = images, _found_in(images, meta)
+        train, twins = images, found_in(images, meta)
         if twins.any():
             raise ValueError(
                 f"the meta set overlaps the training set: {twins.sum()} train images are in {meta.where}: "
                 "take them out of one of them"
             )
     if train_size is not None:
-        train = train.take(np.arange(min(train_size, len(train))))
+        train = train.take(np.arange(min(train_size, len(train)))).require_classes()
     labels = corrupted(train.labels, matrix, generator)
     return NoisyLabels(replace(train, labels=labels), train.labels, meta.require_classes(), left_out)
 
@@ -138,7 +138,7 @@ def _balanced(images: ImageSet, size: int, generator: np.random.Generator) -> np
     return np.sort(np.concatenate([generator.choice(one, each, replace=False) for one in members]))
 
 
-def _found_in(images: ImageSet, others: ImageSet) -> np.ndarray:
+def found_in(images: ImageSet, others: ImageSet) -> np.ndarray:
     """(N,) which images have all their pixels alike with one of the others."""
     known = {image.tobytes() for image in others.images}
     return np.array([image.tobytes() in known for image in images.images])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.arguments import VisionArguments
 from vision_tasks.augmentation import PadCropFlip
@@ -21,7 +22,7 @@ from vision_tasks.backbones import BACKBONES
 from vision_tasks.classification import accuracy, make_classifier, tested
 from vision_tasks.experiment import VisionTask
 from vision_tasks.images import ImageRows, ImageSet, load_images
-from vision_tasks.noisy_labels import NOISES, NoisyLabels, make_noisy
+from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
 from vision_tasks.weight_net import NORMALISATIONS, SUBFOLDER, WeightedClassifier, WeightNet
 
 METHODS = ("meta_weight_net", "baseline")
@@ -120,6 +121,11 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
             seed=seed,
             meta=None if meta is None else meta.pooled(settings.image_size),
         )
+        tested = found_in(noisy.meta, test)
+        if settings.meta_data is not None and tested.any():
+            raise ValueError(
+                f"the meta set overlaps the test set: {tested.sum()} of its images are in {test.where}: take them out"
+            )
         return NoisyLabelsData(noisy, test.require_classes())
 
     def build_trainer(
@@ -219,20 +225,13 @@ def plot_weights(weights: Mapping[str, Any], file: Path) -> None:
     Raises:
         ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    left.plot(weights["curve"]["loss"], weights["curve"]["weight"])
-    left.set(xlabel="loss of an image", ylabel="learned weight", ylim=(0, None), title="weight against loss")
-    bins = weights["histogram"]["bins"]
-    for name, colour in (("right", "C0"), ("wrong", "C3")):
-        counts = np.array(weights["histogram"][name])
-        if counts.sum():
-            right.stairs(counts / counts.sum(), bins, fill=True, alpha=0.5, color=colour, label=f"{name} labels")
-    right.set(xlabel="learned weight", ylabel="share of the images", title="training images at the end")
-    right.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    with figure(file, 2, (9, 3.4)) as (left, right):
+        left.plot(weights["curve"]["loss"], weights["curve"]["weight"])
+        left.set(xlabel="loss of an image", ylabel="learned weight", ylim=(0, None), title="weight against loss")
+        bins = weights["histogram"]["bins"]
+        for name, colour in (("right", "C0"), ("wrong", "C3")):
+            counts = np.array(weights["histogram"][name])
+            if counts.sum():
+                right.stairs(counts / counts.sum(), bins, fill=True, alpha=0.5, color=colour, label=f"{name} labels")
+        right.set(xlabel="learned weight", ylabel="share of the images", title="training images at the end")
+        right.legend()

@@ -39,7 +39,9 @@ class RotationArguments(VisionArguments):
         default=None,
         metadata={"help": "Upright training images at most, the first ones (default: all but the meta images)."},
     )
-    meta_size: int = field(default=10_000, metadata={"help": "Images that judge, the last of the training part."})
+    meta_size: int | None = field(
+        default=None, metadata={"help": "Images that judge, the last of the training part (default: a sixth of it)."}
+    )
     image_mean: list[float] | None = field(
         default=None, metadata={"help": "Of pixels in [0, 1], a channel each (default: of the training images)."}
     )
@@ -80,14 +82,16 @@ class RotationTask(VisionTask[RotationArguments, RotationData]):
     def load(self, settings: RotationArguments, seed: int) -> RotationData:
         parts = load_images(settings.data)
         images, test = parts["train"], parts["test"].require_classes()
-        available = len(images) - settings.meta_size
+        judging = len(images) // 6 if settings.meta_size is None else settings.meta_size
+        available = len(images) - judging
         if available < 1:
             raise ValueError(
-                f"{images.where} has {len(images)} images: meta_size {settings.meta_size} leaves none to train "
+                f"{images.where} has {len(images)} images: meta_size {judging} leaves none to train "
                 "on: lower meta_size"
             )
         size = min(settings.train_size or available, available)
         train, meta = images.take(np.arange(size)), images.take(np.arange(available, len(images)))
+        meta.require_classes()
         return RotationData(
             train.require_classes(), rotated(meta, settings.degrees), rotated(test, settings.degrees), test
         )

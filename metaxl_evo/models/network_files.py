@@ -44,7 +44,7 @@ def load_network(folder: str | Path, model_type: str, make: Callable[..., Networ
         if config.pop(MODEL_TYPE) != model_type:
             raise ValueError("of another model type")
         network = make(**config)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{config_file} does not describe a {model_type} ({one_line(error)}): use another checkpoint"
         ) from error

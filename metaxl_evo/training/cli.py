@@ -56,6 +56,25 @@ def parse_arguments(types: tuple[type, ...], argv: Sequence[str] | None = None) 
     )
 
 
+def typed(types: tuple[type, ...], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values of some settings, as a mapping within a settings file holds them, converted as the file's own are.
+
+    Raises:
+        SettingsError: for a value that its setting cannot take, named.
+    """
+    parser = _Parser(types)
+    tokens: list[str] = []
+    nothing = {key for key, value in values.items() if value is None}
+    for key in nothing:
+        if parser.fields[key].default is not None:
+            raise SettingsError(f"{key}: null is no value of it")
+    for key in values.keys() - nothing:
+        node = yaml.compose(json.dumps(values[key]), Loader=_Loader)
+        assert node is not None
+        tokens += _Entry(node, Path("settings")).tokens(key, parser.fields[key])
+    return dict.fromkeys(nothing) | parser.settings(tokens, [], places={})
+
+
 def make_settings(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
     """An instance of a settings dataclass, whose own check may be a library's.
 

@@ -94,6 +94,12 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return held | {f"net.{name}": value for name, value in load_file(net / "model.safetensors").items()}
 
 
+def seen_in_tests(file: Path) -> Path:
+    """A file whose training images are the test images of `pack`."""
+    images = random_images(20, seed=2, classes=10)
+    return pack(file, x_train=images.images[..., 0], y_train=images.labels)
+
+
 # What a comparison leaves
 
 
@@ -404,7 +410,7 @@ OF_BOTH: list[tuple[Any, str]] = [
     ({"runs": {"a": {"estimatr": "evograd"}}}, "unknown setting of run a 'estimatr': did you mean 'estimator'"),
     ({"runs": {"a/b": {}}}, "runs: 'a/b' names a folder: use letters, digits, - and _"),
     ({"runs": {"a": {"estimator": "evograd", "estimator_kwargs": {"copys": 4}}}}, "copys.*did you mean 'copies'"),
-    ({"runs": {"a": {"train_size": "many"}}}, "train_size must be a whole number of at least 1 .*, not 'many'"),
+    ({"runs": {"a": {"train_size": "many"}}}, "run a: train_size: expected an integer, found 'many'"),
     ({"runs": {"a": {}, "b": {}}, "resume_from_checkpoint": "/absent/checkpoint-2"}, "cannot continue several runs"),
     ({"resume_from_checkpoint": "/absent/checkpoint-2"}, "/absent/checkpoint-2 is not a folder"),
     ({"image_std": 0}, r"image_std must be above 0, not \[0.0\]"),
@@ -451,6 +457,11 @@ OF_ONE: list[tuple[str, Any, str]] = [
     ("noisy_labels", {"weight_net_hidden": 0}, "weight_net_hidden must be a whole number of at least 1"),
     ("noisy_labels", {"meta_data": "/absent.npz"}, "/absent.npz cannot be read"),
     ("noisy_labels", lambda folder: {"meta_data": pack(folder / "own.npz")}, "overlaps the training set: 40 train"),
+    (
+        "noisy_labels",
+        lambda folder: {"meta_data": seen_in_tests(folder / "own.npz")},
+        "overlaps the test set: 20 of its",
+    ),
     ("noisy_labels", npz(x_train=np.zeros((40, 8, 8), np.uint8)), "every image equals one of the meta set"),
     ("noisy_labels", npz(y_train=np.arange(40) % 2, y_test=np.arange(20) % 2), "flip2 needs more than 2 classes"),
 ]
@@ -486,7 +497,7 @@ def test_bad_input_is_one_line_before_any_step(
 
 
 def test_the_table_of_bad_input_is_whole() -> None:
-    assert (len(OF_BOTH), len(OF_ONE)) == (36, 22)
+    assert (len(OF_BOTH), len(OF_ONE)) == (36, 23)
 
 
 # The Hub

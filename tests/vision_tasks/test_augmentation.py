@@ -166,4 +166,5 @@ def test_channels_and_grey() -> None:
 
 def test_evaluation_keeps_the_middle() -> None:
     image = photo(257, 300)
-    assert torch.equal(centre_crop(image, 224), image[:, 16:240, 38:262])  # 257 is what 224 is resized to
+    squashed = resize(image, 257, 257)  # both sides, as published
+    assert torch.equal(centre_crop(image, 224), squashed[:, 16:240, 16:240])

@@ -23,6 +23,7 @@ from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.test_resume import assert_same_run, resumed
 from tests.training.tiny import base_weights, different, meta_weights, tiny_arguments
 from tests.vision_tasks.small import random_images
+from vision_tasks.augmentation import EvaluationTransform
 from vision_tasks.domains import name_of, read_domain
 from vision_tasks.episodes import Auxiliary, Domain, Episodes
 from vision_tasks.experiment import plan
@@ -338,6 +339,15 @@ def test_scores_are_of_episodes(task: FewShotTask, tmp_path: Path) -> None:
         "high": expected.high,
     })  # fmt: skip
     assert found["interval"] > 0
+
+
+@pytest.mark.parametrize("split", ["novel", "val"])
+def test_tests_are_of_images_as_they_are(task: FewShotTask, tmp_path: Path, split: str) -> None:
+    settings = settings_of()
+    args, data = trainer_of(task, tmp_path).args, task.load(settings, 3)
+    assert evaluation(settings, args, data, split).transform == EvaluationTransform(
+        settings.image_size, settings.channels
+    )
 
 
 def test_evaluation_is_on_the_val_classes(task: FewShotTask, tmp_path: Path) -> None:

@@ -207,3 +207,10 @@ def test_a_clean_set_of_the_users_own() -> None:
 def test_sizes_that_cannot_be_balanced(count: int, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         made(random_images(count, classes=10), meta_size=size)
+
+
+def test_a_class_that_train_size_cuts_off_is_missing() -> None:
+    images = random_images(40)
+    order = np.argsort(images.labels, kind="stable")  # sorted by class, as some files are
+    with pytest.raises(ValueError, match=r"class '[a-d]' has 0 images and needs 1: add some, or ask for fewer"):
+        make_noisy(images.take(order), kind="unif", rate=0.1, meta_size=len(images.names), train_size=12, seed=0)
