@@ -32,8 +32,8 @@ class VisionArguments:
     runs: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Name -> settings that this run has over all others; the first is the baseline of the others "
-            "(default: one run). Each goes into a folder of its own."
+            "help": "Name -> settings that this run has over all others (null: leave it out); the first is the "
+            "baseline (default: one run). Each goes into a folder of its own."
         },
     )
     seeds: list[int] | None = field(
@@ -47,6 +47,7 @@ class VisionArguments:
             raise ValueError(f"seeds must be different whole numbers of at least 0, below 2**32, not {seeds}")
         known = {one.name for cls in (type(self), MetaTrainingArguments) for one in fields(cls) if one.init}
         known -= {"runs", "seeds", "seed", "check", "output_dir", "resume_from_checkpoint"}
+        self.runs = {name: settings for name, settings in self.runs.items() if settings is not None}
         for name, settings in self.runs.items():
             if not name or not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"runs: {name!r} names a folder: use letters, digits, - and _")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -15,6 +16,8 @@ from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.images import ImageRows, ImageSet
+
+logger = logging.getLogger(__name__)
 
 
 class ImageTask(BilevelModule):
@@ -84,6 +87,12 @@ def make_classifier(
         image_std=std,
         **{name: size for name, size in sizes.items() if size is not None},
     )
+
+
+def tell_fewer(name: str, asked: int | None, found: int) -> None:
+    """Warn of a number of images that is not reached."""
+    if asked is not None and found < asked:
+        logger.warning("%s is %d, there are only %d images: taking all", name, asked, found)
 
 
 def tested(trainer: MetaTrainer, images: ImageSet) -> float:

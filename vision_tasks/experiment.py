@@ -46,7 +46,7 @@ class VisionTask(ABC, Generic[Settings, Data]):
     Attributes:
         title: of the model card.
         sources: what the card cites.
-        hub_task: the Hub's name of what the base does.
+        usage: how what is left behind is loaded, in Python; `FOLDER` is its place.
         own_files: names that a run writes beyond those of any run.
         shown: of the test scores, those that the table shows; the first is compared.
         training: the training arguments, where the task has defaults of its own.
@@ -55,7 +55,7 @@ class VisionTask(ABC, Generic[Settings, Data]):
 
     title: str
     sources: Sequence[str]
-    hub_task: str
+    usage: str
     own_files: Sequence[str] = ()
     shown: Sequence[str] = ("accuracy",)
     training: type[MetaTrainingArguments] = VisionTrainingArguments
@@ -174,8 +174,14 @@ def run_experiment(task: VisionTask[Settings, Any], settings: Settings, args: Me
         if resuming and saved.exists():
             finished[run.folder] = finished_run(saved, run.all_settings())
         else:
+            set_seed(run.args.seed)  # several processes compare their weights
             task.build_trainer(run.settings, run.args, task.load(run.settings, run.seed))
-    results = {(run.name, run.seed): finished.get(run.folder) or train_run(task, run) for run in runs}
+    results = {}
+    for number, run in enumerate(runs, start=1):
+        known = finished.get(run.folder)
+        if args.should_log and len(runs) > 1:
+            print(f"run {run.name}, seed {run.seed} ({number} of {len(runs)}){': finished, kept' if known else ''}")
+        results[run.name, run.seed] = known or train_run(task, run)
     summary = summarise(task, results, settings, args)
     if len(runs) > 1 and args.should_save:
         write_results(Path(args.output_dir), summary)
@@ -214,18 +220,21 @@ def train_run(task: VisionTask[Settings, Any], run: Run[Settings]) -> dict[str, 
     trainer.card_sections = _card(task, results, trainer)
     finish = trainer.push_to_hub if run.args.push_to_hub else trainer.create_model_card
     title = (run.args.hub_model_id or run.folder.name).rpartition("/")[2]  # a folder of several runs is a seed's
-    finish(tasks=task.hub_task, dataset_tags=hub_id(run.settings.data, SYNTHETIC), model_name=title)
+    finish(dataset_tags=hub_id(run.settings.data, SYNTHETIC), model_name=title)
     return results
 
 
 def _card(task: VisionTask[Any, Any], results: Mapping[str, Any], trainer: MetaTrainer) -> list[str]:
     scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in results["test"].items())
-    settings = "\n".join(f"| `{key}` | `{value}` |" for key, value in results["settings"].items())
+    held = {key: value for key, value in results["settings"].items() if value is not None}
+    held["data"] = data = Path(held["data"]).name if Path(held["data"]).exists() else held["data"]  # no local paths
+    settings = "\n".join(f"| `{key}` | `{value}` |" for key, value in held.items())
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     weights = "the weights of its last step" if best is None else f"the weights of its {Path(best).name}"
     cited = [*task.sources, *([] if trainer.estimator is None else [trainer.estimator.citation])]
     return [
-        f"## {task.title}\n\nData `{results['settings']['data']}`, one training run, {weights}.",
+        f"## {task.title}\n\nData `{data}`, one training run, {weights}.",
+        f"## Use\n\n```python\n{task.usage}\n```\n\nPixels are in [0, 1], (B, C, H, W).",
         f"## Test scores\n\n| score | value |\n|---|---:|\n{scores}",
         f"## Settings\n\n| field | value |\n|---|---|\n{settings}",
         "## Citation\n\n" + "\n".join(f"- {line}" for line in cited),
@@ -275,16 +284,15 @@ def table(shown: Sequence[str], summary: Mapping[str, Any], first: str | None = 
     """
     scores = {name: {key: found[key]["values"] for key in shown} for name, found in summary["test"].items()}
     first = next(iter(scores)) if first is None else first
-    lines = [
-        f"| run | {' | '.join(shown)} | {shown[0]} over {first} | 95 % interval | reading |",
-        "|---|" + "---:|" * (len(shown) + 2) + "---|",
-    ]
+    columns = ["run", *shown, *([f"{shown[0]} over {first}", "95 % interval", "reading"] if len(scores) > 1 else [])]
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for name, values in scores.items():
-        cells = [spread(values[key], 3) for key in shown]
-        found = paired_difference(values[shown[0]], scores[first][shown[0]])
-        between = f"{found.low:+.3f} to {found.high:+.3f}" if math.isfinite(found.low) else ""
-        cells += ["", "", ""] if name == first else [f"{found.mean:+.3f}", between, found.reading]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        cells = [name, *(spread(values[key], 3) for key in shown)]
+        if len(scores) > 1:
+            found = paired_difference(values[shown[0]], scores[first][shown[0]])
+            between = f"{found.low:+.3f} to {found.high:+.3f}" if math.isfinite(found.low) else ""
+            cells += ["", "", ""] if name == first else [f"{found.mean:+.3f}", between, found.reading]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

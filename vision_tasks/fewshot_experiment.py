@@ -207,7 +207,13 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
         "Tseng et al., Cross-Domain Few-Shot Classification via Learned Feature-Wise Transformation, ICLR 2020",
         "Bohdal et al., EvoGrad, NeurIPS 2021, section 4.3",
     )
-    hub_task = "image-classification"
+    usage = (
+        "from vision_tasks.feature_transform import FeatureTransform\n"
+        "from vision_tasks.fewshot import FewShotModel\n\n"
+        'model = FewShotModel.from_pretrained("FOLDER").eval()\n'
+        "scores = model(support, query).logits  # (E, way, shot, C, H, W), (E, way, queries, C, H, W) -> (E, Q, way)\n"
+        'transform = FeatureTransform.from_pretrained("FOLDER")'
+    )
     own_files = (SUBFOLDER,)
     shown = ("accuracy", "interval")
     training = EpisodicTrainingArguments

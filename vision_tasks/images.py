@@ -200,7 +200,10 @@ def read_npz(path: Path) -> dict[str, ImageSet]:
     names = tuple(map(str, range(classes)))
     return {
         part: ImageSet(
-            images if images.ndim != 3 else images[..., None], labels.astype(np.int64), names, f"{path}, {part}"
+            images if images.ndim != 3 else images[..., None],
+            (labels if labels.shape[1:] != (1,) else labels[:, 0]).astype(np.int64),  # Keras' CIFAR has (N, 1)
+            names,
+            f"{path}, {part}",
         )
         for part, (images, labels) in arrays.items()
     }

@@ -19,7 +19,7 @@ from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.arguments import VisionArguments
 from vision_tasks.augmentation import PadCropFlip
 from vision_tasks.backbones import BACKBONES
-from vision_tasks.classification import accuracy, make_classifier, tested
+from vision_tasks.classification import accuracy, make_classifier, tell_fewer, tested
 from vision_tasks.experiment import VisionTask
 from vision_tasks.images import ImageRows, ImageSet, load_images
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
@@ -102,7 +102,14 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
 
     title = "Learning with noisy labels"
     sources = ("Shu et al., Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting, NeurIPS 2019",)
-    hub_task = "image-classification"
+    usage = (
+        "import vision_tasks.backbones  # registers the classifier\n"
+        "from transformers import AutoModelForImageClassification\n"
+        "from vision_tasks.weight_net import WeightNet\n\n"
+        'model = AutoModelForImageClassification.from_pretrained("FOLDER")\n'
+        "# takes (pixels - model.config.image_mean) / model.config.image_std\n"
+        'weigh = WeightNet.from_pretrained("FOLDER")  # losses (B,) -> weights (B,)'
+    )
     own_files = (SUBFOLDER,)
 
     def learns(self, settings: NoisyLabelsArguments) -> bool:
@@ -121,10 +128,11 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
             seed=seed,
             meta=None if meta is None else meta.pooled(settings.image_size),
         )
-        tested = found_in(noisy.meta, test)
-        if settings.meta_data is not None and tested.any():
+        tell_fewer("train_size", settings.train_size, len(noisy.train))
+        leaked = found_in(noisy.meta, test)
+        if settings.meta_data is not None and leaked.any():
             raise ValueError(
-                f"the meta set overlaps the test set: {tested.sum()} of its images are in {test.where}: take them out"
+                f"the meta set overlaps the test set: {leaked.sum()} of its images are in {test.where}: take them out"
             )
         return NoisyLabelsData(noisy, test.require_classes())
 

@@ -27,6 +27,7 @@ from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from metaxl_evo.messages import one_line, unknown
 
+_NOTHING = "\0"  # in place of null on a command line
 SUFFIXES = (".yaml", ".yml", ".json")
 DEEPEST, MOST = 50, 10_000  # what a settings file may nest, and the values of one entry
 Settings = TypeVar("Settings")
@@ -177,6 +178,8 @@ class _Parser(HfArgumentParser):
         if action.nargs == 0:  # the --no_x of a boolean takes no value
             return
         one = _checked(action)
+        if field.default is None and not action.required:
+            one = _or_null(one)
         if field.takes_mapping:
             action.type = _mapping_or_text if field.takes_text else _mapping
         elif field.takes_list:
@@ -215,7 +218,7 @@ class _Parser(HfArgumentParser):
             if name.startswith("--") and " " not in name and name != "--" and self.option(token) is None:
                 raise SettingsError(unknown("option", name, (f"--{key}" for key in (*self.fields, "config"))))
         try:
-            namespace, extra = self.parse_known_args([*tokens, *given])
+            namespace, extra = self.parse_known_args([*tokens, *self._unset(given)])
         except argparse.ArgumentError as error:
             key = (error.argument_name or "").split("/")[0].removeprefix("--")
             here = {action.dest for action in map(self.option, given) if action is not None}
@@ -225,10 +228,25 @@ class _Parser(HfArgumentParser):
             raise SettingsError(f"unexpected argument {extra[0]!r}: values follow their option, as in --option VALUE")
         return {key: self._whole(key, value) for key, value in vars(namespace).items() if key in self.fields}
 
+    def _unset(self, given: Sequence[str]) -> Iterator[str]:
+        """The tokens, `null` for an option that a settings file may have set marked; a file's own 'null' is a text."""
+        before = ""
+        for token in given:
+            name, equals, text = token.partition("=")
+            option = name if equals else before
+            known = option.removeprefix("--") in self.fields and self.option(option)
+            if known and not known.required and (text if equals else token) == "null":
+                nothing = self.fields[known.dest].default is None
+                token = (f"{name}={_NOTHING}" if equals else _NOTHING) if nothing else token
+            yield token
+            before = token
+
     def _whole(self, key: str, value: Any) -> Any:
         if not (isinstance(value, list) and any(isinstance(part, _Part) for part in value)):
             return value
         items = [item for part in value for item in part]
+        if items == [None]:
+            return None
         # A field that takes a text or a list of texts keeps a single text as it is.
         return items[0] if self.fields[key].takes_text and len(items) == 1 else items
 
@@ -268,6 +286,10 @@ def _checked(action: argparse.Action) -> Callable[[str], Any]:
         return value
 
     return converted
+
+
+def _or_null(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == _NOTHING else convert(text)
 
 
 def _items(one: Callable[[str], Any], commas: bool) -> Callable[[str], _Part]:

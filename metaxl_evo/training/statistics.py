@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
+from math import inf, isfinite
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -19,7 +19,9 @@ class Interval(NamedTuple):
 
     @property
     def reading(self) -> str:
-        """Of a difference: `better`, `worse`, or a `tie` where the interval holds zero."""
+        """Of a difference: `better`, `worse`, a `tie` (the interval holds zero), or `one value`, which says none."""
+        if not isfinite(self.low):
+            return "one value"
         if self.low <= 0 <= self.high:
             return "tie"
         return "better" if self.low > 0 else "worse"

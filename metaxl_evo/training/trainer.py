@@ -114,6 +114,8 @@ class MetaTrainer(Trainer):
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), _MetaSteps(self)], **kwargs)
         if self.accelerator.num_processes > 1:
             synchronise(self.model)
+            # The Trainer has no other name for it yet.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
         self.loss_is_scaled_for_ga = True  # the module divides by the totals of the window
         if args.label_names is None:
             self.label_names = ["labels"]

@@ -53,7 +53,7 @@ def test_table_reports_a_tie_as_a_tie(comparison: Comparison) -> None:
 def test_one_pair_has_no_interval(tmp_path: Path) -> None:
     single = read_comparison(written(tmp_path), ["a", "b"], ["sw"], [0])
     assert single.difference("b", "a") == (pytest.approx(3.0), -math.inf, math.inf)
-    assert "| b | +3.00 | -inf to +inf | tie |" in single.markdown("a")
+    assert "| b | +3.00 | -inf to +inf | one value |" in single.markdown("a")
 
 
 def test_missing_run_is_named(tmp_path: Path) -> None:

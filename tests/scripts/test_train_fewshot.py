@@ -183,7 +183,14 @@ def test_every_config_runs_on_generated_images(tmp_path: Path, name: str) -> Non
         assert results["run"]["seen_domains"] == ["ink"]
         assert results["settings"]["method"] == "pretrain"
     else:
-        runs = ["none", "fixed", "evograd", *(["one_step"] if name == "fewshot_cpu" else [])]
+        cpu = name == "fewshot_cpu"
+        runs = [
+            "none",
+            "fixed",
+            *(["none_seen", "fixed_seen"] if cpu else []),
+            "evograd",
+            *(["one_step"] if cpu else []),
+        ]
         assert list(results["test"]) == runs
         assert results["run"]["evograd"]["3"]["ft_relative_change"] > 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -192,7 +193,10 @@ def test_the_model_card(compared: Any, script: str) -> None:
     folder = compared[script][0]
     card = (folder / "evo/2/README.md").read_text(encoding="utf-8")
     results = read(folder / "evo/2")
-    assert card.splitlines()[1:3] == ["library_name: transformers", "pipeline_tag: image-classification"]
+    assert card.splitlines()[1] == "library_name: transformers"
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(code.replace("FOLDER", str(folder / "evo/2")), {})
+    assert str(folder) not in card
     assert "\n# out-evo-2\n" in card
     assert f"| accuracy | {results['test']['accuracy']:.4f} |" in card
     assert "| `learning_rate` | `0.01` |" in card
@@ -429,7 +433,7 @@ OF_BOTH: list[tuple[Any, str]] = [
     (npz(y_train=labels_of(_0=-1)), "given.npz, train: label -1 is none of the 10 classes"),
     (npz(y_train=labels_of(_0=12)), "class '10' has 0 images and needs 1"),
     (config("meta_lr: 1"), r"run\.yaml:1: unknown key 'meta_lr'"),
-    (config("data: synthetic\nruns: {a: }"), "runs: a must be a mapping of settings, as in {}, not None"),
+    (config("data: synthetic\nruns: {a: 1}"), "runs: a must be a mapping of settings, as in {}, not 1"),
     (config("data: synthetic\nruns: [a]"), "runs"),
 ]
 OF_ONE: list[tuple[str, Any, str]] = [

@@ -159,6 +159,14 @@ def test_command_line_value(line, key, value):
     assert type(found) is type(value)
 
 
+def test_null_unsets_what_the_file_has_set(config):
+    file = config("layers: [1, 2]\ncheck: true\nname: 'null'\n")
+    assert parse("--config", file).name == "null"  # a text of the file's
+    found = parse("--config", file, "--layers", "null", "--check=null", "--name", "null")
+    assert (found.layers, found.check, found.name) == (None, None, None)
+    assert "expected an integer, found 'null'" in complaint("--steps", "null")
+
+
 def test_dotted_overrides_change_the_files_mapping_and_json_replaces_it(config):
     file = config("estimator_kwargs:\n  copies: 4\n  sigma: 0.5\n")
     assert parse("--config", file, "--estimator_kwargs.copies", "8").estimator_kwargs == {"copies": 8, "sigma": 0.5}

@@ -23,7 +23,7 @@ def test_the_interval_is_the_textbooks(count: int) -> None:
 
 def test_one_value_says_nothing_of_its_spread() -> None:
     assert interval([0.3]) == (0.3, -inf, inf)
-    assert interval([0.3]).reading == "tie"
+    assert interval([0.3]).reading == "one value"
 
 
 def test_equal_values_have_no_spread() -> None:
