@@ -16,6 +16,7 @@ from metaxl_evo.training.synchrony import different
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
 from vision_tasks.backbones import BACKBONES
+from vision_tasks.fewshot_experiment import EpisodicTrainingArguments, FewShotArguments, FewShotTask
 from vision_tasks.images import ImageRows, drawn
 from vision_tasks.rotation import RotatedClassifier, Rotation
 from vision_tasks.weight_net import WeightedClassifier, WeightNet
@@ -119,3 +120,30 @@ def test_running_statistics_are_the_mean_over_the_processes() -> None:
     for one in found:
         torch.testing.assert_close(one["mean"], mean, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(one["var"], var, rtol=1e-12, atol=1e-12)
+
+
+def few_shot() -> dict[str, Tensor]:
+    """Three steps of episodes with an auxiliary classifier, and a checkpoint after each, before which ranks compare."""
+    settings = FewShotArguments(
+        width=4, image_size=16, n_way=2, n_shot=1, n_query=2, test_n_query=2, test_episodes=2, episodes_per_epoch=4,
+        aux_domain="ink", aux_images=4,
+    )  # fmt: skip
+    task = FewShotTask()
+    with tempfile.TemporaryDirectory() as folder:
+        args = EpisodicTrainingArguments(
+            output_dir=folder, estimator="evograd", max_steps=3, save_strategy="steps", save_steps=1, use_cpu=True,
+            report_to="none", disable_tqdm=True, meta_learning_rate=0.01,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        trainer = task.build_trainer(settings, args, task.load(settings, 0))
+        trainer.train()
+        assert different(dict(trainer.model.named_buffers())) == []
+        return tree.clone({**trainer.model.base_parameters(), **trainer.model.meta_parameters()})
+
+
+def test_episodes_on_two_processes_keep_the_ranks_alike() -> None:
+    first, second = on_processes(2, few_shot)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    gammas = [value for name, value in first.items() if name.endswith("gamma")]
+    assert gammas
+    assert all((gamma != 0.3).any() for gamma in gammas)
