@@ -123,7 +123,7 @@ def test_running_statistics_are_the_mean_over_the_processes() -> None:
 
 
 def few_shot() -> dict[str, Tensor]:
-    """Three steps of episodes with an auxiliary classifier, and a checkpoint after each, before which ranks compare."""
+    """Three steps of episodes with an auxiliary classifier, and a checkpoint after each, where the ranks compare."""
     settings = FewShotArguments(
         width=4, image_size=16, n_way=2, n_shot=1, n_query=2, test_n_query=2, test_episodes=2, episodes_per_epoch=4,
         aux_domain="ink", aux_images=4,
