@@ -19,6 +19,13 @@ from vision_tasks.images import ImageRows, ImageSet
 
 logger = logging.getLogger(__name__)
 
+USAGE = """\
+import vision_tasks.backbones  # registers the classifier
+from transformers import AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained("FOLDER")
+# It takes (pixels - model.config.image_mean) / model.config.image_std."""
+
 
 class ImageTask(BilevelModule):
     """A BilevelModule on batches of `images` (B, C, H, W) in [0, 1] and `labels` (B,).

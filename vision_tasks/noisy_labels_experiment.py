@@ -19,7 +19,7 @@ from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.arguments import VisionArguments
 from vision_tasks.augmentation import PadCropFlip
 from vision_tasks.backbones import BACKBONES
-from vision_tasks.classification import accuracy, make_classifier, tell_fewer, tested
+from vision_tasks.classification import USAGE, accuracy, make_classifier, tell_fewer, tested
 from vision_tasks.experiment import VisionTask
 from vision_tasks.images import ImageRows, ImageSet, load_images
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
@@ -103,11 +103,7 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
     title = "Learning with noisy labels"
     sources = ("Shu et al., Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting, NeurIPS 2019",)
     usage = (
-        "import vision_tasks.backbones  # registers the classifier\n"
-        "from transformers import AutoModelForImageClassification\n"
-        "from vision_tasks.weight_net import WeightNet\n\n"
-        'model = AutoModelForImageClassification.from_pretrained("FOLDER")\n'
-        "# takes (pixels - model.config.image_mean) / model.config.image_std\n"
+        f"{USAGE}\n\nfrom vision_tasks.weight_net import WeightNet\n\n"
         'weigh = WeightNet.from_pretrained("FOLDER")  # losses (B,) -> weights (B,)'
     )
     own_files = (SUBFOLDER,)

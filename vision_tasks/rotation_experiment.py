@@ -12,7 +12,7 @@ from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.arguments import VisionArguments
 from vision_tasks.backbones import BACKBONES
-from vision_tasks.classification import accuracy, make_classifier, tell_fewer, tested
+from vision_tasks.classification import USAGE, accuracy, make_classifier, tell_fewer, tested
 from vision_tasks.experiment import VisionTask
 from vision_tasks.images import ImageRows, ImageSet, load_images
 from vision_tasks.rotation import SUBFOLDER, RotatedClassifier, Rotation, rotated
@@ -72,12 +72,7 @@ class RotationTask(VisionTask[RotationArguments, RotationData]):
 
     title = "Rotation transformer"
     sources = ("Bohdal et al., EvoGrad, NeurIPS 2021, section 4.2",)
-    usage = (
-        "import vision_tasks.backbones  # registers the classifier\n"
-        "from transformers import AutoModelForImageClassification\n\n"
-        'model = AutoModelForImageClassification.from_pretrained("FOLDER")\n'
-        "# takes (pixels - model.config.image_mean) / model.config.image_std; the angle is in rotation/config.json"
-    )
+    usage = f"{USAGE}\n# The angle is in rotation/config.json."
     own_files = (SUBFOLDER,)
     shown = ("accuracy", "accuracy_upright", "degrees")
 
