@@ -30,8 +30,12 @@ setup(
     extras_require={
         "peft": ["peft>=0.20"],
         "test": [
-            *("pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"),
-            *("peft>=0.20", "matplotlib>=3.9"),
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "peft>=0.20",
+            "matplotlib>=3.9",  # pictures are made and looked at
         ],
         "dev": ["ruff>=0.9", "mypy>=1.14", "pre-commit>=4.0", "types-PyYAML>=6.0.12"],
         "plot": ["matplotlib>=3.9"],
