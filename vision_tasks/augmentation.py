@@ -187,5 +187,4 @@ class PadCropFlip:
     flips: bool = True
 
     def __call__(self, image: Any, generator: Generator) -> Tensor:
-        pixels = pad_crop(to_float(image), generator, self.pad)
-        return flip(pixels, generator) if self.flips else pixels
+        return (pad_crop_flip if self.flips else pad_crop)(to_float(image), generator, self.pad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
 from metaxl_evo.training.trainer import MetaTrainer
+from vision_tasks.arguments import VisionArguments
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.images import ImageRows, ImageSet
 
@@ -25,6 +27,25 @@ from transformers import AutoModelForImageClassification
 
 model = AutoModelForImageClassification.from_pretrained("FOLDER")
 # It takes (pixels - model.config.image_mean) / model.config.image_std."""
+
+
+@dataclass
+class ClassifierArguments(VisionArguments):
+    """Settings of the experiments that train one classifier of images.
+
+    Raises:
+        ValueError: for a backbone that there is not.
+    """
+
+    backbone: str = field(default="lenet", metadata={"help": f"One of {', '.join(BACKBONES)}."})
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Of pixels in [0, 1], a channel each (default: of the training images)."}
+    )
+    image_std: list[float] | None = field(default=None, metadata={"help": "Their standard deviation."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_known("backbone", self.backbone, BACKBONES)
 
 
 class ImageTask(BilevelModule):

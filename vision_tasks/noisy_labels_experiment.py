@@ -16,10 +16,9 @@ from torch.utils.data import DataLoader, default_collate
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
-from vision_tasks.arguments import VisionArguments
 from vision_tasks.augmentation import PadCropFlip
 from vision_tasks.backbones import BACKBONES
-from vision_tasks.classification import USAGE, accuracy, make_classifier, tell_fewer, tested
+from vision_tasks.classification import USAGE, ClassifierArguments, accuracy, make_classifier, tell_fewer, tested
 from vision_tasks.experiment import VisionTask
 from vision_tasks.images import ImageRows, ImageSet, load_images
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
@@ -31,7 +30,7 @@ CURVE = torch.linspace(0, 8, 65)  # losses at which the learned weight is drawn
 
 
 @dataclass
-class NoisyLabelsArguments(VisionArguments):
+class NoisyLabelsArguments(ClassifierArguments):
     """Settings of the noisy-labels experiment.
 
     Raises:
@@ -69,15 +68,10 @@ class NoisyLabelsArguments(VisionArguments):
     augmentation: str = field(
         default="none", metadata={"help": f"One of {', '.join(AUGMENTATIONS)}; of train and meta."}
     )
-    image_mean: list[float] | None = field(
-        default=None, metadata={"help": "Of pixels in [0, 1], a channel each (default: of the training images)."}
-    )
-    image_std: list[float] | None = field(default=None, metadata={"help": "Their standard deviation."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_known("method", self.method, METHODS)
-        self.require_known("backbone", self.backbone, BACKBONES)
         self.require_known("weight_normalisation", self.weight_normalisation, NORMALISATIONS)
         self.require_known("noise", self.noise, NOISES)
         self.require_known("augmentation", self.augmentation, AUGMENTATIONS)

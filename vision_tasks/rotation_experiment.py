@@ -10,9 +10,7 @@ from torch.utils.data import default_collate
 
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
-from vision_tasks.arguments import VisionArguments
-from vision_tasks.backbones import BACKBONES
-from vision_tasks.classification import USAGE, accuracy, make_classifier, tell_fewer, tested
+from vision_tasks.classification import USAGE, ClassifierArguments, accuracy, make_classifier, tell_fewer, tested
 from vision_tasks.experiment import VisionTask
 from vision_tasks.images import ImageRows, ImageSet, load_images
 from vision_tasks.rotation import SUBFOLDER, RotatedClassifier, Rotation, rotated
@@ -21,7 +19,7 @@ METHODS = ("rotation", "baseline")
 
 
 @dataclass
-class RotationArguments(VisionArguments):
+class RotationArguments(ClassifierArguments):
     """Settings of the rotation experiment.
 
     Raises:
@@ -31,7 +29,6 @@ class RotationArguments(VisionArguments):
     method: str = field(
         default="rotation", metadata={"help": "rotation: the angle is learned; baseline: trains on upright images."}
     )
-    backbone: str = field(default="lenet", metadata={"help": f"One of {', '.join(BACKBONES)}."})
     degrees: float = field(
         default=30.0, metadata={"help": "How far the judging and the test images are turned, counter-clockwise."}
     )
@@ -42,15 +39,10 @@ class RotationArguments(VisionArguments):
     meta_size: int | None = field(
         default=None, metadata={"help": "Images that judge, the last of the training part (default: a sixth of it)."}
     )
-    image_mean: list[float] | None = field(
-        default=None, metadata={"help": "Of pixels in [0, 1], a channel each (default: of the training images)."}
-    )
-    image_std: list[float] | None = field(default=None, metadata={"help": "Their standard deviation."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_known("method", self.method, METHODS)
-        self.require_known("backbone", self.backbone, BACKBONES)
         self.require_count("train_size", self.train_size)
         self.require_count("meta_size", self.meta_size)
         if not -180 <= self.degrees <= 180:
