@@ -31,6 +31,7 @@ from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, Windowed, fr
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.estimators.local import EngineEstimator
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
+from metaxl_evo.models.examples import examples_of
 from metaxl_evo.models.losses import counts_of, set_totals, view_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.checkpoint import (
@@ -102,8 +103,6 @@ class MetaTrainer(Trainer):
                     f"estimator {args.estimator!r} needs meta rows: give meta_dataset and a meta_portion above 0, "
                     "or set estimator: none"
                 )
-            if args.meta_portion < 1 and type(model).join is BilevelModule.join:
-                raise ValueError(f"{type(model).__name__} cannot join meta rows to train rows: set meta_portion to 1")
             _refuse_schedules(args, model)
             self.estimator.check(
                 model.problem(_tuned(SGD(0.0), model)),
@@ -441,7 +440,8 @@ class MetaTrainer(Trainer):
         problem = self.model.problem(rule, dropout=self.args.meta_dropout, rows=rows)
         processes = Processes(self.args.process_index, self.args.world_size)
         second_order = problem.second_order and not self.args.torch_compile
-        return replace(problem, second_order=second_order, processes=processes)
+        examples = examples_of(self.model, processes)
+        return replace(problem, second_order=second_order, processes=processes, examples=examples)
 
     def _new_passes(self, problem: BilevelProblem) -> PassContext:
         devices = devices_of(self.model.base_parameters(), self.model.meta_parameters())
