@@ -106,9 +106,7 @@ def check(field: str, hyper: Hyper, w: Mapping[str, Tensor], lam: Mapping[str, T
                 )
         else:
             continue
-        if tensor.dim() and (
-            not _fits(tensor, leaf) or torch.promote_types(tensor.dtype, leaf.dtype) != leaf.dtype
-        ):
+        if tensor.dim() and (not _fits(tensor, leaf) or torch.promote_types(tensor.dtype, leaf.dtype) != leaf.dtype):
             raise ValueError(
                 f"the update rule's {field} of {name!r} is {what} of shape {[*tensor.shape]} and {tensor.dtype}: give "
                 f"one number, of shape [], or one an element, of shape {[*leaf.shape]} and {leaf.dtype}"

@@ -20,7 +20,7 @@ class Initial:
     Args:
         lam: the meta parameters as the caller gave them, inside the graph of `computed`.
         same: the weights that are an entry of lam, by its name.
-        computed: the weights that have a graph to entries of lam. It is kept, so that it can be gone back through again.
+        computed: the weights that have a graph to entries of lam, which is kept for whoever made it.
     """
 
     lam: Tree
@@ -87,8 +87,8 @@ def initial_of(w: Mapping[str, Tensor], lam: Mapping[str, Tensor]) -> Initial | 
                 same[name] = key
             elif leaf.grad_fn is None and _overlap(leaf, lam[key]):
                 raise ValueError(
-                    f"w[{name!r}] is a part of the memory of lam[{key!r}]: let lam[{key!r}] require a gradient before w "
-                    "is made of it if it is to be learned (run_episode with unroll), or give a clone"
+                    f"w[{name!r}] is a part of the memory of lam[{key!r}]: let lam[{key!r}] require a gradient before "
+                    "w is made of it if it is to be learned (run_episode with unroll), or give a clone"
                 )
         if name not in same and leaf.grad_fn is not None:
             computed[name] = leaf

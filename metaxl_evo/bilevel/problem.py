@@ -223,8 +223,8 @@ def hypergradient(
     problem, w, lam = _bound(problem, w, lam)
     if problem.initial is not None and (state is not None or made is not None):
         raise ValueError(
-            f"w[{problem.initial.first!r}] is a meta parameter or computed from one, in the middle of an episode, whose "
-            "first weights alone may be: give a detached clone, or let run_episode make the steps"
+            f"w[{problem.initial.first!r}] is a meta parameter or computed from one, in the middle of an episode, "
+            "whose first weights alone may be: give a detached clone, or let run_episode make the steps"
         )
     estimator.check(problem, w, lam)
     if noise is not None and not estimator.stochastic:
@@ -344,9 +344,9 @@ def why_zero(passes: PassContext, step: InnerStep) -> str:
     passes = replace(passes.elsewhere(), counts=Counts())
     _, to_w, _, _ = passes.outer_grad(step.current, step.lam, step.val_batch, wrt_w=step.w, wrt_lam=())
     _, _, to_lam = passes.inner_grad(step.w, step.lam, step.batch, wrt_lam=step.lam)
-    reason = "though the inner loss reads lam and the outer loss the weights, the step between them carries nothing over"
+    reason = "the inner loss reads lam and the outer loss the weights, but the step between them carries nothing over"
     if tree.norm(passes.whole(to_lam)) == 0 and not passes.problem.update.may_read_lam:
-        reason = "the inner loss does not depend on lam (nor are first weights computed from entries that require a gradient)"
+        reason = "the inner loss does not depend on lam, nor are first weights computed from what requires a gradient"
     if tree.norm(passes.whole(to_w)) == 0:
         reason = "the outer loss does not depend on the base weights"
     return f"the hypergradient is exactly zero: {reason}"
@@ -379,11 +379,13 @@ def _refuse(what: str, given: Any) -> None:
     for name, leaf in given.items():
         if isinstance(leaf, (Mapping, torch.nn.Module)):
             raise ValueError(
-                f"{what}[{name!r}] is a {type(leaf).__name__}: give one flat dict of tensors, {{'{name}.key': tensor}}, "
+                f"{what}[{name!r}] is a {type(leaf).__name__}: give one flat dict, {{'{name}.key': tensor}}, "
                 "of a module dict(module.named_parameters())"
             )
         if not isinstance(leaf, Tensor) or not isinstance(name, str):
             kind = f"{type(name).__name__} -> {type(leaf).__name__}"
-            raise ValueError(f"{what}[{name!r}] is {kind}: give tensors by name, such as {{'name': torch.tensor(0.1)}}")
+            raise ValueError(
+                f"{what}[{name!r}] is {kind}: give tensors by name, such as {{'name': torch.tensor(0.1)}}"
+            )
         if not leaf.is_floating_point():
             raise ValueError(f"{what}[{name!r}] has dtype {leaf.dtype}: parameters must be floating point")

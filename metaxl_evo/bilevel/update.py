@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import hyper, tree
-from metaxl_evo.bilevel.hyper import Hyper, Windowed
+from metaxl_evo.bilevel.hyper import Hyper
+from metaxl_evo.bilevel.hyper import Windowed as Windowed
 from metaxl_evo.bilevel.tree import Tree
 
 # {"step": int, "exp_avg": Tree, ...}; where parameters sat steps out, "missed": {name: how many of them} as well
@@ -117,7 +118,7 @@ class UpdateRule(ABC):
         """
         raise NotImplementedError
 
-    def check_state(self, after: UpdateState) -> None:
+    def check_state(self, after: UpdateState) -> None:  # noqa: B027
         """Refuse to differentiate a step whose derivative would be zero whatever lam is.
 
         Raises:
@@ -240,7 +241,7 @@ class UpdateRule(ABC):
     def bound(self, lam: Mapping[str, Tensor]) -> UpdateRule:
         """The rule with the name of an entry of lam in the place of each tensor that is that very entry."""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
-        now = {name: hyper.bound(one, lam) for name, one in held.items() if isinstance(one, (Tensor, Mapping))}
+        now: dict[str, Any] = {name: hyper.bound(one, lam) for name, one in held.items()}
         return replace(self, **now) if any(now[name] is not held[name] for name in now) else self
 
     def check(self, w: Tree, lam: Tree) -> None:
@@ -360,9 +361,9 @@ class Adam(UpdateRule):
     def check_state(self, after: UpdateState) -> None:
         if not any(bool(second.any()) for second in after.get("exp_avg_sq", {"": torch.ones(1)}).values()):
             raise ValueError(
-                f"the inner gradient is exactly zero, as it always was, and {type(self).__name__} divides by its size, so "
-                "that there is no hypergradient: let the inner loss not start at zero (weights of examples above 0), "
-                "or use SGD (optim: sgd) or the estimator evograd"
+                f"the inner gradient is exactly zero, as it always was, and {type(self).__name__} divides by its "
+                "size, so that there is no hypergradient: let the inner loss not start at zero (weights of examples above "
+                "0), or use SGD (optim: sgd) or the estimator evograd"
             )
 
     def _step(self, w: Tree, state: UpdateState, grad: Tree, lam: Tree) -> tuple[Tree, UpdateState]:
@@ -380,7 +381,7 @@ class Adam(UpdateRule):
         return after, {"step": state["step"] + 1, "exp_avg": first, "exp_avg_sq": second}
 
     def _du_dg(self, name: str, v: Tensor, w: Tensor, grad: Tensor, state: UpdateState, lam: Tree) -> Tensor:
-        """lr/c1 [(1-b1)/Dn - m (1-b2) g / (c2 r Dn^2)], r = sqrt(s/c2), Dn = r + eps, at the moments after the step."""
+        """lr/c1 [(1-b1)/Dn - m (1-b2) g / (c2 r Dn^2)], r = sqrt(s/c2), Dn = r + eps, m and s after the step."""
         (b1, b2), step = self.betas, own_steps(state, name)
         c1, root_c2 = 1 - b1**step, math.sqrt(1 - b2**step)
         root = state["exp_avg_sq"][name].sqrt()  # r sqrt(c2)
@@ -463,17 +464,16 @@ def from_optimizer(
     if cls is SGD:
         if shared("dampening") and steps is None:
             raise ValueError("torch's SGD keeps no step count, which dampening needs: give steps, or set dampening=0")
-        rule: UpdateRule = SGD(
-            **common, momentum=per_name("momentum"), dampening=shared("dampening"), nesterov=shared("nesterov")
-        )
-        with_buffer = {p: n for p, n in names.items() if not hyper.is_zero(rule.momentum, n)}
+        momentum, dampening = per_name("momentum"), shared("dampening")
+        rule: UpdateRule = SGD(**common, momentum=momentum, dampening=dampening, nesterov=shared("nesterov"))
+        with_buffer = {p: n for p, n in names.items() if not hyper.is_zero(momentum, n)}
         found = {n: held[n]["momentum_buffer"] for n in with_buffer.values() if _has(held[n], "momentum_buffer")}
         step = int(bool(found)) if steps is None else steps
         missed = {n: step for n in with_buffer.values() if n not in found}  # no buffer: no step yet
-        if step and missed and rule.dampening:
+        if step and missed and dampening:
             raise ValueError(
-                f"{min(missed)!r} had no gradient in a step, and torch's SGD does not tell when it gets its first one, "
-                "which dampening spares: set dampening=0, or leave out the parameters that are not used"
+                f"{min(missed)!r} had no gradient in a step, and torch's SGD does not tell when it gets its first "
+                "one, which dampening spares: set dampening=0, or leave out the parameters that are not used"
             )
         trees_held = {"momentum_buffer": _with_zeros(found, with_buffer)}
     else:

@@ -163,7 +163,9 @@ class Estimator(ABC):
         name = type(self).__name__
         rule = problem.update
         if rule.tunes - lam.keys():
-            raise ValueError(f"the update rule reads {sorted(rule.tunes - lam.keys())}, which lam lacks: {sorted(lam)}")
+            raise ValueError(
+                f"the update rule reads {sorted(rule.tunes - lam.keys())}, which lam lacks: {sorted(lam)}"
+            )
         rule.check(w, lam)
         if not self.tunes_optimizer and (tuned := rule.reads(w, lam)):
             raise ValueError(
@@ -172,9 +174,9 @@ class Estimator(ABC):
             )
         if problem.initial is not None and not self.learns_initial:
             raise ValueError(
-                f"{name} takes the first weights for constants, and w[{problem.initial.first!r}] is a meta parameter or "
-                "computed from one: use run_episode with unroll (no horizon) or forward_mode (at most 64 numbers), or "
-                "give a detached clone if a constant is meant"
+                f"{name} takes the first weights for constants, and w[{problem.initial.first!r}] is a meta parameter "
+                "or computed from one: use run_episode with unroll (no horizon) or forward_mode (at most 64 numbers), "
+                "or give a detached clone if a constant is meant"
             )
         if (self.second_order or self.needs_forward_ad) and not problem.second_order:
             raise ValueError(

@@ -80,7 +80,8 @@ class DrMAD(EpisodeEstimator):
         assert step.made is not None
         stepped = frozenset(step.made.grad)
         counts = counts_before(step.made.update_state, stepped)
-        visit = Visit({}, step.lam, step.batch, counts, passes.problem.update, passes.seed, stepped)  # lam stands still
+        rule, lam = passes.problem.update, step.lam  # lam stands still
+        visit = Visit({}, lam, step.batch, counts, rule, passes.seed, stepped)
         return state | {"steps": [*state["steps"], visit]}
 
     def end_episode(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ class Greedy(EpisodeEstimator, LocalEstimator):
 
     The products of base Jacobians between a past step and now are taken for decay^age, and each step keeps the outer
     gradient of its own time. So a step's term is complete when the step is observed, nothing is left for the cotangent
-    at the end, and the memory is one tree like lam; a term that is not finite is left out. With lam held still it is heavy-ball momentum (buffer
-    G <- decay G + g, no dampening) on the indirect one-step term.
+    at the end, and the memory is one tree like lam; a term that is not finite is left out. With lam held still it is
+    heavy-ball momentum (buffer G <- decay G + g, no dampening) on the indirect one-step term.
 
     Args:
         engine, radius: of the local term, as in `one_step`.

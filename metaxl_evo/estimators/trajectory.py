@@ -131,7 +131,7 @@ def _step_back(
     products = {index: tree.zeros_like(like) for index, like in wrt.items()}
 
     def direction(grad: Tree) -> Tree:
-        pulled.update(_through_rule(visit, passes.whole(grad), alpha, beta))
+        pulled.update(_through_rule(visit, passes.whole(tree.dense(grad)), alpha, beta))
         return pulled["grad"]
 
     if len(parts) != 1:  # without any, the other processes' gradient is still to be waited for

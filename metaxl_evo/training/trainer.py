@@ -550,7 +550,8 @@ class MetaTrainer(Trainer):
         try:
             optimizer_rule(_plain(self.optimizer))
         except ValueError as reason:
-            raise ValueError(f"{reason}, or an estimator that takes any: {', '.join(takes_any_optimizer())}") from None
+            names_of_others = ", ".join(takes_any_optimizer())
+            raise ValueError(f"{reason}, or an estimator that takes any optimizer: {names_of_others}") from None
         names = {parameter: name for name, parameter in self.model.base_parameters().items()}
         limit = self.args.max_grad_norm or None
         rule, state = from_optimizer(
@@ -573,7 +574,7 @@ class MetaTrainer(Trainer):
             group.update(acting)
 
     def _take_gradient(self, rows: tree.Tree) -> tree.Tree:
-        """The base gradient as it was before clipping, of the parameters that have one; `.grad` is empty afterwards."""
+        """The base gradient as it was before clipping, where there is one; `.grad` is empty afterwards."""
         limit, norm = self.args.max_grad_norm or math.inf, self._grad_norm or 0.0
         clipped, is_read = norm + 1e-6 > limit, self._at_work()[-1].needs_update_rule
         taken = {}

@@ -45,7 +45,7 @@ def inner(w: Tree, lam: Tree, batch: Batch) -> Tensor:
 
 
 def outer(w: Tree, lam: Tree, batch: Batch) -> Tensor:
-    head, x, y = batch
+    _, x, y = batch
     return (torch.tanh(x @ w["trunk"]) @ (w["head0"] + 0.3 * w["head1"]) - y).square().mean()
 
 
@@ -63,7 +63,9 @@ class Memory:
 Step = Callable[[Tensor, Tensor, Memory, Tree], Tensor]  # (w, g, memory, lam) -> w after
 
 
-def momentum(w: Tensor, g: Tensor, memory: Memory, lam: Tree, dampening: float = 0.0, nesterov: bool = False) -> Tensor:
+def momentum(
+    w: Tensor, g: Tensor, memory: Memory, lam: Tree, dampening: float = 0.0, nesterov: bool = False
+) -> Tensor:
     g = g + 0.1 * w
     buffer = 0.9 * memory.held["b"] + (1 - dampening) * g if memory.steps else g
     memory.steps, memory.held = memory.steps + 1, {"b": buffer}
@@ -199,9 +201,7 @@ def test_a_step_that_was_made_without_some_parameters() -> None:
     problem, batches = BilevelProblem(inner, outer, rule), [batch(1, 0), batch(0, 1)]
     first = look_ahead(PassContext(problem), InnerStep(weights(), LAM, batches[0]))
     assert first.made is not None
-    second = look_ahead(
-        PassContext(problem), InnerStep(first.current, LAM, batches[1], first.made.update_state)
-    )
+    second = look_ahead(PassContext(problem), InnerStep(first.current, LAM, batches[1], first.made.update_state))
     assert second.made is not None
     assert second.made.grad.keys() == {"trunk", "head0"}
     before = first.made.update_state
@@ -233,9 +233,9 @@ def spread_episode(estimator: Estimator) -> Tree:
         parts=lambda parts: parts, processes=Processes(rank, size),
     )  # fmt: skip
     windows = [[batch(head, 10 * t + i) for i, head in enumerate(heads)] for t, heads in enumerate(SPREAD)]
-    mine = [window if size == 1 else window[rank : rank + 1] for window in windows]
-    judges = [batch(0, 9), batch(0, 8)]
-    return run_episode(problem, estimator, weights(), LAM, mine, judges if size == 1 else judges[rank : rank + 1]).grads
+    mine = [window[rank : rank + 2 // size] for window in windows]
+    judges = [batch(0, 9), batch(0, 8)][rank : rank + 2 // size]
+    return run_episode(problem, estimator, weights(), LAM, mine, judges).grads
 
 
 def worker() -> dict[str, Tree]:

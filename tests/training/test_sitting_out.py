@@ -101,9 +101,8 @@ def trained(estimator: str, optimizer: str) -> Tree:
             meta_optim="SGD", meta_learning_rate=1.0, meta_lr_scheduler_type="constant", save_strategy="no",
             use_cpu=True, disable_tqdm=True, ddp_find_unused_parameters=True, **fields, **CASES[optimizer],
         )  # fmt: skip
-        trainer = InOrder(
-            task(), args, train_dataset=sum(PARTS, []), meta_dataset=JUDGES, data_collator=collate  # noqa: RUF017
-        )
+        train = [row for part in PARTS for row in part]
+        trainer = InOrder(task(), args, train_dataset=train, meta_dataset=JUDGES, data_collator=collate)
         before = meta_weights(trainer)
         trainer.train()
         return minus(before, meta_weights(trainer))
