@@ -1,4 +1,4 @@
-"""MAML on sinusoids (Finn et al., ICML 2017): learn first weights from which five steps on ten points fit a new curve."""
+"""MAML on sinusoids (Finn et al., ICML 2017): learn first weights from which three steps fit a new curve."""
 
 import torch
 from torch import nn
@@ -22,13 +22,13 @@ def draw_task(rows=10):
     return [(part, amplitude * torch.sin(part + phase)) for part in x.split(rows)]
 
 
-problem, estimator = BilevelProblem(loss, loss, SGD(lr=0.02)), make_estimator("unroll")
+problem, estimator = BilevelProblem(loss, loss, SGD(lr=0.03)), make_estimator("unroll")
 initial = dict(net.named_parameters())  # lam, and the first weights of every episode: a learned initialisation
 optimizer = torch.optim.Adam(initial.values(), lr=5e-3)
 losses = []
 for step in range(1, 181):
     tasks = [draw_task() for _ in range(2)]
-    found = [run_episode(problem, estimator, initial, initial, [train] * 5, judge) for train, judge in tasks]
+    found = [run_episode(problem, estimator, initial, initial, [train] * 3, judge) for train, judge in tasks]
     for name, parameter in initial.items():
         parameter.grad = torch.stack([one.grads[name] for one in found]).mean(0)
     with torch.no_grad():

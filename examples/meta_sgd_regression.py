@@ -1,4 +1,4 @@
-"""Meta-SGD on sinusoids (Li et al., 2017): beside the first weights a learning rate of every single weight is learned."""
+"""Meta-SGD on sinusoids (Li et al., 2017): beside the first weights the rate of every single weight is learned."""
 
 import torch
 from torch import nn
@@ -23,13 +23,13 @@ def draw_task(rows=10):
 
 
 initial = dict(net.named_parameters())
-rates = {f"rate.{name}": torch.full_like(p, 0.02).requires_grad_() for name, p in initial.items()}
+rates = {f"rate.{name}": torch.full_like(p, 0.03).requires_grad_() for name, p in initial.items()}
 lam = initial | rates  # a rate of 0-d, or one shared by several parameters, works alike
 problem = BilevelProblem(loss, loss, SGD(lr={name: f"rate.{name}" for name in initial}))
 optimizer, losses = torch.optim.Adam([{"params": initial.values()}, {"params": rates.values(), "lr": 1e-3}], 5e-3), []
 for step in range(1, 181):
     tasks = [draw_task() for _ in range(2)]
-    found = [run_episode(problem, make_estimator("unroll"), initial, lam, [tr] * 5, judge) for tr, judge in tasks]
+    found = [run_episode(problem, make_estimator("unroll"), initial, lam, [tr] * 3, judge) for tr, judge in tasks]
     for name, parameter in lam.items():
         parameter.grad = torch.stack([one.grads[name] for one in found]).mean(0)
     with torch.no_grad():

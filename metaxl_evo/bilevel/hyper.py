@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,10 +57,14 @@ def value(hyper: Hyper, name: str, lam: Mapping[str, Tensor]) -> float | Tensor:
     return lam[entry_name(number)] if isinstance(number, (str, Windowed)) else number
 
 
+def members(hyper: object) -> Iterable[object]:
+    """What a field of a rule holds, of all parameters."""
+    return hyper.values() if isinstance(hyper, Mapping) else (hyper,)
+
+
 def entries(hyper: object) -> Iterator[Entry]:
     """The entries of lam that a field of a rule names."""
-    members = hyper.values() if isinstance(hyper, Mapping) else (hyper,)
-    return (member for member in members if isinstance(member, (str, Windowed)))
+    return (member for member in members(hyper) if isinstance(member, (str, Windowed)))
 
 
 def entry_name(entry: Entry) -> str:

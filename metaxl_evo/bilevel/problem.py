@@ -334,8 +334,15 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 
 
 def _said_if_zero(passes: PassContext, step: InnerStep, result: Hypergradient) -> Hypergradient:
-    if tree.norm(result.grads) == 0:
+    deaf = [name for name, leaf in result.grads.items() if not leaf.any()]
+    if len(deaf) == len(result.grads):
         logger.warning("%s", why_zero(passes, step))
+    elif deaf and passes.problem.update.has_tensors:  # a lam of new tensors, which the rule's are no entries of
+        logger.warning(
+            "the hypergradient of lam[%r] is exactly zero, and the update rule holds a tensor that is no entry of "
+            "this lam and so a constant: if that entry is meant give its name, as in SGD(lr='name')",
+            deaf[0],
+        )
     return result
 
 

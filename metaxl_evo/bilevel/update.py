@@ -235,6 +235,11 @@ class UpdateRule(ABC):
         """The hyperparameters that are schedules, each once."""
         return tuple(dict.fromkeys(entry for entry in self._entries() if isinstance(entry, Windowed)))
 
+    @property
+    def has_tensors(self) -> bool:
+        """Whether a hyperparameter is a tensor, which no name ties to lam."""
+        return any(isinstance(one, Tensor) for held in vars(self).values() for one in hyper.members(held))
+
     def _entries(self) -> list[hyper.Entry]:
         return [entry for held in vars(self).values() for entry in hyper.entries(held)]
 
@@ -361,9 +366,9 @@ class Adam(UpdateRule):
     def check_state(self, after: UpdateState) -> None:
         if not any(bool(second.any()) for second in after.get("exp_avg_sq", {"": torch.ones(1)}).values()):
             raise ValueError(
-                f"the inner gradient is exactly zero, as it always was, and {type(self).__name__} divides by its "
-                "size, so that there is no hypergradient: let the inner loss not start at zero (weights of examples above "
-                "0), or use SGD (optim: sgd) or the estimator evograd"
+                f"the inner gradient is exactly zero, as it always was, and {type(self).__name__} divides by "
+                "its size, so that there is no hypergradient: let the inner loss not start at zero (weights of "
+                "examples above 0), or use SGD (optim: sgd) or the estimator evograd"
             )
 
     def _step(self, w: Tree, state: UpdateState, grad: Tree, lam: Tree) -> tuple[Tree, UpdateState]:

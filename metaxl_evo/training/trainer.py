@@ -157,6 +157,7 @@ class MetaTrainer(Trainer):
         self._meta_learning_rate: Any = args.meta_learning_rate
         self._skipped_in_a_row = 0
         self.skipped_meta_steps = 0
+        self._trained: frozenset[str] | None = None  # the base parameters at the start of the episode
         self._silent_steps: int | None = 0  # meta steps since the start that were all exactly zero; None after another
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
@@ -316,7 +317,7 @@ class MetaTrainer(Trainer):
         weights, estimator = self.model.base_parameters(), self.estimator
 
         def init(learned: Any) -> Any:
-            problem = self._problem(self._update_rule(estimator)[0])
+            problem, self._trained = self._problem(self._update_rule(estimator)[0]), frozenset(weights)
             return estimator.init(problem, weights, self.model.meta_parameters(), learned)
 
         self.episodes.begin_step(self.state.global_step, weights, _plain(self.optimizer), init)
@@ -404,11 +405,22 @@ class MetaTrainer(Trainer):
         passes = self._new_passes(problem) if self._passes is None else replace(self._passes, problem=problem)
         self._passes = None
         if self.episodes.remembers:
+            self._refuse_other_parameters(frozenset(now))
             self.episodes.state = self.estimator.observe(passes, step, self.episodes.state)
         if self.args.meta_order == "after_step" and self._meta_step_is_due():
             self._meta_step(passes, step, replace(before, made=made))
         if self.episodes.ends(self.state.global_step):
             self.episodes.end(self.estimator.end_episode(passes, step, self.episodes.state))
+
+    def _refuse_other_parameters(self, now: frozenset[str]) -> None:
+        """Refuse to remember weights that were constants at one step of an episode, and are none at another."""
+        assert self.estimator is not None
+        if self._trained is None or self._trained == now or self.estimator.remembers == "meta":
+            return
+        raise ValueError(
+            f"{min(self._trained ^ now)!r} was frozen, or set free, within an episode, whose weights the estimator "
+            f"{self.args.estimator!r} remembers: do it between episodes (episode_length), or use one_step or greedy"
+        )
 
     def _meta_step(self, passes: PassContext, step: InnerStep, from_start: InnerStep) -> None:
         """Estimate at `step`, and move lam; `from_start` is the same step as the exact estimator has to see it."""

@@ -258,6 +258,15 @@ def test_adams_rates_of_each_parameter(cls: type[Adam]) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
 
 
+def test_a_rule_that_holds_the_tensors_of_an_earlier_lam_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    lam = {"v": leaf(0.2), "rate": leaf(0.1)}
+    problem = problem_of(SGD(lam["rate"]))
+    for moved in (lam, tree.scale(lam, 0.9)):
+        assert not caplog.messages
+        hypergradient(problem, OneStep(), weights(), moved, BATCHES[0], JUDGE)
+    assert ["hypergradient of lam['rate'] is exactly zero" in message for message in caplog.messages] == [True]
+
+
 LEARNED_OUTSIDE = torch.tensor(0.1, requires_grad=True)
 REFUSED: dict[str, tuple[UpdateRule, str]] = {
     "a parameter that is missing": (SGD({"a": 0.1}), r"lr has no value for unknown parameter 'b'"),
