@@ -25,10 +25,26 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext, devices_of, mix_seed
-from metaxl_evo.bilevel.problem import BilevelProblem, Hypergradient, InnerStep, StepMade, estimate, hypergradient
+from metaxl_evo.bilevel.problem import (
+    BilevelProblem,
+    Hypergradient,
+    InnerStep,
+    StepMade,
+    estimate,
+    hypergradient,
+    why_zero,
+)
 from metaxl_evo.bilevel.processes import Processes
-from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, Windowed, from_optimizer
-from metaxl_evo.estimators import Estimator
+from metaxl_evo.bilevel.update import (
+    SGD,
+    UpdateRule,
+    UpdateState,
+    Windowed,
+    from_optimizer,
+    map_trees,
+    optimizer_rule,
+)
+from metaxl_evo.estimators import Estimator, takes_any_optimizer
 from metaxl_evo.estimators.local import EngineEstimator
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.examples import examples_of
@@ -56,6 +72,8 @@ from metaxl_evo.training.meta_rows import DrawnByEpoch, MetaRows, tell_epoch
 from metaxl_evo.training.synchrony import average_statistics, require_synchrony, synchronise
 
 logger = logging.getLogger(__name__)
+
+_SILENCE = 10  # hypergradients of exactly zero at the start of a run: more than batches that do not read lam
 
 
 class MetaTrainer(Trainer):
@@ -139,6 +157,8 @@ class MetaTrainer(Trainer):
         self._meta_learning_rate: Any = args.meta_learning_rate
         self._skipped_in_a_row = 0
         self.skipped_meta_steps = 0
+        self._trained: frozenset[str] | None = None  # the base parameters at the start of the episode
+        self._silent_steps: int | None = 0  # meta steps since the start that were all exactly zero; None after another
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     def train(
@@ -295,7 +315,7 @@ class MetaTrainer(Trainer):
         weights, estimator = self.model.base_parameters(), self.estimator
 
         def init(learned: Any) -> Any:
-            problem = self._problem(self._update_rule(estimator)[0])
+            problem, self._trained = self._problem(self._update_rule(estimator)[0]), frozenset(weights)
             return estimator.init(problem, weights, self.model.meta_parameters(), learned)
 
         self.episodes.begin_step(self.state.global_step, weights, _plain(self.optimizer), init)
@@ -337,8 +357,9 @@ class MetaTrainer(Trainer):
         """Before the base step: keep the weights, and the optimiser's state, that are needed from there."""
         assert self.estimator is not None
         rows, state = self._touched_rows(), None
-        if self.estimator.needs_state_before or self.model.tuned_optimizer:
-            state = _map_state(torch.clone, self._update_rule(self.estimator, rows)[1])
+        dampened = any(group.get("dampening") for group in _plain(self.optimizer).param_groups)  # reads who was new
+        if self.estimator.needs_state_before or self.model.tuned_optimizer or dampened:
+            state = map_trees(tree.clone, self._update_rule(self.estimator, rows)[1])
         w = _gathered(self.model.base_parameters(), rows)
         if any(one.evaluated_at == "previous" for one in self._at_work()):
             self._step_embeddings(rows)
@@ -360,7 +381,7 @@ class MetaTrainer(Trainer):
         _plain(self.optimizer).step()
         for name, numbers in rows.items():
             gradient, parameters[name].grad = parameters[name].grad, None
-            self._row_gradients[name] = None if gradient is None else gradient[numbers]
+            self._row_gradients[name] = None if gradient is None else _dense(gradient)[numbers]
             del gradient
         for name, gradient in waiting.items():
             parameters[name].grad = gradient
@@ -382,11 +403,22 @@ class MetaTrainer(Trainer):
         passes = self._new_passes(problem) if self._passes is None else replace(self._passes, problem=problem)
         self._passes = None
         if self.episodes.remembers:
+            self._refuse_other_parameters(frozenset(now))
             self.episodes.state = self.estimator.observe(passes, step, self.episodes.state)
         if self.args.meta_order == "after_step" and self._meta_step_is_due():
             self._meta_step(passes, step, replace(before, made=made))
         if self.episodes.ends(self.state.global_step):
             self.episodes.end(self.estimator.end_episode(passes, step, self.episodes.state))
+
+    def _refuse_other_parameters(self, now: frozenset[str]) -> None:
+        """Refuse to remember weights that were constants at one step of an episode, and are none at another."""
+        assert self.estimator is not None
+        if self._trained is None or self._trained == now or self.estimator.remembers == "meta":
+            return
+        raise ValueError(
+            f"{min(self._trained ^ now)!r} was frozen, or set free, within an episode, whose weights the estimator "
+            f"{self.args.estimator!r} remembers: do it between episodes (episode_length), or use one_step or greedy"
+        )
 
     def _meta_step(self, passes: PassContext, step: InnerStep, from_start: InnerStep) -> None:
         """Estimate at `step`, and move lam; `from_start` is the same step as the exact estimator has to see it."""
@@ -397,10 +429,27 @@ class MetaTrainer(Trainer):
         result = estimate(passes, self.estimator, step, self.episodes.state)
         if diagnostics is not None and exact is not None:
             diagnostics.compare(result, exact)
-        if tree.all_finite(result.grads):
+        if self._silent_steps is not None:
+            self._watch_silence(result, passes, step)
+        if tree.all_finite(result.grads) and bool(result.outer_loss.isfinite()):
             self._apply(result)
         else:
             self._skip(result)
+
+    def _watch_silence(self, result: Hypergradient, passes: PassContext, step: InnerStep) -> None:
+        """Warn where the first hypergradient is exactly zero; end the run where the first ten are.
+
+        One alone may be right: a batch need not read lam.
+        """
+        assert self._silent_steps is not None
+        if tree.norm(result.grads) != 0:
+            self._silent_steps = None
+            return
+        self._silent_steps += 1
+        if self._silent_steps == 1:
+            logger.warning("step %d: %s", self.state.global_step, why_zero(passes, step))
+        if self._silent_steps >= _SILENCE:
+            raise ValueError(f"all of the first {_SILENCE} meta steps: {why_zero(passes, step)}")
 
     def estimate(self, estimator: Estimator) -> Hypergradient:
         """The hypergradient, by any estimator, of a step to come from here over the last window; nothing is changed.
@@ -509,13 +558,17 @@ class MetaTrainer(Trainer):
         """
         if not estimator.needs_update_rule:
             return SGD(0.0), {"step": 0, "momentum_buffer": {}}
+        try:
+            optimizer_rule(_plain(self.optimizer))
+        except ValueError as reason:
+            names_of_others = ", ".join(takes_any_optimizer())
+            raise ValueError(f"{reason}, or an estimator that takes any optimizer: {names_of_others}") from None
         names = {parameter: name for name, parameter in self.model.base_parameters().items()}
         limit = self.args.max_grad_norm or None
         rule, state = from_optimizer(
             _plain(self.optimizer), names, max_grad_norm=limit, steps=self._steps_of_optimizer() + made
         )
-        rule = _tuned(rule, self.model)
-        return rule, {key: _gathered(held, rows) if isinstance(held, dict) else held for key, held in state.items()}
+        return _tuned(rule, self.model), map_trees(lambda held: _gathered(held, rows), state)
 
     def _steps_of_optimizer(self) -> int:
         """How many steps the base optimiser has made since its state was fresh."""
@@ -532,7 +585,7 @@ class MetaTrainer(Trainer):
             group.update(acting)
 
     def _take_gradient(self, rows: tree.Tree) -> tree.Tree:
-        """The base gradient as it was before clipping; `.grad` is empty afterwards."""
+        """The base gradient as it was before clipping, where there is one; `.grad` is empty afterwards."""
         limit, norm = self.args.max_grad_norm or math.inf, self._grad_norm or 0.0
         clipped, is_read = norm + 1e-6 > limit, self._at_work()[-1].needs_update_rule
         taken = {}
@@ -541,10 +594,9 @@ class MetaTrainer(Trainer):
             if not is_read:
                 continue
             if name in rows:
-                gradient = self._row_gradients.pop(name) if gradient is None else gradient[rows[name]]
-            if gradient is None:
-                gradient = torch.zeros_like(parameter[rows[name]] if name in rows else parameter)
-            taken[name] = gradient.mul_((norm + 1e-6) / limit) if clipped else gradient
+                gradient = self._row_gradients.pop(name) if gradient is None else _dense(gradient)[rows[name]]
+            if gradient is not None:  # without one the optimiser has passed the parameter over
+                taken[name] = _dense(gradient).mul_((norm + 1e-6) / limit) if clipped else _dense(gradient)
         self._row_gradients.clear()
         return taken
 
@@ -622,6 +674,7 @@ class MetaTrainer(Trainer):
             for name, holder in self._stateful().items():
                 holder.load_state_dict(saved[name])
             self.skipped_meta_steps, self._skipped_in_a_row = saved["skipped"]
+            self._silent_steps = None  # the start is behind it
         if self.episodes is not None:
             self.episodes.to(self.args.device)
 
@@ -769,9 +822,8 @@ def _gathered(leaves: tree.Tree, rows: tree.Tree | None) -> tree.Tree:
     return {name: leaf.detach()[rows[name]] if name in rows else leaf.detach() for name, leaf in leaves.items()}
 
 
-def _map_state(fn: Any, state: UpdateState) -> UpdateState:
-    """`fn` of every tensor of an optimiser's state."""
-    return {key: tree.tree_map(fn, held) if isinstance(held, dict) else held for key, held in state.items()}
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
