@@ -159,8 +159,11 @@ class MetaTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Share of the way that episode_reset: reptile moves the start."}
     )
     meta_portion: float = field(
-        default=0.5,
-        metadata={"help": "Share of each draw of meta rows that judges (outer loss); the rest joins the train rows."},
+        default=1.0,
+        metadata={
+            "help": "Share of each draw of meta rows that judges (outer loss); the rest joins the train rows, where the "
+            "task can join them."
+        },
     )
     per_device_meta_batch_size: int = field(
         default=12, metadata={"help": "Meta rows drawn per micro-batch and device."}

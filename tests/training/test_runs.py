@@ -74,6 +74,15 @@ def test_results_are_kept_where_the_settings_are_the_same(tmp_path: Path) -> Non
         finished_run(file, settings)
 
 
+def test_a_default_of_earlier_versions_is_known(tmp_path: Path) -> None:
+    """Of 0.5 they said nothing."""
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"settings": {"seed": 1}}), encoding="utf-8")
+    finished_run(file, {"seed": 1, "meta_portion": 0.5})
+    with pytest.raises(ValueError, match="made with another meta_portion"):
+        finished_run(file, {"seed": 1, "meta_portion": 1.0})
+
+
 def test_settings_off_their_defaults_and_those_always_named(tmp_path: Path) -> None:
     found = training_settings(tiny_arguments(tmp_path, estimator="evograd", learning_rate=5e-5, weight_decay=0.25))
     assert found.items() >= {"estimator": "evograd", "learning_rate": 5e-5, "weight_decay": 0.25, "seed": 3}.items()
