@@ -53,7 +53,7 @@ class NerTrainingArguments(MetaTrainingArguments):
 
     meta_portion: float = field(
         default=0.5,
-        metadata={"help": "Share of each draw of target rows that judges (outer loss); the rest joins the train rows."},
+        metadata={"help": "Share of each draw of target rows that judges (outer loss); the rest trains."},
     )
 
 

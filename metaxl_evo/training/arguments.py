@@ -161,8 +161,8 @@ class MetaTrainingArguments(TrainingArguments):
     meta_portion: float = field(
         default=1.0,
         metadata={
-            "help": "Share of each draw of meta rows that judges (outer loss); the rest joins the train rows, where the "
-            "task can join them."
+            "help": "Share of each draw of meta rows that judges (outer loss); the rest joins the train rows, where "
+            "the task can join them."
         },
     )
     per_device_meta_batch_size: int = field(
@@ -219,11 +219,22 @@ class MetaTrainingArguments(TrainingArguments):
         self._check_sizes()
         refuse_engines(self)
         super().__post_init__()
+        if self.meta_seed is None:
+            self.meta_seed = self.seed
         refuse_lost_processes(self)
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # the trainer averages running statistics, and no other buffer moves
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # losses read all base parameters; the search takes time and warns
+        self.check_settings()
+
+    def check_settings(self) -> None:
+        """Check the values that TrainingArguments knows nothing of, also of arguments changed since (a trial's).
+
+        Raises:
+            ValueError: one line for the first value that cannot be, with the valid choices.
+        """
+        self._check_sizes()
         if self.meta_order not in META_ORDERS:
             raise ValueError(unknown("meta_order", self.meta_order, META_ORDERS))
         if self.episode_reset not in EPISODE_RESETS:
@@ -238,8 +249,6 @@ class MetaTrainingArguments(TrainingArguments):
         if schedule not in META_SCHEDULES:
             raise ValueError(unknown("meta_lr_scheduler_type", str(schedule), META_SCHEDULES))
         self.meta_lr_scheduler_type = SchedulerType(schedule)
-        if self.meta_seed is None:
-            self.meta_seed = self.seed
         self.make_estimator()
         self._try_out()
 

@@ -16,7 +16,15 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 OWN_FILES = (RESULTS, "config.json", "model.safetensors", "README.md", "training_args.bin")
-ALWAYS_NAMED = ("estimator", "estimator_kwargs", "learning_rate", "meta_learning_rate", "meta_portion", "seed", "meta_seed")
+ALWAYS_NAMED = (
+    "estimator",
+    "estimator_kwargs",
+    "learning_rate",
+    "meta_learning_rate",
+    "meta_portion",
+    "seed",
+    "meta_seed",
+)
 OUTSIDE = (  # settings that do not change the results
     *("output_dir", "resume_from_checkpoint", "check", "disable_tqdm", "report_to", "run_name", "project"),
     *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "use_cpu", "dataloader_pin_memory"),
