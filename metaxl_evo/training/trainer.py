@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import shutil
 import warnings
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import nested_detach
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext, devices_of, mix_seed
@@ -53,7 +55,7 @@ from metaxl_evo.training.diagnostics import Diagnostics
 from metaxl_evo.training.episodes import Episodes
 from metaxl_evo.training.isolation import kept_random_state
 from metaxl_evo.training.launch import refuse_launch
-from metaxl_evo.training.meta_rows import DrawnByEpoch, MetaRows, tell_epoch
+from metaxl_evo.training.meta_rows import DrawnByEpoch, MetaRows, StreamedMetaRows, make_meta_rows, tell_epoch
 from metaxl_evo.training.synchrony import average_statistics, require_synchrony, synchronise
 from metaxl_evo.training.tuned import fit_groups, keep_in_range, put_numbers, refuse_tuned, tuned_rule
 
@@ -71,7 +73,7 @@ class MetaTrainer(Trainer):
         model: the task; None with `model_init`, which makes it anew in each training (`hyperparameter_search`).
         args: both levels' arguments.
         meta_dataset: the rows that judge; a share of them (`1 - meta_portion`) joins the train rows. May be left out
-            where `args.estimator` is `none`. It, and `train_dataset`, may be `DrawnByEpoch`.
+            where `args.estimator` is `none`. It, and `train_dataset`, may be `DrawnByEpoch`, or stream.
         kwargs: as for `transformers.Trainer`.
 
     Attributes:
@@ -129,6 +131,7 @@ class MetaTrainer(Trainer):
         self._meta_learning_rate: Any = args.meta_learning_rate
         self._skipped_in_a_row = 0
         self.skipped_meta_steps = 0
+        self._said = set[str]()
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     def _refuse_unfit(self, model: Any) -> None:
@@ -192,10 +195,10 @@ class MetaTrainer(Trainer):
 
     def _hp_search_setup(self, trial: Any) -> None:
         """As the Trainer's, and what the arguments of this trial make of the meta level."""
-        follows = self.args.meta_seed == self.args.seed
+        seed, meta_seed = self.args.seed, self.args.meta_seed
         super()._hp_search_setup(trial)
         if trial is not None:
-            if follows:
+            if meta_seed == seed and self.args.meta_seed == meta_seed:  # it follows the seed
                 self.args.meta_seed = self.args.seed
             self.args.check_settings()
             self.estimator = self.args.make_estimator()
@@ -275,11 +278,11 @@ class MetaTrainer(Trainer):
         self._window_rows = None
         return batches, items
 
-    def _make_meta_rows(self) -> MetaRows | None:
+    def _make_meta_rows(self) -> MetaRows | StreamedMetaRows | None:
         if self.meta_dataset is None:
             return None
         args = self.args
-        return MetaRows(
+        return make_meta_rows(
             self.meta_dataset,
             args.per_device_meta_batch_size * args.world_size,
             portion=args.meta_portion,
@@ -331,6 +334,43 @@ class MetaTrainer(Trainer):
         if return_outputs or not model.training:
             return found
         return found * self.accelerator.num_processes
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """The base's outputs on the columns that it takes, and a loss where it gives one; the labels as they came."""
+        inputs = self._prepare_inputs(inputs)
+        held = [inputs.get(name) for name in self.label_names]
+        labels = None if not held or any(one is None for one in held) else nested_detach(tuple(held))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**self._taken_by_base(inputs))
+        loss, logits = outputs_of(outputs, ignore_keys, self.model)
+        if loss is None and labels is not None:
+            self._say_once(
+                "the base gives no loss in evaluation: eval_loss is left out, compute_metrics sees its outputs"
+            )
+        if prediction_loss_only:
+            return loss, None, None
+        logits = nested_detach(logits)
+        single = labels is not None and len(labels) == 1
+        return loss, logits[0] if len(logits) == 1 else logits, labels[0] if labels is not None and single else labels
+
+    def _taken_by_base(self, inputs: Any) -> dict[str, Any]:
+        """The columns that the base's forward names; all where it takes any, or the task has its own forward."""
+        taken = inspect.signature(self.model.plain_base.forward).parameters
+        any_name = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
+        if any_name or type(self.model).forward is not BilevelModule.forward:
+            return dict(inputs)
+        left = sorted(inputs.keys() - taken.keys())
+        if left:
+            kind = type(self.model.plain_base).__name__
+            self._say_once(f"evaluation leaves out {', '.join(left)}: {kind}.forward takes {', '.join(taken)}")
+        return {name: value for name, value in inputs.items() if name in taken}
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning("%s", text)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -833,6 +873,21 @@ def _with_drops(args: MetaTrainingArguments, optimizer: Any, steps: int) -> Lamb
     """
     drops = [round(share * steps) for share in args.lr_milestones or ()]
     return LambdaLR(optimizer, lambda step: args.lr_milestone_factor ** bisect_right(drops, step))
+
+
+def outputs_of(outputs: Any, ignore_keys: list[str] | None, model: Any) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """A loss, if there is one, and what else a base gave: a mapping, a tuple whose first is a number, or a tensor."""
+    if isinstance(outputs, Mapping):
+        if ignore_keys is None:
+            ignore_keys = getattr(getattr(model, "config", None), "keys_to_ignore_at_inference", ["past_key_values"])
+        loss = outputs.get("loss")
+        rest = tuple(value for key, value in outputs.items() if key not in [*ignore_keys, "loss"])
+    elif isinstance(outputs, tuple):
+        first = outputs[0] if isinstance(outputs[0], Tensor) and outputs[0].dim() == 0 else None
+        loss, rest = first, outputs if first is None else outputs[1:]
+    else:
+        loss, rest = None, (outputs,)
+    return None if loss is None else loss.detach().mean(), rest
 
 
 def takes_any_optimizer() -> list[str]:

@@ -229,7 +229,7 @@ def test_a_search_makes_the_meta_level_anew_in_each_trial(tmp_path: Path, monkey
     trials: list[dict[str, Any]] = [
         {"meta_learning_rate": 0.01, "estimator": "evograd", "estimator_kwargs": {"copies": 4}},
         {"meta_learning_rate": 0.05, "estimator": "one_step", "estimator_kwargs": {}, "meta_portion": 1.0},
-        {"seed": 8, "per_device_meta_batch_size": 2},
+        {"meta_seed": 8, "per_device_meta_batch_size": 2},
     ]
     found: Any = from_init(tmp_path, init).hyperparameter_search(
         backend="optuna", n_trials=3, hp_space=lambda trial: trial.params, trials=trials
