@@ -179,6 +179,12 @@ class MetaTrainingArguments(TrainingArguments):
             "hypergradient, log how near the estimate is to it, and warn once of what swamps it (0: off)."
         },
     )
+    meta_history: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave meta_history.csv in output_dir, a row a log, and where matplotlib is a picture of it."
+        },
+    )
     meta_seed: int | None = field(
         default=None, metadata={"help": "Seed of the meta rows' order and of the estimator's noise (default: seed)."}
     )

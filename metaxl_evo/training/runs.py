@@ -11,11 +11,12 @@ from typing import Any
 from metaxl_evo.messages import one_line
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.checkpoint import as_named
+from metaxl_evo.training.history import HISTORY
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-OWN_FILES = (RESULTS, "config.json", "model.safetensors", "README.md", "training_args.bin")
+OWN_FILES = (RESULTS, "config.json", "model.safetensors", "README.md", "training_args.bin", HISTORY)
 ALWAYS_NAMED = (
     "estimator",
     "estimator_kwargs",
@@ -27,7 +28,15 @@ ALWAYS_NAMED = (
 )
 OUTSIDE = (  # settings that do not change the results
     *("output_dir", "resume_from_checkpoint", "check", "disable_tqdm", "report_to", "run_name", "project"),
-    *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "use_cpu", "dataloader_pin_memory"),
+    *(
+        "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
+        "log_level",
+        "meta_history",
+        "use_cpu",
+        "dataloader_pin_memory",
+    ),
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_token", "save_total_limit"),
 )
 EXTENDED = (  # settings with which a run that was cut off may go on, longer, or on other machines

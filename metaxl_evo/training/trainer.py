@@ -53,6 +53,7 @@ from metaxl_evo.training.checkpoint import (
 )
 from metaxl_evo.training.diagnostics import Diagnostics
 from metaxl_evo.training.episodes import Episodes
+from metaxl_evo.training.history import History, logged_lam
 from metaxl_evo.training.isolation import kept_random_state
 from metaxl_evo.training.launch import refuse_launch
 from metaxl_evo.training.meta_rows import DrawnByEpoch, MetaRows, StreamedMetaRows, make_meta_rows, tell_epoch
@@ -105,7 +106,9 @@ class MetaTrainer(Trainer):
         _refuse_data(args, kwargs.get("train_dataset"), meta_dataset, kwargs.get("eval_dataset"))
         if args.should_save and model is not None:
             require_writable(args.output_dir)
-        super().__init__(model=model, args=args, callbacks=[*(callbacks or []), _MetaSteps(self)], **kwargs)
+        super().__init__(
+            model=model, args=args, callbacks=[*(callbacks or []), _MetaSteps(self), History(self)], **kwargs
+        )
         if self.accelerator.num_processes > 1:
             synchronise(self.model)
             # The Trainer has no other name for it yet.
@@ -132,6 +135,7 @@ class MetaTrainer(Trainer):
         self._skipped_in_a_row = 0
         self.skipped_meta_steps = 0
         self._said = set[str]()
+        self._start_of_lam: tree.Tree = {}  # of the run, also after resume
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     def _refuse_unfit(self, model: Any) -> None:
@@ -180,6 +184,7 @@ class MetaTrainer(Trainer):
         self._window, self._window_rows, self._window_is_new = ([], []), None, False
         self.skipped_meta_steps = self._skipped_in_a_row = 0
         self._metrics.clear()
+        self._start_of_lam = tree.clone(self.model.meta_parameters())
         return super()._inner_training_loop(*args, **kwargs)
 
     # ---- a model made anew in each training
@@ -680,6 +685,7 @@ class MetaTrainer(Trainer):
         if "loss" in logs and self.meta_optimizer is not None:
             logs |= {key: sum(values) / len(values) for key, values in self._metrics.items()}
             logs["meta_learning_rate"] = self._meta_learning_rate
+            logs |= logged_lam(self.model.meta_parameters(), self._start_of_lam)
             if self.skipped_meta_steps:
                 logs["skipped_meta_steps"] = self.skipped_meta_steps
             self._metrics.clear()
@@ -747,7 +753,7 @@ class MetaTrainer(Trainer):
         if self.args.should_save:
             states = {name: holder.state_dict() for name, holder in self._stateful().items()}
             skipped = [self.skipped_meta_steps, self._skipped_in_a_row]
-            torch.save({**states, "skipped": skipped}, Path(output_dir) / META_STATE)
+            torch.save({**states, "skipped": skipped, "start": self._start_of_lam}, Path(output_dir) / META_STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -758,6 +764,8 @@ class MetaTrainer(Trainer):
             for name, holder in self._stateful().items():
                 holder.load_state_dict(saved[name])
             self.skipped_meta_steps, self._skipped_in_a_row = saved["skipped"]
+            start = saved.get("start", {})  # checkpoints of earlier versions have none
+            self._start_of_lam |= {name: leaf.to(self.args.device) for name, leaf in start.items()}
         if self.episodes is not None:
             self.episodes.to(self.args.device)
 
