@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
     from metaxl_evo.models.bilevel_module import BilevelModule
     from metaxl_evo.models.rtn import RepresentationTransform
+    from metaxl_evo.models.weight_net import WeightNet
     from metaxl_evo.training.arguments import MetaTrainingArguments
     from metaxl_evo.training.trainer import MetaTrainer
 
@@ -27,6 +28,7 @@ _HOMES = {
     "make_estimator": "metaxl_evo.estimators",
     "BilevelModule": "metaxl_evo.models.bilevel_module",
     "RepresentationTransform": "metaxl_evo.models.rtn",
+    "WeightNet": "metaxl_evo.models.weight_net",
     "MetaTrainingArguments": "metaxl_evo.training.arguments",
     "MetaTrainer": "metaxl_evo.training.trainer",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "MetaTrainingArguments",
     "RepresentationTransform",
     "Response",
+    "WeightNet",
     "hypergradient",
     "make_estimator",
     "run_episode",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EvalPrediction, PreTrainedModel
 
-from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.arguments import VisionArguments
 from vision_tasks.backbones import BACKBONES
@@ -74,10 +74,7 @@ class ImageTask(BilevelModule):
         return (images - self.image_mean) / self.image_std
 
     def outer_loss(self, batch: Batch) -> Tensor:
-        return self.costs(batch["images"], batch["labels"]).sum() / totals_of(self, batch)["images"]
-
-    def counts(self, batch: Batch) -> dict[str, int]:
-        return {"images": len(batch["labels"])}
+        return self.costs(batch["images"], batch["labels"])
 
     def forward(self, **batch: Any) -> Any:
         if self.training:

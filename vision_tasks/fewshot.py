@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from metaxl_evo.bilevel.problem import BilevelProblem
 from metaxl_evo.messages import unknown
-from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule, totals_of
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from vision_tasks.feature_transform import SUBFOLDER, FeatureTransform
 from vision_tasks.heads import HEADS
 
@@ -208,21 +208,20 @@ class CrossDomainFewShot(BilevelModule):
             "aux_images": batch["aux_labels"].numel() if "aux_labels" in batch else 0,
         }
 
-    def inner_loss(self, batch: Batch) -> Tensor:
-        loss = self._episodes_loss(batch, batch["noise_seed"].tolist())
-        if "aux_labels" not in batch:
-            return loss
-        # Behind the episodes: the backward of a pass in evaluation mode reads the running statistics, which a training
-        # pass moves in place.
-        return loss + self._aux_loss(batch)
+    def inner_loss(self, batch: Batch) -> dict[str, Tensor]:
+        losses = {"episodes": self._episode_losses(batch, batch["noise_seed"].tolist())}
+        if "aux_labels" in batch:
+            # Behind the episodes: the backward of a pass in evaluation mode reads the running statistics, which a
+            # training pass moves in place.
+            losses["aux_images"] = self._aux_losses(batch)
+        return losses
 
-    def outer_loss(self, batch: Batch) -> Tensor:
+    def outer_loss(self, batch: Batch) -> dict[str, Tensor]:
         with evaluating(self.base):
-            return self._episodes_loss(batch)
+            return {"episodes": self._episode_losses(batch)}
 
     def reads_lam(self, batch: Batch) -> Batch:
-        episodes = {key: value for key, value in batch.items() if not key.startswith("aux_")}
-        return {**episodes, TOTALS: totals_of(self, batch)}
+        return {key: value for key, value in batch.items() if not key.startswith("aux_")}
 
     def problem(self, *args: Any, **kwargs: Any) -> BilevelProblem:
         if self.method != "learned":
@@ -235,21 +234,21 @@ class CrossDomainFewShot(BilevelModule):
     def load_meta(self, folder: str | Path) -> None:
         self.meta.load_state_dict(FeatureTransform.from_pretrained(folder).state_dict())
 
-    def _episodes_loss(self, batch: Batch, seeds: Sequence[int] | None = None) -> Tensor:
-        """The episodes one by one, as batch norm's statistics are of one; with `seeds` the transform acts."""
+    def _episode_losses(self, batch: Batch, seeds: Sequence[int] | None = None) -> Tensor:
+        """(E,), one by one, as batch norm's statistics are of one episode; with `seeds` the transform acts."""
         losses = []
         for index, labels in enumerate(batch["labels"]):
             with nullcontext() if seeds is None or self.method == "none" else self.meta.active(seeds[index]):
                 scores = self.base.scores(batch["support"][index], batch["query"][index])
             losses.append(self.base.head.loss(scores, labels))
-        return torch.stack(losses).sum() / totals_of(self, batch)["episodes"]
+        return torch.stack(losses)
 
-    def _aux_loss(self, batch: Batch) -> Tensor:
+    def _aux_losses(self, batch: Batch) -> Tensor:
+        """(E, A)."""
         with evaluating(self.base):
             logits = self.base.classify(batch["aux_images"].flatten(0, 1))  # (E * A, classes)
         losses = F.cross_entropy(logits, batch["aux_labels"].flatten(), reduction="none")
-        weighted = losses.view_as(batch["aux_labels"]) * batch["aux_weight"].to(losses)[:, None]  # (E, A)
-        return weighted.sum() / totals_of(self, batch)["aux_images"]
+        return losses.view_as(batch["aux_labels"]) * batch["aux_weight"].to(losses)[:, None]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from metaxl_evo.models.weight_net import SUBFOLDER, WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
@@ -22,7 +23,7 @@ from vision_tasks.classification import USAGE, ClassifierArguments, accuracy, ma
 from vision_tasks.experiment import VisionTask
 from vision_tasks.images import ImageRows, ImageSet, load_images
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
-from vision_tasks.weight_net import NORMALISATIONS, SUBFOLDER, WeightedClassifier, WeightNet
+from vision_tasks.weight_net import NORMALISATIONS, WeightedClassifier
 
 METHODS = ("meta_weight_net", "baseline")
 AUGMENTATIONS = {"none": None, "pad_crop_flip": PadCropFlip()}
@@ -50,7 +51,7 @@ class NoisyLabelsArguments(ClassifierArguments):
         metadata={"help": "Hidden units of the weighting network, which has 3 times as many parameters + 1."},
     )
     weight_normalisation: str = field(
-        default="sum", metadata={"help": f"Weights of a micro-batch divided by their: {', '.join(NORMALISATIONS)}."}
+        default="mean", metadata={"help": f"Weights of a micro-batch divided by their: {', '.join(NORMALISATIONS)}."}
     )
     noise: str = field(default="flip2", metadata={"help": f"One of {', '.join(NOISES)}."})
     noise_rate: float = field(
@@ -97,7 +98,7 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
     title = "Learning with noisy labels"
     sources = ("Shu et al., Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting, NeurIPS 2019",)
     usage = (
-        f"{USAGE}\n\nfrom vision_tasks.weight_net import WeightNet\n\n"
+        f"{USAGE}\n\nfrom metaxl_evo.models.weight_net import WeightNet\n\n"
         'weigh = WeightNet.from_pretrained("FOLDER")  # losses (B,) -> weights (B,)'
     )
     own_files = (SUBFOLDER,)

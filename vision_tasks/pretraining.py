@@ -14,7 +14,7 @@ from transformers import ResNetModel
 
 from metaxl_evo.bilevel.passes import mix_seed
 from metaxl_evo.messages import one_line
-from metaxl_evo.models.bilevel_module import Batch, totals_of
+from metaxl_evo.models.bilevel_module import Batch
 from vision_tasks.augmentation import Transform
 from vision_tasks.episodes import Auxiliary
 from vision_tasks.feature_transform import FeatureTransform
@@ -34,9 +34,8 @@ class EncoderPretraining(CrossDomainFewShot):
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"images": len(batch["labels"])}
 
-    def inner_loss(self, batch: Batch) -> Tensor:
-        losses = F.cross_entropy(self.base.classify(batch["images"]), batch["labels"], reduction="sum")
-        return losses / totals_of(self, batch)["images"]
+    def inner_loss(self, batch: Batch) -> dict[str, Tensor]:
+        return {"images": F.cross_entropy(self.base.classify(batch["images"]), batch["labels"], reduction="none")}
 
 
 class ClassifierRows(Dataset[dict[str, Tensor]]):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from metaxl_evo.models.bilevel_module import Batch, totals_of
+from metaxl_evo.models.bilevel_module import Batch
 from metaxl_evo.models.network_files import load_network, save_network
 from vision_tasks.classification import ImageTask
 from vision_tasks.images import ImageSet
@@ -71,7 +71,7 @@ class RotatedClassifier(ImageTask):
 
     def inner_loss(self, batch: Batch) -> Tensor:
         images = self.meta(batch["images"]) if self.rotated else batch["images"]
-        return self.costs(images, batch["labels"]).sum() / totals_of(self, batch)["images"]
+        return self.costs(images, batch["labels"])
 
     def save_meta(self, folder: str | Path) -> None:
         save_network(Path(folder) / SUBFOLDER, MODEL_TYPE, {"degrees": self.meta.degrees}, self.meta)

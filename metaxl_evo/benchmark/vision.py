@@ -11,6 +11,7 @@ import torch
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.problems import MeasuredTrainer, measured_trainer, step_arguments
+from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from vision_tasks.augmentation import EvaluationTransform
 from vision_tasks.classification import make_classifier
@@ -22,7 +23,7 @@ from vision_tasks.images import ImageRows, ImageSet, drawn
 from vision_tasks.noisy_labels import NoisyLabels, make_noisy
 from vision_tasks.rotation import RotatedClassifier, Rotation, rotated
 from vision_tasks.symbols import LOOKS
-from vision_tasks.weight_net import WeightedClassifier, WeightNet
+from vision_tasks.weight_net import WeightedClassifier
 
 CLASSES = 10
 EPOCH = CLASSES  # steps' worth of images, so that there are equally many of each class
@@ -76,7 +77,7 @@ def weighted_classifier(
     settings: BenchmarkArguments, images: ImageSet, width: int | None, hidden: int
 ) -> WeightedClassifier:
     """Meta-Weight-Net for such images."""
-    return WeightedClassifier(_classifier(settings, images, width), WeightNet(hidden))
+    return WeightedClassifier(_classifier(settings, images, width), WeightNet(hidden), normalisation="sum")
 
 
 def noisy_images(settings: BenchmarkArguments, train: int, meta: int) -> NoisyLabels:

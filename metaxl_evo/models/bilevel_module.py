@@ -8,26 +8,43 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from metaxl_evo.bilevel.passes import for_this_pass
 from metaxl_evo.bilevel.problem import BilevelProblem, Split
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, Windowed
-from metaxl_evo.messages import first_line
+from metaxl_evo.messages import first_line, one_line
 from metaxl_evo.models.adapters import ADAPTER, is_adapted, load_adapter, merged, plain_model, save_adapter
-
-Batch = dict[str, Any]
+from metaxl_evo.models.heads import columns_of, labelled_tokens, row_losses, token_losses
+from metaxl_evo.models.losses import (
+    TOTALS,
+    WINDOW,
+    Batch,
+    Losses,
+    as_window,
+    counts_of,
+    mean_share,
+    rows_of,
+    totals_of,
+    view_of,
+)
+from metaxl_evo.models.network_files import WEIGHTS_FILE
 
 Places = Mapping[str, Sequence[tuple[Any, str]]]  # a parameter's name -> the modules that hold it, and their names
 
-TOTALS = "totals"  # batch key: the counts of the whole accumulation window, over all ranks
+__all__ = ["TOTALS", "Batch", "BilevelModule", "Cut", "places_of", "swapped", "totals_of"]
+
+META = "meta"  # where the default `save_meta` writes
 
 
 class Cut(NamedTuple):
@@ -35,16 +52,21 @@ class Cut(NamedTuple):
 
     names: frozenset[str]
     hidden: Callable[[Tensor | None, Batch], Tensor]
-    loss: Callable[[Tensor, Batch], Tensor]
+    loss: Callable[[Tensor, Batch], Losses]
     prefix: Callable[[Batch], Tensor] | None = None
 
 
 class BilevelModule(nn.Module, ABC):
     """What `MetaTrainer` trains: `base` by the inner loss, `meta` by hypergradients of the outer loss.
 
-    A task subclasses it with its two losses, both *sums over items divided by the totals* of the whole accumulation
-    window (`batch["totals"]`, as `counts` counts them; a batch alone is its own window), so that 8 x 1 = 4 x 2.
-    The forward is the inner loss in training and the plain base in evaluation, where the meta network never acts.
+    A task subclasses it with its two losses. **A loss returns the losses of its items**; their mean over the items of
+    the whole accumulation window and all processes is taken by the framework, so that 8 x 1 = 4 x 2 = 2 processes x
+    4 x 1. An item is a row and a loss is of shape (B,), unless `counts` says otherwise. What does not count is left
+    out (`losses[mask]`) or masked (the pair `losses, mask`), never zero. A dict of named losses is a sum of means:
+    `counts` then has the same names, a mean may have no items in a micro-batch, and its weight is a factor of its
+    losses. A 0-d tensor is the mean over `counts` where the task defines it; without, it is right for one micro-batch
+    on one process, and refused elsewhere. The forward is the inner loss in training and the plain base in evaluation,
+    where the meta network never acts.
 
     Attributes:
         stop_gradients: whether the losses call `stop_gradient` on live activations.
@@ -54,6 +76,9 @@ class BilevelModule(nn.Module, ABC):
             base parameter names to these. The trainer puts them into the optimiser before every step.
         tuned_ranges: the least and the largest value of each of these numbers (default: not below 0; momentum 0 to 1);
             after a meta step they are put back into it.
+
+    Raises:
+        ValueError: for a parameter that is in both networks.
     """
 
     base: Any  # an nn.Module; its class says what else it has
@@ -65,22 +90,51 @@ class BilevelModule(nn.Module, ABC):
 
     def __init__(self, base: nn.Module, meta: nn.Module):
         super().__init__()
+        _refuse_shared(base, meta)
         self.base, self.meta = base, meta
         meta.requires_grad_(
             False
         )  # learned by hypergradients only: not in the base backward, its clipping, its optimiser
 
     @abstractmethod
-    def inner_loss(self, batch: Batch) -> Tensor:
-        """Training loss of one micro-batch at the current base and meta parameters, a 0-d tensor."""
+    def inner_loss(self, batch: Batch) -> Losses:
+        """Training losses of one micro-batch at the current base and meta parameters."""
 
     @abstractmethod
-    def outer_loss(self, batch: Batch) -> Tensor:
-        """Meta loss of one micro-batch of meta rows, a 0-d tensor."""
+    def outer_loss(self, batch: Batch) -> Losses:
+        """Meta losses of one micro-batch of meta rows."""
 
-    @abstractmethod
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """The numbers of items that the losses' means divide by, in this micro-batch."""
+    def counts(self, batch: Batch) -> int | dict[str, int]:
+        """The number of items that a mean is over, in this micro-batch; by name where there are several means.
+
+        By default the number of rows. It has to be known before the first backward of a window, so it is read off the
+        batch, and what a loss returns is compared with it.
+        """
+        return rows_of(batch)
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether the task leaves `counts` at its default."""
+        return type(self).counts is BilevelModule.counts
+
+    def losses(self, batch: Batch, *, tokens: bool = False) -> Tensor:
+        """The losses (B,) of a Hugging Face head for classification, regression, tagging or language modelling.
+
+        Those of a row's tokens are averaged; `tokens=True` gives those of all labelled tokens, shape (N,), for a task
+        with `counts = labelled_tokens`. The batch has `labels`, as the model takes them.
+
+        Raises:
+            ValueError: for a head whose losses are not known, a row without a labelled token, a batch without labels.
+        """
+        return (
+            token_losses(self.plain_base, self.base, batch)
+            if tokens
+            else row_losses(self.plain_base, self.base, batch)
+        )
+
+    def labelled_tokens(self, batch: Batch) -> int:
+        """How many losses `losses(batch, tokens=True)` returns."""
+        return labelled_tokens(self.plain_base, batch)
 
     def join(self, batch: Batch, extra: Batch) -> Batch:
         """Train rows and the train part of the meta rows as one micro-batch."""
@@ -120,8 +174,18 @@ class BilevelModule(nn.Module, ABC):
         """The base without its peft wrapper, if it has one: it names and holds the parts of the model as ever."""
         return plain_model(self.base)
 
+    def mean_inner_loss(self, batch: Batch) -> Tensor:
+        """What a micro-batch adds to the mean of the inner losses over its window, a 0-d tensor."""
+        return mean_share(self, "inner_loss", self.inner_loss, batch)
+
+    def mean_outer_loss(self, batch: Batch) -> Tensor:
+        """The same of the outer losses."""
+        return mean_share(self, "outer_loss", self.outer_loss, batch)
+
     def forward(self, **batch: Any) -> Any:
-        return {"loss": self.inner_loss(batch)} if self.training else self.base(**batch)
+        if self.training:
+            return {"loss": self.mean_inner_loss(batch)}
+        return self.base(**columns_of(self.plain_base, batch))
 
     @property
     def config(self) -> Any:
@@ -180,6 +244,8 @@ class BilevelModule(nn.Module, ABC):
                 excepted.
             rows: `touched_rows` of every batch there will be; the weights then hold these rows of the embeddings only.
         """
+        if not any(True for _ in self.meta.parameters()):
+            raise ValueError(f"{type(self).__name__}.meta has no parameters to learn: set estimator: none")
         obstacle = self.second_order_obstacle
         base, meta = places_of(self.plain_base), places_of(self.meta)
         rows = {} if rows is None else rows
@@ -195,26 +261,53 @@ class BilevelModule(nn.Module, ABC):
             return evaluate
 
         return BilevelProblem(
-            inner_loss=at(self.inner_loss),
-            outer_loss=at(self.outer_loss),
+            inner_loss=at(self.mean_inner_loss),
+            outer_loss=at(self.mean_outer_loss),
             update=update,
-            parts=_micro_batches,
+            parts=partial(as_window, self),
             scope=lambda: self._frozen(dropout, embeddings),
-            split=_split(self.cut(), at) if obstacle is None else None,
+            split=self._split(at) if obstacle is None else None,
             second_order=obstacle is None,
             stop_gradients=self.stop_gradients,
             direct_term=self.direct_term,
-            reads_lam=self.reads_lam if not dropout else _same,  # other rows, other masks
+            reads_lam=self._reading_lam if not dropout else _same,  # other rows, other masks
             rows=rows,
         )
 
-    @abstractmethod
-    def save_meta(self, folder: str | Path) -> None:
-        """Write the meta network into its own subfolder of `folder`."""
+    def _reading_lam(self, part: Batch) -> Batch:
+        view = view_of(part)
+        fewer = self.reads_lam(view)
+        if fewer is view:
+            return part
+        window = {WINDOW: {**part[WINDOW], "counts": counts_of(self, fewer)}} if WINDOW in part else {}
+        return {**fewer, TOTALS: part[TOTALS] if TOTALS in part else counts_of(self, view), **window}
 
-    @abstractmethod
+    def _split(self, at: Callable[..., Callable[..., Tensor]]) -> Split | None:
+        """The pieces as functions of the parameters; a suffix and a prefix read no meta parameters."""
+        cut = self.cut()
+        if cut is None:
+            return None
+        hidden = at(lambda below, batch: cut.hidden(below, view_of(batch)))
+        loss = at(lambda states, batch: mean_share(self, "cut().loss", cut.loss, batch, states))
+        prefix = None if cut.prefix is None else at(lambda batch: cut.prefix(view_of(batch)))
+        return Split(
+            cut.names,
+            hidden,
+            lambda w, states, batch: loss({name: w[name] for name in cut.names}, {}, states, batch),
+            None if prefix is None else lambda w, batch: prefix(w, {}, batch),
+        )
+
+    def save_meta(self, folder: str | Path) -> None:
+        """Write the meta network into its own subfolder of `folder`: `meta`, by its own `save_pretrained` if any."""
+        _save_network(self.meta, Path(folder) / META)
+
     def load_meta(self, folder: str | Path) -> None:
-        """Read back what `save_meta` wrote."""
+        """Read back what `save_meta` wrote.
+
+        Raises:
+            ValueError: for a file that is missing, damaged or of another network, named.
+        """
+        _load_network(self.meta, Path(folder) / META)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """The base as a plain Hugging Face folder, the meta network in its own subfolder.
@@ -224,7 +317,7 @@ class BilevelModule(nn.Module, ABC):
         if is_adapted(self.base):
             save_adapter(self.base, Path(folder) / ADAPTER)
         else:
-            self.base.save_pretrained(folder)
+            _save_network(self.base, Path(folder))
         self.save_meta(folder)
 
     def save_merged(self, folder: str | Path) -> None:
@@ -239,8 +332,10 @@ class BilevelModule(nn.Module, ABC):
         """
         if is_adapted(self.base):
             load_adapter(self.base, Path(folder) / ADAPTER)
-        else:
+        elif isinstance(self.base, PreTrainedModel):
             self._load_base(Path(folder))
+        else:
+            _load_network(self.base, Path(folder))
         self.load_meta(folder)
 
     def _load_base(self, folder: Path) -> None:
@@ -330,25 +425,8 @@ def _in_evaluation(layer: nn.Module, checkpointed: Callable[..., Any]) -> Callab
     return run
 
 
-def _micro_batches(batch: Any) -> Sequence[Any]:
-    return batch if isinstance(batch, (list, tuple)) else (batch,)
-
-
 def _same(batch: Batch) -> Batch:
     return batch
-
-
-def _split(cut: Cut | None, at: Callable[..., Callable[..., Tensor]]) -> Split | None:
-    """The pieces as functions of the parameters; a suffix and a prefix read no meta parameters."""
-    if cut is None:
-        return None
-    loss, prefix = at(cut.loss), None if cut.prefix is None else at(cut.prefix)
-    return Split(
-        cut.names,
-        at(cut.hidden),
-        lambda w, states, batch: loss({name: w[name] for name in cut.names}, {}, states, batch),
-        None if prefix is None else lambda w, batch: prefix(w, {}, batch),
-    )
 
 
 def _renumber(rows: Tensor) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
@@ -398,6 +476,28 @@ def swapped(places: Places, tensors: Mapping[str, Tensor]) -> Iterator[None]:
             held[key] = parameter
 
 
-def totals_of(module: BilevelModule, batch: Batch) -> Mapping[str, float | Tensor]:
-    """The totals that the losses of `batch` divide by: the window's where they were set, else the batch's own."""
-    return batch[TOTALS] if TOTALS in batch else module.counts(batch)
+def _refuse_shared(base: nn.Module, meta: nn.Module) -> None:
+    names = {id(parameter): name for name, parameter in base.named_parameters()}
+    shared = [(names[id(p)], name) for name, p in meta.named_parameters() if id(p) in names]
+    if shared:
+        raise ValueError(
+            f"base.{shared[0][0]} is meta.{shared[0][1]} ({len(shared)} parameters in all), and only one level can "
+            "learn it: give the meta network a copy (copy.deepcopy), or hand it what the base computes"
+        )
+
+
+def _save_network(network: Any, folder: Path) -> None:
+    """By the network's own `save_pretrained` where it has one, else its state as `model.safetensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if callable(getattr(network, "save_pretrained", None)):
+        network.save_pretrained(folder)
+    else:
+        save_model(network, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+
+
+def _load_network(network: nn.Module, folder: Path) -> None:
+    file = folder / WEIGHTS_FILE
+    try:
+        load_model(network, file, strict=True, device="cpu")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read ({one_line(error)}): use another checkpoint") from error

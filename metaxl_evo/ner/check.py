@@ -81,10 +81,13 @@ def _evaluation(trainer: MetaTrainer, problems: list[str]) -> dict[str, bool]:
     module.eval()
     before = tree.clone(module.meta_parameters())
     with torch.no_grad():
-        loss, logits = module.inner_loss(batch), module(**inputs).logits
+        loss, logits = module.mean_inner_loss(batch), module(**inputs).logits
         for parameter in module.meta_parameters().values():
             parameter.mul_(-2.0)
-        reaches, same = not torch.equal(loss, module.inner_loss(batch)), torch.equal(logits, module(**inputs).logits)
+        reaches, same = (
+            not torch.equal(loss, module.mean_inner_loss(batch)),
+            torch.equal(logits, module(**inputs).logits),
+        )
         for name, parameter in module.meta_parameters().items():
             parameter.copy_(before[name])
     if not same:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule, Cut, totals_of
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule, Cut
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform, encoder_layers
 
 IGNORED = -100
@@ -65,14 +65,14 @@ class CrossLingualTagger(BilevelModule):
             "target": int(labelled[~of_source].sum()),
         }
 
-    def inner_loss(self, batch: Batch) -> Tensor:
+    def inner_loss(self, batch: Batch) -> dict[str, Tensor]:
         if not self._has_plain_head:
-            return self._reduce(self._encode(batch, self.base).logits, batch)
+            return self._means(self._encode(batch, self.base).logits, batch)
         return self._suffix_loss(self._hidden(None, batch), batch)
 
-    def outer_loss(self, batch: Batch) -> Tensor:
+    def outer_loss(self, batch: Batch) -> dict[str, Tensor]:
         logits = self.base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return _token_loss(logits, batch["labels"]).sum() / _at_least_one(totals_of(self, batch)["target"])
+        return {"target": _token_loss(logits, batch["labels"])[batch["labels"] != IGNORED]}
 
     def cut(self) -> Cut | None:
         if not self._has_plain_head or (self.transform and len(self.meta.layers) > 1):
@@ -84,8 +84,7 @@ class CrossLingualTagger(BilevelModule):
         of_source = batch["language"] != TARGET  # (B,)
         if bool(of_source.all()) or not bool(of_source.any()):
             return batch
-        rows = {key: value[of_source] for key, value in batch.items() if isinstance(value, Tensor)}
-        return {**rows, TOTALS: totals_of(self, batch)}
+        return {key: value[of_source] for key, value in batch.items() if isinstance(value, Tensor)}
 
     def lookups(self, batch: Batch) -> dict[str, Tensor]:
         words = self.plain_base.get_input_embeddings()
@@ -162,31 +161,28 @@ class CrossLingualTagger(BilevelModule):
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).last_hidden_state
 
-    def _suffix_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
-        return self._reduce(self.plain_base.classifier(self.plain_base.dropout(hidden)), batch)
+    def _suffix_loss(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return self._means(self.plain_base.classifier(self.plain_base.dropout(hidden)), batch)
 
-    def _reduce(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The weighted sum of the two means, of logits (B', T, C)."""
+    def _means(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The weighted losses of the labelled tokens of either side, of logits (B', T, C)."""
         rows, layer = self._rows(batch)
-        losses = _token_loss(logits, rows["labels"]).sum(1)  # (B',), of a wider type than the logits under autocast
-        language = rows["language"]
-        totals = {key: torch.as_tensor(count).to(losses) for key, count in totals_of(self, batch).items()}
-        share = torch.where(
-            language == TARGET,
-            self.target_weight / _at_least_one(totals["target"]),
-            self.source_weight / _at_least_one(totals["source"]),
-        )  # (B',)
-        if layer is not None:
+        losses = _token_loss(logits, rows["labels"])  # (B', T), of a wider type than the logits under autocast
+        if layer is not None:  # a row's losses are the mixture of those of its copies
+            language = rows["language"]
             mixing = self.meta.mixing()[language.clamp(min=0), layer]
-            share = share * torch.where(language == TARGET, 1.0, mixing)
-        return (losses * share).sum()
+            mixed = losses * torch.where(language == TARGET, 1.0, mixing)[:, None]
+            first = torch.cumsum(layer == 0, 0) - 1  # (B',): the row that each is a copy of
+            losses = mixed.new_zeros(batch["labels"].shape).index_add(0, first, mixed)
+        labelled = batch["labels"] != IGNORED  # (B, T)
+        of_source = (batch["language"] != TARGET)[:, None]  # (B, 1)
+        return {
+            "source": self.source_weight * losses[labelled & of_source],
+            "target": self.target_weight * losses[labelled & ~of_source],
+        }
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each token, 0 where it has no label: (B, T, C), (B, T) -> (B, T)."""
     flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return flat.view_as(labels)
-
-
-def _at_least_one(count: float | Tensor) -> float | Tensor:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

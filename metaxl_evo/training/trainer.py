@@ -34,7 +34,8 @@ from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, from_optimiz
 from metaxl_evo.estimators import ESTIMATORS, Estimator
 from metaxl_evo.estimators.local import EngineEstimator
 from metaxl_evo.models.adapters import is_adapted
-from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule
+from metaxl_evo.models.losses import counts_of, set_totals, view_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.checkpoint import (
     META_STATE,
@@ -276,9 +277,9 @@ class MetaTrainer(Trainer):
                 if meta_rows:
                     judged.append(self._collate(meta_rows))
         if batches:
-            keys = tuple(self.model.counts(batches[0]))
+            names = tuple(counts_of(self.model, view_of(batches[0])))
             for window in (batches, judged):
-                self._set_totals(window, keys)
+                set_totals(self.model, window, names, self._over_processes)
         self._window, self._window_is_new = (batches, judged), True
         self._window_rows = None
         return batches, items
@@ -306,14 +307,12 @@ class MetaTrainer(Trainer):
     def _collate(self, rows: list[Any]) -> Batch:
         return self._prepare_inputs(self.data_collator(rows))
 
-    def _set_totals(self, window: list[Batch], keys: tuple[str, ...]) -> None:
-        """Sum the counts over the window and the ranks and hand them to every micro-batch; a rank may have none."""
-        counts = [self.model.counts(batch) for batch in window]
-        totals = torch.tensor([sum(count[key] for count in counts) for key in keys], device=self.args.device)
+    def _over_processes(self, numbers: list[int]) -> list[Tensor]:
+        """Whole numbers summed over the processes, each a 0-d tensor."""
+        sums = torch.tensor(numbers, device=self.args.device)
         if self.accelerator.num_processes > 1:
-            totals = self.accelerator.reduce(totals, reduction="sum")
-        for batch in window:
-            batch[TOTALS] = dict(zip(keys, totals.unbind(), strict=True))
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        return list(sums.unbind())
 
     # ---- the base step
 

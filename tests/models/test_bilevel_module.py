@@ -353,7 +353,7 @@ def test_frozen_base_parameters_are_constants_of_the_problem() -> None:
 def test_the_forward_is_the_inner_loss_in_training_and_the_base_in_evaluation() -> None:
     tagger = tiny_tagger(dropout=False)
     batch = collate(list(random_rows(4, seed=1, language=[0, -1])))
-    assert torch.equal(tagger.train()(**batch)["loss"], tagger.inner_loss(batch))
+    assert torch.equal(tagger.train()(**batch)["loss"], tagger.mean_inner_loss(batch))
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     assert torch.equal(tagger.eval()(**inputs).logits, tagger.base(**inputs).logits)
     assert tagger.config is tagger.base.config

@@ -112,7 +112,7 @@ def test_the_inner_loss_and_its_gradients_are_those_by_hand(name: str) -> None:
     settings, languages = CASES[name]
     tagger, batch = exact_tagger(**settings).train(), batch_of(6, languages)
     tagger.meta.requires_grad_(True)
-    found, expected = tagger.inner_loss(batch), loss_by_hand(tagger, batch)
+    found, expected = tagger.mean_inner_loss(batch), loss_by_hand(tagger, batch)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     by_hand, gradient = gradients(expected, tagger), gradients(found, tagger)
     for key, leaf in by_hand.items():
@@ -126,14 +126,14 @@ def test_the_weights_of_the_two_means() -> None:
     tagger = exact_tagger(source_weight=0.25, target_weight=3.0)
     batch = batch_of(6, [0, TARGET])
     expected = loss_by_hand(tagger, batch, (0.25, 3.0))
-    torch.testing.assert_close(tagger.inner_loss(batch), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tagger.mean_inner_loss(batch), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_without_the_transform_source_rows_stay_as_they_are() -> None:
     tagger = exact_tagger(transform=False, layers=[1, 2])
     batch = batch_of(6, [0, TARGET])
     expected = loss_by_hand(tagger, batch, transform=False)
-    torch.testing.assert_close(tagger.inner_loss(batch), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tagger.mean_inner_loss(batch), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("layers", [[1], [1, 2]])
@@ -142,29 +142,32 @@ def test_micro_batches_under_the_windows_totals_add_up(layers: list[int]) -> Non
     totals = {key: torch.tensor(count) for key, count in tagger.counts(batch).items()}
     parts = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 2), slice(2, 7))]
     assert tagger.counts(parts[0]) != tagger.counts(parts[1])
-    found = sum(tagger.inner_loss({**part, TOTALS: totals}) for part in parts)
-    torch.testing.assert_close(found, tagger.inner_loss(batch), rtol=1e-12, atol=1e-12)
-    outer = sum(tagger.outer_loss({**part, TOTALS: totals}) for part in parts)
-    torch.testing.assert_close(outer, tagger.outer_loss(batch), rtol=1e-12, atol=1e-12)
+    found = sum(tagger.mean_inner_loss({**part, TOTALS: totals}) for part in parts)
+    torch.testing.assert_close(found, tagger.mean_inner_loss(batch), rtol=1e-12, atol=1e-12)
+    of_target = torch.full_like(batch["language"], TARGET)
+    totals = {"target": totals["source"] + totals["target"]}
+    judged = [{**part, "language": of_target[: len(part["labels"])], TOTALS: totals} for part in parts]
+    outer, whole = sum(map(tagger.mean_outer_loss, judged)), tagger.mean_outer_loss({**batch, "language": of_target})
+    torch.testing.assert_close(outer, whole, rtol=1e-12, atol=1e-12)
 
 
 def test_rows_without_labels_cost_nothing() -> None:
     tagger, batch = exact_tagger(), batch_of(3, [0, TARGET])
     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
     assert tagger.counts(batch) == {"source": 0, "target": 0}
-    assert tagger.inner_loss(batch).item() == 0.0
-    assert tagger.outer_loss(batch).item() == 0.0
+    assert tagger.mean_inner_loss(batch).item() == 0.0
+    assert tagger.mean_outer_loss(batch).item() == 0.0
 
 
 def test_the_outer_loss_is_the_plain_models() -> None:
     tagger, batch = exact_tagger(), batch_of(5, TARGET, seed=3)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
     expected = tagger.base(**inputs).loss
-    torch.testing.assert_close(tagger.outer_loss(batch), expected, rtol=1e-12, atol=1e-12)
-    before = tagger.outer_loss(batch)
+    torch.testing.assert_close(tagger.mean_outer_loss(batch), expected, rtol=1e-12, atol=1e-12)
+    before = tagger.mean_outer_loss(batch)
     for parameter in tagger.meta.parameters():
         parameter.data.normal_()
-    assert torch.equal(tagger.outer_loss(batch), before)
+    assert torch.equal(tagger.mean_outer_loss(batch), before)
 
 
 def test_counts_are_the_labelled_tokens_of_either_side() -> None:
@@ -180,7 +183,7 @@ def test_the_means_divide_by_exact_counts_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert tagger.base(batch["input_ids"]).logits.dtype == torch.bfloat16
         one, many = (
-            tagger.inner_loss({**batch, TOTALS: {"source": torch.tensor(n), "target": torch.tensor(n)}})
+            tagger.mean_inner_loss({**batch, TOTALS: {"source": torch.tensor(n), "target": torch.tensor(n)}})
             for n in (1, 711)
         )
     torch.testing.assert_close(one / 711, many, rtol=1e-6, atol=0.0)  # 1/711 in bfloat16 is off by 1e-3
@@ -206,7 +209,7 @@ def test_encoder_and_head_apart_are_the_whole_model(layers: list[int], dropout: 
     losses = []
     for module in (tagger, whole(tagger).train()):
         torch.manual_seed(5)
-        losses.append(module.inner_loss(batch))
+        losses.append(module.mean_inner_loss(batch))
     assert torch.equal(*losses)
     assert different(gradients_of_base(losses[0], tagger), gradients_of_base(losses[1], tagger)) == []
 
@@ -252,7 +255,7 @@ def test_what_is_below_the_transform_is_shared_where_nothing_is_above_it() -> No
         assert (problem.split.prefix is not None) == shared
         recorded = PassContext(problem)
         with recorded.recording(0):
-            tagger.inner_loss(batch)
+            tagger.mean_inner_loss(batch)
         for passes in (recorded, PassContext(problem)):
             below = passes.prefix(w, 0, batch)
             with passes.scope(0):
@@ -319,8 +322,8 @@ def test_a_joined_batch_has_the_losses_of_its_parts() -> None:
     tagger = exact_tagger()
     source, target = batch_of(5, 0), batch_of(3, TARGET, seed=4)
     joined = tagger.join(source, target)
-    expected = tagger.inner_loss(source) + tagger.inner_loss(target)
-    torch.testing.assert_close(tagger.inner_loss(joined), expected, rtol=1e-12, atol=1e-12)
+    expected = tagger.mean_inner_loss(source) + tagger.mean_inner_loss(target)
+    torch.testing.assert_close(tagger.mean_inner_loss(joined), expected, rtol=1e-12, atol=1e-12)
     assert tagger.counts(joined) == {
         "source": tagger.counts(source)["source"],
         "target": tagger.counts(target)["target"],

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 from metaxl_evo.estimators import ESTIMATORS
+from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.trainer import MetaTrainer
 from scripts.train_noisy_labels import main as train_noisy_labels
 from scripts.train_rotation import main as train_rotation
@@ -25,7 +26,6 @@ from tests.hub_cache import REPOSITORY, prepare_image_cache
 from tests.scripts.refusals import assert_refused, contents, truncate, yaml_of
 from tests.scripts.runs import argv, same
 from tests.vision_tasks.small import pack, random_images
-from vision_tasks.weight_net import WeightNet
 
 SCRIPTS: dict[str, Callable[..., Any]] = {"rotation": train_rotation, "noisy_labels": train_noisy_labels}
 OWN = {

@@ -243,8 +243,8 @@ class Once(torch.autograd.Function):
 class OnceDifferentiable(CrossLingualTagger):
     """Its losses claim that they can be differentiated twice, and cannot."""
 
-    def inner_loss(self, batch: Any) -> Tensor:
-        return Once.apply(super().inner_loss(batch))
+    def inner_loss(self, batch: Any) -> dict[str, Tensor]:
+        return {name: Once.apply(losses) for name, losses in super().inner_loss(batch).items()}
 
 
 def once_differentiable_tagger() -> CrossLingualTagger:

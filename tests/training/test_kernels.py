@@ -70,9 +70,9 @@ class Judged(CrossLingualTagger):
 
     direct_term = True
 
-    def outer_loss(self, batch: Batch) -> Tensor:
+    def outer_loss(self, batch: Batch) -> dict[str, Tensor]:
         squares = torch.stack([parameter.square().sum() for parameter in self.meta.parameters()])
-        return super().outer_loss(batch) + 0.1 * squares.sum()
+        return {"target": super().outer_loss(batch)["target"] + 0.1 * squares.sum()}
 
 
 class Recorded(MetaTrainer):

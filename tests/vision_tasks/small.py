@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metaxl_evo.models.weight_net import WeightNet
 from vision_tasks.backbones import (
     CifarResNetConfig,
     CifarResNetForImageClassification,
@@ -16,7 +17,7 @@ from vision_tasks.backbones import (
     ConvNetForImageClassification,
 )
 from vision_tasks.images import ImageSet
-from vision_tasks.weight_net import WeightedClassifier, WeightNet
+from vision_tasks.weight_net import WeightedClassifier
 
 CLASSES, SIDE = 4, 8
 
@@ -77,7 +78,7 @@ def small_module(
             made.classifier[-1].weight *= 10
         net.hidden.weight[:, 0], net.hidden.bias[:] = slopes, -slopes * kinks
         net.out.weight[0] = torch.linspace(1, -1, hidden)
-    return WeightedClassifier(made, net, **settings).to(dtype)
+    return WeightedClassifier(made, net, **{"normalisation": "sum"} | settings).to(dtype)
 
 
 def flat(grads: dict[str, Tensor]) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from metaxl_evo.models.weight_net import WeightNet
 from tests.vision_tasks.small import small_convnet, small_resnet
 from vision_tasks.backbones import BACKBONES, _Block
-from vision_tasks.weight_net import WeightNet
 
 
 def parameters(module: nn.Module) -> int:

@@ -428,7 +428,7 @@ def test_the_warm_up_is_plain_classification(task: FewShotTask, tmp_path: Path) 
     assert len(rows) == sum(len(domain.members[label]) for label in domain.split("base")) == 12 * 24
     batch = default_collate([rows[index] for index in (0, 30, 100, 287)])
     assert batch["labels"].tolist() == [0, 1, 4, 11]
-    loss = module.inner_loss(batch)
+    loss = module.mean_inner_loss(batch)
     maps = module.base.encode(batch["images"]).mean((2, 3))
     torch.testing.assert_close(loss, F.cross_entropy(module.base.aux_head(maps), batch["labels"]), rtol=1e-4, atol=0)
     first = rows[5]["images"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.synchrony import different
 from metaxl_evo.training.trainer import MetaTrainer
@@ -19,7 +20,7 @@ from vision_tasks.backbones import BACKBONES
 from vision_tasks.fewshot_experiment import EpisodicTrainingArguments, FewShotArguments, FewShotTask
 from vision_tasks.images import ImageRows, drawn
 from vision_tasks.rotation import RotatedClassifier, Rotation
-from vision_tasks.weight_net import WeightedClassifier, WeightNet
+from vision_tasks.weight_net import WeightedClassifier
 
 pytestmark = pytest.mark.distributed
 

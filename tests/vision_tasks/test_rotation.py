@@ -124,8 +124,8 @@ def test_pixels_are_rotated_before_they_are_normalised() -> None:
     )
     batch = batch_of(3, 1)
     batch["images"] = 0.5 + 0.5 * batch["images"]
-    module.inner_loss(batch)
-    module.outer_loss(batch)
+    module.mean_inner_loss(batch)
+    module.mean_outer_loss(batch)
     turned, judging = received
     background = (0 - DARK) / STD
     for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
@@ -143,11 +143,11 @@ def test_the_losses_by_hand() -> None:
         return F.cross_entropy(module.base((images - DARK) / STD).logits, batch["labels"])
 
     turned = sampled(torch.tensor(0.2, dtype=torch.float64), batch["images"])
-    torch.testing.assert_close(module.inner_loss(batch), loss(turned), rtol=1e-12, atol=0.0)
-    torch.testing.assert_close(module.outer_loss(batch), loss(batch["images"]), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(module.mean_inner_loss(batch), loss(turned), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(module.mean_outer_loss(batch), loss(batch["images"]), rtol=1e-12, atol=0.0)
     torch.testing.assert_close(module.eval()(**batch).loss, loss(batch["images"]), rtol=1e-12, atol=0.0)
-    assert torch.equal(module_of(rotated=False).inner_loss(batch), module.outer_loss(batch))
-    assert module.inner_loss(batch) != module.outer_loss(batch)
+    assert torch.equal(module_of(rotated=False).mean_inner_loss(batch), module.mean_outer_loss(batch))
+    assert module.mean_inner_loss(batch) != module.mean_outer_loss(batch)
 
 
 def hypergradient_of(module: RotatedClassifier, estimator: Any) -> dict[str, Tensor]:

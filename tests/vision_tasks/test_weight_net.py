@@ -18,8 +18,9 @@ from metaxl_evo.bilevel import SGD, hypergradient
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.estimators import ESTIMATORS, Estimator, EvoGrad, FirstOrder, OneStep, make_estimator
 from metaxl_evo.models.bilevel_module import TOTALS
+from metaxl_evo.models.weight_net import WeightNet
 from tests.vision_tasks.small import batch_of, flat, off, small_module
-from vision_tasks.weight_net import WeightedClassifier, WeightNet
+from vision_tasks.weight_net import WeightedClassifier
 
 RATE, TEMPERATURE = 0.3, 0.05
 TRAIN, JUDGE = batch_of(6, 1), batch_of(5, 2)
@@ -76,14 +77,14 @@ def test_the_inner_loss_by_hand() -> None:
     weights = weights_by_hand(module.meta_parameters(), costs.detach())
     assert float(weights.sum()) == pytest.approx(1, rel=1e-12)
     assert float(weights.max() / weights.min()) > 1.2
-    torch.testing.assert_close(module.inner_loss(TRAIN), (weights * costs).sum(), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(module.mean_inner_loss(TRAIN), (weights * costs).sum(), rtol=1e-12, atol=0.0)
     torch.testing.assert_close(module.train()(**TRAIN)["loss"], (weights * costs).sum(), rtol=1e-12, atol=0.0)
-    torch.testing.assert_close(module.outer_loss(TRAIN), costs.mean(), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(module.mean_outer_loss(TRAIN), costs.mean(), rtol=1e-12, atol=0.0)
     plain = small_module(weighted=False)
-    torch.testing.assert_close(plain.inner_loss(TRAIN), costs.mean(), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(plain.mean_inner_loss(TRAIN), costs.mean(), rtol=1e-12, atol=0.0)
     mean = small_module(normalisation="mean")
     expected = (mean.meta(costs) * costs).mean()
-    torch.testing.assert_close(mean.inner_loss(TRAIN), expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(mean.mean_inner_loss(TRAIN), expected, rtol=1e-12, atol=0.0)
     with pytest.raises(ValueError, match=r"unknown weight_normalisation 'max': .*Valid: sum, mean"):
         small_module(normalisation="max")
 
@@ -103,7 +104,7 @@ def test_weights_that_are_all_zero_are_taken_as_they_are() -> None:
         module.meta.out.bias.fill_(-1e4)
     assert float(module.meta(torch.ones(1, dtype=torch.float64))) == 0
     module.meta.requires_grad_()
-    loss = module.inner_loss(TRAIN)
+    loss = module.mean_inner_loss(TRAIN)
     assert loss == 0
     slopes = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, materialize_grads=True)
     assert all(torch.equal(slope, torch.zeros_like(slope)) for slope in slopes)
@@ -124,15 +125,15 @@ def test_the_normaliser_carries_gradient() -> None:
 
 @pytest.mark.parametrize("normalisation", ["sum", "mean"])
 def test_micro_batches_are_shares_of_their_window(normalisation: str) -> None:
-    module, totals = small_module(normalisation=normalisation), {"images": torch.tensor(6)}
+    module, totals = small_module(normalisation=normalisation), {"items": torch.tensor(6)}
     parts = [{key: held[rows] for key, held in TRAIN.items()} for rows in (slice(0, 2), slice(2, 6))]
-    losses = [module.inner_loss(part | {TOTALS: totals}) for part in parts]
-    alone = [module.inner_loss(part) for part in parts]
+    losses = [module.mean_inner_loss(part | {TOTALS: totals}) for part in parts]
+    alone = [module.mean_inner_loss(part) for part in parts]
     torch.testing.assert_close(sum(losses), (2 * alone[0] + 4 * alone[1]) / 6, rtol=1e-12, atol=0.0)
-    whole = module.inner_loss(TRAIN)
+    whole = module.mean_inner_loss(TRAIN)
     assert torch.allclose(sum(losses), whole, rtol=1e-12) == (normalisation == "mean")  # a sum is of one micro-batch
-    judged = sum(module.outer_loss(part | {TOTALS: totals}) for part in parts)
-    torch.testing.assert_close(judged, module.outer_loss(TRAIN), rtol=1e-12, atol=0.0)
+    judged = sum(module.mean_outer_loss(part | {TOTALS: totals}) for part in parts)
+    torch.testing.assert_close(judged, module.mean_outer_loss(TRAIN), rtol=1e-12, atol=0.0)
 
 
 def test_there_is_no_direct_term() -> None:
