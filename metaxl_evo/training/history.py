@@ -141,6 +141,8 @@ def plot_history(rows: Sequence[Mapping[str, str]], file: Path) -> None:
             for key in keys:
                 points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
                 axis.plot(*zip(*points, strict=True), label=key.removeprefix(VALUE), marker="." * (len(points) < 30))
+            if title.startswith("cosine"):
+                axis.set_ylim(-1.05, 1.05)
             axis.set_title(title)
             axis.set_xlabel("step")
             if len(keys) <= 8:

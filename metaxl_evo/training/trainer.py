@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -61,6 +61,9 @@ from metaxl_evo.training.meta_rows import DrawnByEpoch, MetaRows, StreamedMetaRo
 from metaxl_evo.training.synchrony import average_statistics, require_synchrony, synchronise
 from metaxl_evo.training.tuned import fit_groups, keep_in_range, put_numbers, refuse_tuned, tuned_rule
 
+if TYPE_CHECKING:
+    from metaxl_evo.training.check import CheckReport
+
 logger = logging.getLogger(__name__)
 
 
@@ -100,6 +103,7 @@ class MetaTrainer(Trainer):
     ):
         self.estimator: Estimator | None = args.make_estimator()
         self.args, self.meta_dataset = args, meta_dataset
+        self.given_optimizer = (kwargs.get("optimizers") or (None, None))[0]
         if model is not None or kwargs.get("model_init") is None:
             self._refuse_unfit(model)  # else in call_model_init
         if kwargs.get("compute_loss_func") is not None:
@@ -138,6 +142,18 @@ class MetaTrainer(Trainer):
         self._said = set[str]()
         self._start_of_lam: tree.Tree = {}  # of the run, also after resume
         self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def check(self) -> CheckReport:
+        """Run a few steps at the full learning rates, say what they show, and take them back; print the result.
+
+        Nothing of this trainer is changed, and no file is written. Callbacks and evaluation are left out.
+
+        Raises:
+            ValueError: for what a training would refuse as well.
+        """
+        from metaxl_evo.training.check import check_trainer  # which makes trainers
+
+        return check_trainer(self)
 
     def _refuse_unfit(self, model: Any) -> None:
         """Refuse a model that cannot be trained with these arguments.
@@ -273,9 +289,9 @@ class MetaTrainer(Trainer):
         if self.meta_rows is not None:
             for index, (train_rows, meta_rows) in enumerate(self.meta_rows.draw(len(batches))):
                 if train_rows:
-                    batches[index] = self.model.join(batches[index], self._collate(train_rows))
+                    batches[index] = self.model.join(batches[index], self.collated(train_rows))
                 if meta_rows:
-                    judged.append(self._collate(meta_rows))
+                    judged.append(self.collated(meta_rows))
         if batches:
             names = tuple(counts_of(self.model, view_of(batches[0])))
             for window in (batches, judged):
@@ -304,7 +320,8 @@ class MetaTrainer(Trainer):
         every = self.args.meta_diagnostics_every
         return None if self.estimator is None or not every else Diagnostics(self.estimator, every)
 
-    def _collate(self, rows: list[Any]) -> Batch:
+    def collated(self, rows: list[Any]) -> Batch:
+        """Rows as a batch on this process's device."""
         return self._prepare_inputs(self.data_collator(rows))
 
     def _over_processes(self, numbers: list[int]) -> list[Tensor]:
