@@ -34,6 +34,7 @@ from metaxl_evo.estimators import ESTIMATORS, Estimator
 from metaxl_evo.estimators.local import EngineEstimator
 from metaxl_evo.models.adapters import is_adapted
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
+from metaxl_evo.models.examples import examples_of
 from metaxl_evo.models.heads import columns_of
 from metaxl_evo.models.losses import counts_of, set_totals, view_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
@@ -171,8 +172,6 @@ class MetaTrainer(Trainer):
                 f"estimator {args.estimator!r} needs meta rows: give meta_dataset and a meta_portion above 0, "
                 "or set estimator: none"
             )
-        if args.meta_portion < 1 and type(model).join is BilevelModule.join:
-            raise ValueError(f"{type(model).__name__} cannot join meta rows to train rows: set meta_portion to 1")
         problem = model.problem(tuned_rule(SGD(0.0), model))
         estimator.check(problem, model.base_parameters(), model.meta_parameters())
 
@@ -581,7 +580,8 @@ class MetaTrainer(Trainer):
         problem = self.model.problem(rule, dropout=self.args.meta_dropout, rows=rows)
         processes = Processes(self.args.process_index, self.args.world_size)
         second_order = problem.second_order and not self.args.torch_compile
-        return replace(problem, second_order=second_order, processes=processes)
+        examples = examples_of(self.model, processes)
+        return replace(problem, second_order=second_order, processes=processes, examples=examples)
 
     def _new_passes(self, problem: BilevelProblem) -> PassContext:
         devices = devices_of(self.model.base_parameters(), self.model.meta_parameters())
