@@ -9,17 +9,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from metaxl_evo.ner.arguments import NerArguments
+from metaxl_evo.ner.arguments import NerArguments, NerTrainingArguments
 from metaxl_evo.ner.check import check_experiment
 from metaxl_evo.ner.experiment import run_experiment
-from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
 
 
 @ends_with_one_line
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse the settings, then run (or check) the experiment; returns its results, or what the check found."""
-    ner, args = parse_arguments((NerArguments, MetaTrainingArguments), argv)
+    ner, args = parse_arguments((NerArguments, NerTrainingArguments), argv)
     return check_experiment(ner, args) if ner.check else run_experiment(ner, args)
 
 

@@ -12,7 +12,7 @@ from transformers import XLMRobertaConfig
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.estimators import ESTIMATORS
-from metaxl_evo.ner.arguments import METHODS, NerArguments, steps_of
+from metaxl_evo.ner.arguments import METHODS, NerArguments, NerTrainingArguments, steps_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.cli import parse_arguments
 from vision_tasks.experiment import plan
@@ -101,6 +101,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
         name: {
             **{key: PAPER[key] for key in (*SHARED, "max_grad_norm", "warmup_steps", "target_languages", "method")},
             **HUB,
+            "meta_portion": 0.5,
             "meta_order": "after_step",
             "meta_weight_decay": 0.0,
             "meta_dropout": False,
@@ -128,9 +129,9 @@ EXPECTED: dict[str, dict[str, Any]] = {
 }
 
 
-def read(name: str, *options: str) -> tuple[NerArguments, MetaTrainingArguments]:
+def read(name: str, *options: str) -> tuple[NerArguments, NerTrainingArguments]:
     given = ["--config", str(FOLDER / f"{name}.yaml"), "--use_cpu", "true", *options]
-    return parse_arguments((NerArguments, MetaTrainingArguments), given)
+    return parse_arguments((NerArguments, NerTrainingArguments), given)
 
 
 def value(name: str, key: str) -> Any:

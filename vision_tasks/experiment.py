@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
-from metaxl_evo.training.check import check_training, report
+from metaxl_evo.training.check import check_training
 from metaxl_evo.training.checkpoint import LATEST
 from metaxl_evo.training.cli import make_settings, parse_arguments, typed
 from metaxl_evo.training.runs import (
@@ -311,16 +311,16 @@ def check_experiment(
     runs = plan(task, settings, args)
     run = next((one for one in runs if task.learns(one.settings)), runs[0])
     data = task.load(run.settings, run.seed)
-    found, _ = check_training(lambda args: task.build_trainer(run.settings, args, data), run.args)
-    found = {"run": run.name, **found}
+    report, _ = check_training(lambda args: task.build_trainer(run.settings, args, data), run.args)
+    report.findings = {"run": run.name, **report.findings}
     for folder in dict.fromkeys([Path(args.output_dir), *(one.folder for one in runs)]):
         try:
             refuse_another_run(folder, args.resume_from_checkpoint is not None, task.own_files)
         except ValueError as error:
-            found["problems"].append(str(error))
+            report.problems.append(str(error))
     if args.should_log:
-        print(report(found))
-    return found
+        print(report)
+    return report.as_dict()
 
 
 def run_command(

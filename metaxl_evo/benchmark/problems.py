@@ -128,7 +128,7 @@ def tagger(settings: BenchmarkArguments, rtn_layer: int) -> MeasuredTrainer:
             "language": torch.tensor(language),
         }
 
-    args = step_arguments(settings)
+    args = step_arguments(settings, meta_portion=0.5)
     train = [sentence(0) for _ in range(EPOCH * args.per_device_train_batch_size)]
     meta = [sentence(TARGET) for _ in range(EPOCH * args.per_device_meta_batch_size)]
     return measured_trainer(module, partial(setattr, module, "transform"), args, train, meta)

@@ -74,8 +74,10 @@ class BilevelModule(nn.Module, ABC):
         stop_gradients: whether the losses call `stop_gradient` on live activations.
         direct_term: whether the outer loss reads the meta parameters.
         tuned_optimizer: numbers of the base optimiser (lr, weight_decay, momentum) that are meta parameters: their
-            names, or `Windowed(name, steps)` for a schedule over an episode. The trainer puts them into the optimiser
-            before every step, for all its parameters.
+            names, or `Windowed(name, steps)` for a schedule over an episode, for all base parameters; or a mapping of
+            base parameter names to these. The trainer puts them into the optimiser before every step.
+        tuned_ranges: the least and the largest value of each of these numbers (default: not below 0; momentum 0 to 1);
+            after a meta step they are put back into it.
 
     Raises:
         ValueError: for a parameter that is in both networks.
@@ -84,7 +86,8 @@ class BilevelModule(nn.Module, ABC):
     base: Any  # an nn.Module; its class says what else it has
     stop_gradients: bool = False
     direct_term: bool = False
-    tuned_optimizer: Mapping[str, str | Windowed] = {}
+    tuned_optimizer: Mapping[str, str | Windowed | Mapping[str, str | Windowed]] = {}
+    tuned_ranges: Mapping[str, tuple[float, float]] = {}
     accepts_loss_kwargs = False  # the Trainer's one number of items cannot normalise two means
 
     def __init__(self, base: nn.Module, meta: nn.Module):

@@ -9,6 +9,7 @@ from transformers.utils.import_utils import is_peft_available
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.rtn import KINDS
+from metaxl_evo.training.arguments import MetaTrainingArguments
 
 PAPER_LANGUAGES = ("qu", "cdo", "ilo", "xmf", "mhr", "mi", "tk", "gn")
 SELECTIONS = ("dev", "last")
@@ -47,8 +48,18 @@ METHODS = {
 
 
 @dataclass
+class NerTrainingArguments(MetaTrainingArguments):
+    """MetaTrainingArguments of a task whose target rows train as well: half of each draw, as published."""
+
+    meta_portion: float = field(
+        default=0.5,
+        metadata={"help": "Share of each draw of target rows that judges (outer loss); the rest trains."},
+    )
+
+
+@dataclass
 class NerArguments:
-    """Model, data, RTN and method; the optimisation is in MetaTrainingArguments.
+    """Model, data, RTN and method; the optimisation is in NerTrainingArguments.
 
     Raises:
         ValueError: one line for the first value that cannot be, with the valid choices.

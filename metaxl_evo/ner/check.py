@@ -23,7 +23,7 @@ from metaxl_evo.ner.experiment import (
 )
 from metaxl_evo.ner.pretrained import trained_labels
 from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.check import check_training, report
+from metaxl_evo.training.check import check_training
 from metaxl_evo.training.runs import refuse_another_run
 from metaxl_evo.training.trainer import MetaTrainer
 
@@ -41,15 +41,16 @@ def check_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str
     data = load_target(ner, target, trained_labels(ner.model_name_or_path))
     require_enough(ner, args, target, data)
     args = fit_arguments(ner, args, data)
-    found, trainer = check_training(lambda args: build_trainer(ner, args, data)[0], args)
-    found = {"target": target, **_describe(ner, data, trainer), **found, **_evaluation(trainer, found["problems"])}
+    report, trainer = check_training(lambda args: build_trainer(ner, args, data)[0], args)
+    described = {"target": target, **_describe(ner, data, trainer)}
+    report.findings = {**described, **report.findings, **_evaluation(trainer, report.problems)}
     try:
         refuse_another_run(Path(args.output_dir), args.resume_from_checkpoint is not None, OWN_FILES)
     except ValueError as error:
-        found["problems"].append(str(error))
+        report.problems.append(str(error))
     if args.should_log:
-        print(report(found))
-    return found
+        print(report)
+    return report.as_dict()
 
 
 def _describe(ner: NerArguments, data: TargetData, trainer: MetaTrainer) -> dict[str, Any]:

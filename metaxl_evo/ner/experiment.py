@@ -167,8 +167,6 @@ def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, da
     results = summarise({target: results})
     trainer.save_model()
     if args.should_save:
-        if ner.use_peft:
-            tagger.save_merged(args.output_dir)
         write_results(Path(args.output_dir), results)
     trainer.card_sections = card_sections(results, ner, trainer.estimator)
     finish = trainer.push_to_hub if args.push_to_hub else trainer.create_model_card

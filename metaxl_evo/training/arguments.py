@@ -159,8 +159,11 @@ class MetaTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Share of the way that episode_reset: reptile moves the start."}
     )
     meta_portion: float = field(
-        default=0.5,
-        metadata={"help": "Share of each draw of meta rows that judges (outer loss); the rest joins the train rows."},
+        default=1.0,
+        metadata={
+            "help": "Share of each draw of meta rows that judges (outer loss); the rest joins the train rows, where "
+            "the task can join them."
+        },
     )
     per_device_meta_batch_size: int = field(
         default=12, metadata={"help": "Meta rows drawn per micro-batch and device."}
@@ -174,6 +177,12 @@ class MetaTrainingArguments(TrainingArguments):
         metadata={
             "help": "On base steps of a multiple of this number that have a meta step, also take the exact one-step "
             "hypergradient, log how near the estimate is to it, and warn once of what swamps it (0: off)."
+        },
+    )
+    meta_history: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave meta_history.csv in output_dir, a row a log, and where matplotlib is a picture of it."
         },
     )
     meta_seed: int | None = field(
@@ -216,11 +225,22 @@ class MetaTrainingArguments(TrainingArguments):
         self._check_sizes()
         refuse_engines(self)
         super().__post_init__()
+        if self.meta_seed is None:
+            self.meta_seed = self.seed
         refuse_lost_processes(self)
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # the trainer averages running statistics, and no other buffer moves
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # losses read all base parameters; the search takes time and warns
+        self.check_settings()
+
+    def check_settings(self) -> None:
+        """Check the values that TrainingArguments knows nothing of, also of arguments changed since (a trial's).
+
+        Raises:
+            ValueError: one line for the first value that cannot be, with the valid choices.
+        """
+        self._check_sizes()
         if self.meta_order not in META_ORDERS:
             raise ValueError(unknown("meta_order", self.meta_order, META_ORDERS))
         if self.episode_reset not in EPISODE_RESETS:
@@ -235,8 +255,6 @@ class MetaTrainingArguments(TrainingArguments):
         if schedule not in META_SCHEDULES:
             raise ValueError(unknown("meta_lr_scheduler_type", str(schedule), META_SCHEDULES))
         self.meta_lr_scheduler_type = SchedulerType(schedule)
-        if self.meta_seed is None:
-            self.meta_seed = self.seed
         self.make_estimator()
         self._try_out()
 

@@ -1,4 +1,4 @@
-"""`--check` of any task: a few steps of the real configuration in a scratch folder, and findings instead of a run."""
+"""The check of any task: a few steps of the real configuration in a scratch folder, and findings instead of a run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
+from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.passes import PassContext, devices_of
 from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.bilevel.update import SGD
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.messages import first_line
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
+from metaxl_evo.training.history import MOVED, VALUE
+from metaxl_evo.training.isolation import Snapshot, kept_random_state
+from metaxl_evo.training.meta_rows import tell_epoch
 from metaxl_evo.training.trainer import MetaTrainer
 
 logger = logging.getLogger(__name__)
@@ -27,17 +35,84 @@ CYCLE = 3  # meta steps, of which the last is diagnosed, the others are timed (b
 CYCLES = 3  # and one only of an estimator that answers once an episode
 LITTLE = 0.01  # a meta network that moves less than this over a run stays, for all that a score can tell, at its start
 AGREEMENT = 0.99  # the least cosine to the exact one-step hypergradient of an estimator that calls itself that
-KNOWN = ("meta_loss", "meta_learning_rate")  # logged whether a step is diagnosed or not
+KNOWN = ("meta_loss", "meta_learning_rate", MOVED)  # logged whether a step is diagnosed or not, or found otherwise
+ROWS = 8  # of a batch that is compared with its halves
+SAME = 1e-4  # the largest relative difference of the two that rounding makes
 
-Build = Callable[[MetaTrainingArguments], MetaTrainer]
+Build = Callable[[MetaTrainingArguments], "MetaTrainer"]
 Findings = dict[str, Any]
 
 
-def check_training(build: Build, args: MetaTrainingArguments) -> tuple[Findings, MetaTrainer]:
-    """Run a few steps at the full learning rates; returns the findings, and the trainer that made the steps.
+@dataclass
+class CheckReport:
+    """What a check found; printed, it is a line each, the last of them the verdict: OK, or a problem.
 
-    The findings' `problems` and `warnings` are lists of lines; the verdict is OK where there are no problems. What the
-    trainer logs of its meta steps, diagnosed by turns, is among the findings under the same names.
+    Attributes:
+        findings: by name, plain values.
+        problems: what a run would suffer from, a line each.
+        warnings: what may be as wanted.
+    """
+
+    findings: Findings = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no problems."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [f"{key}: {_readable(value)}" for key, value in self.findings.items()]
+        lines += [f"WARNING: {warning}" for warning in self.warnings]
+        return "\n".join([*lines, *([f"PROBLEM: {problem}" for problem in self.problems] or ["OK"])])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Findings, `problems` and `warnings` in one."""
+        return {**self.findings, "problems": self.problems, "warnings": self.warnings}
+
+
+def check_trainer(trainer: MetaTrainer) -> CheckReport:
+    """Run a few steps of `trainer` at the full learning rates, and take them back: nothing of it is changed.
+
+    Another trainer makes the steps, with its model, data sets, collator and optimiser, without its callbacks,
+    evaluation, files and uploads. The model is restored bit by bit, generators that its modules hold with it.
+
+    Raises:
+        ValueError: for what a run would refuse as well.
+    """
+    model = trainer.model
+    before, given = Snapshot(model), trainer.given_optimizer
+
+    def build(args: MetaTrainingArguments) -> MetaTrainer:
+        before.restore()
+        optimizer = None if given is None else copy.deepcopy(given, {id(p): p for p in model.parameters()})
+        other: MetaTrainer = object.__new__(type(trainer))
+        MetaTrainer.__init__(
+            other,
+            model,
+            args,
+            meta_dataset=trainer.meta_dataset,
+            train_dataset=trainer.train_dataset,
+            data_collator=trainer.data_collator,
+            processing_class=trainer.processing_class,
+            optimizers=(optimizer, None),
+            optimizer_cls_and_kwargs=trainer.optimizer_cls_and_kwargs,
+        )
+        vars(other).update({key: value for key, value in vars(trainer).items() if key not in vars(other)})
+        return other
+
+    with kept_random_state():
+        try:
+            return check_training(build, trainer.args)[0]
+        finally:
+            before.restore()
+
+
+def check_training(build: Build, args: MetaTrainingArguments) -> tuple[CheckReport, MetaTrainer]:
+    """Run a few steps at the full learning rates; returns what was found, and the trainer that made the steps.
+
+    What the trainer logs of its meta steps, diagnosed by turns, is among the findings under the same names.
 
     Args:
         build: makes a trainer; it is given `args` but for what a check leaves out.
@@ -45,7 +120,8 @@ def check_training(build: Build, args: MetaTrainingArguments) -> tuple[Findings,
     Raises:
         ValueError: for what a run would refuse as well.
     """
-    found: Findings = {"problems": [], "warnings": []}
+    report = CheckReport()
+    found = report.findings
     with tempfile.TemporaryDirectory() as scratch:
         settings = _scratch_arguments(args, scratch)
         try:
@@ -56,24 +132,18 @@ def check_training(build: Build, args: MetaTrainingArguments) -> tuple[Findings,
             found["exact_hypergradient"] = f"not possible here ({reason})"
         found |= _facts(run.trainer, args)
         if run.failure is not None:
-            found["problems"].append(f"a step fails: {run.failure}")
-            return found, run.trainer
-        _judge_losses(run, found)
-        _judge_movement(run, found)
+            report.problems.append(f"a step fails: {run.failure}")
+            return report, run.trainer
+        _judge_losses(run, report)
+        _judge_movement(run, report)
         if run.trainer.estimator is not None:
-            _judge_hypergradients(run, run.trainer.estimator, found)
+            _judge_hypergradients(run, run.trainer.estimator, report)
+        _judge_batches(run.trainer, report)
         found["seconds_per_step"] = run.seconds_per_step
         if run.trainer.estimator is not None:
             settings = _scratch_arguments(args, scratch, estimator=False)
             found["times_the_plain_step"] = run.seconds_per_step / _FewSteps(build, settings).seconds_per_step
-    return found, run.trainer
-
-
-def report(found: Findings) -> str:
-    """The findings line by line; the last is the verdict, OK or a problem."""
-    lines = [f"{key}: {_readable(value)}" for key, value in found.items() if key not in ("problems", "warnings")]
-    lines += [f"WARNING: {warning}" for warning in found["warnings"]]
-    return "\n".join([*lines, *([f"PROBLEM: {problem}" for problem in found["problems"]] or ["OK"])])
+    return report, run.trainer
 
 
 class _FewSteps(TrainerCallback):
@@ -101,7 +171,9 @@ class _FewSteps(TrainerCallback):
         self._begun = 0.0
         try:
             self.trainer.train()
-        except RuntimeError as error:
+        except ValueError:
+            raise  # a refusal, which says it better
+        except Exception as error:
             logger.warning("a step fails", exc_info=True)
             self.failure = f"{type(error).__name__}: {first_line(error)}"
 
@@ -167,7 +239,7 @@ def _scratch_arguments(args: MetaTrainingArguments, folder: str, *, estimator: b
     args.save_strategy, args.resume_from_checkpoint = SaveStrategy.NO, None
     args.logging_steps, args.logging_strategy = 1, IntervalStrategy.STEPS
     args.lr_scheduler_type = args.meta_lr_scheduler_type = SchedulerType.CONSTANT  # which has no warm-up either
-    args.lr_milestones = None
+    args.lr_milestones, args.meta_history = None, False
     args.disable_tqdm = True
     used = args.make_estimator()
     period = _period(args, used)
@@ -195,20 +267,21 @@ def _facts(trainer: MetaTrainer, args: MetaTrainingArguments) -> Findings:
     }
 
 
-def _judge_losses(run: _FewSteps, found: Findings) -> None:
+def _judge_losses(run: _FewSteps, report: CheckReport) -> None:
+    found = report.findings
     for name, key in (("inner_loss", "loss"), ("meta_loss", "meta_loss")):
         values = run.series(key)
         if not all(map(math.isfinite, values)):
-            found["problems"].append(f"{name} is not finite: lower learning_rate")
+            report.problems.append(f"{name} is not finite: lower learning_rate")
         found[name] = values[-CYCLE * CYCLES :]
 
 
-def _judge_movement(run: _FewSteps, found: Findings) -> None:
+def _judge_movement(run: _FewSteps, report: CheckReport) -> None:
     """How far both levels went, and how far lam will go: steps that cancel like a random walk, and that add up."""
-    model = run.trainer.model
+    model, found = run.trainer.model, report.findings
     found["base_moved"] = _moved(model.base_parameters(), run.start[0])
     if not found["base_moved"] > 0:
-        found["problems"].append("the base model did not move: raise learning_rate")
+        report.problems.append("the base model did not move: raise learning_rate")
     if run.meta_steps == 0:
         return
     step = _moved(model.meta_parameters(), run.start[1]) / run.meta_steps
@@ -216,17 +289,18 @@ def _judge_movement(run: _FewSteps, found: Findings) -> None:
     least = step * math.sqrt(planned)
     found |= {"meta_moved_a_step": step, "meta_moves_at_least": least, "meta_moves_at_most": step * planned}
     if not step > 0:
-        found["problems"].append("the meta network did not move: raise meta_learning_rate")
+        report.problems.append("the meta network did not move: raise meta_learning_rate")
     elif least < LITTLE:
-        found["warnings"].append(
+        report.warnings.append(
             f"over the run the meta network would move by about {least:.2%} of its size (unless all its steps point "
             "one way): it may stay at its start; raise meta_learning_rate, and compare with a run that freezes it"
         )
 
 
-def _judge_hypergradients(run: _FewSteps, estimator: Estimator, found: Findings) -> None:
-    problems, skipped = found["problems"], run.trainer.skipped_meta_steps
-    found |= {name: statistics.median(run.series(name)) for name in run.names if name not in KNOWN}
+def _judge_hypergradients(run: _FewSteps, estimator: Estimator, report: CheckReport) -> None:
+    found, problems, skipped = report.findings, report.problems, run.trainer.skipped_meta_steps
+    names = [name for name in run.names if name not in KNOWN and not name.startswith(VALUE)]
+    found |= {name: statistics.median(run.series(name)) for name in names}
     if skipped:
         asked = skipped + run.meta_steps
         problems.append(f"{skipped} of {asked} hypergradients were not finite: see the losses, lower learning_rate")
@@ -236,16 +310,62 @@ def _judge_hypergradients(run: _FewSteps, estimator: Estimator, found: Findings)
     if run.meta_steps and not run.reached:
         problems.append("the hypergradient is zero: the meta network does not reach the meta loss")
     elif run.meta_steps and unused:
-        found["warnings"].append(
-            f"the hypergradient of {', '.join(unused)} was zero in every step: they learn nothing"
-        )
+        report.warnings.append(f"the hypergradient of {', '.join(unused)} was zero in every step: they learn nothing")
     cosine = found.get("meta_cosine_to_exact", 1.0)
     if estimator.exact == "always" and estimator.remembers == "nothing" and not cosine > AGREEMENT:
         problems.append(
             f"{estimator} has a cosine of {cosine:.4f} to the exact hypergradient: set engine: double_backward"
         )
     if run.trainer.diagnostics is not None:
-        found["warnings"] += run.trainer.diagnostics.warned.values()
+        report.warnings += run.trainer.diagnostics.warned.values()
+
+
+def _judge_batches(trainer: MetaTrainer, report: CheckReport) -> None:
+    """Whether a batch has the loss of its halves, and a pass the numbers that it had the time before."""
+    problem, context = trainer.model.problem(SGD(0.0)), trainer.args
+    w, lam = tree.detach(trainer.model.base_parameters()), tree.detach(trainer.model.meta_parameters())
+    devices = devices_of(w, lam)
+
+    def loss(of: Callable[..., Any], *parts: Any) -> float:
+        passes = PassContext(problem, seed=context.seed, devices=devices)
+        return float(of(passes)(w, lam, list(parts), wrt_w=(), wrt_lam=())[0])
+
+    losses: dict[str, tuple[Any, Callable[..., Any]]] = {
+        "inner_loss": (trainer.train_dataset, lambda passes: passes.inner_grad),
+        "outer_loss": (None if trainer.estimator is None else trainer.meta_dataset, lambda passes: passes.outer_grad),
+    }
+    for name, (dataset, of) in losses.items():
+        rows = _first_rows(dataset)
+        if not rows:
+            continue
+        try:
+            whole, first, second = (trainer.collated(part) for part in (rows, rows[::2], rows[1::2]))
+            once, twice, halved = loss(of, whole), loss(of, whole), loss(of, first, second)
+        except Exception as error:  # a batch of this size may not be one of the task's
+            report.findings[f"{name}_of_halves"] = f"not compared ({first_line(error)})"
+            continue
+        if once != twice and not (math.isnan(once) and math.isnan(twice)):
+            report.warnings.append(
+                f"{name}: the same pass twice gives two numbers ({once:.6g} and {twice:.6g}): it draws from a random "
+                "generator of its own, or counts its calls; meta passes then see other noise than the step that they "
+                "differentiate (draw from torch, numpy or random)"
+            )
+        elif abs(halved - once) > SAME * max(abs(once), abs(halved)):
+            report.warnings.append(
+                f"{name}: a batch of {len(rows)} has another loss ({once:.6g}) than its halves ({halved:.6g}): the "
+                "losses of items depend on each other (batch norm, contrastive losses, division by a sum over the "
+                "batch), so 8 x 1 will not equal 4 x 2"
+            )
+
+
+def _first_rows(dataset: Any) -> list[Any]:
+    """An even number of rows, none where there are not two."""
+    if dataset is None:
+        return []
+    tell_epoch(dataset, 0)
+    map_style = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+    rows = [dataset[index] for index in range(min(ROWS, len(dataset)))] if map_style else list(islice(dataset, ROWS))
+    return rows[: len(rows) // 2 * 2]
 
 
 def _moved(now: Tree, start: Tree) -> float:

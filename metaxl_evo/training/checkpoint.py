@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 MANIFEST, META_STATE = "manifest.json", "meta_state.pt"
 LATEST = ("latest", "true")
 NEEDED = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, META_STATE)
+FORMER_DEFAULTS = {"meta_portion": 0.5}  # which runs of earlier versions left unsaid
 ADVICE = "resume from an earlier checkpoint, or start anew in another output_dir"
 
 
@@ -118,7 +119,7 @@ def require_same(checkpoint: str | Path, made_by: Mapping[str, Any], processes: 
         ValueError: saying what differs.
     """
     manifest = _read_manifest(Path(checkpoint))
-    then = manifest["made_by"]
+    then = as_named(manifest["made_by"], made_by)
     differences = [
         f"{what} ({_short(then.get(what))} there, {_short(made_by.get(what))} here)"
         for what in dict.fromkeys([*made_by, *then])
@@ -157,6 +158,11 @@ def made_by(
         "base parameters": _shapes(model.base_parameters()),
         "meta parameters": _shapes(model.meta_parameters()),
     }
+
+
+def as_named(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an earlier run, with those that `now` names and that one left at a default of its time."""
+    return {key: value for key, value in FORMER_DEFAULTS.items() if key in now} | dict(then)
 
 
 def require_writable(folder: str | Path, setting: str = "output_dir") -> None:

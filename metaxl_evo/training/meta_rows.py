@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
+import datasets
 import torch
 
 from metaxl_evo.bilevel.passes import mix_seed
@@ -26,6 +28,25 @@ def tell_epoch(dataset: Any, epoch: int) -> None:
     """Tell a data set the pass whose rows are read next, if it is one that asks for it."""
     if isinstance(dataset, DrawnByEpoch):
         dataset.set_epoch(epoch)
+
+
+def make_meta_rows(dataset: Any, batch_size: int, **settings: Any) -> MetaRows | StreamedMetaRows:
+    """The stream of meta rows of a map-style or a streaming data set; `settings` as for `MetaRows`.
+
+    Raises:
+        ValueError: for a data set that is neither.
+    """
+    if isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset):
+        return StreamedMetaRows(dataset, batch_size, **settings)
+    kind = type(dataset).__name__
+    if not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"meta_dataset is a {kind}, whose rows have no numbers: give a list, a map-style data set, or an "
+            "IterableDataset of torch or datasets"
+        )
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"meta_dataset is a {kind} without __len__: give it one, or make it a torch IterableDataset")
+    return MetaRows(dataset, batch_size, **settings)
 
 
 class MetaRows:
@@ -53,12 +74,10 @@ class MetaRows:
         self.dataset, self.batch_size, self.portion, self.seed = dataset, batch_size, portion, seed
         self.rank, self.world_size = rank, world_size
         self.drawn = 0
-        self.smallest = 2 if 0 < portion < 1 else 1
+        self.smallest = _smallest(portion)
         for what, size in (("the target (meta) data set has", len(dataset)), ("a draw of meta rows has", batch_size)):
             if size < self.smallest:
-                raise ValueError(
-                    f"{what} {size} rows, too few for one step: a step needs {self.smallest} (meta_portion={portion})"
-                )
+                raise ValueError(_too_few(what, size, portion))
 
     def draw(self, micro_batches: int = 1) -> list[tuple[list[Any], list[Any]]]:
         """This process's (train rows, meta rows) of the next draw, for each micro-batch of a step."""
@@ -69,10 +88,10 @@ class MetaRows:
         left = len(order) - position - len(chosen)
         self.drawn += len(chosen) + (left if left < self.smallest else 0)
         tell_epoch(self.dataset, number)
-        cut = self._train_size(len(chosen))
-        slots = self.world_size * micro_batches
-        places = range(self.rank, slots, self.world_size)  # every process has its first rows before any has its second
-        return [(self._rows(chosen[:cut][place::slots]), self._rows(chosen[cut:][place::slots])) for place in places]
+        return [
+            (self._rows(train), self._rows(meta))
+            for train, meta in _dealt(chosen, micro_batches, self.portion, self.rank, self.world_size)
+        ]
 
     def state_dict(self) -> dict[str, int]:
         """What resume needs."""
@@ -82,11 +101,87 @@ class MetaRows:
         """Continue after the given number of rows."""
         self.drawn = int(state["drawn"])
 
-    def _train_size(self, rows: int) -> int:
-        """floor(rows * (1 - portion)), but at least one row for either part."""
-        if self.portion in (0, 1):
-            return rows if self.portion == 0 else 0
-        return min(max(int(rows * (1 - self.portion)), 1), rows - 1)
-
     def _rows(self, indices: Sequence[int]) -> list[Any]:
         return [self.dataset[index] for index in indices]
+
+
+class StreamedMetaRows:
+    """The same of a streaming data set: endless passes in the order of the stream, which shuffles for itself.
+
+    Every process reads the whole stream and keeps its share. What resume needs is the number of the pass and of its
+    rows that went by; they are read again and thrown away. A stream with `set_epoch` is told the pass at its start.
+
+    Args:
+        dataset: an IterableDataset of torch or datasets, whose every iteration starts anew.
+        batch_size, portion, rank, world_size: as for `MetaRows`; there is no order to seed.
+
+    Raises:
+        ValueError: in `draw`, for a pass that is too short for one draw.
+    """
+
+    def __init__(
+        self, dataset: Any, batch_size: int, *, portion: float, seed: int = 0, rank: int = 0, world_size: int = 1
+    ):
+        self.dataset, self.batch_size, self.portion = dataset, batch_size, portion
+        self.rank, self.world_size = rank, world_size
+        self.smallest = _smallest(portion)
+        if batch_size < self.smallest:
+            raise ValueError(_too_few("a draw of meta rows has", batch_size, portion))
+        self._pass, self.drawn = 0, 0
+        self._rows: Iterator[Any] | None = None
+
+    def draw(self, micro_batches: int = 1) -> list[tuple[list[Any], list[Any]]]:
+        """This process's (train rows, meta rows) of the next draw, for each micro-batch of a step."""
+        size = self.batch_size * micro_batches
+        chosen = self._take(size)
+        if len(chosen) < self.smallest:  # the pass is over; what is left of it could not be split
+            begun = self.drawn
+            self._pass, self.drawn, self._rows = self._pass + 1, 0, None
+            chosen = self._take(size)
+            if len(chosen) < self.smallest:
+                what = f"pass {self._pass if begun else self._pass - 1} of the streamed meta_dataset has"
+                advice = "" if not begun else "; every iteration of it has to start anew"
+                raise ValueError(_too_few(what, len(chosen), self.portion) + advice)
+        self.drawn += len(chosen)
+        return _dealt(chosen, micro_batches, self.portion, self.rank, self.world_size)
+
+    def state_dict(self) -> dict[str, int]:
+        """What resume needs."""
+        return {"pass": self._pass, "drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after the given number of rows of a pass."""
+        self._pass, self.drawn, self._rows = int(state["pass"]), int(state["drawn"]), None
+
+    def _take(self, size: int) -> list[Any]:
+        """The next rows of the pass, fewer at its end."""
+        if self._rows is None:
+            tell_epoch(self.dataset, self._pass)
+            self._rows = islice(iter(self.dataset), self.drawn, None)
+        return list(islice(self._rows, size))
+
+
+def _smallest(portion: float) -> int:
+    """The rows that a draw needs for its parts."""
+    return 2 if 0 < portion < 1 else 1
+
+
+def _too_few(what: str, size: int, portion: float) -> str:
+    return f"{what} {size} rows, too few for one step: a step needs {_smallest(portion)} (meta_portion={portion})"
+
+
+def _dealt(
+    chosen: Sequence[Any], micro_batches: int, portion: float, rank: int, world_size: int
+) -> list[tuple[list[Any], list[Any]]]:
+    """A process's shares of the train and the meta part of a draw; each has its first rows before any its second."""
+    cut = _train_size(len(chosen), portion)
+    slots = world_size * micro_batches
+    places = range(rank, slots, world_size)
+    return [(list(chosen[:cut][place::slots]), list(chosen[cut:][place::slots])) for place in places]
+
+
+def _train_size(rows: int, portion: float) -> int:
+    """floor(rows * (1 - portion)), but at least one row for either part."""
+    if portion in (0, 1):
+        return rows if portion == 0 else 0
+    return min(max(int(rows * (1 - portion)), 1), rows - 1)

@@ -10,15 +10,33 @@ from typing import Any
 
 from metaxl_evo.messages import one_line
 from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.checkpoint import as_named
+from metaxl_evo.training.history import HISTORY
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-OWN_FILES = (RESULTS, "config.json", "model.safetensors", "README.md", "training_args.bin")
-ALWAYS_NAMED = ("estimator", "estimator_kwargs", "learning_rate", "meta_learning_rate", "seed", "meta_seed")
+OWN_FILES = (RESULTS, "config.json", "model.safetensors", "README.md", "training_args.bin", HISTORY)
+ALWAYS_NAMED = (
+    "estimator",
+    "estimator_kwargs",
+    "learning_rate",
+    "meta_learning_rate",
+    "meta_portion",
+    "seed",
+    "meta_seed",
+)
 OUTSIDE = (  # settings that do not change the results
     *("output_dir", "resume_from_checkpoint", "check", "disable_tqdm", "report_to", "run_name", "project"),
-    *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "use_cpu", "dataloader_pin_memory"),
+    *(
+        "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
+        "log_level",
+        "meta_history",
+        "use_cpu",
+        "dataloader_pin_memory",
+    ),
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_token", "save_total_limit"),
 )
 EXTENDED = (  # settings with which a run that was cut off may go on, longer, or on other machines
@@ -62,7 +80,7 @@ def finished_run(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        then = results["settings"]
+        then = as_named(results["settings"], settings)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} holds no results ({one_line(error)}): remove it, and the run goes on") from error
     now = json.loads(json.dumps(settings, default=str))

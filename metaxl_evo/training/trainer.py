@@ -6,22 +6,24 @@ import copy
 import logging
 import math
 import shutil
-import sys
 import warnings
 from bisect import bisect_right
 from collections import defaultdict
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import nested_detach
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext, devices_of, mix_seed
@@ -35,19 +37,13 @@ from metaxl_evo.bilevel.problem import (
     why_zero,
 )
 from metaxl_evo.bilevel.processes import Processes
-from metaxl_evo.bilevel.update import (
-    SGD,
-    UpdateRule,
-    UpdateState,
-    Windowed,
-    from_optimizer,
-    map_trees,
-    optimizer_rule,
-)
+from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, from_optimizer, map_trees, optimizer_rule
 from metaxl_evo.estimators import Estimator, takes_any_optimizer
 from metaxl_evo.estimators.local import EngineEstimator
+from metaxl_evo.models.adapters import is_adapted
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.examples import examples_of
+from metaxl_evo.models.heads import columns_of
 from metaxl_evo.models.losses import counts_of, set_totals, view_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.checkpoint import (
@@ -67,9 +63,15 @@ from metaxl_evo.training.checkpoint import (
 )
 from metaxl_evo.training.diagnostics import Diagnostics
 from metaxl_evo.training.episodes import Episodes
+from metaxl_evo.training.history import History, logged_lam
+from metaxl_evo.training.isolation import kept_random_state
 from metaxl_evo.training.launch import refuse_launch
-from metaxl_evo.training.meta_rows import DrawnByEpoch, MetaRows, tell_epoch
+from metaxl_evo.training.meta_rows import DrawnByEpoch, MetaRows, StreamedMetaRows, make_meta_rows, tell_epoch
 from metaxl_evo.training.synchrony import average_statistics, require_synchrony, synchronise
+from metaxl_evo.training.tuned import fit_groups, keep_in_range, put_numbers, refuse_tuned, tuned_rule
+
+if TYPE_CHECKING:
+    from metaxl_evo.training.check import CheckReport
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +86,10 @@ class MetaTrainer(Trainer):
     it.
 
     Args:
-        model: the task.
+        model: the task; None with `model_init`, which makes it anew in each training (`hyperparameter_search`).
         args: both levels' arguments.
         meta_dataset: the rows that judge; a share of them (`1 - meta_portion`) joins the train rows. May be left out
-            where `args.estimator` is `none`. It, and `train_dataset`, may be `DrawnByEpoch`.
+            where `args.estimator` is `none`. It, and `train_dataset`, may be `DrawnByEpoch`, or stream.
         kwargs: as for `transformers.Trainer`.
 
     Attributes:
@@ -103,7 +105,7 @@ class MetaTrainer(Trainer):
 
     def __init__(
         self,
-        model: BilevelModule,
+        model: BilevelModule | None,
         args: MetaTrainingArguments,
         *,
         meta_dataset: Any = None,
@@ -111,25 +113,18 @@ class MetaTrainer(Trainer):
         **kwargs: Any,
     ):
         self.estimator: Estimator | None = args.make_estimator()
-        refuse_launch(args, model, self.estimator)
+        self.args, self.meta_dataset = args, meta_dataset
+        self.given_optimizer = (kwargs.get("optimizers") or (None, None))[0]
+        if model is not None or kwargs.get("model_init") is None:
+            self._refuse_unfit(model)  # else in call_model_init
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(f"{type(model).__name__} has its own losses: leave out compute_loss_func")
         _refuse_data(args, kwargs.get("train_dataset"), meta_dataset, kwargs.get("eval_dataset"))
-        if self.estimator is not None:
-            if meta_dataset is None or args.meta_portion == 0:
-                raise ValueError(
-                    f"estimator {args.estimator!r} needs meta rows: give meta_dataset and a meta_portion above 0, "
-                    "or set estimator: none"
-                )
-            _refuse_schedules(args, model)
-            self.estimator.check(
-                model.problem(_tuned(SGD(0.0), model)),
-                model.base_parameters(),
-                model.meta_parameters(),
-            )
-        if args.should_save:
+        if args.should_save and model is not None:
             require_writable(args.output_dir)
-        super().__init__(model=model, args=args, callbacks=[*(callbacks or []), _MetaSteps(self)], **kwargs)
+        super().__init__(
+            model=model, args=args, callbacks=[*(callbacks or []), _MetaSteps(self), History(self)], **kwargs
+        )
         if self.accelerator.num_processes > 1:
             synchronise(self.model)
             # The Trainer has no other name for it yet.
@@ -137,7 +132,6 @@ class MetaTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # the module divides by the totals of the window
         if args.label_names is None:
             self.label_names = ["labels"]
-        self.meta_dataset = meta_dataset
         self.meta_rows = self._make_meta_rows()
         self.meta_optimizer: torch.optim.Optimizer | None = None
         self.meta_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
@@ -147,19 +141,51 @@ class MetaTrainer(Trainer):
         self._window_rows: tree.Tree | None = None  # of the embeddings, as far as the window touches them
         self._window_is_new, self._micro_batch = False, 0
         self.episodes = self._make_episodes()
-        self.diagnostics: Diagnostics | None = None
-        if self.estimator is not None and args.meta_diagnostics_every:
-            self.diagnostics = Diagnostics(self.estimator, args.meta_diagnostics_every)
+        self.diagnostics = self._make_diagnostics()
         self._passes: PassContext | None = None  # of the current step, where its own forward is recorded
         self._before: InnerStep | None = None  # the current step, as long as it has not been made
         self._row_gradients: dict[str, Tensor | None] = {}  # of embeddings that were stepped ahead of the rest
         self._grad_norm: float | None = None
+        self._acting: dict[str, float] = {}  # learned numbers of the base optimiser, as the last step was made with
         self._meta_learning_rate: Any = args.meta_learning_rate
         self._skipped_in_a_row = 0
         self.skipped_meta_steps = 0
         self._trained: frozenset[str] | None = None  # the base parameters at the start of the episode
         self._silent_steps: int | None = 0  # meta steps since the start that were all exactly zero; None after another
+        self._said = set[str]()
+        self._start_of_lam: tree.Tree = {}  # of the run, also after resume
         self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def check(self) -> CheckReport:
+        """Run a few steps at the full learning rates, say what they show, and take them back; print the result.
+
+        Nothing of this trainer is changed, and no file is written. Callbacks and evaluation are left out.
+
+        Raises:
+            ValueError: for what a training would refuse as well.
+        """
+        from metaxl_evo.training.check import check_trainer  # which makes trainers
+
+        return check_trainer(self)
+
+    def _refuse_unfit(self, model: Any) -> None:
+        """Refuse a model that cannot be trained with these arguments.
+
+        Raises:
+            ValueError: in one line, with the way out.
+        """
+        args, estimator = self.args, self.estimator
+        refuse_launch(args, model, estimator)
+        refuse_tuned(args, model)
+        if estimator is None:
+            return
+        if self.meta_dataset is None or args.meta_portion == 0:
+            raise ValueError(
+                f"estimator {args.estimator!r} needs meta rows: give meta_dataset and a meta_portion above 0, "
+                "or set estimator: none"
+            )
+        problem = model.problem(tuned_rule(SGD(0.0), model))
+        estimator.check(problem, model.base_parameters(), model.meta_parameters())
 
     def train(
         self,
@@ -180,6 +206,41 @@ class MetaTrainer(Trainer):
             require_same(checkpoint, made_by(self.model, self.args, self.run_settings), self.args.world_size)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with meta rows, episodes and counts of its own, whoever has asked for data loaders."""
+        self.meta_rows, self.episodes = self._make_meta_rows(), self._make_episodes()
+        self._window, self._window_rows, self._window_is_new = ([], []), None, False
+        self.skipped_meta_steps = self._skipped_in_a_row = 0
+        self._metrics.clear()
+        self._start_of_lam = tree.clone(self.model.meta_parameters())
+        return super()._inner_training_loop(*args, **kwargs)
+
+    # ---- a model made anew in each training
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As the Trainer's; the first model is checked as one that is handed over, before a folder is made."""
+        model: Any = super().call_model_init(trial)
+        if not getattr(self, "is_in_train", False):
+            self._refuse_unfit(model)
+            if self.args.should_save:
+                require_writable(self.args.output_dir)
+        return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As the Trainer's, and what the arguments of this trial make of the meta level."""
+        seed, meta_seed = self.args.seed, self.args.meta_seed
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            if meta_seed == seed and self.args.meta_seed == meta_seed:  # it follows the seed
+                self.args.meta_seed = self.args.seed
+            self.args.check_settings()
+            self.estimator = self.args.make_estimator()
+            self.diagnostics = self._make_diagnostics()
+        if self.model_init is not None:
+            self._refuse_unfit(self.model)
+            if self.accelerator.num_processes > 1:
+                synchronise(self.model)
+
     # ---- the two levels' optimisers
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -187,6 +248,7 @@ class MetaTrainer(Trainer):
         if self.optimizer is None and self.args.optimizer_class is not None:
             self.optimizer = self.args.make_optimizer(self.model.base_parameters().values())
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
+        fit_groups(_plain(optimizer), self.model)
         if self.estimator is not None:
             if isinstance(self.estimator, EngineEstimator) and self.estimator.engine == "auto":
                 self._say_what_auto_is()
@@ -227,10 +289,6 @@ class MetaTrainer(Trainer):
 
     # ---- the window of one optimizer step
 
-    def get_train_dataloader(self) -> Any:
-        self.meta_rows, self.episodes = self._make_meta_rows(), self._make_episodes()
-        return super().get_train_dataloader()
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step with their meta rows, and the totals that their losses divide by."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -238,9 +296,9 @@ class MetaTrainer(Trainer):
         if self.meta_rows is not None:
             for index, (train_rows, meta_rows) in enumerate(self.meta_rows.draw(len(batches))):
                 if train_rows:
-                    batches[index] = self.model.join(batches[index], self._collate(train_rows))
+                    batches[index] = self.model.join(batches[index], self.collated(train_rows))
                 if meta_rows:
-                    judged.append(self._collate(meta_rows))
+                    judged.append(self.collated(meta_rows))
         if batches:
             names = tuple(counts_of(self.model, view_of(batches[0])))
             for window in (batches, judged):
@@ -249,11 +307,11 @@ class MetaTrainer(Trainer):
         self._window_rows = None
         return batches, items
 
-    def _make_meta_rows(self) -> MetaRows | None:
+    def _make_meta_rows(self) -> MetaRows | StreamedMetaRows | None:
         if self.meta_dataset is None:
             return None
         args = self.args
-        return MetaRows(
+        return make_meta_rows(
             self.meta_dataset,
             args.per_device_meta_batch_size * args.world_size,
             portion=args.meta_portion,
@@ -265,7 +323,12 @@ class MetaTrainer(Trainer):
     def _make_episodes(self) -> Episodes | None:
         return None if self.estimator is None else Episodes(self.estimator, self.args)
 
-    def _collate(self, rows: list[Any]) -> Batch:
+    def _make_diagnostics(self) -> Diagnostics | None:
+        every = self.args.meta_diagnostics_every
+        return None if self.estimator is None or not every else Diagnostics(self.estimator, every)
+
+    def collated(self, rows: list[Any]) -> Batch:
+        """Rows as a batch on this process's device."""
         return self._prepare_inputs(self.data_collator(rows))
 
     def _over_processes(self, numbers: list[int]) -> list[Tensor]:
@@ -299,6 +362,34 @@ class MetaTrainer(Trainer):
         if return_outputs or not model.training:
             return found
         return found * self.accelerator.num_processes
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """The base's outputs on the columns that it takes, and a loss where it gives one; the labels as they came."""
+        inputs = self._prepare_inputs(inputs)
+        held = [inputs.get(name) for name in self.label_names]
+        labels = None if not held or any(one is None for one in held) else nested_detach(tuple(held))
+        left = sorted(inputs.keys() - columns_of(self.model.plain_base, inputs).keys())
+        if left and type(self.model).forward is BilevelModule.forward:
+            self._say_once(f"evaluation leaves out {', '.join(left)}, which the base's forward does not take")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        loss, logits = outputs_of(outputs, ignore_keys, self.model)
+        if loss is None and labels is not None:
+            self._say_once(
+                "the base gives no loss in evaluation: eval_loss is left out, compute_metrics sees its outputs"
+            )
+        if prediction_loss_only:
+            return loss, None, None
+        logits = nested_detach(logits)
+        single = labels is not None and len(labels) == 1
+        return loss, logits[0] if len(logits) == 1 else logits, labels[0] if labels is not None and single else labels
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning("%s", text)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -362,7 +453,8 @@ class MetaTrainer(Trainer):
             state = map_trees(tree.clone, self._update_rule(self.estimator, rows)[1])
         w = _gathered(self.model.base_parameters(), rows)
         if any(one.evaluated_at == "previous" for one in self._at_work()):
-            self._step_embeddings(rows)
+            if may_step_in_two(_plain(self.optimizer)):
+                self._step_embeddings(rows)
             w = {name: leaf if name in rows else leaf.clone() for name, leaf in w.items()}
         self._before = self._inner_step(w, state)
 
@@ -370,7 +462,8 @@ class MetaTrainer(Trainer):
         """Let the optimiser step the embeddings alone, and keep the touched rows of their gradients.
 
         They are most of the gradient and empty but for these rows: what is kept of the weights goes into their place,
-        so that a meta step needs no more memory than the base step.
+        so that a meta step needs no more memory than the base step. Others than torch's own optimisers may count their
+        steps, and hooks would see two: there the gradient waits, whole, until the step is made.
         """
         if not rows:
             return
@@ -454,21 +547,56 @@ class MetaTrainer(Trainer):
     def estimate(self, estimator: Estimator) -> Hypergradient:
         """The hypergradient, by any estimator, of a step to come from here over the last window; nothing is changed.
 
+        Before a training, at the learning rate of the arguments and over the window that its first step will have.
+
         Raises:
             ValueError: where the estimator cannot serve this task or optimiser.
         """
-        rule, state = self._update_rule(estimator)
-        train_window, meta_window = self._window
-        return hypergradient(
-            self._problem(rule),
-            estimator,
-            self.model.base_parameters(),
-            self.model.meta_parameters(),
-            train_window,
-            meta_window,
-            generator=torch.Generator().manual_seed(self._step_seed()),
-            update_state=state,
-        )
+        with self._at_a_step():
+            rule, state = self._update_rule(estimator)
+            train_window, meta_window = self._window
+            return hypergradient(
+                self._problem(rule),
+                estimator,
+                self.model.base_parameters(),
+                self.model.meta_parameters(),
+                train_window,
+                meta_window,
+                generator=torch.Generator().manual_seed(self._step_seed()),
+                update_state=state,
+            )
+
+    @contextmanager
+    def _at_a_step(self) -> Iterator[None]:
+        """In training mode, with a window and an optimiser: before training the first ones, which it makes anew."""
+        modes = {module: module.training for module in self.model.modules()}
+        held = self.optimizer, self.meta_optimizer, self.meta_rows
+        try:
+            self.model.train()
+            if not self._window[0]:
+                with kept_random_state():
+                    self._window_of_the_first_step()
+            if self.optimizer is None:
+                self.create_optimizer()
+            yield
+        finally:
+            self.optimizer, self.meta_optimizer, self.meta_rows = held
+            for module, training in modes.items():
+                module.training = training
+
+    def _window_of_the_first_step(self) -> None:
+        """Draw it as a training will, from data loaders that nobody else reads."""
+        self.meta_rows = self._make_meta_rows()
+        tell_epoch(self.train_dataset, 0)
+        loader = self.get_train_dataloader()
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(0)
+        rows = iter(loader)
+        self.get_batch_samples(rows, self.args.gradient_accumulation_steps, self.args.device)
+        self._window_is_new = False
+        del rows
+        if hasattr(loader, "end"):
+            loader.end()  # accelerate takes a loader that was not read to its end for the one in use
 
     def _diagnostics_of_step(self) -> Diagnostics | None:
         """The diagnostics, where they look at the meta step that this base step may have."""
@@ -528,6 +656,7 @@ class MetaTrainer(Trainer):
         diagnostics = self._diagnostics_of_step()
         with nullcontext() if diagnostics is None else diagnostics.watching(self.meta_optimizer, parameters):
             self.meta_optimizer.step()
+        keep_in_range(self.model)
         for parameter in parameters.values():
             parameter.grad = None
         for key, value in {
@@ -568,21 +697,13 @@ class MetaTrainer(Trainer):
         rule, state = from_optimizer(
             _plain(self.optimizer), names, max_grad_norm=limit, steps=self._steps_of_optimizer() + made
         )
-        return _tuned(rule, self.model), map_trees(lambda held: _gathered(held, rows), state)
+        return tuned_rule(rule, self.model), map_trees(lambda held: _gathered(held, rows), state)
 
     def _steps_of_optimizer(self) -> int:
         """How many steps the base optimiser has made since its state was fresh."""
         if self.args.episode_length is None or self.args.episode_reset == "continue":
             return self.state.global_step
         return self.state.global_step % self.args.episode_length
-
-    def _tune_optimizer(self) -> None:
-        """Put the meta parameters that are numbers of the base optimiser into it."""
-        acting = _tuned(SGD(0.0), self.model).acting(self.model.meta_parameters(), self._steps_of_optimizer())
-        if acting.get("momentum") == 0:
-            acting["momentum"] = sys.float_info.min  # at zero torch keeps no buffers, which its derivative reads
-        for group in _plain(self.optimizer).param_groups:
-            group.update(acting)
 
     def _take_gradient(self, rows: tree.Tree) -> tree.Tree:
         """The base gradient as it was before clipping, where there is one; `.grad` is empty afterwards."""
@@ -594,7 +715,7 @@ class MetaTrainer(Trainer):
             if not is_read:
                 continue
             if name in rows:
-                gradient = self._row_gradients.pop(name) if gradient is None else _dense(gradient)[rows[name]]
+                gradient = self._row_gradients.pop(name, None) if gradient is None else _dense(gradient)[rows[name]]
             if gradient is not None:  # without one the optimiser has passed the parameter over
                 taken[name] = _dense(gradient).mul_((norm + 1e-6) / limit) if clipped else _dense(gradient)
         self._row_gradients.clear()
@@ -603,14 +724,30 @@ class MetaTrainer(Trainer):
     # ---- logs, checkpoints, model card
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the meta level's means since the last time."""
+        """Log with the meta level's means since the last time, and the base optimiser's numbers where lam has them."""
+        if "loss" in logs and self._acting:
+            if any(name.startswith("learning_rate") for name in self._acting):
+                del logs["learning_rate"]  # the scheduler's, which does not act
+            logs |= self._acting
         if "loss" in logs and self.meta_optimizer is not None:
             logs |= {key: sum(values) / len(values) for key, values in self._metrics.items()}
             logs["meta_learning_rate"] = self._meta_learning_rate
+            logs |= logged_lam(self.model.meta_parameters(), self._start_of_lam)
             if self.skipped_meta_steps:
                 logs["skipped_meta_steps"] = self.skipped_meta_steps
             self._metrics.clear()
         super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; a base that peft wraps is written as the merged model, beside its adapter.
+
+        Checkpoints hold the adapter alone.
+        """
+        if not _internal_call and self.args.should_save and is_adapted(self.model.base):
+            folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+            with saving(folder):
+                self.model.save_merged(folder)
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -663,7 +800,7 @@ class MetaTrainer(Trainer):
         if self.args.should_save:
             states = {name: holder.state_dict() for name, holder in self._stateful().items()}
             skipped = [self.skipped_meta_steps, self._skipped_in_a_row]
-            torch.save({**states, "skipped": skipped}, Path(output_dir) / META_STATE)
+            torch.save({**states, "skipped": skipped, "start": self._start_of_lam}, Path(output_dir) / META_STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -675,6 +812,8 @@ class MetaTrainer(Trainer):
                 holder.load_state_dict(saved[name])
             self.skipped_meta_steps, self._skipped_in_a_row = saved["skipped"]
             self._silent_steps = None  # the start is behind it
+            start = saved.get("start", {})  # checkpoints of earlier versions have none
+            self._start_of_lam |= {name: leaf.to(self.args.device) for name, leaf in start.items()}
         if self.episodes is not None:
             self.episodes.to(self.args.device)
 
@@ -756,10 +895,11 @@ class _MetaSteps(TrainerCallback):
             require_synchrony(self.trainer.model, when)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.model.tuned_optimizer:
-            self.trainer._tune_optimizer()
-        if self.trainer._follows_the_step():
-            self.trainer._keep_previous()
+        trainer = self.trainer
+        if trainer.model.tuned_optimizer:
+            trainer._acting = put_numbers(_plain(trainer.optimizer), trainer.model, trainer._steps_of_optimizer())
+        if trainer._follows_the_step():
+            trainer._keep_previous()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._before is not None:
@@ -773,10 +913,13 @@ class _MetaSteps(TrainerCallback):
                 scheduler.step()
 
 
-def _tuned(rule: UpdateRule, model: BilevelModule) -> UpdateRule:
-    """The rule with the numbers that the model learns."""
-    fields: dict[str, Any] = dict(model.tuned_optimizer)
-    return replace(rule, **fields)
+def may_step_in_two(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether two calls of `step`, each on the gradients of some parameters, are one call on all, for all who look."""
+    hooks = (
+        *(optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks),
+        *(torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks),
+    )
+    return type(optimizer) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) and not any(hooks)
 
 
 def _with_drops(args: MetaTrainingArguments, optimizer: Any, steps: int) -> LambdaLR:
@@ -786,6 +929,21 @@ def _with_drops(args: MetaTrainingArguments, optimizer: Any, steps: int) -> Lamb
     """
     drops = [round(share * steps) for share in args.lr_milestones or ()]
     return LambdaLR(optimizer, lambda step: args.lr_milestone_factor ** bisect_right(drops, step))
+
+
+def outputs_of(outputs: Any, ignore_keys: list[str] | None, model: Any) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """A loss, if there is one, and what else a base gave: a mapping, a tuple whose first is a number, or a tensor."""
+    if isinstance(outputs, Mapping):
+        if ignore_keys is None:
+            ignore_keys = getattr(getattr(model, "config", None), "keys_to_ignore_at_inference", ["past_key_values"])
+        loss = outputs.get("loss")
+        rest = tuple(value for key, value in outputs.items() if key not in [*ignore_keys, "loss"])
+    elif isinstance(outputs, tuple):
+        first = outputs[0] if isinstance(outputs[0], Tensor) and outputs[0].dim() == 0 else None
+        loss, rest = first, outputs if first is None else outputs[1:]
+    else:
+        loss, rest = None, (outputs,)
+    return None if loss is None else loss.detach().mean(), rest
 
 
 def _refuse_data(args: MetaTrainingArguments, train: Any, meta: Any, evaluated: Any) -> None:
@@ -804,16 +962,6 @@ def _refuse_data(args: MetaTrainingArguments, train: Any, meta: Any, evaluated: 
             "dataloader_persistent_workers would keep the train_dataset of the first epoch, and it has set_epoch: "
             "set it to false"
         )
-
-
-def _refuse_schedules(args: MetaTrainingArguments, model: BilevelModule) -> None:
-    """Refuse a schedule of the base optimiser over anything but an episode that starts afresh."""
-    for field, hyper in model.tuned_optimizer.items():
-        if isinstance(hyper, Windowed) and (args.episode_length != hyper.steps or args.episode_reset == "continue"):
-            raise ValueError(
-                f"{type(model).__name__} learns a schedule of {field} over {hyper.steps} steps: set episode_length: "
-                f"{hyper.steps} and episode_reset: restart"
-            )
 
 
 def _gathered(leaves: tree.Tree, rows: tree.Tree | None) -> tree.Tree:

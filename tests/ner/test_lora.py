@@ -17,17 +17,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    default_data_collator,
+    pipeline,
+)
 
 from metaxl_evo.bilevel import SGD, Tree, hypergradient
 from metaxl_evo.estimators import ESTIMATORS, EvoGrad, OneStep, make_estimator
 from metaxl_evo.models.adapters import merged
-from metaxl_evo.models.bilevel_module import Batch
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner import arguments
 from metaxl_evo.ner.arguments import NerArguments
 from metaxl_evo.ner.pretrained import add_lora, load_config
 from metaxl_evo.ner.tagger import IGNORED, TARGET, CrossLingualTagger
+from metaxl_evo.training.trainer import MetaTrainer
 from scripts.evaluate_ner import main as evaluate
 from tests.scripts.runs import WITH_DEV, train, write_data, write_model
 from tests.test_layering import sources
@@ -43,6 +51,7 @@ from tests.training.tiny import (
     meta_weights,
     random_rows,
     same,
+    tiny_arguments,
     tiny_base,
 )
 
@@ -425,3 +434,43 @@ def test_an_adapter_is_no_model(places: dict[str, Path]) -> None:
     for folder in (places["run"] / "adapter", next(places["run"].glob("checkpoint-*"))):
         with pytest.raises(ValueError, match="holds a peft adapter, not a model: give the output folder"):
             load_config(str(folder))
+
+
+class OwnTask(BilevelModule):
+    """Sequence classification, of which nothing knows that an adapter is below."""
+
+    def inner_loss(self, batch: Batch) -> Tensor:
+        return self.meta.weight.squeeze().sigmoid() * self.losses(batch)
+
+    def outer_loss(self, batch: Batch) -> Tensor:
+        return self.losses(batch)
+
+
+def test_a_task_of_ones_own_leaves_a_plain_model_with_its_adapter(tmp_path: Path) -> None:
+    """Checkpoints hold the adapter alone; the folder at the end loads by from_pretrained."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "bert", vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query"])
+    base = get_peft_model(AutoModelForSequenceClassification.from_config(config), lora)
+    rows = [{"input_ids": torch.arange(4) + i, "labels": torch.tensor(i % 2)} for i in range(12)]
+    trainer = MetaTrainer(
+        OwnTask(base, nn.Linear(1, 1, bias=False)),
+        tiny_arguments(tmp_path, meta_portion=1, learning_rate=0.1, save_strategy="steps", save_steps=3),
+        train_dataset=rows,
+        meta_dataset=rows,
+        data_collator=default_data_collator,
+    )
+    trainer.train()
+    trainer.save_model()
+    assert not (tmp_path / "checkpoint-3/model.safetensors").exists()
+    assert (tmp_path / "checkpoint-3/adapter/adapter_model.safetensors").is_file()
+    batch = {"input_ids": torch.arange(8).reshape(2, 4)}
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = trainer.model.base(**batch).logits
+        torch.testing.assert_close(plain(**batch).logits, expected, rtol=1e-5, atol=1e-6)
+        adapter = PeftModel.from_pretrained(base.unload(), tmp_path / "adapter").eval()
+        torch.testing.assert_close(adapter(**batch).logits, expected, rtol=1e-5, atol=1e-6)

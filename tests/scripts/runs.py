@@ -26,6 +26,7 @@ TINY: dict[str, Any] = {
     "learning_rate": 1e-3,
     "logging_steps": 2,
     "save_strategy": "no",
+    "meta_history": "false",
     "use_cpu": "true",
     "disable_tqdm": "true",
 }

@@ -24,9 +24,8 @@ from transformers.trainer_callback import CallbackHandler
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.estimators import ESTIMATORS
-from metaxl_evo.ner.arguments import NerArguments
+from metaxl_evo.ner.arguments import NerArguments, NerTrainingArguments
 from metaxl_evo.ner.evaluation import EvaluationArguments
-from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
 from scripts import train_ner
 from tests.scripts.refusals import assert_is_one_line, yaml_of
@@ -38,7 +37,7 @@ from vision_tasks.rotation_experiment import RotationArguments
 
 EXAMPLES = int(os.environ.get("METAXL_EXAMPLES", "0"))
 SCRIPTS: dict[str, tuple[tuple[type, ...], dict[str, str]]] = {
-    "train_ner": ((NerArguments, MetaTrainingArguments), {"use_cpu": "true"}),
+    "train_ner": ((NerArguments, NerTrainingArguments), {"use_cpu": "true"}),
     "evaluate_ner": (
         (EvaluationArguments,),
         {"model_name_or_path": "m", "dataset": "d", "languages": "[a]", "use_cpu": "true"},

@@ -49,6 +49,7 @@ TINY: dict[str, Any] = {
     "meta_portion": 1,
     "logging_steps": 2,
     "save_strategy": "no",
+    "meta_history": "false",
     "report_to": "none",
     "use_cpu": "true",
     "disable_tqdm": "true",

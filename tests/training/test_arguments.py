@@ -132,7 +132,7 @@ def test_estimator_kwargs_that_are_no_mapping(tmp_path: Path, given: Any) -> Non
 def test_defaults() -> None:
     args = MetaTrainingArguments(output_dir="unused", use_cpu=True)
     assert args.make_estimator() == OneStep()
-    assert (args.meta_order, args.meta_portion, args.meta_every, args.meta_weight_decay) == ("after_step", 0.5, 1, 0.0)
+    assert (args.meta_order, args.meta_portion, args.meta_every, args.meta_weight_decay) == ("after_step", 1, 1, 0.0)
     assert args.meta_max_grad_norm is None
     assert not args.meta_dropout
     assert not args.remove_unused_columns

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from metaxl_evo.benchmark.memory import PeakMemory, live_tensors
@@ -550,6 +551,17 @@ def test_the_peak_of_a_meta_step_is_about_a_plain_steps(tmp_path: Path, order: s
     assert plain > 4 * WIDE * HIDDEN * 4  # weights, gradients and two moments
     peaks = {name: peak_of(tmp_path, meta_order=order, **ESTIMATES[name]) / plain for name in bars}
     assert {name: peak for name, peak in peaks.items() if peak > bars[name]} == {}
+
+
+def test_hooks_on_the_optimiser_cost_the_weights_of_the_body(tmp_path: Path) -> None:
+    """Its gradients then wait for the one step, beside what is kept of the weights."""
+    plain = peak_of(tmp_path, estimator="none")
+    hook = register_optimizer_step_post_hook(lambda *_: None)
+    try:
+        peak = peak_of(tmp_path, **ESTIMATES["jvp"]) / plain
+    finally:
+        hook.remove()
+    assert 1.02 < peak < 1.08
 
 
 def test_more_copies_need_no_more_than_their_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from metaxl_evo.estimators import OneStep
 from metaxl_evo.ner.tagger import CrossLingualTagger
-from metaxl_evo.training.check import _FewSteps, check_training, report
+from metaxl_evo.training.check import CheckReport, _FewSteps, check_training
 from metaxl_evo.training.diagnostics import Diagnostics
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.test_diagnostics import once_differentiable_tagger
@@ -38,7 +38,15 @@ def checked(
             data_collator=collate,
         )
 
-    return check_training(build, tiny_arguments(folder, **{"meta_learning_rate": 0.05, "max_steps": 300, **fields}))
+    settings = {"meta_learning_rate": 0.05, "max_steps": 300, **fields}
+    report, trainer = check_training(build, tiny_arguments(folder, **settings))
+    return report.as_dict(), trainer
+
+
+def lines_of(found: dict[str, Any]) -> list[str]:
+    """The report as it prints itself."""
+    rest = {key: value for key, value in found.items() if key not in ("problems", "warnings")}
+    return str(CheckReport(rest, found["problems"], found["warnings"])).splitlines()
 
 
 def untransformed() -> CrossLingualTagger:
@@ -50,7 +58,7 @@ def untransformed() -> CrossLingualTagger:
 def test_nothing_wrong(tmp_path: Path, order: str) -> None:
     found, trainer = checked(tmp_path / "out", meta_order=order, warmup_steps=100, meta_warmup_steps=100)
     assert found["problems"] == found["warnings"] == []
-    assert report(found).splitlines()[-1] == "OK"
+    assert lines_of(found)[-1] == "OK"
     assert not (tmp_path / "out").exists()
     assert found["planned_steps"] == 300
     assert found["base_parameters"] == sum(p.numel() for p in trainer.model.base.parameters())
@@ -125,7 +133,7 @@ def test_problems(tmp_path: Path, what: str) -> None:
     found, _ = checked(tmp_path, **settings)
     (problem,) = [line for line in found["problems"] if what != "zero" or "did not move" not in line]
     assert re.match(message, problem)
-    lines = report(found).splitlines()
+    lines = lines_of(found)
     assert lines[-1].startswith("PROBLEM: ")
     assert f"PROBLEM: {problem}" in lines
     assert "OK" not in lines
@@ -138,7 +146,7 @@ def test_meta_parameters_without_a_hypergradient_are_named(tmp_path: Path) -> No
     other = [name for name in meta_weights(trainer) if name.startswith("nets.1.")]
     assert len(other) > 2
     assert warning == f"the hypergradient of {', '.join(other)} was zero in every step: they learn nothing"
-    assert f"WARNING: {warning}" in report(found).splitlines()
+    assert f"WARNING: {warning}" in lines_of(found)
     assert found["problems"] == []
 
 
@@ -243,6 +251,6 @@ def test_the_arguments_are_left_alone(tmp_path: Path) -> None:
 
 def test_the_report_reads_well() -> None:
     found = {"a": 1234567, "b": 0.123456, "c": {"x": 1, "y": 2.0}, "d": [1.5, 2.25], "e": "text", "problems": []}
-    assert report({**found, "warnings": ["careful"]}).splitlines() == [
+    assert lines_of({**found, "warnings": ["careful"]}) == [
         "a: 1,234,567", "b: 0.1235", "c: x 1, y 2", "d: 1.5 2.25", "e: text", "WARNING: careful", "OK",
     ]  # fmt: skip

@@ -323,8 +323,9 @@ def test_an_episode_is_that_of_run_episode(
     )  # fmt: skip
     for start in (0,) if reset == "continue" else (0, 3, 6):
         steps = watch.steps[start : start + 3]
+        problem = replace(watch.trainer.model.problem(rule), examples=None)
         expected = run_episode(
-            replace(watch.trainer.model.problem(rule), examples=None), estimator, steps[0]["at"]["w"], steps[0]["at"]["lam"],
+            problem, estimator, steps[0]["at"]["w"], steps[0]["at"]["lam"],
             [step["window"][0] for step in steps], steps[-1]["window"][1],
         )  # fmt: skip
         close(watch.moved(start + 2), expected.grads, 1e-9)

@@ -35,7 +35,7 @@ def test_a_folder_with_a_run_is_refused_unless_it_goes_on(tmp_path: Path, sign: 
 
 
 def test_the_signs_are_these() -> None:
-    assert len(SIGNS) == 10
+    assert len(SIGNS) == 11
     assert RESULTS == "results.json"
 
 
@@ -72,6 +72,15 @@ def test_results_are_kept_where_the_settings_are_the_same(tmp_path: Path) -> Non
     del settings["learning_rate"]
     with pytest.raises(ValueError, match="made with another learning_rate"):
         finished_run(file, settings)
+
+
+def test_a_default_of_earlier_versions_is_known(tmp_path: Path) -> None:
+    """Of 0.5 they said nothing."""
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"settings": {"seed": 1}}), encoding="utf-8")
+    finished_run(file, {"seed": 1, "meta_portion": 0.5})
+    with pytest.raises(ValueError, match="made with another meta_portion"):
+        finished_run(file, {"seed": 1, "meta_portion": 1.0})
 
 
 def test_settings_off_their_defaults_and_those_always_named(tmp_path: Path) -> None:

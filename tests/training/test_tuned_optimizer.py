@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from metaxl_evo.estimators import make_estimator
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
-from tests.training.tiny import ORDERS, close, meta_weights, minus
+from tests.training.tiny import ORDERS, close, logged, meta_weights, minus
 
 STEPS = 6
 
@@ -35,6 +36,7 @@ class Regression(BilevelModule):
     """A linear regression whose optimiser is learned."""
 
     tuned_optimizer: ClassVar = {"lr": Windowed("rates", STEPS), "momentum": "momentum", "weight_decay": "decay"}
+    tuned_ranges: ClassVar = dict.fromkeys(tuned_optimizer, (-math.inf, math.inf))  # steps are compared as they are
 
     def inner_loss(self, batch: Batch) -> Tensor:
         errors = torch.tanh(self.base(batch["x"])).squeeze(1) - batch["y"]
@@ -155,3 +157,104 @@ def test_a_schedule_needs_episodes_that_start_afresh(tmp_path: Path) -> None:
 def test_an_estimator_that_cannot_see_the_optimiser_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"does not contain the optimiser's own"):
         trainer_of(tmp_path, estimator=name, estimator_kwargs=None, meta_every=1)
+
+
+class Bounded(Regression):
+    tuned_ranges: ClassVar = {"weight_decay": (0.005, 0.02)}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_learned_numbers_stay_in_their_range(tmp_path: Path, sign: int) -> None:
+    """By default not below zero, a momentum not above one either."""
+    trainer = trainer_of(tmp_path, model=Bounded(nn.Linear(4, 1).double(), Numbers()), meta_learning_rate=1e3)
+
+    def any_hypergradient(optimizer: Any, args: Any, kwargs: Any) -> None:
+        for parameter in trainer.model.meta_parameters().values():
+            parameter.grad = torch.full_like(parameter, float(sign))
+
+    original = trainer.create_optimizer
+
+    def hooked(*args: Any) -> Any:
+        made = original(*args)
+        assert trainer.meta_optimizer is not None
+        trainer.meta_optimizer.register_step_pre_hook(any_hypergradient)
+        return made
+
+    trainer.create_optimizer = hooked  # type: ignore[method-assign]
+    trainer.train()
+    lam = {name: p.tolist() for name, p in trainer.model.meta_parameters().items()}
+    assert lam["momentum"] == (0.0 if sign > 0 else 1.0)
+    assert lam["decay"] == (0.005 if sign > 0 else 0.02)
+    assert lam["rates"] == ([0.0] * 3 if sign > 0 else pytest.approx([1e3] * 3, rel=1e-3))
+
+
+def test_the_log_shows_the_numbers_that_act(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = trainer_of(tmp_path, recorder, max_steps=2 * STEPS, logging_steps=1, meta_learning_rate=1e-3)
+    trainer.train()
+    assert len(recorder.numbers) == 2 * STEPS
+    for name, logged_as in (("lr", "learning_rate"), ("momentum", "momentum"), ("weight_decay", "weight_decay")):
+        assert logged(trainer, logged_as) == [numbers[name] for numbers in recorder.numbers]
+        assert len(set(logged(trainer, logged_as))) > 1
+
+
+class Layered(Regression):
+    """A rate for each of two parameters of three."""
+
+    tuned_optimizer: ClassVar = {"lr": {"0.weight": "first", "2.weight": "last"}, "momentum": "momentum"}
+
+
+def layered(folder: Path, **fields: Any) -> MetaTrainer:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1, bias=False)).double()
+    meta = nn.ParameterDict({"first": torch.tensor(0.02), "last": torch.tensor(0.3), "momentum": torch.tensor(0.5)})
+    settings = {"estimator": "none", "estimator_kwargs": None, "logging_steps": 1, "episode_reset": "continue"}
+    return trainer_of(folder, model=Layered(base, meta.double()), **{**settings, **fields})
+
+
+def test_a_rate_for_each_parameter(tmp_path: Path) -> None:
+    trainer = layered(tmp_path, learning_rate=0.07, lr_scheduler_type="constant", max_steps=1)
+    before = {name: p.detach().clone() for name, p in trainer.model.base_parameters().items()}
+    gradients: dict[str, Tensor] = {}
+
+    class Gradients(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            gradients.update({n: p.grad.clone() for n, p in trainer.model.base_parameters().items()})
+
+    trainer.add_callback(Gradients)
+    trainer.train()
+    rates = {"0.weight": 0.02, "2.weight": 0.3, "0.bias": 0.07}
+    for name, p in trainer.model.base_parameters().items():  # the first step of SGD, decay 0
+        torch.testing.assert_close(before[name] - p, rates.pop(name) * gradients[name], rtol=1e-6, atol=1e-12)
+    assert not rates
+    assert (logged(trainer, "learning_rate/first"), logged(trainer, "learning_rate/last")) == (
+        pytest.approx([0.02]),
+        pytest.approx([0.3]),
+    )
+    assert logged(trainer, "learning_rate") == []
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "entry": ({"lr": "rate"}, r"learns lr as 'rate', which is no meta parameter"),
+    "elements": ({"lr": "rates"}, r"of shape \[3\]: torch's optimisers have one number a parameter"),
+    "field": ({"eps": "decay"}, r"number of .*tuned_optimizer 'eps'"),
+    "parameter": ({"lr": {"wieght": "decay"}}, r"parameter of .*tuned_optimizer 'wieght'"),
+    "layers of momentum": ({"momentum": {"weight": "momentum"}}, "learns momentum by parameter.*one for all"),
+    "range": ({"momentum": "far"}, r"starts outside its range 0 to 1"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_numbers_that_cannot_be_learned_are_refused(tmp_path: Path, what: str) -> None:
+    model = Regression(nn.Linear(4, 1).double(), Numbers())
+    model.meta.far = nn.Parameter(torch.tensor(1.5))
+    model.tuned_optimizer, message = REFUSED[what]
+    model.tuned_ranges = {}
+    with pytest.raises(ValueError, match=message) as error:
+        trainer_of(tmp_path, model=model)
+    assert "\n" not in str(error.value)
+
+
+def test_an_optimiser_without_the_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="learns momentum, which AdamW does not have"):
+        layered(tmp_path, optim="adamw_torch").train()

@@ -114,6 +114,8 @@ def tiny_arguments(folder: Path | str, **fields: Any) -> MetaTrainingArguments:
         "max_steps": 3,
         "per_device_train_batch_size": 4,
         "per_device_meta_batch_size": 4,
+        "meta_portion": 0.5,
+        "meta_history": False,
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "save_strategy": "no",
