@@ -9,7 +9,7 @@ import shutil
 import warnings
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -347,6 +347,8 @@ class MetaTrainer(Trainer):
             self._begin_step()
         self._window_is_new, self._micro_batch = False, 0 if self._window_is_new else self._micro_batch + 1
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            _make_dense(self.model.base_parameters().values())
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             average_statistics(self.model)
         return loss
@@ -474,7 +476,7 @@ class MetaTrainer(Trainer):
         _plain(self.optimizer).step()
         for name, numbers in rows.items():
             gradient, parameters[name].grad = parameters[name].grad, None
-            self._row_gradients[name] = None if gradient is None else _dense(gradient)[numbers]
+            self._row_gradients[name] = None if gradient is None else gradient[numbers]
             del gradient
         for name, gradient in waiting.items():
             parameters[name].grad = gradient
@@ -715,9 +717,9 @@ class MetaTrainer(Trainer):
             if not is_read:
                 continue
             if name in rows:
-                gradient = self._row_gradients.pop(name, None) if gradient is None else _dense(gradient)[rows[name]]
+                gradient = self._row_gradients.pop(name, None) if gradient is None else gradient[rows[name]]
             if gradient is not None:  # without one the optimiser has passed the parameter over
-                taken[name] = _dense(gradient).mul_((norm + 1e-6) / limit) if clipped else _dense(gradient)
+                taken[name] = gradient.mul_((norm + 1e-6) / limit) if clipped else gradient
         self._row_gradients.clear()
         return taken
 
@@ -970,8 +972,11 @@ def _gathered(leaves: tree.Tree, rows: tree.Tree | None) -> tree.Tree:
     return {name: leaf.detach()[rows[name]] if name in rows else leaf.detach() for name, leaf in leaves.items()}
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient
+def _make_dense(parameters: Iterable[Tensor]) -> None:
+    """Turn sparse gradients (`nn.Embedding(sparse=True)`) into dense ones, which the Trainer's clipping asks for."""
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""What the MetaTrainer says of hypergradients of zero, rows that judge by a NaN, and parameters frozen on the way."""
+"""Zero hypergradients, rows that judge by a NaN, parameters frozen on the way, sparse gradients, in the MetaTrainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from metaxl_evo.models.bilevel_module import Batch
@@ -36,7 +36,7 @@ class Broken(Task):
         return super().outer_loss(batch) * (float("nan") if bool((batch["y"] > 90).any()) else 1.0)
 
 
-def trainer_of(folder: Path, kind: type[Task], **fields: Any) -> MetaTrainer:
+def trainer_of(folder: Path, kind: type[Task], base: nn.Module | None = None, **fields: Any) -> MetaTrainer:
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "max_steps": 12, "per_device_train_batch_size": 2, "per_device_meta_batch_size": 2, "meta_portion": 1.0,
@@ -46,7 +46,7 @@ def trainer_of(folder: Path, kind: type[Task], **fields: Any) -> MetaTrainer:
     judges = rows(12, 2, 0)
     judges[3]["y"] = torch.tensor(99.0, dtype=torch.float64)
     return MetaTrainer(
-        kind(Heads().double(), Weights()),
+        kind((base or Heads()).double(), Weights()),
         MetaTrainingArguments(str(folder), **settings | fields),
         train_dataset=rows(24, 1, 0),
         meta_dataset=judges,
@@ -125,3 +125,34 @@ def test_gradual_unfreezing(tmp_path: Path, name: str, kwargs: dict[str, Any], l
     else:
         trainer.train()
         assert not same(meta_weights(trainer), start)
+
+
+class Lookup(nn.Module):
+    """The signs of a row looked up, and a linear layer."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rows, self.out = nn.Embedding(4, 3, sparse=sparse), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor, head: Tensor) -> Tensor:
+        return self.out(self.rows((x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long())).squeeze(1)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("name", "engine"), [("one_step", "jvp"), ("one_step", "finite_difference"), ("evograd", None)]
+)
+def test_sparse_gradients_are_those_of_dense_ones(
+    tmp_path: Path, name: str, engine: str | None, max_grad_norm: float
+) -> None:
+    found = []
+    for sparse in (False, True):
+        trainer = trainer_of(
+            tmp_path / str(sparse), Task, Lookup(sparse), estimator=name, max_grad_norm=max_grad_norm, max_steps=4,
+            estimator_kwargs={"engine": engine} if engine else {}, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        trainer.train()
+        found.append(meta_weights(trainer))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=0)
+    assert not same(found[0], {"v": Weights().v.detach()})
