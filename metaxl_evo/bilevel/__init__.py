@@ -14,7 +14,7 @@ from metaxl_evo.bilevel.problem import (
 )
 from metaxl_evo.bilevel.processes import Processes, Traffic
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import SGD, Adam, AdamW, Windowed
+from metaxl_evo.bilevel.update import SGD, Adam, AdamW, UpdateRule, Windowed
 
 __all__ = [
     "SGD",
@@ -32,6 +32,7 @@ __all__ = [
     "StepMade",
     "Traffic",
     "Tree",
+    "UpdateRule",
     "Windowed",
     "hypergradient",
     "run_episode",

@@ -278,6 +278,16 @@ class PassContext:
         )
         return value, grad_w, grad_lam
 
+    def step_grad(self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE) -> Tree:
+        """The whole gradient of a step at w; it lacks the parameters that the loss did not reach on any process."""
+        parts, processes = self.parts(batch), self.problem.processes
+        _, grad, _, _ = self._grad(self.problem.inner_loss, w, lam, parts, tuple(w), (), inputs, 0, fill=False)
+        if processes.size > 1:
+            like = next(iter(w.values()))
+            reached = processes.whole({"": like.new_tensor([float(name in grad) for name in w])})[""].tolist()
+            grad = _filled(grad, w, [name for name, count in zip(w, reached, strict=True) if count])
+        return self.whole(grad)
+
     def lam_grad(self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE) -> Tree:
         """The gradient of the inner loss at the meta parameters, by the rows that read them."""
         parts = self.parts(batch, lam_only=True)
@@ -300,6 +310,7 @@ class PassContext:
         wrt_lam: tuple[str, ...],
         inputs: Inputs,
         stream: int,
+        fill: bool = True,
     ) -> tuple[Tensor, Tree, Tree, bool]:
         values: list[Tensor] = []
         grad_w: Tree = {}
@@ -317,7 +328,9 @@ class PassContext:
                 self.counts.backwards += 1
             _accumulate(grad_w, wrt_w, found[: len(wrt_w)])
             _accumulate(grad_lam, wrt_lam, found[len(wrt_w) :])
-        return _sum(values, w), _filled(grad_w, w, wrt_w), _filled(grad_lam, lam, wrt_lam), bool(grad_lam)
+        if fill:
+            grad_w = _filled(grad_w, w, wrt_w)
+        return _sum(values, w), grad_w, _filled(grad_lam, lam, wrt_lam), bool(grad_lam)
 
 
 def _sum(values: list[Tensor], like: Tree) -> Tensor:
@@ -329,6 +342,7 @@ def _accumulate(total: Tree, names: Sequence[str], found: Sequence[Tensor | None
     """Add the gradients found to `total`."""
     for name, gradient in zip(names, found, strict=True):
         if gradient is not None:
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
             total[name] = total[name] + gradient if name in total else gradient
 
 

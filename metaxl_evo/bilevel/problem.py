@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.initial import Initial, initial_of
 from metaxl_evo.bilevel.passes import Counts, Inputs, PassContext, devices_of, mix_seed
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, UpdateState
+
+logger = logging.getLogger(__name__)
 
 Loss = Callable[[Tree, Tree, Any], Tensor]
 
@@ -76,6 +80,7 @@ class BilevelProblem:
         rows: row numbers of the leaves of w that hold only some rows of their parameter (touched embedding rows).
         examples: how batches are taken apart and put together.
         processes: those that hold a share of every batch each; the losses then are shares that add up to the whole.
+        initial: how the first weights depend on lam, where they do; `hypergradient` and `run_episode` find it out.
     """
 
     inner_loss: Loss
@@ -91,11 +96,15 @@ class BilevelProblem:
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     examples: Examples | None = None
     processes: Processes = field(default_factory=Processes)
+    initial: Initial | None = None
 
 
 @dataclass(frozen=True)
 class StepMade:
-    """An inner step that was really made: the weights after it, its gradient (before clipping), the state after it."""
+    """An inner step that was really made: the weights after it, its gradient (before clipping), the state after it.
+
+    As with torch, the gradient lacks the parameters that the loss did not reach; the step passed them over.
+    """
 
     w: Tree
     grad: Tree
@@ -198,7 +207,8 @@ def hypergradient(
     """Estimate the hypergradient of one inner step.
 
     Args:
-        w, lam: base and meta parameters before the step; left as they are, like the global random state.
+        w, lam: base and meta parameters before the step, dicts of tensors; left as they are, like the global random
+            state. Where w is an entry of lam or was computed from some, that is differentiated too, or refused.
         train_batch, val_batch: the batches of the inner and the outer loss.
         state: the estimator's state, which has observed the step where `made` is given (default: a fresh one, which
             observes it now).
@@ -210,12 +220,17 @@ def hypergradient(
     Raises:
         ValueError: where the estimator cannot serve this problem, with the reason.
     """
-    w, lam = _parameters("w", w), _parameters("lam", lam)
+    problem, w, lam = _bound(problem, w, lam)
+    if problem.initial is not None and (state is not None or made is not None):
+        raise ValueError(
+            f"w[{problem.initial.first!r}] is a meta parameter or computed from one, in the middle of an episode, "
+            "whose first weights alone may be: give a detached clone, or let run_episode make the steps"
+        )
     estimator.check(problem, w, lam)
     if noise is not None and not estimator.stochastic:
         raise ValueError(f"{type(estimator).__name__} draws no noise: leave `noise` out")
     if made is not None:
-        if update_state is None and (problem.update.tunes or estimator.needs_state_before):
+        if update_state is None and (problem.update.may_read_lam or estimator.needs_state_before):
             if made.update_state["step"] > 1:
                 raise ValueError("a step that was made needs `update_state`, the optimiser's state before it")
             update_state = problem.update.init(w)
@@ -226,7 +241,7 @@ def hypergradient(
         state = estimator.init(problem, w, lam)
         if made is not None:
             state = estimator.observe(passes, step, state)
-    return estimate(passes, estimator, step, state)
+    return _said_if_zero(passes, step, estimate(passes, estimator, step, state))
 
 
 def estimate(passes: PassContext, estimator: HypergradientEstimator, step: InnerStep, state: Any) -> Hypergradient:
@@ -268,6 +283,8 @@ def run_episode(
 ) -> Hypergradient:
     """Run the inner steps from `w0` with lam held fixed and estimate the hypergradient at the end, without a Trainer.
 
+    Where leaves of `w0` are entries of lam, or were computed from entries that require a gradient, the initialisation
+    is learned (MAML): the derivative through `w0` is part of the hypergradient. `unroll` and `forward_mode` can do it.
     An estimator that asks for an episode of its own first (HyperDistill's fit) gets one over the same batches. The
     result's `w` holds the weights after the last step; its counts are of the estimator's work alone, over all steps.
 
@@ -276,7 +293,7 @@ def run_episode(
     """
     if len(train_batches) == 0:
         raise ValueError("run_episode needs at least one train batch")
-    w0, lam = _parameters("w", w0), _parameters("lam", lam)
+    problem, w0, lam = _bound(problem, w0, lam)
     estimator.check(problem, w0, lam)
     seed, devices, counts = _draw_seed(generator), devices_of(w0, lam), Counts()
 
@@ -295,7 +312,7 @@ def run_episode(
     if estimator.suspended(state):
         learned = estimator.end_episode(passes, step, state)
         passes, step, state = run(estimator.init(problem, w0, lam, previous=learned))
-    result = estimate(passes, estimator, step, state)
+    result = _said_if_zero(passes, step, estimate(passes, estimator, step, state))
     return Hypergradient(result.grads, result.outer_loss, result.diagnostics, counts, step.current)
 
 
@@ -303,7 +320,7 @@ def look_ahead(passes: PassContext, step: InnerStep) -> InnerStep:
     """The step with what the optimiser makes of it; its pass records the stop-gradient inputs on the way."""
     rule = passes.problem.update
     inputs = Inputs.RECORD if passes.problem.stop_gradients else Inputs.LIVE
-    grad = passes.whole(passes.inner_grad(step.w, step.lam, step.batch, wrt_w=step.w, inputs=inputs)[1])
+    grad = passes.step_grad(step.w, step.lam, step.batch, inputs=inputs)
     before = step.update_state if step.update_state is not None else rule.init(step.w)
     with torch.no_grad():
         after, after_state = rule(step.w, before, grad, tree.detach(step.lam))
@@ -316,11 +333,59 @@ def _draw_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
-def _parameters(what: str, parameters: Tree) -> Tree:
-    """The parameters outside any graph, checked."""
-    if not parameters:
+def _said_if_zero(passes: PassContext, step: InnerStep, result: Hypergradient) -> Hypergradient:
+    if tree.norm(result.grads) == 0:
+        logger.warning("%s", why_zero(passes, step))
+    return result
+
+
+def why_zero(passes: PassContext, step: InnerStep) -> str:
+    """Which level a hypergradient of exactly zero comes from, in one line; at the price of a pass of each loss."""
+    passes = replace(passes.elsewhere(), counts=Counts())
+    _, to_w, _, _ = passes.outer_grad(step.current, step.lam, step.val_batch, wrt_w=step.w, wrt_lam=())
+    _, _, to_lam = passes.inner_grad(step.w, step.lam, step.batch, wrt_lam=step.lam)
+    reason = "the inner loss reads lam and the outer loss the weights, but the step between them carries nothing over"
+    if tree.norm(passes.whole(to_lam)) == 0 and not passes.problem.update.may_read_lam:
+        reason = "the inner loss does not depend on lam, nor are first weights computed from what requires a gradient"
+    if tree.norm(passes.whole(to_w)) == 0:
+        reason = "the outer loss does not depend on the base weights"
+    return f"the hypergradient is exactly zero: {reason}"
+
+
+def _bound(problem: BilevelProblem, w: Any, lam: Any) -> tuple[BilevelProblem, Tree, Tree]:
+    """The problem with what the caller's own tensors tell (which of them are entries of lam), and they outside of any
+    graph."""
+    _refuse("w", w)
+    _refuse("lam", lam)
+    problem = replace(problem, update=problem.update.bound(lam), initial=initial_of(w, lam))
+    return problem, tree.detach(w), tree.detach(lam)
+
+
+def _refuse(what: str, given: Any) -> None:
+    """Refuse what is no dict of parameters.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if isinstance(given, torch.nn.Module):
+        raise ValueError(f"{what} is a {type(given).__name__}: give its parameters, dict(module.named_parameters())")
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"{what} is a {type(given).__name__}, and has to be a dict of tensors by name: {{'name': tensor}}, of a "
+            "module dict(module.named_parameters())"
+        )
+    if not given:
         raise ValueError(f"{what} is empty: there is nothing to differentiate")
-    for name, leaf in parameters.items():
+    for name, leaf in given.items():
+        if isinstance(leaf, (Mapping, torch.nn.Module)):
+            raise ValueError(
+                f"{what}[{name!r}] is a {type(leaf).__name__}: give one flat dict, {{'{name}.key': tensor}}, "
+                "of a module dict(module.named_parameters())"
+            )
+        if not isinstance(leaf, Tensor) or not isinstance(name, str):
+            kind = f"{type(name).__name__} -> {type(leaf).__name__}"
+            raise ValueError(
+                f"{what}[{name!r}] is {kind}: give tensors by name, such as {{'name': torch.tensor(0.1)}}"
+            )
         if not leaf.is_floating_point():
             raise ValueError(f"{what}[{name!r}] has dtype {leaf.dtype}: parameters must be floating point")
-    return tree.detach(parameters)

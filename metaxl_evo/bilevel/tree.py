@@ -41,6 +41,11 @@ def clone(a: Mapping[str, Tensor]) -> Tree:
     return tree_map(lambda leaf: leaf.detach().clone(), a)
 
 
+def dense(a: Mapping[str, Tensor]) -> Tree:
+    """The leaves, sparse ones (gradients of `nn.Embedding(sparse=True)`) as dense ones."""
+    return tree_map(lambda leaf: leaf.to_dense() if leaf.is_sparse else leaf, a)
+
+
 def leaves(a: Mapping[str, Tensor], wrt: Iterable[str]) -> Tree:
     """Fresh autograd leaves on the same storages; only the names in `wrt` require a gradient."""
     names = frozenset(wrt)

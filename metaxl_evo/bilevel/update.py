@@ -2,85 +2,88 @@
 
 A rule maps (w, state, grad, lam) to (w', state'), with torch.optim's own algebra, so that autograd can run through
 it. For the one-step estimators it also gives the pullback (du/dg)^T v in closed form, where w' = D w - u(g): no
-graph, one product a leaf. A hyperparameter is a number, a mapping from parameter name to number (optimiser groups),
-or the *name of an entry of lam* (a learned learning rate, momentum or weight decay; as `Windowed` a learned schedule),
-which is then pulled back here and not through a mixed product.
+graph, one product a leaf. As with torch, a parameter that `grad` lacks sits the step out: no decay, no moments, and
+a step count of its own.
+
+A hyperparameter is a number, the *name of an entry of lam* (a learned learning rate, momentum or weight decay; as
+`Windowed` a learned schedule), which is then pulled back here and not through a mixed product, or a mapping from
+parameter name to any of these (optimiser groups; Meta-SGD). An entry is one number or has the parameter's shape.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel import hyper, tree
+from metaxl_evo.bilevel.hyper import Hyper
+from metaxl_evo.bilevel.hyper import Windowed as Windowed
 from metaxl_evo.bilevel.tree import Tree
 
+# {"step": int, "exp_avg": Tree, ...}; where parameters sat steps out, "missed": {name: how many of them} as well
+UpdateState = dict[str, Any]
 
-@dataclass(frozen=True)
-class Windowed:
-    """A hyperparameter that is a vector of lam, shared over windows of contiguous steps: a learned schedule.
-
-    Args:
-        name: the entry of lam, a vector of W values.
-        steps: length of the episode; its step t (`state["step"]`, from 0) reads value floor(t W / steps), any later
-            step the last one.
-
-    Source: Micaelli & Storkey, NeurIPS 2021 (forward-mode differentiation with hyperparameter sharing).
-
-    Raises:
-        ValueError: for a number of steps below 1; where lam[name] is no vector.
-    """
-
-    name: str
-    steps: int
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"Windowed({self.name!r}): steps must be at least 1, not {self.steps}")
-
-    def window(self, lam: Mapping[str, Tensor], step: int) -> int:
-        """The index of the value that acts at a step."""
-        values = lam[self.name]
-        if values.dim() != 1:
-            raise ValueError(f"lam[{self.name!r}] is of shape {[*values.shape]}: give a vector, one value a window")
-        return min(step * len(values) // self.steps, len(values) - 1)
+_MISSED = "missed"
 
 
-Hyper = float | str | Windowed | Mapping[str, float]
-UpdateState = dict[str, Any]  # {"step": int, "exp_avg": Tree, ...}
+def trees(state: UpdateState) -> dict[str, Tree]:
+    """The tensors of an optimiser's state: its entries that are trees."""
+    return {key: held for key, held in state.items() if key != _MISSED and isinstance(held, dict)}
+
+
+def map_trees(fn: Callable[[Tree], Tree], state: UpdateState) -> UpdateState:
+    """The state with `fn` of each of its trees."""
+    return state | {key: fn(held) for key, held in trees(state).items()}
+
+
+def own_steps(state: UpdateState, name: str) -> int:
+    """How many steps a parameter has made: all but those in which it had no gradient."""
+    return state["step"] - state.get(_MISSED, {}).get(name, 0)
+
+
+def counts_before(after: UpdateState, stepped: Iterable[str]) -> UpdateState:
+    """The counts of a state as they were before its last step, which moved the parameters `stepped`."""
+    had = frozenset(stepped)
+    missed = {name: count - (name not in had) for name, count in after.get(_MISSED, {}).items()}
+    return _counts(after["step"] - 1, missed)
+
+
+def _counts(step: int, missed: Mapping[str, int]) -> UpdateState:
+    missed = {name: count for name, count in missed.items() if count}
+    return {"step": step, _MISSED: missed} if missed else {"step": step}
+
 
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by (norm + 1e-6)
 
 
-def _value(hyper: Hyper, name: str, lam: Mapping[str, Tensor]) -> float | Tensor:
-    """The hyperparameter that acts on parameter `name`; `lam` as it acts at the step."""
-    if isinstance(hyper, (str, Windowed)):
-        return lam[_entry(hyper)]
-    return hyper[name] if isinstance(hyper, Mapping) else hyper
-
-
-def _entry(hyper: str | Windowed) -> str:
-    return hyper if isinstance(hyper, str) else hyper.name
-
-
-def _is_zero(hyper: Hyper) -> bool:
-    if isinstance(hyper, (str, Windowed)):
-        return False
-    return not any(hyper.values()) if isinstance(hyper, Mapping) else hyper == 0
-
-
 @dataclass(frozen=True)
 class UpdateRule(ABC):
-    """One optimiser step as a map; subclasses are torch.optim's algorithms.
+    """One optimiser step as a map (w, state, grad, lam) -> (w', state'); SGD, Adam and AdamW are torch.optim's.
 
     First `max_grad_value` clamps the gradient's entries, as `torch.nn.utils.clip_grad_value_` does, then
     `max_grad_norm` clips its global norm, as `torch.nn.utils.clip_grad_norm_` does.
+
+    A rule of one's own is a subclass with `_step` (and `init`, unless it inherits that of SGD or Adam), in operations
+    that autograd can go through. It may read any entry of lam; what it reads is learned by the estimators that
+    differentiate the step (one_step, unroll, forward_mode, greedy). Meta-curvature, say, with a learned matrix::
+
+        class MetaCurvature(SGD):
+            def _step(self, w, state, grad, lam):
+                return super()._step(w, state, {name: lam["M"] @ g for name, g in grad.items()}, lam)
+
+    Args:
+        lr, weight_decay: a number, the name of an entry of lam, a `Windowed` one, a tensor (which may be that very
+            entry), or a mapping from parameter name to any of these.
+        max_grad_norm, max_grad_value: the bounds; None for no clipping.
+
+    Raises:
+        ValueError: for an entry of lam that is a schedule in two ways.
     """
 
     lr: Hyper
@@ -88,25 +91,64 @@ class UpdateRule(ABC):
     max_grad_norm: float | None = None
     max_grad_value: float | None = None
 
+    def __post_init__(self) -> None:
+        ways: dict[str, hyper.Entry] = {}
+        for entry in self._entries():
+            if ways.setdefault(name := hyper.entry_name(entry), entry) != entry:
+                raise ValueError(f"the update rule reads lam[{name!r}] as {entry!r} and as {ways[name]!r}: choose one")
+
     @abstractmethod
     def init(self, w: Tree) -> UpdateState:
-        """The state before the first step."""
+        """The state before the first step: {"step": 0}, and by keys of one's own trees with the keys of w."""
 
     @abstractmethod
-    def _step(self, w: Tree, state: UpdateState, grad: Tree, lam: Tree) -> tuple[Tree, UpdateState]: ...
+    def _step(self, w: Tree, state: UpdateState, grad: Tree, lam: Tree) -> tuple[Tree, UpdateState]:
+        """The next weights and state, its "step" one higher, of the parameters that have a gradient.
 
-    @abstractmethod
+        Args:
+            w, grad: of these parameters alone, `grad` clamped and clipped already.
+            state: before the step, its trees as far as these parameters; `own_steps(state, name)` have been made.
+            lam: whole; of a `Windowed` entry the one value that acts.
+        """
+
     def _du_dg(self, name: str, v: Tensor, w: Tensor, grad: Tensor, state: UpdateState, lam: Tree) -> Tensor:
-        """(du/dg)^T v of one leaf behind the clipping, a fresh tensor."""
+        """(du/dg)^T v of one leaf behind the clipping, a fresh tensor, in closed form; `state` is that after the step.
+
+        It is used where a class defines it itself; of all others autograd through the step gives the pullback.
+        """
+        raise NotImplementedError
+
+    def check_state(self, after: UpdateState) -> None:  # noqa: B027
+        """Refuse to differentiate a step whose derivative would be zero whatever lam is.
+
+        Raises:
+            ValueError: with the reason and the way out.
+        """
 
     def __call__(self, w: Tree, state: UpdateState, grad: Tree, lam: Tree) -> tuple[Tree, UpdateState]:
-        """The next weights and state; differentiable in w, the state's tensors, grad and lam."""
-        return self._step(w, state, self._clip(grad), self._acting(lam, state["step"]))
+        """The next weights and state; differentiable in w, the state's tensors, grad and lam.
 
-    def grad_vjp(self, v: Tree, w: Tree, grad: Tree, state: UpdateState, lam: Tree) -> Tree:
+        A parameter that `grad` lacks stays as it is, its state too.
+        """
+        lam, missed, own = self._acting(lam, state["step"]), state.get(_MISSED, {}), state
+        moved, after = dict[str, Tensor](), {"step": state["step"] + 1}
+        if grad.keys() != w.keys():
+            missed = {name: missed.get(name, 0) + (name not in grad) for name in w}
+            own = map_trees(lambda held: {name: held[name] for name in grad if name in held}, state)
+        if grad:
+            moved, after = self._step({name: w[name] for name in grad}, own, self._clip(grad), lam)
+        if own is not state:
+            moved = w | moved
+            after |= {key: held | after.get(key, {}) for key, held in trees(state).items()}
+        return moved, after | _counts(after["step"], missed)
+
+    def grad_vjp(
+        self, v: Tree, w: Tree, grad: Tree, state: UpdateState, lam: Tree, *, before: UpdateState | None = None
+    ) -> Tree:
         """(du/dg)^T v for w' = D w - u(g), with the derivative of the clamp and of the clip factor.
 
-        Leaf by leaf, so that v and the result are never both whole: `v` is emptied on the way.
+        Leaf by leaf, so that v and the result are never both whole: `v` is emptied on the way. Zeros for what `grad`
+        lacks.
 
         Args:
             v: cotangent on w'.
@@ -114,57 +156,119 @@ class UpdateRule(ABC):
             grad: the gradient of the step, before clipping.
             state: the optimiser state *after* the step.
             lam: meta parameters, read where a hyperparameter is one of them.
+            before: the state before the step, read for a rule that has no closed form (default: that of a first step).
+
+        Raises:
+            ValueError: where the derivative would be zero whatever lam is (`check_state`).
         """
+        self.check_state(state)
+        if "_du_dg" not in vars(type(self)):  # an inherited one knows nothing of an overridden step
+            return self._pulled_by_autograd(v, w, grad, before, lam)
         clamped, lam = self._clamp(grad), self._acting(lam, state["step"] - 1)
         factor, norm = self._clip_factor(clamped)
         pulled = {}
         for name in list(v):
+            cotangent = v.pop(name)
+            if name not in grad:
+                pulled[name] = torch.zeros_like(cotangent)
+                continue
             clipped = clamped[name] * factor if norm else clamped[name]
-            pulled[name] = self._du_dg(name, v.pop(name), w[name], clipped, state, lam)
+            pulled[name] = self._du_dg(name, cotangent, w[name], clipped, state, lam)
         if norm:  # f (u - n/(n + eps) ghat <ghat, u>)
-            along = tree.dot(pulled, clamped).item() / (norm * (norm + _CLIP_EPS))
-            for name, u in pulled.items():
-                u.sub_(clamped[name], alpha=along).mul_(factor)
+            along = tree.dot(clamped, pulled).item() / (norm * (norm + _CLIP_EPS))
+            for name, leaf in clamped.items():
+                pulled[name].sub_(leaf, alpha=along).mul_(factor)
         if self.max_grad_value is not None:
-            for name, u in pulled.items():
-                u.masked_fill_(grad[name].abs() > self.max_grad_value, 0.0)
+            for name, leaf in grad.items():
+                pulled[name].masked_fill_(leaf.abs() > self.max_grad_value, 0.0)
+        return pulled
+
+    def _pulled_by_autograd(self, v: Tree, w: Tree, grad: Tree, before: UpdateState | None, lam: Tree) -> Tree:
+        leaves = tree.leaves(grad, grad)
+        with torch.enable_grad():
+            after, _ = self(tree.detach(w), self.init(w) if before is None else before, leaves, tree.detach(lam))
+            found = _derivative(after, v, leaves)
+        pulled = {n: -found[n] if n in found else torch.zeros_like(cotangent) for n, cotangent in v.items()}
+        v.clear()
         return pulled
 
     def lam_vjp(self, v: Tree, w: Tree, state: UpdateState | None, grad: Tree, lam: Tree) -> Tree:
-        """Pull a cotangent on w' back to the entries of `lam` that are the rule's hyperparameters; zeros elsewhere."""
-        pulled = tree.zeros_like(lam)
-        names = sorted(self.tunes & lam.keys())
+        """Pull a cotangent on w' back to the entries of `lam` that the rule itself reads; zeros elsewhere."""
+        names = lam.keys() if self._is_ones_own else self.tunes & lam.keys()
         if not names:
-            return pulled
+            return tree.zeros_like(lam)
         leaves = tree.leaves(lam, names)
         with torch.enable_grad():
             after, _ = self(tree.detach(w), state if state is not None else self.init(w), tree.detach(grad), leaves)
-            value = torch.stack([(after[name] * v[name]).sum() for name in v])
-            found = torch.autograd.grad(value.sum(), [leaves[name] for name in names], materialize_grads=True)
-        return pulled | dict(zip(names, found, strict=True))
+            found = _derivative(after, v, {name: leaf for name, leaf in leaves.items() if name in names})
+        return tree.zeros_like(lam) | found
+
+    @property
+    def _is_ones_own(self) -> bool:
+        """Whether the step may read what no field names."""
+        return type(self) not in (SGD, Adam, AdamW)
+
+    @property
+    def may_read_lam(self) -> bool:
+        """Whether the step itself, and not only its gradient, may depend on lam."""
+        return bool(self.tunes) or self._is_ones_own
+
+    def reads(self, w: Tree, lam: Tree) -> frozenset[str]:
+        """Names of the entries of lam that the step itself depends on; a rule of one's own is tried for two steps."""
+        if not self._is_ones_own:
+            return self.tunes
+        leaves, state, grad = tree.leaves(lam, lam), self.init(w), tree.tree_map(torch.ones_like, w)
+        with torch.enable_grad():
+            after, state = self(w, state, grad, leaves)
+            after, _ = self(after, state, grad, leaves)
+            ends = [leaf.sum() for leaf in after.values() if leaf.requires_grad]
+            found = torch.autograd.grad(ends, list(leaves.values()), allow_unused=True) if ends else [None] * len(lam)
+        return self.tunes | {name for name, one in zip(leaves, found, strict=True) if one is not None}
 
     @property
     def tunes(self) -> frozenset[str]:
-        """Names of the entries of lam that are this rule's hyperparameters."""
-        return frozenset(_entry(value) for value in vars(self).values() if isinstance(value, (str, Windowed)))
+        """Names of the entries of lam that this rule's hyperparameters name."""
+        return frozenset(map(hyper.entry_name, self._entries()))
 
     @property
     def windowed(self) -> tuple[Windowed, ...]:
-        """The hyperparameters that are schedules."""
-        return tuple(value for value in vars(self).values() if isinstance(value, Windowed))
+        """The hyperparameters that are schedules, each once."""
+        return tuple(dict.fromkeys(entry for entry in self._entries() if isinstance(entry, Windowed)))
 
-    def acting(self, lam: Tree, step: int) -> dict[str, float]:
-        """The values, at a step, of the hyperparameters that are entries of lam, by the rule's own names for them."""
-        now = self._acting(lam, step)
-        return {
-            field: float(now[_entry(hyper)])
-            for field, hyper in vars(self).items()
-            if isinstance(hyper, (str, Windowed))
-        }
+    def _entries(self) -> list[hyper.Entry]:
+        return [entry for held in vars(self).values() for entry in hyper.entries(held)]
+
+    def bound(self, lam: Mapping[str, Tensor]) -> UpdateRule:
+        """The rule with the name of an entry of lam in the place of each tensor that is that very entry."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        now: dict[str, Any] = {name: hyper.bound(one, lam) for name, one in held.items()}
+        return replace(self, **now) if any(now[name] is not held[name] for name in now) else self
+
+    def check(self, w: Tree, lam: Tree) -> None:
+        """Refuse numbers that are not there for each parameter, do not fit it, or would not be learned.
+
+        Raises:
+            ValueError: in one line.
+        """
+        for field in ("lr", "weight_decay", "momentum"):
+            hyper.check(field, getattr(self, field, 0.0), w, lam)
+
+    def acting(self, lam: Tree, step: int) -> dict[str, Any]:
+        """The values, at a step, of the hyperparameters that are entries of lam, by the rule's own names for them.
+
+        A number, or one by parameter name where the field is a mapping with such an entry.
+        """
+        now, found = self._acting(lam, step), dict[str, Any]()
+        for field, held in vars(self).items():
+            if isinstance(held, Mapping) and any(hyper.entries(held)):
+                found[field] = {name: float(hyper.value(held, name, now)) for name in held}
+            elif isinstance(held, (str, Windowed)):
+                found[field] = float(hyper.value(held, "", now))
+        return found
 
     def _acting(self, lam: Tree, step: int) -> Tree:
         """`lam` with the one value of each schedule that acts at a step."""
-        return {**lam, **{hyper.name: lam[hyper.name][hyper.window(lam, step)] for hyper in self.windowed}}
+        return {**lam, **{one.name: lam[one.name][one.window(lam, step)] for one in self.windowed}}
 
     def _clamp(self, grad: Tree) -> Tree:
         limit = self.max_grad_value
@@ -190,45 +294,63 @@ class UpdateRule(ABC):
 
     def _decayed(self, w: Tree, grad: Tree, lam: Tree) -> Tree:
         """Coupled L2: g + wd * w."""
-        if _is_zero(self.weight_decay):
+        if hyper.is_zero(self.weight_decay):
             return grad
-        return {name: g + _value(self.weight_decay, name, lam) * w[name] for name, g in grad.items()}
+        return {name: g + hyper.value(self.weight_decay, name, lam) * w[name] for name, g in grad.items()}
+
+
+def _derivative(ends: Tree, cotangent: Tree, leaves: Tree) -> Tree:
+    """d <ends, cotangent> / d leaves; zeros where there is no way."""
+    moved = [(end * cotangent[name]).sum() for name, end in ends.items() if name in cotangent and end.requires_grad]
+    if not moved:
+        return tree.zeros_like(leaves)
+    found = torch.autograd.grad(torch.stack(moved).sum(), list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
 
 
 @dataclass(frozen=True)
 class SGD(UpdateRule):
     """torch.optim.SGD: momentum, dampening, Nesterov, coupled L2."""
 
-    momentum: float | str | Windowed = 0.0
+    momentum: Hyper = 0.0
     dampening: float = 0.0
     nesterov: bool = False
 
     def init(self, w: Tree) -> UpdateState:
-        return {"step": 0, "momentum_buffer": {} if _is_zero(self.momentum) else tree.zeros_like(w)}
+        return {"step": 0, "momentum_buffer": tree.zeros_like({n: w[n] for n in w if self._has_buffer(n)})}
+
+    def _has_buffer(self, name: str) -> bool:
+        return not hyper.is_zero(self.momentum, name)
 
     def _step(self, w: Tree, state: UpdateState, grad: Tree, lam: Tree) -> tuple[Tree, UpdateState]:
-        grad = self._decayed(w, grad, lam)
-        after: UpdateState = {"step": state["step"] + 1, "momentum_buffer": {}}
-        if not _is_zero(self.momentum):
-            damp = 0.0 if state["step"] == 0 else self.dampening
-            momentum = {name: _value(self.momentum, name, lam) for name in grad}
-            buffer = {n: momentum[n] * state["momentum_buffer"][n] + (1 - damp) * g for n, g in grad.items()}
-            after["momentum_buffer"] = buffer
-            grad = {n: g + momentum[n] * buffer[n] for n, g in grad.items()} if self.nesterov else buffer
-        return {name: w[name] - _value(self.lr, name, lam) * g for name, g in grad.items()}, after
+        after: Tree = {}
+        buffers: Tree = {}
+        for name, g in self._decayed(w, grad, lam).items():
+            if self._has_buffer(name):
+                momentum = hyper.value(self.momentum, name, lam)
+                damp = self.dampening if own_steps(state, name) else 0.0
+                buffers[name] = momentum * state["momentum_buffer"][name] + (1 - damp) * g
+                g = g + momentum * buffers[name] if self.nesterov else buffers[name]
+            after[name] = w[name] - hyper.value(self.lr, name, lam) * g
+        return after, {"step": state["step"] + 1, "momentum_buffer": buffers}
 
     def _du_dg(self, name: str, v: Tensor, w: Tensor, grad: Tensor, state: UpdateState, lam: Tree) -> Tensor:
         keep: float | Tensor = 1.0
-        if not _is_zero(self.momentum):
-            keep = 1.0 if state["step"] <= 1 else 1 - self.dampening
+        if self._has_buffer(name):
+            keep = 1.0 if own_steps(state, name) <= 1 else 1 - self.dampening
             if self.nesterov:
-                keep = 1 + _value(self.momentum, name, lam) * keep
-        return _value(self.lr, name, lam) * keep * v
+                keep = 1 + hyper.value(self.momentum, name, lam) * keep
+        return hyper.value(self.lr, name, lam) * keep * v
 
 
 @dataclass(frozen=True)
 class Adam(UpdateRule):
-    """torch.optim.Adam: bias-corrected moments, coupled L2 (the decay is part of the gradient)."""
+    """torch.optim.Adam: bias-corrected moments, coupled L2 (the decay is part of the gradient).
+
+    A coordinate whose second moment is 0, since it never had a gradient (unused embedding rows), is held: the
+    derivative of its step is 0. The true one, of size lr/eps, is that of a step that would be made by a gradient of
+    the size of eps, and would swamp everything else.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -236,35 +358,38 @@ class Adam(UpdateRule):
     def init(self, w: Tree) -> UpdateState:
         return {"step": 0, "exp_avg": tree.zeros_like(w), "exp_avg_sq": tree.zeros_like(w)}
 
+    def check_state(self, after: UpdateState) -> None:
+        if not any(bool(second.any()) for second in after.get("exp_avg_sq", {"": torch.ones(1)}).values()):
+            raise ValueError(
+                f"the inner gradient is exactly zero, as it always was, and {type(self).__name__} divides by its "
+                "size, so that there is no hypergradient: let the inner loss not start at zero (weights of examples above "
+                "0), or use SGD (optim: sgd) or the estimator evograd"
+            )
+
     def _step(self, w: Tree, state: UpdateState, grad: Tree, lam: Tree) -> tuple[Tree, UpdateState]:
         return self._moments_step(w, state, self._decayed(w, grad, lam), lam)
 
     def _moments_step(self, w: Tree, state: UpdateState, grad: Tree, lam: Tree) -> tuple[Tree, UpdateState]:
-        (b1, b2), step = self.betas, state["step"] + 1
+        b1, b2 = self.betas
         first = {n: b1 * state["exp_avg"][n] + (1 - b1) * g for n, g in grad.items()}
         second = {n: b2 * state["exp_avg_sq"][n] + (1 - b2) * g.square() for n, g in grad.items()}
-        c1, c2 = 1 - b1**step, 1 - b2**step
-        after = {
-            n: w[n] - _value(self.lr, n, lam) / c1 * m / (_safe_sqrt(second[n] / c2) + self.eps)
-            for n, m in first.items()
-        }
-        return after, {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        after = {}
+        for n, m in first.items():
+            step = own_steps(state, n) + 1
+            scaled = hyper.value(self.lr, n, lam) / (1 - b1**step) * m
+            after[n] = w[n] - _over_root(scaled, second[n] / (1 - b2**step), self.eps)
+        return after, {"step": state["step"] + 1, "exp_avg": first, "exp_avg_sq": second}
 
     def _du_dg(self, name: str, v: Tensor, w: Tensor, grad: Tensor, state: UpdateState, lam: Tree) -> Tensor:
-        """lr/c1 [(1-b1)/Dn - m (1-b2) g / (c2 r Dn^2)], r = sqrt(s/c2), Dn = r + eps, at the moments after the step.
-
-        Coordinates that never had a gradient (s = 0: unused embedding rows) give 0: the training loss does not depend
-        on them, and their true factor, of size lr/eps, would only swamp the direction of a finite difference.
-        """
-        (b1, b2), step = self.betas, state["step"]
+        """lr/c1 [(1-b1)/Dn - m (1-b2) g / (c2 r Dn^2)], r = sqrt(s/c2), Dn = r + eps, m and s after the step."""
+        (b1, b2), step = self.betas, own_steps(state, name)
         c1, root_c2 = 1 - b1**step, math.sqrt(1 - b2**step)
         root = state["exp_avg_sq"][name].sqrt()  # r sqrt(c2)
         denominator = root + self.eps * root_c2  # Dn sqrt(c2)
         unseen = root == 0
         bend = (state["exp_avg"][name] * self._adaptive_grad(name, w, grad, lam)).div_(root.mul_(denominator))
-        slope = (
-            bend.mul_(b2 - 1).add_(1 - b1).div_(denominator).mul_(v).mul_(_value(self.lr, name, lam) * root_c2 / c1)
-        )
+        slope = bend.mul_(b2 - 1).add_(1 - b1).div_(denominator).mul_(v)
+        slope = slope.mul_(hyper.value(self.lr, name, lam) * root_c2 / c1)
         return slope.masked_fill_(unseen, 0.0) if bool(unseen.any()) else slope
 
     def _adaptive_grad(self, name: str, w: Tensor, grad: Tensor, lam: Tree) -> Tensor:
@@ -277,19 +402,21 @@ class AdamW(Adam):
     """torch.optim.AdamW: Adam with decoupled weight decay, w <- (1 - lr * wd) w first."""
 
     def _step(self, w: Tree, state: UpdateState, grad: Tree, lam: Tree) -> tuple[Tree, UpdateState]:
-        if not _is_zero(self.weight_decay):
+        if not hyper.is_zero(self.weight_decay):
             lr, decay = self.lr, self.weight_decay
-            w = {n: leaf * (1 - _value(lr, n, lam) * _value(decay, n, lam)) for n, leaf in w.items()}
+            w = {n: leaf * (1 - hyper.value(lr, n, lam) * hyper.value(decay, n, lam)) for n, leaf in w.items()}
         return self._moments_step(w, state, grad, lam)
+
+    _du_dg = Adam._du_dg
 
     def _adaptive_grad(self, name: str, w: Tensor, grad: Tensor, lam: Tree) -> Tensor:
         return grad
 
 
-def _safe_sqrt(x: Tensor) -> Tensor:
-    """sqrt with derivative 0 at 0 (autograd's own is infinite, and infinity times zero is NaN)."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+def _over_root(m: Tensor, s: Tensor, eps: float) -> Tensor:
+    """m / (sqrt(s) + eps), a constant where s = 0 (see `Adam`)."""
+    seen = s > 0
+    return torch.where(seen, m / (torch.where(seen, s, 1.0).sqrt() + eps), (m / eps).detach())
 
 
 def from_optimizer(
@@ -305,7 +432,7 @@ def from_optimizer(
         optimizer: SGD, Adam or AdamW (fused and foreach variants included).
         names: the name of each base parameter.
         max_grad_norm: clipping that is applied before the optimiser sees the gradient.
-        steps: how many steps it has made, where it keeps no count itself (SGD).
+        steps: how many steps it has made (default: as many as the parameter with the most; SGD keeps no count).
 
     Raises:
         ValueError: for an optimiser, or an option of one, that has no rule here.
@@ -337,21 +464,33 @@ def from_optimizer(
     if cls is SGD:
         if shared("dampening") and steps is None:
             raise ValueError("torch's SGD keeps no step count, which dampening needs: give steps, or set dampening=0")
-        rule: UpdateRule = SGD(
-            **common, momentum=shared("momentum"), dampening=shared("dampening"), nesterov=shared("nesterov")
-        )
-        buffers = {n: s["momentum_buffer"] for n, s in held.items() if s.get("momentum_buffer") is not None}
-        state: UpdateState = {
-            "step": int(bool(buffers)) if steps is None else steps,
-            "momentum_buffer": _with_zeros(buffers, names) if shared("momentum") else {},
-        }
+        momentum, dampening = per_name("momentum"), shared("dampening")
+        rule: UpdateRule = SGD(**common, momentum=momentum, dampening=dampening, nesterov=shared("nesterov"))
+        with_buffer = {p: n for p, n in names.items() if not hyper.is_zero(momentum, n)}
+        found = {n: held[n]["momentum_buffer"] for n in with_buffer.values() if _has(held[n], "momentum_buffer")}
+        step = int(bool(found)) if steps is None else steps
+        missed = {n: step for n in with_buffer.values() if n not in found}  # no buffer: no step yet
+        if step and missed and dampening:
+            raise ValueError(
+                f"{min(missed)!r} had no gradient in a step, and torch's SGD does not tell when it gets its first "
+                "one, which dampening spares: set dampening=0, or leave out the parameters that are not used"
+            )
+        trees_held = {"momentum_buffer": _with_zeros(found, with_buffer)}
     else:
         assert issubclass(cls, Adam)
         rule = cls(**common, betas=tuple(shared("betas")), eps=shared("eps"))
-        state = {"step": max((int(s["step"]) for s in held.values() if "step" in s), default=0)}
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = _with_zeros({n: s[key] for n, s in held.items() if key in s}, names)
-    return rule, state
+        made = {n: int(s["step"]) if _has(s, "step") else 0 for n, s in held.items()}
+        step = max(made.values()) if steps is None else steps
+        missed = {n: step - count for n, count in made.items()}
+        trees_held = {
+            key: _with_zeros({n: s[key] for n, s in held.items() if _has(s, key)}, names)
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+    return rule, _counts(step, missed) | trees_held
+
+
+def _has(held: Mapping[str, Any], key: str) -> bool:
+    return held.get(key) is not None
 
 
 def optimizer_rule(optimizer: torch.optim.Optimizer) -> type[UpdateRule]:

@@ -56,6 +56,11 @@ def make_estimator(name: str, **settings: Any) -> Estimator:
     return cls(**settings)
 
 
+def takes_any_optimizer() -> list[str]:
+    """The names of the estimators that do without the inner optimiser's own step, and so take any of them."""
+    return [name for name in ESTIMATORS if not make_estimator(name).needs_update_rule]
+
+
 _WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", NoneType: "null"}
 
 
@@ -87,4 +92,5 @@ __all__ = [
     "Sama",
     "Unroll",
     "make_estimator",
+    "takes_any_optimizer",
 ]

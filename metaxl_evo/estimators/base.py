@@ -83,6 +83,11 @@ class Estimator(ABC):
         return False
 
     @property
+    def learns_initial(self) -> bool:
+        """Whether the first weights of an episode may be meta parameters, or computed from them."""
+        return False
+
+    @property
     def requires_direct_term(self) -> bool:
         """Whether the estimate is zero unless the outer loss itself reads lam."""
         return False
@@ -156,13 +161,22 @@ class Estimator(ABC):
             ValueError: with the reason and the way out.
         """
         name = type(self).__name__
-        tuned = problem.update.tunes
-        if tuned - lam.keys():
-            raise ValueError(f"the update rule reads {sorted(tuned - lam.keys())}, which lam lacks: {sorted(lam)}")
-        if tuned and not self.tunes_optimizer:
+        rule = problem.update
+        if rule.tunes - lam.keys():
+            raise ValueError(
+                f"the update rule reads {sorted(rule.tunes - lam.keys())}, which lam lacks: {sorted(lam)}"
+            )
+        rule.check(w, lam)
+        if not self.tunes_optimizer and (tuned := rule.reads(w, lam)):
             raise ValueError(
                 f"{name} differentiates the inner loss, which does not contain the optimiser's own {sorted(tuned)}: "
                 "its estimate would be zero; use one_step for these"
+            )
+        if problem.initial is not None and not self.learns_initial:
+            raise ValueError(
+                f"{name} takes the first weights for constants, and w[{problem.initial.first!r}] is a meta parameter "
+                "or computed from one: use run_episode with unroll (no horizon) or forward_mode (at most 64 numbers), "
+                "or give a detached clone if a constant is meant"
             )
         if (self.second_order or self.needs_forward_ad) and not problem.second_order:
             raise ValueError(

@@ -11,6 +11,7 @@ from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.bilevel.update import counts_before
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
 from metaxl_evo.estimators.trajectory import Visit, check_straight_line, straight_line, walk_back, walk_traffic
 
@@ -77,8 +78,10 @@ class DrMAD(EpisodeEstimator):
 
     def observe(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> dict[str, Any]:
         assert step.made is not None
-        number = {"step": step.made.update_state["step"] - 1}
-        visit = Visit({}, step.lam, step.batch, number, passes.problem.update, passes.seed)  # lam stands still
+        stepped = frozenset(step.made.grad)
+        counts = counts_before(step.made.update_state, stepped)
+        rule, lam = passes.problem.update, step.lam  # lam stands still
+        visit = Visit({}, lam, step.batch, counts, rule, passes.seed, stepped)
         return state | {"steps": [*state["steps"], visit]}
 
     def end_episode(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> None:

@@ -132,7 +132,8 @@ class EvoGrad(Estimator):
 
     def advise(self, gradient: Tree, diagnostics: dict[str, float]) -> str | None:
         """Adds `noise_scale` = sigma |g| / temperature, to first order the deviation of the copies' scaled losses."""
-        perturbed = {name: gradient[name] for name in self._perturbed(gradient)}
+        pattern = self.parameters or ""
+        perturbed = {name: leaf for name, leaf in gradient.items() if re.search(pattern, name)}  # there may be none
         diagnostics["noise_scale"] = self.sigma * tree.norm(perturbed) / self.temperature
         effective = diagnostics["effective_copies"]
         if effective >= ONE_HOT:

@@ -13,7 +13,7 @@ from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import UpdateRule
+from metaxl_evo.bilevel.update import UpdateRule, trees
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
 
 Columns = dict[str, Tree]  # of the weights ("w") and of each tensor of the optimiser's state, by its key there
@@ -81,6 +81,10 @@ class ForwardMode(EpisodeEstimator):
         return True
 
     @property
+    def learns_initial(self) -> bool:
+        return self.windows is None
+
+    @property
     def max_meta_size(self) -> int | None:
         return 64
 
@@ -117,8 +121,8 @@ class ForwardMode(EpisodeEstimator):
         def columns(like: Tree) -> Tree:
             return tree.tree_map(lambda leaf: leaf.detach().new_zeros((tree.size(lam), *leaf.shape)), like)
 
-        update_state = problem.update.init(w)
-        return {"w": columns(w)} | {key: columns(held) for key, held in update_state.items() if isinstance(held, dict)}
+        of_state = {key: columns(held) for key, held in trees(problem.update.init(w)).items()}
+        return {"w": columns(w) if problem.initial is None else problem.initial.columns(w)} | of_state
 
     def observe(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
         assert step.made is not None
@@ -136,14 +140,15 @@ class ForwardMode(EpisodeEstimator):
         for j in self._active(rule, lam, before["step"]):
             unit, tangent = _column(units, j), {key: _column(columns, j) for key, columns in state.items()}
             bent = self._gradient_tangent(passes, step, tangent["w"], unit)
-            moved = torch.func.jvp(move, (point, tree.detach(step.made.grad), lam), (tangent, bent, unit))[1]
+            grad = tree.detach(step.made.grad)
+            moved = torch.func.jvp(move, (point, grad, lam), (tangent, {n: bent[n] for n in grad}, unit))[1]
             for key, column in moved.items():
                 for name, leaf in column.items():
                     after[key][name][j] = leaf
         return after
 
     def end_episode(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
-        """Nothing: the next episode starts from weights that do not depend on lam."""
+        """Nothing: in a Trainer the next episode starts from weights that do not depend on lam."""
         return None
 
     def _active(self, rule: UpdateRule, lam: Tree, step: int) -> list[int]:
@@ -166,6 +171,8 @@ class ForwardMode(EpisodeEstimator):
         return total if limit is None else tree.tree_map(lambda leaf: leaf.clamp(-limit, limit), total)
 
     def _answer(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+        assert step.made is not None
+        passes.problem.update.check_state(step.made.update_state)
         diagnostics["tangent_norm"] = tree.norm(state["w"])
         lam = step.lam
 

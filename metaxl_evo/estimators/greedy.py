@@ -20,8 +20,8 @@ class Greedy(EpisodeEstimator, LocalEstimator):
 
     The products of base Jacobians between a past step and now are taken for decay^age, and each step keeps the outer
     gradient of its own time. So a step's term is complete when the step is observed, nothing is left for the cotangent
-    at the end, and the memory is one tree like lam. With lam held still it is heavy-ball momentum (buffer
-    G <- decay G + g, no dampening) on the indirect one-step term.
+    at the end, and the memory is one tree like lam; a term that is not finite is left out. With lam held still it is
+    heavy-ball momentum (buffer G <- decay G + g, no dampening) on the indirect one-step term.
 
     Args:
         engine, radius: of the local term, as in `one_step`.
@@ -70,7 +70,8 @@ class Greedy(EpisodeEstimator, LocalEstimator):
         assert step.made is not None
         _, cotangent, _, _ = passes.outer_grad(step.current, step.lam, step.val_batch, wrt_w=step.w, wrt_lam=())
         step = replace(step, made=replace(step.made, grad=dict(step.made.grad)))  # the pullback empties it
-        return tree.add(passes.whole(self._pull_back(passes, step, cotangent, {})), state, self.decay)
+        term, decayed = passes.whole(self._pull_back(passes, step, cotangent, {})), tree.scale(state, self.decay)
+        return tree.add(term, decayed) if tree.all_finite(term) else decayed  # one NaN would stay for good
 
     def _answer(self, passes: PassContext, step: InnerStep, state: Tree, diagnostics: dict[str, float]) -> Response:
         diagnostics["accumulated_norm"] = tree.norm(state)

@@ -13,6 +13,7 @@ from metaxl_evo.bilevel.passes import PassContext, mix_seed
 from metaxl_evo.bilevel.problem import BilevelProblem, Examples, InnerStep, Response, look_ahead
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.bilevel.update import counts_before
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
 from metaxl_evo.estimators.local import LocalEstimator
 from metaxl_evo.estimators.trajectory import Visit, check_straight_line, straight_line, walk_back
@@ -129,8 +130,8 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         }
         if not self.suspended(state):
             return state
-        number = {"step": step.made.update_state["step"] - 1}
-        return state | {"visits": [*state["visits"], Visit.of(passes, replace(step, update_state=number))]}
+        counts = counts_before(step.made.update_state, step.made.grad)
+        return state | {"visits": [*state["visits"], Visit.of(passes, replace(step, update_state=counts))]}
 
     def end_episode(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> dict[str, Any]:
         """The number of the next episode, and theta."""
@@ -156,7 +157,8 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
             xy += horizon * tree.dot(local, found).item()
             xx += (horizon * tree.norm(local)) ** 2
             weight *= self.decay
-        return xy / xx if xx else state["theta"]
+        theta = xy / xx if xx else math.nan  # a row that judges may be NaN: the next fit makes up for it
+        return theta if math.isfinite(theta) else state["theta"]
 
     def _answer(
         self, passes: PassContext, step: InnerStep, state: dict[str, Any], diagnostics: dict[str, float]
@@ -178,7 +180,7 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         """The local term at (w*, D*), D* that of the step itself where none was drawn."""
         passes = passes.elsewhere()
         step = replace(step, w=w, batch=step.batch if batch is None else batch)
-        if passes.problem.update.tunes:
+        if passes.problem.update.may_read_lam:
             step = look_ahead(passes, replace(step, made=None))
         return self._pull_back(passes, step, v, diagnostics)
 

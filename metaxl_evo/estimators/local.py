@@ -74,7 +74,9 @@ class LocalEstimator(EngineEstimator):
         assert step.made is not None
         rule = passes.problem.update
         through_rule = rule.lam_vjp(v, step.w, step.update_state, step.made.grad, step.lam)
-        direction = rule.grad_vjp(v, step.w, step.made.grad, step.made.update_state, step.lam)
+        direction = rule.grad_vjp(
+            v, step.w, step.made.grad, step.made.update_state, step.lam, before=step.update_state
+        )
         step.made.grad.clear()
         direction = passes.whole(direction)
         diagnostics["direction_norm"] = tree.norm(direction)

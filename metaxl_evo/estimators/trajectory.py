@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel import hyper, tree
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import LAM, W, double_backward
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState
+from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, map_trees, trees
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Visit:
         update_state: the optimiser's state before the step.
         rule: the optimiser's map at that step (its learning rate may be scheduled).
         seed: of the randomness of the step's passes.
+        stepped: the parameters that had a gradient, and that the optimiser moved.
     """
 
     w: Tree
@@ -39,19 +40,23 @@ class Visit:
     update_state: UpdateState
     rule: UpdateRule
     seed: int
+    stepped: frozenset[str]
 
     @classmethod
     def of(cls, passes: PassContext, step: InnerStep) -> Visit:
         """A copy of a step, which outlives the caller's own tensors."""
         assert step.update_state is not None
-        before = {key: tree.clone(held) if isinstance(held, dict) else held for key, held in step.update_state.items()}
-        return cls(tree.clone(step.w), tree.clone(step.lam), step.batch, before, passes.problem.update, passes.seed)
+        assert step.made is not None
+        before = map_trees(tree.clone, step.update_state)
+        w, lam, stepped = tree.clone(step.w), tree.clone(step.lam), frozenset(step.made.grad)
+        return cls(w, lam, step.batch, before, passes.problem.update, passes.seed, stepped)
 
 
 def walk_back(passes: PassContext, visits: Iterable[Visit], cotangent: Tree) -> Iterator[Tree]:
     """What each step adds to d_lam <w_T, cotangent>, from the last step to the first: B_t^T alpha_t, a tree like lam.
 
-    On several processes a share of it, of a share of the cotangent.
+    At the end what the first weights add, where the problem says that they depend on lam. On several processes a share
+    of it, of a share of the cotangent.
 
     Args:
         visits: the steps, the last one first; they may be made on the way.
@@ -60,14 +65,17 @@ def walk_back(passes: PassContext, visits: Iterable[Visit], cotangent: Tree) -> 
     Each step is one double backward a part, where there are several parts with a gradient of the whole batch before;
     the first step's is to lam alone.
     """
-    alpha, beta = passes.whole(dict(cotangent)), dict[str, Tree]()
+    alpha, beta, initial = passes.whole(dict(cotangent)), dict[str, Tree](), passes.problem.initial
     walk = iter(visits)
     visit = next(walk, None)
     while visit is not None:
         earlier = next(walk, None)
-        alpha, beta, d_lam = _step_back(passes.elsewhere(visit.seed), visit, alpha, beta, onward=earlier is not None)
+        onward = earlier is not None or initial is not None
+        alpha, beta, d_lam = _step_back(passes.elsewhere(visit.seed), visit, alpha, beta, onward=onward)
         yield d_lam
         visit = earlier
+    if initial is not None:
+        yield passes.once(initial.pull_back(alpha))
 
 
 def walk_traffic(steps: int, step_made: bool) -> Traffic:
@@ -90,9 +98,9 @@ def check_straight_line(name: str, rule: UpdateRule) -> None:
             "leave max_grad_norm (in a Trainer: 0) and max_grad_value out, or use unroll"
         )
     learned = replace(rule, weight_decay=0.0).tunes
-    if isinstance(rule, SGD) and rule.momentum != 0 and learned:
+    if isinstance(rule, SGD) and not hyper.is_zero(rule.momentum) and (learned or type(rule) is not SGD):
         raise ValueError(
-            f"{name} keeps no momentum buffers, which the learned {sorted(learned)} multiply: "
+            f"{name} keeps no momentum buffers, which the learned {sorted(learned) or type(rule).__name__} multiply: "
             "learn them with momentum=0.0 (the weight decay also with it), or use unroll"
         )
 
@@ -107,7 +115,7 @@ def straight_line(visits: Sequence[Visit], start: Tree, end: Tree) -> Iterator[V
     for t in reversed(range(len(visits))):
         visit, way = visits[t], t / len(visits)
         w = tree.tree_map(lambda a, b, way=way: torch.lerp(a, b, way), start, end)
-        yield replace(visit, w=w, update_state=visit.rule.init(w) | {"step": visit.update_state["step"]})
+        yield replace(visit, w=w, update_state=visit.rule.init(w) | visit.update_state)
 
 
 def _step_back(
@@ -123,7 +131,7 @@ def _step_back(
     products = {index: tree.zeros_like(like) for index, like in wrt.items()}
 
     def direction(grad: Tree) -> Tree:
-        pulled.update(_through_rule(visit, passes.whole(grad), alpha, beta))
+        pulled.update(_through_rule(visit, passes.whole(tree.dense(grad)), alpha, beta))
         return pulled["grad"]
 
     if len(parts) != 1:  # without any, the other processes' gradient is still to be waited for
@@ -141,8 +149,11 @@ def _step_back(
 
 
 def _through_rule(visit: Visit, grad: Tree, alpha: Tree, beta: dict[str, Tree]) -> dict[str, Tree]:
-    """The cotangents on what one step of the rule reads: the keys of the state's trees, "w", "grad" and "lam"."""
-    state = {key: held for key, held in visit.update_state.items() if isinstance(held, dict)}
+    """The cotangents on what one step of the rule reads: the keys of the state's trees, "w", "grad" and "lam".
+
+    That on the gradient is whole: zeros for the parameters that sat the step out.
+    """
+    state, grad = trees(visit.update_state), {name: leaf for name, leaf in grad.items() if name in visit.stepped}
     at = {
         key: tree.leaves(held, held) for key, held in (state | {"w": visit.w, "grad": grad, "lam": visit.lam}).items()
     }
@@ -159,4 +170,5 @@ def _through_rule(visit: Visit, grad: Tree, alpha: Tree, beta: dict[str, Tree]) 
             materialize_grads=True,
         )
     )
-    return {key: dict(zip(held, found, strict=False)) for key, held in at.items()}
+    pulled = {key: dict(zip(held, found, strict=False)) for key, held in at.items()}
+    return pulled | {"grad": {n: pulled["grad"].get(n, torch.zeros_like(leaf)) for n, leaf in visit.w.items()}}

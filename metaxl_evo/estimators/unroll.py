@@ -19,7 +19,8 @@ from metaxl_evo.estimators.trajectory import Visit, walk_back, walk_traffic
 class Unroll(EpisodeEstimator):
     """value = w_T, vjp(v) = sum_t B_t^T A_{t+1}^T ... A_T^T v over the last K steps, with the optimiser's state in A.
 
-    Exact for any update rule and for all of its numbers; what lies before the horizon is held constant. Memory is the
+    Exact for any update rule and for all of its numbers; what lies before the horizon is held constant. Over the whole
+    episode first weights that are meta parameters, or computed from them, are learned too (MAML). Memory is the
     weights and the optimiser's state of each step in the horizon and one step's graph, since every step is computed
     again when it is gone back through. A step costs one double backward.
 
@@ -64,6 +65,10 @@ class Unroll(EpisodeEstimator):
         return True
 
     @property
+    def learns_initial(self) -> bool:
+        return self.horizon is None
+
+    @property
     def citation(self) -> str:
         return "Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017"
 
@@ -86,5 +91,7 @@ class Unroll(EpisodeEstimator):
     def _answer(
         self, passes: PassContext, step: InnerStep, state: list[Visit], diagnostics: dict[str, float]
     ) -> Response:
+        assert step.made is not None
+        passes.problem.update.check_state(step.made.update_state)
         diagnostics["horizon"] = len(state)
         return Response(step.current, lambda v: reduce(tree.add, walk_back(passes, reversed(state), v)))

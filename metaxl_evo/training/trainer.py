@@ -28,10 +28,25 @@ from transformers.trainer_pt_utils import nested_detach
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext, devices_of, mix_seed
-from metaxl_evo.bilevel.problem import BilevelProblem, Hypergradient, InnerStep, StepMade, estimate, hypergradient
+from metaxl_evo.bilevel.problem import (
+    BilevelProblem,
+    Hypergradient,
+    InnerStep,
+    StepMade,
+    estimate,
+    hypergradient,
+    why_zero,
+)
 from metaxl_evo.bilevel.processes import Processes
-from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, from_optimizer
-from metaxl_evo.estimators import ESTIMATORS, Estimator
+from metaxl_evo.bilevel.update import (
+    SGD,
+    UpdateRule,
+    UpdateState,
+    from_optimizer,
+    map_trees,
+    optimizer_rule,
+)
+from metaxl_evo.estimators import Estimator, takes_any_optimizer
 from metaxl_evo.estimators.local import EngineEstimator
 from metaxl_evo.models.adapters import is_adapted
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
@@ -65,6 +80,8 @@ if TYPE_CHECKING:
     from metaxl_evo.training.check import CheckReport
 
 logger = logging.getLogger(__name__)
+
+_SILENCE = 10  # hypergradients of exactly zero at the start of a run: more than batches that do not read lam
 
 
 class MetaTrainer(Trainer):
@@ -141,6 +158,7 @@ class MetaTrainer(Trainer):
         self.skipped_meta_steps = 0
         self._said = set[str]()
         self._start_of_lam: tree.Tree = {}  # of the run, also after resume
+        self._silent_steps: int | None = 0  # meta steps since the start that were all exactly zero; None after another
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     def check(self) -> CheckReport:
@@ -199,7 +217,7 @@ class MetaTrainer(Trainer):
         """As the Trainer's, with meta rows, episodes and counts of its own, whoever has asked for data loaders."""
         self.meta_rows, self.episodes = self._make_meta_rows(), self._make_episodes()
         self._window, self._window_rows, self._window_is_new = ([], []), None, False
-        self.skipped_meta_steps = self._skipped_in_a_row = 0
+        self.skipped_meta_steps = self._skipped_in_a_row = self._silent_steps = 0
         self._metrics.clear()
         self._start_of_lam = tree.clone(self.model.meta_parameters())
         return super()._inner_training_loop(*args, **kwargs)
@@ -242,12 +260,8 @@ class MetaTrainer(Trainer):
             if isinstance(self.estimator, EngineEstimator) and self.estimator.engine == "auto":
                 self._say_what_auto_is()
             if self.estimator.needs_update_rule:
-                try:
-                    rule = self._update_rule(self.estimator)[0]
-                except ValueError as error:
-                    raise ValueError(f"{error}; {', '.join(takes_any_optimizer())} take any optimiser") from None
                 self.estimator.check(
-                    self._problem(rule),
+                    self._problem(self._update_rule(self.estimator)[0]),
                     self.model.base_parameters(),
                     self.model.meta_parameters(),
                 )
@@ -450,8 +464,9 @@ class MetaTrainer(Trainer):
         """Before the base step: keep the weights, and the optimiser's state, that are needed from there."""
         assert self.estimator is not None
         rows, state = self._touched_rows(), None
-        if self.estimator.needs_state_before or self.model.tuned_optimizer:
-            state = _map_state(torch.clone, self._update_rule(self.estimator, rows)[1])
+        dampened = any(group.get("dampening") for group in _plain(self.optimizer).param_groups)  # reads who was new
+        if self.estimator.needs_state_before or self.model.tuned_optimizer or dampened:
+            state = map_trees(tree.clone, self._update_rule(self.estimator, rows)[1])
         w = _gathered(self.model.base_parameters(), rows)
         if any(one.evaluated_at == "previous" for one in self._at_work()):
             if may_step_in_two(_plain(self.optimizer)):
@@ -475,7 +490,7 @@ class MetaTrainer(Trainer):
         _plain(self.optimizer).step()
         for name, numbers in rows.items():
             gradient, parameters[name].grad = parameters[name].grad, None
-            self._row_gradients[name] = None if gradient is None else gradient[numbers]
+            self._row_gradients[name] = None if gradient is None else _dense(gradient)[numbers]
             del gradient
         for name, gradient in waiting.items():
             parameters[name].grad = gradient
@@ -512,10 +527,27 @@ class MetaTrainer(Trainer):
         result = estimate(passes, self.estimator, step, self.episodes.state)
         if diagnostics is not None and exact is not None:
             diagnostics.compare(result, exact)
-        if tree.all_finite(result.grads):
+        if self._silent_steps is not None:
+            self._watch_silence(result, passes, step)
+        if tree.all_finite(result.grads) and bool(result.outer_loss.isfinite()):
             self._apply(result)
         else:
             self._skip(result)
+
+    def _watch_silence(self, result: Hypergradient, passes: PassContext, step: InnerStep) -> None:
+        """Warn where the first hypergradient is exactly zero; end the run where the first ten are.
+
+        One alone may be right: a batch need not read lam.
+        """
+        assert self._silent_steps is not None
+        if tree.norm(result.grads) != 0:
+            self._silent_steps = None
+            return
+        self._silent_steps += 1
+        if self._silent_steps == 1:
+            logger.warning("step %d: %s", self.state.global_step, why_zero(passes, step))
+        if self._silent_steps >= _SILENCE:
+            raise ValueError(f"all of the first {_SILENCE} meta steps: {why_zero(passes, step)}")
 
     def estimate(self, estimator: Estimator) -> Hypergradient:
         """The hypergradient, by any estimator, of a step to come from here over the last window; nothing is changed.
@@ -659,13 +691,17 @@ class MetaTrainer(Trainer):
         """
         if not estimator.needs_update_rule:
             return SGD(0.0), {"step": 0, "momentum_buffer": {}}
+        try:
+            optimizer_rule(_plain(self.optimizer))
+        except ValueError as reason:
+            names_of_others = ", ".join(takes_any_optimizer())
+            raise ValueError(f"{reason}, or an estimator that takes any optimizer: {names_of_others}") from None
         names = {parameter: name for name, parameter in self.model.base_parameters().items()}
         limit = self.args.max_grad_norm or None
         rule, state = from_optimizer(
             _plain(self.optimizer), names, max_grad_norm=limit, steps=self._steps_of_optimizer() + made
         )
-        rule = tuned_rule(rule, self.model)
-        return rule, {key: _gathered(held, rows) if isinstance(held, dict) else held for key, held in state.items()}
+        return tuned_rule(rule, self.model), map_trees(lambda held: _gathered(held, rows), state)
 
     def _steps_of_optimizer(self) -> int:
         """How many steps the base optimiser has made since its state was fresh."""
@@ -674,7 +710,7 @@ class MetaTrainer(Trainer):
         return self.state.global_step % self.args.episode_length
 
     def _take_gradient(self, rows: tree.Tree) -> tree.Tree:
-        """The base gradient as it was before clipping; `.grad` is empty afterwards."""
+        """The base gradient as it was before clipping, where there is one; `.grad` is empty afterwards."""
         limit, norm = self.args.max_grad_norm or math.inf, self._grad_norm or 0.0
         clipped, is_read = norm + 1e-6 > limit, self._at_work()[-1].needs_update_rule
         taken = {}
@@ -683,10 +719,9 @@ class MetaTrainer(Trainer):
             if not is_read:
                 continue
             if name in rows:
-                gradient = self._row_gradients.pop(name, None) if gradient is None else gradient[rows[name]]
-            if gradient is None:
-                gradient = torch.zeros_like(parameter[rows[name]] if name in rows else parameter)
-            taken[name] = gradient.mul_((norm + 1e-6) / limit) if clipped else gradient
+                gradient = self._row_gradients.pop(name, None) if gradient is None else _dense(gradient)[rows[name]]
+            if gradient is not None:  # without one the optimiser has passed the parameter over
+                taken[name] = _dense(gradient).mul_((norm + 1e-6) / limit) if clipped else _dense(gradient)
         self._row_gradients.clear()
         return taken
 
@@ -782,6 +817,7 @@ class MetaTrainer(Trainer):
             self.skipped_meta_steps, self._skipped_in_a_row = saved["skipped"]
             start = saved.get("start", {})  # checkpoints of earlier versions have none
             self._start_of_lam |= {name: leaf.to(self.args.device) for name, leaf in start.items()}
+            self._silent_steps = None  # the start is behind it
         if self.episodes is not None:
             self.episodes.to(self.args.device)
 
@@ -914,11 +950,6 @@ def outputs_of(outputs: Any, ignore_keys: list[str] | None, model: Any) -> tuple
     return None if loss is None else loss.detach().mean(), rest
 
 
-def takes_any_optimizer() -> list[str]:
-    """The estimators that do not differentiate the base optimiser's own step."""
-    return [name for name, cls in ESTIMATORS.items() if not cls().needs_update_rule]
-
-
 def _refuse_data(args: MetaTrainingArguments, train: Any, meta: Any, evaluated: Any) -> None:
     """Refuse train rows that would be drawn for another epoch than the one that they are read in."""
     if not isinstance(train, DrawnByEpoch):
@@ -943,9 +974,8 @@ def _gathered(leaves: tree.Tree, rows: tree.Tree | None) -> tree.Tree:
     return {name: leaf.detach()[rows[name]] if name in rows else leaf.detach() for name, leaf in leaves.items()}
 
 
-def _map_state(fn: Any, state: UpdateState) -> UpdateState:
-    """`fn` of every tensor of an optimiser's state."""
-    return {key: tree.tree_map(fn, held) if isinstance(held, dict) else held for key, held in state.items()}
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
