@@ -113,6 +113,8 @@ def plan(task: VisionTask[Settings, Any], settings: Settings, args: MetaTraining
     """
     if args.load_best_model_at_end and not task.chooses:
         raise ValueError("load_best_model_at_end would choose on the test images: leave it out, the last step counts")
+    if args.meta_portion != 1:  # clean images and episodes of other domains judge, and nothing else
+        raise ValueError("these tasks cannot join meta rows to train rows: set meta_portion to 1")
     named, seeds = settings.runs or {"": {}}, settings.seeds or [args.seed]
     alone, root = len(named) * len(seeds) == 1, Path(args.output_dir)
     changes = {name: _typed_run(settings, args, name, overrides) for name, overrides in named.items()}

@@ -42,6 +42,8 @@ class Split:
 class Examples:
     """A batch as a sequence of examples, for estimators that draw one batch of several (HyperDistill).
 
+    On several processes examples are numbered over all of them, and each process returns its own of those asked for.
+
     Args:
         size: batch -> how many.
         take: (batch, their numbers, a 1-d int64 tensor) -> a batch of these; there may be none.

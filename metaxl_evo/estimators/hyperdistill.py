@@ -97,11 +97,6 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         return replace(sent, lam=2) if self.scale == "normalize" else sent
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
-        if problem.examples is not None and problem.processes.size > 1:
-            raise ValueError(
-                f"{type(self).__name__} would draw other examples on {problem.processes.size} processes than on one: "
-                "leave the problem's `examples` out, or use one process"
-            )
         if self.scale != "fit":
             return super().check(problem, w, lam)
         replace(self, scale="fixed").check(problem, w, lam)

@@ -21,10 +21,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from metaxl_evo.bilevel.passes import for_this_pass
 from metaxl_evo.bilevel.problem import BilevelProblem, Split
+from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, Windowed
 from metaxl_evo.messages import first_line, one_line
 from metaxl_evo.models.adapters import ADAPTER, is_adapted, load_adapter, merged, plain_model, save_adapter
+from metaxl_evo.models.examples import examples_of, join_rows, take_rows
 from metaxl_evo.models.heads import columns_of, labelled_tokens, row_losses, token_losses
 from metaxl_evo.models.losses import (
     TOTALS,
@@ -137,8 +139,16 @@ class BilevelModule(nn.Module, ABC):
         return labelled_tokens(self.plain_base, batch)
 
     def join(self, batch: Batch, extra: Batch) -> Batch:
-        """Train rows and the train part of the meta rows as one micro-batch."""
-        raise ValueError(f"{type(self).__name__} cannot join meta rows to train rows: set meta_portion to 1")
+        """Train rows and the train part of the meta rows as one micro-batch; by default rows of one shape.
+
+        Raises:
+            ValueError: for rows that would have to be padded.
+        """
+        return join_rows(type(self).__name__, batch, extra)
+
+    def take_rows(self, batch: Batch, rows: Tensor) -> Batch:
+        """The rows (a 1-d int64 tensor) of a micro-batch, for estimators that draw examples of several (D*)."""
+        return take_rows(batch, rows)
 
     def cut(self) -> Cut | None:
         """The inner loss in pieces, of which a cheap suffix alone reads some of the base parameters."""
@@ -272,6 +282,7 @@ class BilevelModule(nn.Module, ABC):
             direct_term=self.direct_term,
             reads_lam=self._reading_lam if not dropout else _same,  # other rows, other masks
             rows=rows,
+            examples=examples_of(self, Processes()),
         )
 
     def _reading_lam(self, part: Batch) -> Batch:

@@ -25,7 +25,10 @@ Counts = dict[str, int]
 
 TOTALS = "totals"  # batch key: the counts of the whole accumulation window, over all ranks
 WINDOW = "window"  # batch key: the counts of this micro-batch, and how many micro-batches there are on all ranks
+HELD = "held"  # batch key: where these rows stand among those of a batch that was drawn (models/examples.py)
 ITEMS = "items"  # the one mean of a task that names none
+
+_KEPT = (TOTALS, WINDOW, HELD)
 
 
 @dataclass
@@ -55,7 +58,7 @@ def view_of(batch: Any) -> Any:
     """The batch without what the framework keeps in it, its containers copied; what is no mapping stays as it is."""
     if not isinstance(batch, Mapping):
         return batch
-    view = LossBatch({key: _copied(value) for key, value in batch.items() if key not in (TOTALS, WINDOW)})
+    view = LossBatch({key: _copied(value) for key, value in batch.items() if key not in _KEPT})
     view.totals = batch.get(TOTALS)
     return view
 
@@ -123,6 +126,7 @@ def set_totals(
 def as_window(module: BilevelModule, batch: Any) -> Sequence[Any]:
     """A batch as micro-batches with totals: those that they have, or their own."""
     parts = batch if isinstance(batch, (list, tuple)) else (batch,)
+    parts = [part for part in parts if not (isinstance(part, Mapping) and HELD in part) or len(part[HELD]["places"])]
     if len(parts) < 2 or any(not isinstance(part, Mapping) or TOTALS in part for part in parts):
         return parts
     window = [dict(part) for part in parts]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import math
 import shutil
@@ -50,6 +49,8 @@ from metaxl_evo.estimators import Estimator, takes_any_optimizer
 from metaxl_evo.estimators.local import EngineEstimator
 from metaxl_evo.models.adapters import is_adapted
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
+from metaxl_evo.models.examples import examples_of
+from metaxl_evo.models.heads import columns_of
 from metaxl_evo.models.losses import counts_of, set_totals, view_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.checkpoint import (
@@ -189,8 +190,6 @@ class MetaTrainer(Trainer):
                 f"estimator {args.estimator!r} needs meta rows: give meta_dataset and a meta_portion above 0, "
                 "or set estimator: none"
             )
-        if args.meta_portion < 1 and type(model).join is BilevelModule.join:
-            raise ValueError(f"{type(model).__name__} cannot join meta rows to train rows: set meta_portion to 1")
         problem = model.problem(tuned_rule(SGD(0.0), model))
         estimator.check(problem, model.base_parameters(), model.meta_parameters())
 
@@ -377,8 +376,11 @@ class MetaTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         held = [inputs.get(name) for name in self.label_names]
         labels = None if not held or any(one is None for one in held) else nested_detach(tuple(held))
+        left = sorted(inputs.keys() - columns_of(self.model.plain_base, inputs).keys())
+        if left and type(self.model).forward is BilevelModule.forward:
+            self._say_once(f"evaluation leaves out {', '.join(left)}, which the base's forward does not take")
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**self._taken_by_base(inputs))
+            outputs = model(**inputs)
         loss, logits = outputs_of(outputs, ignore_keys, self.model)
         if loss is None and labels is not None:
             self._say_once(
@@ -389,18 +391,6 @@ class MetaTrainer(Trainer):
         logits = nested_detach(logits)
         single = labels is not None and len(labels) == 1
         return loss, logits[0] if len(logits) == 1 else logits, labels[0] if labels is not None and single else labels
-
-    def _taken_by_base(self, inputs: Any) -> dict[str, Any]:
-        """The columns that the base's forward names; all where it takes any, or the task has its own forward."""
-        taken = inspect.signature(self.model.plain_base.forward).parameters
-        any_name = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
-        if any_name or type(self.model).forward is not BilevelModule.forward:
-            return dict(inputs)
-        left = sorted(inputs.keys() - taken.keys())
-        if left:
-            kind = type(self.model.plain_base).__name__
-            self._say_once(f"evaluation leaves out {', '.join(left)}: {kind}.forward takes {', '.join(taken)}")
-        return {name: value for name, value in inputs.items() if name in taken}
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -622,7 +612,8 @@ class MetaTrainer(Trainer):
         problem = self.model.problem(rule, dropout=self.args.meta_dropout, rows=rows)
         processes = Processes(self.args.process_index, self.args.world_size)
         second_order = problem.second_order and not self.args.torch_compile
-        return replace(problem, second_order=second_order, processes=processes)
+        examples = examples_of(self.model, processes)
+        return replace(problem, second_order=second_order, processes=processes, examples=examples)
 
     def _new_passes(self, problem: BilevelProblem) -> PassContext:
         devices = devices_of(self.model.base_parameters(), self.model.meta_parameters())

@@ -28,7 +28,6 @@ from metaxl_evo.bilevel import (
     tree,
 )
 from metaxl_evo.bilevel.problem import estimate, look_ahead
-from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.estimators import Estimator, Greedy, HyperDistill, OneStep
 from metaxl_evo.estimators.trajectory import Visit
 from tests.estimators.problems import (
@@ -617,11 +616,3 @@ def test_the_fit_differentiates_twice_whatever_the_engine() -> None:
         episode(toy, HyperDistill("jvp"), [toy.train] * 3)
     assert "scale" not in str(error.value), "another scale would not help"
     assert tree.all_finite(episode(toy, HyperDistill(scale="one"), [toy.train] * 3).grads)
-
-
-def test_drawn_examples_are_refused_on_several_processes() -> None:
-    toy = golden()
-    problem = replace(toy.problem, examples=EXAMPLES, processes=Processes(0, 2))
-    with pytest.raises(ValueError, match="would draw other examples on 2 processes than on one"):
-        HyperDistill(scale="fixed").check(problem, toy.w, toy.lam)
-    HyperDistill(scale="fixed").check(replace(problem, examples=None), toy.w, toy.lam)

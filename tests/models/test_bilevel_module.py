@@ -381,9 +381,12 @@ def test_micro_batches_add_up_to_the_batch() -> None:
         torch.testing.assert_close(leaf, results[1].grads[name], rtol=1e-10, atol=1e-14)
 
 
-def test_joining_is_refused_where_the_task_has_none() -> None:
-    with pytest.raises(ValueError, match="Weighted cannot join meta rows to train rows: set meta_portion to 1"):
-        weighted().join(batch_of(1), batch_of(1))
+def test_rows_of_one_shape_are_joined_and_others_refused() -> None:
+    joined = weighted().join(batch_of(1), batch_of(2))
+    assert torch.equal(joined["x"], torch.cat([batch_of(1)["x"], batch_of(2)["x"]]))
+    longer = {"x": torch.ones(1, 5), "y": torch.ones(1, 1)}
+    with pytest.raises(ValueError, match=r"Weighted cannot join rows whose 'x' differ in shape.*set meta_portion"):
+        weighted().join(batch_of(1), longer)
 
 
 def test_second_order_obstacles() -> None:

@@ -567,7 +567,7 @@ def test_logs_of_the_meta_level(tmp_path: Path, name: str, order: str) -> None:
     assert len(training) == 2
     for entry in training:
         keys = {key for key in entry if key.startswith("meta_")}
-        assert keys == {"meta_loss", "meta_grad_norm", "meta_learning_rate", *DIAGNOSTICS[name]}
+        assert keys == {"meta_loss", "meta_grad_norm", "meta_learning_rate", "meta_moved", *DIAGNOSTICS[name]}
         assert all(np.isfinite(entry[key]) for key in keys)
         assert "skipped_meta_steps" not in entry
     evaluation = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
