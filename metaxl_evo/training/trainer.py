@@ -210,7 +210,7 @@ class MetaTrainer(Trainer):
         """As the Trainer's, with meta rows, episodes and counts of its own, whoever has asked for data loaders."""
         self.meta_rows, self.episodes = self._make_meta_rows(), self._make_episodes()
         self._window, self._window_rows, self._window_is_new = ([], []), None, False
-        self.skipped_meta_steps = self._skipped_in_a_row = 0
+        self.skipped_meta_steps = self._skipped_in_a_row = self._silent_steps = 0
         self._metrics.clear()
         self._start_of_lam = tree.clone(self.model.meta_parameters())
         return super()._inner_training_loop(*args, **kwargs)

@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
-from metaxl_evo.estimators import EvoGrad, OneStep
+from metaxl_evo.estimators import EvoGrad, OneStep, takes_any_optimizer
 from metaxl_evo.ner.tagger import CrossLingualTagger
-from metaxl_evo.training.trainer import MetaTrainer, may_step_in_two, takes_any_optimizer
+from metaxl_evo.training.trainer import MetaTrainer, may_step_in_two
 from tests.training.tiny import (
     ESTIMATES,
     base_weights,

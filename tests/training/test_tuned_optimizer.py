@@ -258,3 +258,29 @@ def test_numbers_that_cannot_be_learned_are_refused(tmp_path: Path, what: str) -
 def test_an_optimiser_without_the_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="learns momentum, which AdamW does not have"):
         layered(tmp_path, optim="adamw_torch").train()
+
+
+def test_the_hypergradient_of_a_rate_for_each_parameter(tmp_path: Path) -> None:
+    """That of one SGD step, by autograd; in the trainer's own step as in an estimate before it."""
+    settings: dict[str, Any] = {
+        "estimator": "one_step", "estimator_kwargs": None, "meta_every": 1, "max_steps": 1, "episode_length": None,
+        "meta_learning_rate": 1e-2, "learning_rate": 0.07, "lr_scheduler_type": "constant", "weight_decay": 0.0,
+    }  # fmt: skip
+    trainer = layered(tmp_path, **settings)
+    estimated = trainer.estimate(make_estimator("one_step")).grads
+    (train,), (judge,) = trainer._window
+    base, lam = trainer.model.base, {n: p.detach().clone() for n, p in trainer.model.meta_parameters().items()}
+    w = {name: p.detach().clone().requires_grad_() for name, p in base.named_parameters()}
+    rates = {"0.weight": lam["first"].requires_grad_(), "2.weight": lam["last"].requires_grad_(), "0.bias": 0.07}
+
+    def loss(w: Any, batch: Any) -> Tensor:
+        out = torch.func.functional_call(base, w, (batch["x"],))
+        return (torch.tanh(out).squeeze(1) - batch["y"]).square().mean()
+
+    grads = torch.autograd.grad(loss(w, train), list(w.values()))
+    after = {name: w[name].detach() - rates[name] * g for name, g in zip(w, grads, strict=True)}
+    expected = torch.autograd.grad(loss(after, judge), [lam["first"], lam["last"]])
+    assert [float(estimated[name]) for name in ("first", "last")] == pytest.approx([float(g) for g in expected])
+    trainer.train()
+    moved = {name: float(lam[name].detach() - p) for name, p in trainer.model.meta_parameters().items()}
+    assert [moved["first"], moved["last"]] == pytest.approx([1e-2 * float(g) for g in expected], rel=1e-6)
