@@ -24,9 +24,11 @@ from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import PassContext, devices_of, mix_seed
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, Hypergradient, InnerStep, StepMade, estimate, hypergradient
 from metaxl_evo.bilevel.processes import Processes
+from metaxl_evo.bilevel.randomness import devices_of, mix_seed
+from metaxl_evo.bilevel.replay import Facts
 from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, Windowed, from_optimizer
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.estimators.local import EngineEstimator
@@ -132,10 +134,12 @@ class MetaTrainer(Trainer):
         self.diagnostics: Diagnostics | None = None
         if self.estimator is not None and args.meta_diagnostics_every:
             self.diagnostics = Diagnostics(self.estimator, args.meta_diagnostics_every)
+        self._facts = Facts()  # about the losses, from the first step on
         self._passes: PassContext | None = None  # of the current step, where its own forward is recorded
         self._before: InnerStep | None = None  # the current step, as long as it has not been made
         self._row_gradients: dict[str, Tensor | None] = {}  # of embeddings that were stepped ahead of the rest
         self._grad_norm: float | None = None
+        self._prepared = False
         self._meta_learning_rate: Any = args.meta_learning_rate
         self._skipped_in_a_row = 0
         self.skipped_meta_steps = 0
@@ -301,6 +305,10 @@ class MetaTrainer(Trainer):
             return estimator.init(problem, weights, self.model.meta_parameters(), learned)
 
         self.episodes.begin_step(self.state.global_step, weights, _plain(self.optimizer), init)
+        if not self._prepared:
+            rows, self._prepared = self._touched_rows(), True
+            passes = self._new_passes(self._problem(SGD(0.0), rows))
+            estimator.prepare(passes, _gathered(weights, rows), self.model.meta_parameters(), self._window[0])
         if self.args.meta_order == "lookahead" and self._meta_step_is_due():
             self._look_ahead()
         elif self._follows_the_step() and self._forward_is_of_use():
@@ -442,7 +450,7 @@ class MetaTrainer(Trainer):
         problem = self.model.problem(rule, dropout=self.args.meta_dropout, rows=rows)
         processes = Processes(self.args.process_index, self.args.world_size)
         second_order = problem.second_order and not self.args.torch_compile
-        return replace(problem, second_order=second_order, processes=processes)
+        return replace(problem, second_order=second_order, processes=processes, facts=self._facts)
 
     def _new_passes(self, problem: BilevelProblem) -> PassContext:
         devices = devices_of(self.model.base_parameters(), self.model.meta_parameters())
