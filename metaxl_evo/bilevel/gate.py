@@ -16,11 +16,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import wraps
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_any, tree_map
 
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.replay import Inputs, plain_detaches
@@ -120,6 +123,10 @@ def smaller(part: Any, size: int | None) -> list[Any]:
     return [_mapped(lambda x: x[places.to(x.device)] if x.dim() else x, part), part]
 
 
+class _Fault(Exception):
+    """What is wrong with a loss, in words."""
+
+
 class Trial:
     """The inner loss on one part, at one precision, at weights and meta parameters of its own.
 
@@ -136,72 +143,110 @@ class Trial:
         self, passes: PassContext, w: Tree, lam: Tree, part: Any, names: frozenset[str], dtype: torch.dtype | None
     ):
         self.passes, self.dtype, self.names = passes, dtype, sorted(names)
+        self.facts = passes.problem.facts
         self.start, self.lam, self.part = w, lam, part
         self.w: Tree = {}
         self.signs: Sequence[int] = ()
+        self.clear = True  # as far as the precision goes
         self.error: Exception | None = None
 
     def attempt(self) -> str | None:
         """What is wrong, empty if nothing is; None where this trial cannot tell."""
-        problem, facts = self.passes.problem, self.passes.problem.facts
-        already = facts.replay_detach
-        manager = nullcontext() if self.dtype is None else problem.cast(self.dtype)
+        manager = nullcontext() if self.dtype is None else self.passes.problem.cast(self.dtype)
         try:
             with manager, torch.no_grad():
-                for facts.replay_detach in (True,) if already else (False, True):
-                    verdict = self._verdict()
-                    if not verdict:
-                        break
-                if verdict and self.signs:
-                    facts.replay_detach = True
-                    verdict = self._explained(culprit(self, detaches=False), culprit(self, detaches=True))
-                elif verdict == "" and facts.replay_detach and not already:
-                    logger.info("plain detach is replayed in passes at perturbed weights (%s)", culprit(self, True))
+                good = self._passes()
+                if good is False and not self.facts.replay_detach:
+                    good = self._passes_replayed()
+                if good and not self.clear:
+                    logger.warning("whether passes at perturbed weights are right was tested to some percent only")
+                if good is False:
+                    return self._explained(culprit(self, detaches=False), culprit(self, detaches=True))
+                return "" if good else None
+        except _Fault as fault:
+            return str(fault)
         except Exception as error:  # of the loss, at another precision, of fewer rows or beside its parameters
-            self.error, verdict = error, None
-        if verdict != "":
-            facts.replay_detach = already
-        self.w = {}
-        return verdict
+            self.error = error
+            return None
+        finally:
+            self.w = {}
 
-    def _verdict(self) -> str | None:
-        facts = self.passes.problem.facts
+    def _passes_replayed(self) -> bool:
+        """Whether all is well once plain detaches are replayed, which they then are from here on."""
+        self.facts.replay_detach, good = True, None
+        try:
+            good = self._passes()
+        except RuntimeError as error:  # a backward that computes again has seen others than were replayed
+            logger.debug("plain detach cannot be replayed: %s", error)
+        finally:
+            self.facts.replay_detach = bool(good)
+        if good:
+            logger.info("plain detach is replayed in passes at perturbed weights (%s)", culprit(self, detaches=True))
+        return bool(good)
+
+    def _passes(self) -> bool | None:
+        """Whether autograd's slopes are the loss's; None where it is not finite."""
         for lam_move, w_move in product(LAM_MOVES, W_MOVES):
             self.signs = (1, -1) if lam_move else (1,)
             self._place(lam_move)
-            twice = [float(self._recorded(sign)) for sign in (1, 1)]
-            if all(map(math.isfinite, twice)) and differs(*twice):
-                self.signs = ()
-                return (
-                    f"the same pass of the inner loss gave {twice[0]:.6g} and {twice[1]:.6g}: it draws random numbers "
-                    "that no seed of ours reaches, and differences of passes would be noise: draw them from torch's, "
-                    "numpy's or Python's global generators, or take an exact engine (engine: double_backward)"
-                )
-            if facts.stop_gradients and self.passes.problem.stop_gradients is False:
-                self.signs = ()
-                return (
-                    "the inner loss calls stop_gradient, and stop_gradients = False says that it does not: leave the "
-                    f"flag out, {ALLOW}"
-                )
-            for sign in self.signs:
-                self._recorded(sign, keep=True)
-            self._move(DIRECTIONS, w_move)
-            agrees = self._agrees()
+            self._refuse(*(float(self._recorded(1)) for _ in range(2)))
+            agrees = self._agrees_beside(w_move)
+            if agrees and (self.facts.stop_gradients or self.facts.replay_detach):
+                return self._replays_for_lam(lam_move, w_move)
             if agrees is not None:
-                return "" if agrees else "disagrees"
+                return agrees
         return None
 
+    def _agrees_beside(self, w_move: float, of_lam: bool = False) -> bool | None:
+        """Whether the slopes are right beside the weights at which the inputs of `stop_gradient` were recorded."""
+        for sign in self.signs:
+            self._recorded(sign, keep=True)
+        self._vary(self.w, self.names)
+        self._move(DIRECTIONS, w_move)
+        if of_lam:
+            self._vary(self.metas[1], list(self.lam))
+        return self._agrees()
+
+    def _replays_for_lam(self, lam_move: float, w_move: float) -> bool:
+        """Whether the gradient to lam sees the replayed inputs too, where a backward computes them again.
+
+        It does not if it is right at the recorded weights and wrong beside them. What is kept out of its graph for a
+        reason of its own is wrong at both, and none of a hypergradient's business.
+        """
+        self.signs, found = (1,), []
+        for move in (w_move, 0.0):
+            self._place(lam_move)
+            found.append(self._agrees_beside(move, of_lam=True))
+            if found[0] is not False:
+                return True
+        return found[1] is False
+
+    def _refuse(self, first: float, second: float) -> None:
+        """Refuse what the recorded pass shows by itself."""
+        if math.isfinite(first) and math.isfinite(second) and differs(first, second):
+            raise _Fault(
+                f"the same pass of the inner loss gave {first:.6g} and {second:.6g}: it draws random numbers that no "
+                "seed of ours reaches, and differences of passes would be noise: draw them from torch's, numpy's or "
+                "Python's global generators, or take an exact engine (engine: double_backward)"
+            )
+        if self.facts.stop_gradients and self.passes.problem.stop_gradients is False:
+            raise _Fault(
+                "the inner loss calls stop_gradient, and stop_gradients = False says that it does not: leave the "
+                f"flag out, {ALLOW}"
+            )
+
     def _explained(self, other: str | None, detach: str | None) -> str:
-        place = other or detach
+        place, again = other or detach, other is None and detach is not None
         found = f"{place} takes something that depends on the base weights out of the graph" if place else (
             "the gradient of the inner loss is not its slope (a straight-through estimator, or a function with a "
             "backward of its own)"
         )  # fmt: skip
-        again = ", with a key=... of its own since the backward computes it again" if place and not other else ""
+        put = "stop_gradient(x, key=...), a key for each call since the backward computes it again," if again else (
+            "stop_gradient(x)"
+        )  # fmt: skip
         return (
             f"{found}, so that passes at perturbed weights (finite differences, evograd) would be wrong without a "
-            f"word: put metaxl_evo.bilevel.stop_gradient(x{', key=...' if again else ''}) in its place{again}, take "
-            f"an exact engine (engine: double_backward), {ALLOW}"
+            f"word: put metaxl_evo.bilevel.{put} in its place, take an exact engine (engine: double_backward), {ALLOW}"
         )
 
     # ---- where the loss is evaluated
@@ -211,7 +256,6 @@ class Trial:
         self.w = {}
         for name, leaf in self.start.items():
             self.w[name] = leaf.detach().to(self._dtype(leaf), copy=name in self.names)
-        self.sizes = _sizes(self.w)
         self.metas: dict[int, Tree] = {}
         self.batch = _mapped(lambda x: x.to(self._dtype(x)) if x.is_floating_point() else x, self.part)
         lam = {name: leaf.detach().to(self._dtype(leaf)) for name, leaf in self.lam.items()}
@@ -226,13 +270,18 @@ class Trial:
         """A direction, its leaves made when they are asked for: two copies of the weights would be too many."""
 
         def leaf(index: int, name: str) -> Callable[[], Tensor]:
-            return lambda: _random(self.w[name], direction * len(self.names) + index, self.sizes[name])
+            return lambda: _random(self.varied[name], direction * len(self.varied) + index, self.sizes[name])
 
-        return {name: leaf(index, name) for index, name in enumerate(self.names)}
+        return {name: leaf(index, name) for index, name in enumerate(self.varied)}
+
+    def _vary(self, leaves: Tree, names: Sequence[str]) -> None:
+        """Move these, of w or of lam, from here on."""
+        self.varied = {name: leaves[name] for name in names}
+        self.sizes = _sizes(self.varied)
 
     def _move(self, direction: int, amount: float) -> None:
         for name, leaf in self._along(direction).items():
-            self.w[name].add_(leaf(), alpha=amount)
+            self.varied[name].add_(leaf(), alpha=amount)
 
     def _recorded(self, sign: int, keep: bool = False) -> Tensor:
         context = self.contexts[sign] if keep else self.passes.elsewhere()
@@ -266,21 +315,26 @@ class Trial:
                     failures[q] += error > bound
             if all(passed):
                 return True
+        self.clear = passed[0] or failures[0] > 0
         return not any(count > 1 and not good for count, good in zip(failures, passed, strict=True))
 
     def _slopes(self, sign: int) -> Tensor:
         """Autograd's slopes of the loss along the directions, float64 (DIRECTIONS,)."""
         problem, slopes = self.passes.problem, torch.zeros(DIRECTIONS, dtype=torch.float64, requires_grad=True)
         directions = [self._along(direction) for direction in range(DIRECTIONS)]
-        with self.contexts[sign].scope(0, inputs=Inputs.REPLAY):
-            w = {
+
+        def live(leaves: Tree) -> Tree:
+            return {
                 name: _Slopes.apply(slopes, leaf, [along[name] for along in directions])
-                if name in self.names
+                if leaf is self.varied.get(name)
                 else leaf
-                for name, leaf in self.w.items()
+                for name, leaf in leaves.items()
             }
+
+        with self.contexts[sign].scope(0, inputs=Inputs.REPLAY):
+            w, lam = live(self.w), live(self.metas[sign])
             with plain_detaches():
-                loss = problem.inner_loss(w, self.metas[sign], self.batch)
+                loss = problem.inner_loss(w, lam, self.batch)
             if not loss.requires_grad:
                 return torch.zeros(DIRECTIONS, dtype=torch.float64)
             (found,) = torch.autograd.grad(loss, slopes, allow_unused=True, materialize_grads=True)
@@ -333,9 +387,35 @@ def trials(passes: PassContext, w: Tree, lam: Tree, batch: Any, names: frozenset
     if found is None:
         return []
     here, parts = alone(passes), smaller(*found)
-    return [Trial(here, w, lam, part, names, torch.float64) for part in parts] + [
+    promoted = replace(here, problem=replace(here.problem, inner_loss=_promoted(here.problem.inner_loss)))
+    return [Trial(promoted, w, lam, part, names, torch.float64) for part in parts] + [
         Trial(here, w, lam, found[0], names, None)
     ]
+
+
+def _promoted(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss in float64 that brings constants of other dtypes along."""
+
+    @wraps(loss)
+    def run(*arguments: Any) -> Tensor:
+        with _Promotes():
+            return loss(*arguments)
+
+    return run
+
+
+class _Promotes(TorchFunctionMode):
+    """Takes every floating-point argument for float64 where one is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if tree_any(lambda x: isinstance(x, Tensor) and x.dtype is torch.float64, (args, kwargs)):
+            args, kwargs = tree_map(_in_float64, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _in_float64(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x
 
 
 def _judge(found: Mapping[int, Tensor], q: int, slope: float, noise: Callable[[float], float]) -> tuple[float, float]:

@@ -71,7 +71,7 @@ class _Pass:
     detaches: Iterator[int] = field(default_factory=count)
 
 
-_detached = Tensor.detach  # that of torch, whatever stands in its place during a pass
+_DETACH = Tensor.detach  # that of torch, whatever stands in its place during a pass
 _CURRENT: ContextVar[_Pass | None] = ContextVar("metaxl_evo_pass", default=None)
 
 
@@ -110,6 +110,11 @@ def stop_gradient(x: Tensor, key: Hashable | None = None) -> Tensor:
         return _detached(x)
     current.facts.stop_gradients = True
     return _still(current, x, ("call", next(current.calls)) if key is None else ("key", key))
+
+
+def _detached(x: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():  # a mode would look the method up by its name
+        return _DETACH(x)
 
 
 def _still(current: _Pass, x: Tensor, place: tuple[str, Hashable]) -> Tensor:
