@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
-from metaxl_evo.bilevel.passes import mix_seed
+from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.messages import unknown
 from vision_tasks.augmentation import Transform, to_float
 

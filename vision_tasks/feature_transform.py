@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import ResNetModel
 from transformers.models.resnet.modeling_resnet import ResNetShortCut
 
-from metaxl_evo.bilevel.passes import mix_seed
+from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.network_files import CONFIG_FILE, load_network, save_network
 

@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from metaxl_evo.bilevel.passes import mix_seed
+from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.hub import Instead, load_from_hub, require_reachable
 from vision_tasks.augmentation import Transform, to_float

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import ResNetModel
 
-from metaxl_evo.bilevel.passes import mix_seed
+from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.messages import one_line
 from metaxl_evo.models.bilevel_module import Batch
 from vision_tasks.augmentation import Transform

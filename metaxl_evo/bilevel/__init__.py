@@ -1,6 +1,6 @@
 """Bilevel problems in plain torch: trees, update rules, passes, mixed products, hypergradients."""
 
-from metaxl_evo.bilevel.passes import Counts, PassContext, stop_gradient
+from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import (
     BilevelProblem,
     Examples,
@@ -13,6 +13,7 @@ from metaxl_evo.bilevel.problem import (
     run_episode,
 )
 from metaxl_evo.bilevel.processes import Processes, Traffic
+from metaxl_evo.bilevel.replay import Facts, stop_gradient
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import SGD, Adam, AdamW, UpdateRule, Windowed
 
@@ -23,6 +24,7 @@ __all__ = [
     "BilevelProblem",
     "Counts",
     "Examples",
+    "Facts",
     "Hypergradient",
     "InnerStep",
     "PassContext",

@@ -9,19 +9,18 @@ into a module.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from enum import Enum
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel import gate, tree
+from metaxl_evo.bilevel.randomness import mix_seed, seed_all, seeded
+from metaxl_evo.bilevel.replay import Inputs, Tape, Unrecorded, plain_detaches, running
 from metaxl_evo.bilevel.tree import Tree
 
 if TYPE_CHECKING:
@@ -56,97 +55,6 @@ class Counts:
         return asdict(self)
 
 
-class Inputs(Enum):
-    """What `stop_gradient` does in a pass."""
-
-    LIVE = "live"
-    RECORD = "record"
-    REPLAY = "replay"
-
-
-@dataclass
-class _Tape:
-    """What a pass over one part recorded: the inputs of `stop_gradient` by their place, and what it gave to `keep`."""
-
-    inputs: dict[Hashable, Tensor] = field(default_factory=dict)
-    kept: Tensor | None = None
-
-
-@dataclass
-class _Pass:
-    """The running pass: its recording tape and the managers that end with it."""
-
-    inputs: Inputs
-    tape: _Tape
-    stack: ExitStack
-    calls: Iterator[int] = field(default_factory=count)
-
-
-_CURRENT: ContextVar[_Pass | None] = ContextVar("metaxl_evo_pass", default=None)
-
-
-def stop_gradient(x: Tensor, key: Hashable | None = None) -> Tensor:
-    """`x.detach()`, except that a perturbed pass returns the value recorded at the unperturbed weights.
-
-    A meta network that reads a detached activation has a mixed partial which only sees its parameters at that very
-    activation. Finite differences and EvoGrad would see the activation move with the weights; replaying the recorded
-    one makes them estimate the same quantity as exact differentiation does.
-
-    Args:
-        x: the activation.
-        key: the place of the call in the loss, one call a key and pass. Without keys the calls are told apart by their
-            order, which activation checkpointing upsets: inside a function that the backward computes again a key is
-            needed.
-
-    Raises:
-        RuntimeError: where a pass brings another value for a key that it recorded, or asks for what was not recorded.
-    """
-    current = _CURRENT.get()
-    if current is None or current.inputs is Inputs.LIVE:
-        return x.detach()
-    inputs, place = current.tape.inputs, ("call", next(current.calls)) if key is None else ("key", key)
-    if current.inputs is Inputs.RECORD:
-        if place not in inputs:
-            inputs[place] = x.detach().clone()
-        elif not _identical(inputs[place], x):
-            raise RuntimeError(
-                f"stop_gradient was given two different values with key {key!r} in one pass: "
-                "give each call in the loss a key of its own"
-            )
-        return x.detach()
-    if place not in inputs:
-        raise RuntimeError(
-            "a perturbed pass calls stop_gradient more often than the recorded one"
-            f"{'' if key is None else f', with key {key!r}'}: the loss must make the same calls each time, "
-            "with a key where activation checkpointing repeats them"
-        )
-    return inputs[place]
-
-
-def _identical(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; a NaN is one of them."""
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def keep(x: Tensor) -> None:
-    """Offer the hidden states that a split's prefix would compute; a recording pass keeps them."""
-    current = _CURRENT.get()
-    if current is not None and current.inputs is Inputs.RECORD:
-        current.tape.kept = x.detach()
-
-
-@contextmanager
-def for_this_pass(manager: AbstractContextManager[Any]) -> Iterator[None]:
-    """Enter `manager` until the current pass ends, its backward included; outside any pass, for the `with` block."""
-    current = _CURRENT.get()
-    if current is None:
-        with manager:
-            yield
-    else:
-        current.stack.enter_context(manager)
-        yield
-
-
 @dataclass
 class PassContext:
     """Runs the passes of one meta step and counts them.
@@ -160,7 +68,7 @@ class PassContext:
     noise: Sequence[Tree] | None = None
     devices: Sequence[torch.device] = ()
     counts: Counts = field(default_factory=Counts)
-    _tapes: dict[int, _Tape] = field(default_factory=dict)
+    _tapes: dict[int, Tape] = field(default_factory=dict)
 
     def parts(self, batch: Any, *, lam_only: bool = False) -> list[tuple[int, Any]]:
         """The numbered parts (micro-batches) whose losses add up to the loss of `batch`.
@@ -181,10 +89,21 @@ class PassContext:
         """One pass over one part: forward and backward both belong inside.
 
         `second_order` confines attention to the math kernel, the only one that can be differentiated twice or in
-        forward mode. `stream` other than 0 draws independent randomness.
+        forward mode. `stream` other than 0 draws independent randomness. Autocast is off: a difference of passes has
+        to be of more digits than it leaves.
+
+        Raises:
+            ValueError: under `torch.inference_mode`, where autograd sees nothing.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "a hypergradient needs autograd, which torch.inference_mode() switches off: call it outside of that "
+                "block (torch.no_grad() is no obstacle)"
+            )
         with ExitStack() as stack:
-            stack.enter_context(_seeded(self._seed_of(part, stream), self.devices))
+            for kind in {"cpu", *(device.type for device in self.devices)}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(seeded(self._seed_of(part, stream), self.devices))
             stack.enter_context(self.problem.scope())
             stack.enter_context(torch.enable_grad())
             if second_order:
@@ -200,18 +119,16 @@ class PassContext:
 
     @contextmanager
     def _running(self, part: int, inputs: Inputs, stack: ExitStack) -> Iterator[None]:
-        tape = _Tape() if inputs is Inputs.RECORD else self._tapes.get(part, _Tape())
-        token = _CURRENT.set(_Pass(inputs, tape, stack))
-        try:
+        facts, recording = self.problem.facts, inputs is Inputs.RECORD
+        tape = Tape(True, facts.replay_detach) if recording else self._tapes.get(part, Tape())
+        with running(inputs, tape, facts, stack):
             yield
-        finally:
-            _CURRENT.reset(token)
-        if inputs is Inputs.RECORD:
+        if recording:
             self._tapes[part] = tape
 
     def reseed(self, part: int) -> None:
         """Within a scope: put the shared randomness of the part back to its start."""
-        _seed_all(self._seed_of(part, 0), self.devices)
+        seed_all(self._seed_of(part, 0), self.devices)
 
     def _seed_of(self, part: int, stream: int) -> int:
         """Of the randomness within a part, which no two parts share, on whatever process they are."""
@@ -244,20 +161,36 @@ class PassContext:
         with self.scope(part), torch.no_grad():
             return split.prefix(tree.detach(w), batch)
 
-    def record(self, w: Tree, lam: Tree, batch: Any) -> Inputs:
-        """Make sure that the stop-gradient inputs at `w` are on tape; returns the mode for perturbed passes."""
-        if not self.problem.stop_gradients:
+    def perturbed(
+        self, w: Tree, lam: Tree, batch: Any, run: Callable[[Inputs], Any], names: Iterable[str] | None = None
+    ) -> Any:
+        """`run`, given the mode of its passes at weights near `w`, where only `names` (default: all) are moved."""
+        try:
+            return run(self.record(w, lam, batch, names))
+        except Unrecorded:  # these are the first rows for which the loss calls stop_gradient
+            return run(self.record(w, lam, batch, names))
+
+    def record(self, w: Tree, lam: Tree, batch: Any, names: Iterable[str] | None = None) -> Inputs:
+        """Make sure that the stop-gradient inputs at `w` are on tape; returns the mode for perturbed passes.
+
+        Raises:
+            ValueError: where a perturbed pass would not be what autograd differentiates (`gate.require`).
+        """
+        problem, facts = self.problem, self.problem.facts
+        gate.require(self, w, lam, batch, frozenset(w if names is None else names))
+        if problem.stop_gradients is False:
             return Inputs.LIVE
-        if not self._tapes:
+        on_tape = bool(self._tapes) and all(tape.detaches == facts.replay_detach for tape in self._tapes.values())
+        if not on_tape and (problem.stop_gradients or facts.stop_gradients or facts.replay_detach):
             self.inner_value(w, lam, batch, inputs=Inputs.RECORD)
         return Inputs.REPLAY
 
     def inner_value(self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE, stream: int = 0) -> Tensor:
         """Inner loss without a graph, a 0-d tensor."""
-        values = []
+        w, lam, values = tree.detach(w), tree.detach(lam), []
         for index, part in self.parts(batch):
-            with self.scope(index, inputs=inputs, stream=stream), torch.no_grad():
-                values.append(self.problem.inner_loss(tree.detach(w), tree.detach(lam), part))
+            with self.scope(index, inputs=inputs, stream=stream), torch.no_grad(), plain_detaches():
+                values.append(self.problem.inner_loss(w, lam, part))
             self.counts.forwards += 1
         return _sum(values, w)
 
@@ -318,7 +251,8 @@ class PassContext:
         for index, part in parts:
             with self.scope(index, inputs=inputs, stream=stream):
                 w_leaves, lam_leaves = tree.leaves(w, wrt_w), tree.leaves(lam, wrt_lam)
-                loss = loss_fn(w_leaves, lam_leaves, part)
+                with plain_detaches():
+                    loss = loss_fn(w_leaves, lam_leaves, part)
                 values.append(loss.detach())
                 self.counts.forwards += 1
                 targets = [*(w_leaves[n] for n in wrt_w), *(lam_leaves[n] for n in wrt_lam)]
@@ -349,34 +283,3 @@ def _accumulate(total: Tree, names: Sequence[str], found: Sequence[Tensor | None
 def _filled(found: Tree, like: Tree, names: Sequence[str]) -> Tree:
     """`found` in the order of `names`, zeros where the loss did not reach a parameter."""
     return {name: found[name] if name in found else torch.zeros_like(like[name]) for name in names}
-
-
-def devices_of(*trees: Mapping[str, Tensor]) -> tuple[torch.device, ...]:
-    """The distinct CUDA devices of the leaves, whose random state a pass has to keep."""
-    return tuple({leaf.device for t in trees for leaf in t.values() if leaf.device.type == "cuda"})
-
-
-def mix_seed(seed: int, *keys: int) -> int:
-    """A 63-bit seed for (seed, keys) that does not depend on the process (splitmix64)."""
-    value = seed & 0xFFFFFFFFFFFFFFFF
-    for key in keys:
-        value = (value + 0x9E3779B97F4A7C15 * (key + 1)) & 0xFFFFFFFFFFFFFFFF
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        value ^= value >> 31
-    return value >> 1
-
-
-@contextmanager
-def _seeded(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
-    """Seed the CPU's and the given devices' global generators; put their states back at the end."""
-    with torch.random.fork_rng(devices=list(devices)):
-        _seed_all(seed, devices)
-        yield
-
-
-def _seed_all(seed: int, devices: Sequence[torch.device]) -> None:
-    torch.default_generator.manual_seed(seed)
-    for device in devices:
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.initial import Initial, initial_of
-from metaxl_evo.bilevel.passes import Counts, Inputs, PassContext, devices_of, mix_seed
+from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.processes import Processes
+from metaxl_evo.bilevel.randomness import devices_of, mix_seed
+from metaxl_evo.bilevel.replay import Facts, Inputs
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, UpdateState
 
@@ -64,6 +67,10 @@ def _same(part: Any) -> Any:
     return part
 
 
+def _as_it_is(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class BilevelProblem:
     """Base weights w trained on `inner_loss` by `update`; meta parameters lam judged by `outer_loss`.
@@ -75,7 +82,10 @@ class BilevelProblem:
         scope: a context manager around every pass (frozen buffers, dropout off).
         split: the cheap form of the inner loss, where only a suffix of the base is perturbed.
         second_order: whether the losses can be differentiated twice and in forward mode.
-        stop_gradients: whether the losses call `stop_gradient`, so that perturbed passes have inputs to replay.
+        stop_gradients: whether the inner loss calls `stop_gradient`, so that perturbed passes have inputs to replay;
+            None where that is to be found out.
+        straight_through: accept an inner loss whose gradient is not its slope (values that were taken out of the graph
+            and move with the weights), which estimators that perturb the weights refuse otherwise (`bilevel.gate`).
         direct_term: whether `outer_loss` reads lam; None where that is not known beforehand.
         reads_lam: the rows of a part through which its inner loss reads lam; the others add nothing to d_lam. It makes
             the same `stop_gradient` calls on them as the whole part does.
@@ -83,6 +93,8 @@ class BilevelProblem:
         examples: how batches are taken apart and put together.
         processes: those that hold a share of every batch each; the losses then are shares that add up to the whole.
         initial: how the first weights depend on lam, where they do; `hypergradient` and `run_episode` find it out.
+        cast: dtype -> a context manager in which what the losses read besides w, lam and batch is of that dtype.
+        facts: what was found out about the inner loss, for problems that are made anew at every step.
     """
 
     inner_loss: Loss
@@ -92,13 +104,23 @@ class BilevelProblem:
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
     split: Split | None = None
     second_order: bool = True
-    stop_gradients: bool = False
+    stop_gradients: bool | None = None
+    straight_through: bool = False
     direct_term: bool | None = None
     reads_lam: Callable[[Any], Any] = _same
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     examples: Examples | None = None
     processes: Processes = field(default_factory=Processes)
     initial: Initial | None = None
+    cast: Callable[[torch.dtype], AbstractContextManager[Any]] = _as_it_is
+    facts: Facts = field(default_factory=Facts, compare=False)
+
+    def __post_init__(self) -> None:
+        loss = inspect.unwrap(self.inner_loss)
+        if self.facts.loss is None:
+            self.facts.loss = loss
+        elif self.facts.loss != loss:
+            object.__setattr__(self, "facts", Facts(loss))
 
 
 @dataclass(frozen=True)
@@ -161,6 +183,8 @@ class HypergradientEstimator(Protocol):
     def needs_state_before(self) -> bool: ...
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None: ...
+
+    def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None: ...
 
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Any: ...
 
@@ -238,6 +262,7 @@ def hypergradient(
             update_state = problem.update.init(w)
         made = StepMade(tree.detach(made.w), tree.detach(made.grad), made.update_state)
     passes = PassContext(problem, seed=_draw_seed(generator), noise=noise, devices=devices_of(w, lam))
+    estimator.prepare(passes, w, lam, train_batch)
     step = InnerStep(w, lam, train_batch, update_state, made, val_batch)
     if state is None:
         state = estimator.init(problem, w, lam)
@@ -298,6 +323,7 @@ def run_episode(
     problem, w0, lam = _bound(problem, w0, lam)
     estimator.check(problem, w0, lam)
     seed, devices, counts = _draw_seed(generator), devices_of(w0, lam), Counts()
+    estimator.prepare(PassContext(problem, seed=seed, devices=devices), w0, lam, train_batches[0])
 
     def run(state: Any) -> tuple[PassContext, InnerStep, Any]:
         w, update_state = w0, problem.update.init(w0)
@@ -321,7 +347,7 @@ def run_episode(
 def look_ahead(passes: PassContext, step: InnerStep) -> InnerStep:
     """The step with what the optimiser makes of it; its pass records the stop-gradient inputs on the way."""
     rule = passes.problem.update
-    inputs = Inputs.RECORD if passes.problem.stop_gradients else Inputs.LIVE
+    inputs = Inputs.LIVE if passes.problem.stop_gradients is False else Inputs.RECORD
     grad = passes.step_grad(step.w, step.lam, step.batch, inputs=inputs)
     before = step.update_state if step.update_state is not None else rule.init(step.w)
     with torch.no_grad():

@@ -14,17 +14,32 @@ The first two are exact and agree to rounding. Reverse over forward is not offer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel import gate, tree
 from metaxl_evo.bilevel.passes import PassContext
+from metaxl_evo.bilevel.replay import Inputs
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.messages import unknown
+from metaxl_evo.messages import first_line, unknown
 
+logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
+
+AUTO = "auto"
 ENGINES = ("double_backward", "jvp", "finite_difference")
+ORDER = ("jvp", "double_backward", "finite_difference")  # in which `auto` tries them
+INSTEAD = {
+    "jvp": "use engine double_backward, or auto",
+    "double_backward": "use engine finite_difference, or evograd",
+    "finite_difference": "use evograd",
+}
+MISSING = ("forward AD", "derivative for", "not implemented", "setup_context", "have storage", "functorch", "vmap")
 W, LAM = 0, 1  # the argument of the inner loss that a product is with respect to
 
 
@@ -34,7 +49,7 @@ def mixed_product(
     """d_lam <grad_w L_T(w, lam; batch), v> at the given point, a tree like `lam`; on several processes a share of it.
 
     Args:
-        engine: one of `ENGINES`.
+        engine: one of `ENGINES`, or `auto`: the first of jvp, double_backward and finite_difference that is right.
         v: a direction with the keys of `w`, whole.
         radius: length of the finite-difference perturbation, in the units of w (DARTS, footnote 2: 0.01).
 
@@ -58,14 +73,63 @@ def hessian_product(
 def _product(
     passes: PassContext, engine: str, w: Tree, lam: Tree, batch: object, v: Tree, radius: float, wrt: int
 ) -> Tree:
-    if engine not in ENGINES:
-        raise ValueError(unknown("engine", engine, ENGINES))
-    norm, like = tree.norm(v), (w, lam)[wrt]
-    if norm == 0:
-        return tree.zeros_like(like)
+    if engine not in (AUTO, *ENGINES):
+        raise ValueError(unknown("engine", engine, (AUTO, *ENGINES)))
+    if tree.norm(v) == 0:
+        return tree.zeros_like((w, lam)[wrt])
+    return _with(passes, engine, lambda one: _by(passes, one, w, lam, batch, v, radius, wrt))
+
+
+def prepare(passes: PassContext, engine: str, w: Tree, lam: Tree, batch: object) -> None:
+    """Find out early in a run whether an engine is right for this inner loss, or which one `auto` takes.
+
+    Raises:
+        ValueError: where it is not (`require_forward_ad`, `gate.require`).
+    """
+
+    def look(one: str) -> None:
+        if one == "jvp":
+            require_forward_ad(passes, w, lam, batch)
+        elif one == "finite_difference":
+            gate.require(passes, w, lam, batch, frozenset(w))
+        elif engine == AUTO:
+            require_double_backward(passes, w, lam, batch)
+
+    _with(passes, engine, look)
+
+
+def _with(passes: PassContext, engine: str, run: Callable[[str], Found]) -> Found:
+    """`run` of an engine; for `auto` of the first one that the inner loss allows, which is said once.
+
+    Raises:
+        ValueError, RuntimeError: that of the engine, of the first one where none works.
+    """
+    if engine != AUTO:
+        with otherwise(f"engine {engine}", INSTEAD[engine]):
+            return run(engine)
+    facts, first = passes.problem.facts, None
+    for one in ORDER[ORDER.index(facts.engine or ORDER[0]) :]:
+        try:
+            found = run(one)
+        except (RuntimeError, ValueError) as error:
+            if _is_memory(error):
+                raise
+            first = first or error
+            continue
+        if first is not None:
+            logger.warning("engine auto takes %s here (%s)", one, first_line(first))
+        facts.engine = one
+        return found
+    assert first is not None
+    raise first
+
+
+def _by(passes: PassContext, engine: str, w: Tree, lam: Tree, batch: object, v: Tree, radius: float, wrt: int) -> Tree:
     if engine == "finite_difference":
-        return _finite_difference(passes, w, lam, batch, v, radius / norm, wrt)
-    product = tree.zeros_like(like)
+        return _finite_difference(passes, w, lam, batch, v, radius / tree.norm(v), wrt)
+    if engine == "jvp":
+        require_forward_ad(passes, w, lam, batch, (wrt,))
+    product = tree.zeros_like((w, lam)[wrt])
     for index, part in passes.parts(batch, lam_only=wrt == LAM):
         with passes.scope(index, second_order=True):
             if engine == "double_backward":
@@ -74,6 +138,118 @@ def _product(
                 one = _jvp(passes, w, lam, part, v, wrt)
             product = tree.add(product, one)
     return product
+
+
+class NoDerivative(ValueError, NotImplementedError):
+    """The inner loss lacks a derivative that an engine or an estimator takes."""
+
+
+@contextmanager
+def otherwise(who: str, way_out: str) -> Iterator[None]:
+    """Give torch's errors about missing derivatives as one line.
+
+    Raises:
+        NoDerivative: with the way out.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, NotImplementedError) and not any(sign in str(error) for sign in MISSING):
+            raise
+        raise NoDerivative(f"{who} cannot differentiate this inner loss ({first_line(error)}): {way_out}") from error
+
+
+def require_double_backward(passes: PassContext, w: Tree, lam: Tree, batch: object) -> None:
+    """See to it, once a run, that the inner loss has second derivatives, on a few rows.
+
+    Raises:
+        RuntimeError: where it has none.
+    """
+    facts, failed = passes.problem.facts, None
+    for here, part in [] if facts.twice else _samples(passes, batch):
+        try:
+            with here.scope(0, second_order=True):
+                double_backward(here, w, lam, part, lambda grad: grad, (LAM,))
+        except RuntimeError as error:  # perhaps of fewer rows
+            failed = error
+            continue
+        facts.twice = True
+        return
+    if failed is not None:
+        raise failed
+
+
+def require_forward_ad(passes: PassContext, w: Tree, lam: Tree, batch: object, wrt: Sequence[int] = (LAM,)) -> None:
+    """See to it, once a run, that forward mode differentiates this inner loss as autograd does.
+
+    `torch.func.jvp` carries tangents through what `no_grad` and `.data` keep from autograd. So a few rows are
+    differentiated by double backward too; where there is none, by finite differences, as far as they can be trusted.
+
+    Args:
+        wrt: the arguments (`W`, `LAM`) by whose gradient it is asked for.
+
+    Raises:
+        NoDerivative: where the two disagree.
+        RuntimeError, ValueError: where forward mode is missing, or nothing can be compared with it.
+    """
+    facts, failed = passes.problem.facts, None
+    if facts.forward_ad.issuperset(wrt):
+        return
+    for here, part in _samples(passes, batch):
+        try:
+            agree = _forward_agrees(here, w, lam, part, wrt)
+        except RuntimeError as error:  # perhaps of fewer rows
+            if _is_memory(error):
+                return
+            failed = error
+            continue
+        if not agree:
+            raise NoDerivative(
+                "forward mode and double backward disagree, as they do where the loss reads what torch.no_grad() or "
+                ".data took out of the graph"
+            )
+        facts.forward_ad |= frozenset(wrt)
+        return
+    if failed is not None:
+        raise failed
+
+
+def _forward_agrees(here: PassContext, w: Tree, lam: Tree, part: object, wrt: Sequence[int]) -> bool:
+    v = gate.moved(tree.zeros_like(w), 1.0)
+    for amount in gate.LAM_MOVES:
+        point = gate.moved(lam, amount)
+        with here.scope(0, second_order=True):
+            forward = [_jvp(here, w, point, part, v, one) for one in wrt]
+        if all(map(tree.all_finite, forward)):
+            break
+    slack = [0.0] * len(wrt)
+    try:
+        with here.scope(0, second_order=True):
+            other = double_backward(here, w, point, part, lambda grad: v, wrt)
+    except RuntimeError as error:
+        if _is_memory(error):
+            raise
+        step = 0.01 / tree.norm(v)
+        other, finer = ([_finite_difference(here, w, point, part, v, h, one) for one in wrt] for h in (step, step / 2))
+        slack = [10 * tree.norm(tree.add(a, b, -1.0)) for a, b in zip(other, finer, strict=True)]
+    grads = here.inner_grad(w, point, part, wrt_w=w, wrt_lam=lam)[1:]
+    for index, one, reference, allowed in zip(wrt, forward, other, slack, strict=True):
+        eps = max(torch.finfo(leaf.dtype).eps for leaf in one.values())
+        rounding = 100 * eps * tree.norm(grads[index])  # of products that are zero but for it
+        size = max(tree.norm(one), tree.norm(reference))
+        if tree.norm(tree.add(one, reference, -1.0)) > 30 * eps**0.5 * size + rounding + allowed:
+            return False
+    return True
+
+
+def _samples(passes: PassContext, batch: object) -> list[tuple[PassContext, object]]:
+    """Contexts for a few rows of a part and for that part; none where this process has no rows."""
+    found = gate.first_part(passes, batch)
+    return [] if found is None else [(gate.alone(passes), part) for part in gate.smaller(*found)]
+
+
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def double_backward(
@@ -132,16 +308,18 @@ def _jvp(passes: PassContext, w: Tree, lam: Tree, part: object, v: Tree, wrt: in
 
 
 def _finite_difference(passes: PassContext, w: Tree, lam: Tree, batch: object, v: Tree, step: float, wrt: int) -> Tree:
-    inputs = passes.record(w, lam, batch)
+    def difference(inputs: Inputs) -> Tree:
+        def gradient(point: Tree) -> Tree:
+            if wrt == LAM:
+                return passes.lam_grad(point, lam, batch, inputs=inputs)
+            return passes.inner_grad(point, lam, batch, wrt_w=w, inputs=inputs)[1]
 
-    def gradient(point: Tree) -> Tree:
-        if wrt == LAM:
-            return passes.lam_grad(point, lam, batch, inputs=inputs)
-        return passes.inner_grad(point, lam, batch, wrt_w=w, inputs=inputs)[1]
+        point = tree.add(w, v, step)
+        plus = gradient(point)
+        for name, leaf in v.items():
+            torch.add(w[name], leaf, alpha=-step, out=point[name])
+        minus = gradient(point)
+        return tree.tree_map(lambda p, m: (p - m) / (2 * step), plus, minus)
 
-    point = tree.add(w, v, step)
-    plus = gradient(point)
-    for name, leaf in v.items():
-        torch.add(w[name], leaf, alpha=-step, out=point[name])
-    minus = gradient(point)
-    return tree.tree_map(lambda p, m: (p - m) / (2 * step), plus, minus)
+    found: Tree = passes.perturbed(w, lam, batch, difference)
+    return found

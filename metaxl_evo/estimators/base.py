@@ -124,6 +124,13 @@ class Estimator(ABC):
         """What several processes sum for it, as `cost` counts: here the outer loss and the hypergradient itself."""
         return Traffic(lam=1, scalars=1)
 
+    def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:  # noqa: B027 (most need nothing)
+        """Find out, early in a run, what is to be known of the losses; it is kept in the problem's `facts`.
+
+        Raises:
+            ValueError: for losses that the method cannot serve.
+        """
+
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Any:
         """The state at the start of an episode; `previous` is what `end_episode` returned for the one before."""
         return None

@@ -10,10 +10,11 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
+from metaxl_evo.bilevel.products import otherwise, require_double_backward
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import counts_before
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
-from metaxl_evo.estimators.trajectory import Visit, check_straight_line, straight_line, walk_back, walk_traffic
+from metaxl_evo.estimators.trajectory import TWICE, Visit, check_straight_line, straight_line, walk_back, walk_traffic
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class DrMAD(EpisodeEstimator):
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)
         check_straight_line(type(self).__name__, problem.update)
+
+    def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
+        with otherwise("drmad", TWICE):
+            require_double_backward(passes, w, lam, batch)
 
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> dict[str, Any]:
         return {"start": tree.clone(w), "steps": []}

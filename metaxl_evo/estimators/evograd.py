@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, Inputs, PassContext
+from metaxl_evo.bilevel import gate, tree
+from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response, Split
 from metaxl_evo.bilevel.processes import Traffic
+from metaxl_evo.bilevel.replay import Inputs
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import Estimator, Exactness
 from metaxl_evo.estimators.noise import NOISES, Perturbations
@@ -104,6 +105,10 @@ class EvoGrad(Estimator):
         super().check(problem, w, lam)
         self._perturbed(w)
 
+    def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
+        if self.share_meta_inputs:  # live ones are the published code's own choice
+            gate.require(passes, w, lam, batch, self._perturbed(w))
+
     def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
         w, names, split = step.w, self._perturbed(step.w), passes.problem.split
         noise = Perturbations(
@@ -116,6 +121,7 @@ class EvoGrad(Estimator):
             rows=passes.problem.rows,
             injected=passes.noise,
         )
+        self.prepare(passes, w, step.lam, step.batch)
         shared = split is not None and self.share_randomness and names <= split.names
         copies = (
             _SharedPass(passes, step, noise, split) if shared and split else _FullPasses(self, passes, step, noise)
@@ -160,19 +166,23 @@ class _FullPasses:
     """One whole forward a copy, which yields its loss and its lambda-gradient; the K gradients are kept."""
 
     def __init__(self, config: EvoGrad, passes: PassContext, step: InnerStep, noise: Perturbations) -> None:
-        w = step.w
-        inputs = passes.record(w, step.lam, step.batch) if config.share_meta_inputs else Inputs.LIVE
-        losses: list[Tensor] = []
-        self.gradients: list[Tree] = []
-        for k in range(noise.copies):
-            stream = 0 if config.share_randomness else k + 1
-            loss, _, gradient = passes.inner_grad(
-                noise.perturbed(w, k), step.lam, step.batch, wrt_lam=step.lam, inputs=inputs, stream=stream
-            )
-            losses.append(loss.double())
-            self.gradients.append(gradient)
-        self.losses = passes.total(torch.stack(losses))
-        self.lam = step.lam
+        w, lam, batch = step.w, step.lam, step.batch
+
+        def copies(inputs: Inputs) -> list[tuple[Tensor, Tree]]:
+            found = []
+            for k in range(noise.copies):
+                stream = 0 if config.share_randomness else k + 1
+                loss, _, gradient = passes.inner_grad(
+                    noise.perturbed(w, k), lam, batch, wrt_lam=lam, inputs=inputs, stream=stream
+                )
+                found.append((loss.double(), gradient))
+            return found
+
+        names = config._perturbed(w)
+        found = passes.perturbed(w, lam, batch, copies, names) if config.share_meta_inputs else copies(Inputs.LIVE)
+        self.losses = passes.total(torch.stack([loss for loss, _ in found]))
+        self.gradients = [gradient for _, gradient in found]
+        self.lam = lam
 
     def pull_back(self, coefficients: Tensor) -> Tree:
         """sum_k a_k d_lam l_k."""

@@ -12,6 +12,7 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
+from metaxl_evo.bilevel.products import LAM, W, otherwise, require_forward_ad
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, trees
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
@@ -136,6 +137,7 @@ class ForwardMode(EpisodeEstimator):
             after = update_state | {"w": w}
             return {key: after[key] for key in point}
 
+        self.prepare(passes, step.w, step.lam, step.batch)
         units, after = _units(lam), {key: tree.clone(columns) for key, columns in state.items()}
         for j in self._active(rule, lam, before["step"]):
             unit, tangent = _column(units, j), {key: _column(columns, j) for key, columns in state.items()}
@@ -146,6 +148,10 @@ class ForwardMode(EpisodeEstimator):
                 for name, leaf in column.items():
                     after[key][name][j] = leaf
         return after
+
+    def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
+        with otherwise("forward_mode", "use unroll"):
+            require_forward_ad(passes, w, lam, batch, (LAM, W))
 
     def end_episode(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
         """Nothing: in a Trainer the next episode starts from weights that do not depend on lam."""
@@ -162,7 +168,7 @@ class ForwardMode(EpisodeEstimator):
         point, gradient = (tree.detach(step.w), tree.detach(step.lam)), torch.func.grad(passes.problem.inner_loss)
         total = tree.zeros_like(step.w)
         for index, part in passes.parts(step.batch):
-            with passes.scope(index, second_order=True):
+            with passes.scope(index, second_order=True), otherwise("forward_mode", "use unroll"):
                 tangent = torch.func.jvp(lambda w, lam, part=part: gradient(w, lam, part), point, (z, unit))[1]
             passes.counts.jvps += 1
             total = tree.add(total, tree.detach(tangent))

@@ -9,9 +9,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import PassContext, mix_seed
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, Examples, InnerStep, Response, look_ahead
 from metaxl_evo.bilevel.processes import Traffic
+from metaxl_evo.bilevel.products import otherwise, require_double_backward
+from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import counts_before
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
@@ -105,6 +107,12 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
             check_straight_line(type(self).__name__, problem.update)
         except ValueError as reason:
             raise ValueError(f"{reason}, or set scale to fixed, one or normalize, which fit nothing") from None
+
+    def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
+        super().prepare(passes, w, lam, batch)
+        if self.scale == "fit":
+            with otherwise("hyperdistill's fit", "set scale to fixed, one or normalize"):
+                require_double_backward(passes, w, lam, batch)
 
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> dict[str, Any]:
         learned = {"episode": 0, "theta": self.theta} if previous is None else previous

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep
 from metaxl_evo.bilevel.processes import Traffic
-from metaxl_evo.bilevel.products import ENGINES, mixed_product
+from metaxl_evo.bilevel.products import ENGINES, mixed_product, prepare
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import Estimator
 from metaxl_evo.messages import unknown
@@ -39,6 +39,9 @@ class EngineEstimator(Estimator):
     def needs_forward_ad(self) -> bool:
         return self.engine == "jvp"
 
+    def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
+        prepare(passes, self._engine(passes.problem), w, lam, batch)
+
     def _product_cost(self) -> Counts:
         """The passes of one product, mixed or Hessian."""
         if self.engine == "finite_difference":
@@ -46,9 +49,7 @@ class EngineEstimator(Estimator):
         return Counts(hvps=1) if self.engine == "double_backward" else Counts(jvps=1)
 
     def _engine(self, problem: BilevelProblem) -> str:
-        if self.engine != "auto":
-            return self.engine
-        return "jvp" if problem.second_order else "finite_difference"
+        return self.engine if self.engine != "auto" or problem.second_order else "finite_difference"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from metaxl_evo.bilevel.passes import mix_seed
+from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.tree import Tree
 
 NOISES = ("sign", "gaussian")

@@ -17,9 +17,11 @@ from metaxl_evo.bilevel import hyper, tree
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.processes import Traffic
-from metaxl_evo.bilevel.products import LAM, W, double_backward
+from metaxl_evo.bilevel.products import LAM, W, double_backward, otherwise
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, map_trees, trees
+
+TWICE = "use one_step, whose engine auto finds another way, or evograd"  # where the walk back cannot
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _step_back(
     if len(parts) != 1:  # without any, the other processes' gradient is still to be waited for
         v = direction(passes.inner_grad(visit.w, visit.lam, visit.batch, wrt_w=visit.w)[1])
     for index, part in parts:
-        with passes.scope(index, second_order=True):
+        with passes.scope(index, second_order=True), otherwise("the walk back through the steps", TWICE):
             found = double_backward(
                 passes, visit.w, visit.lam, part, direction if len(parts) == 1 else lambda grad: v, tuple(wrt)
             )

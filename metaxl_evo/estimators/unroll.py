@@ -10,9 +10,10 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
+from metaxl_evo.bilevel.products import otherwise, require_double_backward
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
-from metaxl_evo.estimators.trajectory import Visit, walk_back, walk_traffic
+from metaxl_evo.estimators.trajectory import TWICE, Visit, walk_back, walk_traffic
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ class Unroll(EpisodeEstimator):
 
     def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
         return walk_traffic(min(steps, self.horizon or steps), step_made)
+
+    def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
+        with otherwise("unroll", TWICE):
+            require_double_backward(passes, w, lam, batch)
 
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> list[Visit]:
         return []

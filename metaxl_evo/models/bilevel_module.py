@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +16,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from metaxl_evo.bilevel.passes import for_this_pass
 from metaxl_evo.bilevel.problem import BilevelProblem, Split
 from metaxl_evo.bilevel.processes import Processes
+from metaxl_evo.bilevel.replay import for_this_pass
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, Windowed
 from metaxl_evo.messages import first_line, one_line
@@ -29,8 +30,8 @@ from metaxl_evo.models.adapters import ADAPTER, is_adapted, load_adapter, merged
 from metaxl_evo.models.examples import examples_of, join_rows, take_rows
 from metaxl_evo.models.heads import columns_of, labelled_tokens, row_losses, token_losses
 from metaxl_evo.models.losses import (
+    MICRO_BATCHES,
     TOTALS,
-    WINDOW,
     Batch,
     Losses,
     as_window,
@@ -41,6 +42,7 @@ from metaxl_evo.models.losses import (
     view_of,
 )
 from metaxl_evo.models.network_files import WEIGHTS_FILE
+from metaxl_evo.models.norms import cast, running_statistics
 
 Places = Mapping[str, Sequence[tuple[Any, str]]]  # a parameter's name -> the modules that hold it, and their names
 
@@ -71,7 +73,8 @@ class BilevelModule(nn.Module, ABC):
     where the meta network never acts.
 
     Attributes:
-        stop_gradients: whether the losses call `stop_gradient` on live activations.
+        stop_gradients: whether the losses call `stop_gradient` on live activations (found out where it is None).
+        straight_through: accept an inner loss whose gradient is not its slope where weights are perturbed.
         direct_term: whether the outer loss reads the meta parameters.
         tuned_optimizer: numbers of the base optimiser (lr, weight_decay, momentum) that are meta parameters: their
             names, or `Windowed(name, steps)` for a schedule over an episode, for all base parameters; or a mapping of
@@ -84,7 +87,8 @@ class BilevelModule(nn.Module, ABC):
     """
 
     base: Any  # an nn.Module; its class says what else it has
-    stop_gradients: bool = False
+    stop_gradients: bool | None = None
+    straight_through: bool = False
     direct_term: bool = False
     tuned_optimizer: Mapping[str, str | Windowed | Mapping[str, str | Windowed]] = {}
     tuned_ranges: Mapping[str, tuple[float, float]] = {}
@@ -264,6 +268,7 @@ class BilevelModule(nn.Module, ABC):
         def at(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
             """`loss` at given parameters; they stay swapped in until the pass ends, its backward included."""
 
+            @wraps(loss)
             def evaluate(w: Tree, lam: Tree, *arguments: Any) -> Tensor:
                 with for_this_pass(swapped(base, w)), for_this_pass(swapped(meta, lam)):
                     return loss(*arguments)
@@ -279,10 +284,12 @@ class BilevelModule(nn.Module, ABC):
             split=self._split(at) if obstacle is None else None,
             second_order=obstacle is None,
             stop_gradients=self.stop_gradients,
+            straight_through=self.straight_through,
             direct_term=self.direct_term,
             reads_lam=self._reading_lam if not dropout else _same,  # other rows, other masks
             rows=rows,
             examples=examples_of(self, Processes()),
+            cast=lambda dtype: cast(self, dtype),
         )
 
     def _reading_lam(self, part: Batch) -> Batch:
@@ -290,8 +297,8 @@ class BilevelModule(nn.Module, ABC):
         fewer = self.reads_lam(view)
         if fewer is view:
             return part
-        window = {WINDOW: {**part[WINDOW], "counts": counts_of(self, fewer)}} if WINDOW in part else {}
-        return {**fewer, TOTALS: part[TOTALS] if TOTALS in part else counts_of(self, view), **window}
+        totals = part[TOTALS] if TOTALS in part else counts_of(self, view)
+        return {**fewer, TOTALS: totals, MICRO_BATCHES: part.get(MICRO_BATCHES, 1)}
 
     def _split(self, at: Callable[..., Callable[..., Tensor]]) -> Split | None:
         """The pieces as functions of the parameters; a suffix and a prefix read no meta parameters."""
@@ -368,24 +375,25 @@ class BilevelModule(nn.Module, ABC):
 
     @contextmanager
     def _frozen(self, dropout: bool, embeddings: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
-        """Dropout off unless asked for, batch norm without a memory, other buffers on copies that are thrown away.
+        """Dropout off unless asked for, running statistics without a memory, buffers on copies that are thrown away.
 
         Embeddings that hold some rows only are looked up by their place among these. Layers still checkpoint.
         """
         modes = [(module, module.training) for module in self.modules()]
         recomputed = [module for module, training in modes if training and not dropout and _is_checkpointed(module)]
-        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        tracking = [(norm, norm.track_running_stats) for norm in norms]
+        norms = [module for module in self.modules() if running_statistics(module)]
+        tracking = [(n, n.track_running_stats) for n in norms if isinstance(n, _NormBase) and n.training]
         buffers = [(m, key, b) for m in self.modules() for key, b in m._buffers.items() if b is not None]
         hooks = [module.register_forward_pre_hook(_renumber(rows)) for module, rows in embeddings]
         try:
             for owner, key, buffer in buffers:
                 owner._buffers[key] = buffer.clone()
             for module in self.base.modules():
-                if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if module not in norms:
                     module.training = dropout and module.training
-            for norm in norms:
-                norm.track_running_stats = False  # an update in place is beyond torch.func, even on a copy
+            for norm, _ in tracking:  # an update in place is beyond torch.func, even on a copy
+                norm.track_running_stats = False
+                norm._buffers.update(dict.fromkeys(running_statistics(norm)))
             with _recomputing(recomputed):
                 yield
         finally:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metaxl_evo.bilevel.problem import Examples
 from metaxl_evo.bilevel.processes import Processes
-from metaxl_evo.models.losses import HELD, TOTALS, WINDOW, Batch, rows_of, set_totals, view_of
+from metaxl_evo.models.losses import HELD, MICRO_BATCHES, TOTALS, Batch, rows_of, set_totals, view_of
 
 if TYPE_CHECKING:
     from metaxl_evo.models.bilevel_module import BilevelModule
@@ -107,7 +107,7 @@ def _packed(module: BilevelModule, parts: Sequence[Batch]) -> list[Batch]:
 
 def _without_rows(part: Batch) -> Batch:
     """What a process holds that has none of the rows: their number, and the names of the means."""
-    return {key: part[key] for key in (HELD, TOTALS, WINDOW) if key in part}
+    return {key: part[key] for key in (HELD, TOTALS, MICRO_BATCHES) if key in part}
 
 
 def take_rows(batch: Mapping[str, Any], rows: Tensor) -> Batch:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from metaxl_evo.bilevel.replay import plain_detaches
+
 if TYPE_CHECKING:
     from metaxl_evo.models.bilevel_module import BilevelModule
 
@@ -24,11 +26,11 @@ Losses = Items | Mapping[str, Items]
 Counts = dict[str, int]
 
 TOTALS = "totals"  # batch key: the counts of the whole accumulation window, over all ranks
-WINDOW = "window"  # batch key: the counts of this micro-batch, and how many micro-batches there are on all ranks
+MICRO_BATCHES = "micro_batches"  # batch key: their number in the window, over all ranks
 HELD = "held"  # batch key: where these rows stand among those of a batch that was drawn (models/examples.py)
 ITEMS = "items"  # the one mean of a task that names none
 
-_KEPT = (TOTALS, WINDOW, HELD)
+_KEPT = (TOTALS, MICRO_BATCHES, HELD)
 
 
 @dataclass
@@ -118,9 +120,9 @@ def set_totals(
     """
     counts = [counts_of(module, view_of(batch)) for batch in window]
     *totals, micro_batches = over_processes([*(sum(count[name] for count in counts) for name in names), len(window)])
-    for batch, count in zip(window, counts, strict=True):
+    for batch in window:
         batch[TOTALS] = dict(zip(names, totals, strict=True))
-        batch[WINDOW] = {"counts": count, "micro_batches": int(micro_batches)}
+        batch[MICRO_BATCHES] = int(micro_batches)
 
 
 def as_window(module: BilevelModule, batch: Any) -> Sequence[Any]:
@@ -145,13 +147,13 @@ def mean_share(module: BilevelModule, name: str, loss: Callable[..., Losses], ba
             loss that changes its batch.
     """
     held = batch if isinstance(batch, Mapping) else {}
-    view, window = view_of(batch), held.get(WINDOW)
-    counts = window["counts"] if window else counts_of(module, view_of(batch))
+    view, counts = view_of(batch), counts_of(module, view_of(batch))
     evaluation = _Evaluation(held.get(TOTALS, counts))
     versions = [(tensor, tensor._version) for tensor in _tensors(view) if not tensor.is_inference()]
     token = _RUNNING.set(evaluation)
     try:
-        found = loss(*before, view)
+        with plain_detaches():
+            found = loss(*before, view)
     finally:
         _RUNNING.reset(token)
     called = f"{type(module).__name__}.{name}"
@@ -163,7 +165,7 @@ def mean_share(module: BilevelModule, name: str, loss: Callable[..., Losses], ba
         if evaluation.read:
             _warn_of_sums(type(module))
             return found
-        return _scalar(module, called, found, counts, evaluation.totals, window)
+        return _scalar(module, called, found, counts, evaluation.totals, held.get(MICRO_BATCHES, 1))
     if len(counts) > 1:
         raise ValueError(f"{called} returned losses of one mean, and counts are of {sorted(counts)}: return a dict")
     return _sum_of_means(called, {next(iter(counts)): found}, counts, evaluation.totals, module.counts_rows)
@@ -200,7 +202,7 @@ def _mismatch(called: str, name: str, items: Any, count: int, rows: bool) -> str
 
 
 def _scalar(
-    module: BilevelModule, called: str, mean: Tensor, counts: Counts, totals: Mapping[str, Any], window: Any
+    module: BilevelModule, called: str, mean: Tensor, counts: Counts, totals: Mapping[str, Any], micro_batches: int
 ) -> Tensor:
     """A mean that the loss took itself: over `counts` where the task has one, else of the one micro-batch there is."""
     if len(counts) == 1 and not module.counts_rows:
@@ -208,10 +210,10 @@ def _scalar(
         if count == 0:  # the mean of nothing is not a number; every parameter takes part, as DDP asks
             return torch.stack([p.flatten()[0] for p in module.base_parameters().values()]).sum() * 0.0
         return mean * (count / totals[name])
-    if window and window["micro_batches"] > 1:
+    if micro_batches > 1:
         raise ValueError(
-            f"{called} returned a mean of its own (a 0-d tensor), and a step has {window['micro_batches']} micro-"
-            "batches: return the losses of the items, shape (rows,), or define counts(batch), over what it is the mean"
+            f"{called} returned a mean of its own (a 0-d tensor), and a step has {micro_batches} micro-batches: "
+            "return the losses of the items, shape (rows,), or define counts(batch), over what it is the mean"
         )
     return mean
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from metaxl_evo.bilevel.passes import keep, stop_gradient
+from metaxl_evo.bilevel.replay import keep, stop_gradient
 from metaxl_evo.messages import first_line, one_line, unknown
 from metaxl_evo.models.network_files import CONFIG_FILE, WEIGHTS_FILE, save_network
 

@@ -18,7 +18,8 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import PassContext, devices_of
+from metaxl_evo.bilevel.passes import PassContext
+from metaxl_evo.bilevel.randomness import devices_of
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import SGD
 from metaxl_evo.estimators import Estimator

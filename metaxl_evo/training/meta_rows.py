@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import datasets
 import torch
 
-from metaxl_evo.bilevel.passes import mix_seed
+from metaxl_evo.bilevel.randomness import mix_seed
 
 
 @runtime_checkable

@@ -9,6 +9,8 @@ import torch
 from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
 
+from metaxl_evo.models.norms import running_statistics
+
 logger = logging.getLogger(__name__)
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
@@ -37,17 +39,16 @@ def synchronise(model: nn.Module) -> None:
 
 
 def average_statistics(model: nn.Module) -> None:
-    """Give every process the mean of all processes' running statistics of batch norms.
+    """Give every process the mean of all processes' running statistics of norms.
 
     A forward moves them by this process's rows alone, and what evaluates the model reads them.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    held = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
+    held = [statistic for module in model.modules() for statistic in running_statistics(module).values()]
     if held:
         with torch.no_grad():
-            means = reduce(torch.cat(held), reduction="mean")
-            for tensor, mean in zip(held, means.split([len(tensor) for tensor in held]), strict=True):
-                tensor.copy_(mean)
+            means = reduce(torch.cat([tensor.reshape(-1) for tensor in held]), reduction="mean")
+            for tensor, mean in zip(held, means.split([tensor.numel() for tensor in held]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
 
 def require_synchrony(model: nn.Module, when: str) -> None:

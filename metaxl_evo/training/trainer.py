@@ -26,7 +26,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_detach
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import PassContext, devices_of, mix_seed
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import (
     BilevelProblem,
     Hypergradient,
@@ -37,6 +37,8 @@ from metaxl_evo.bilevel.problem import (
     why_zero,
 )
 from metaxl_evo.bilevel.processes import Processes
+from metaxl_evo.bilevel.randomness import devices_of, mix_seed
+from metaxl_evo.bilevel.replay import Facts
 from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, from_optimizer, map_trees, optimizer_rule
 from metaxl_evo.estimators import Estimator, takes_any_optimizer
 from metaxl_evo.estimators.local import EngineEstimator
@@ -142,11 +144,13 @@ class MetaTrainer(Trainer):
         self._window_is_new, self._micro_batch = False, 0
         self.episodes = self._make_episodes()
         self.diagnostics = self._make_diagnostics()
+        self._facts = Facts()  # about the losses, from the first step on
         self._passes: PassContext | None = None  # of the current step, where its own forward is recorded
         self._before: InnerStep | None = None  # the current step, as long as it has not been made
         self._row_gradients: dict[str, Tensor | None] = {}  # of embeddings that were stepped ahead of the rest
         self._grad_norm: float | None = None
         self._acting: dict[str, float] = {}  # learned numbers of the base optimiser, as the last step was made with
+        self._prepared = False
         self._meta_learning_rate: Any = args.meta_learning_rate
         self._skipped_in_a_row = 0
         self.skipped_meta_steps = 0
@@ -211,6 +215,7 @@ class MetaTrainer(Trainer):
         self.meta_rows, self.episodes = self._make_meta_rows(), self._make_episodes()
         self._window, self._window_rows, self._window_is_new = ([], []), None, False
         self.skipped_meta_steps = self._skipped_in_a_row = self._silent_steps = 0
+        self._facts, self._prepared = Facts(), False
         self._metrics.clear()
         self._start_of_lam = tree.clone(self.model.meta_parameters())
         return super()._inner_training_loop(*args, **kwargs)
@@ -412,6 +417,10 @@ class MetaTrainer(Trainer):
             return estimator.init(problem, weights, self.model.meta_parameters(), learned)
 
         self.episodes.begin_step(self.state.global_step, weights, _plain(self.optimizer), init)
+        if not self._prepared:
+            rows, self._prepared = self._touched_rows(), True
+            passes = self._new_passes(self._problem(SGD(0.0), rows))
+            estimator.prepare(passes, _gathered(weights, rows), self.model.meta_parameters(), self._window[0])
         if self.args.meta_order == "lookahead" and self._meta_step_is_due():
             self._look_ahead()
         elif self._follows_the_step() and self._forward_is_of_use():
@@ -620,7 +629,7 @@ class MetaTrainer(Trainer):
         processes = Processes(self.args.process_index, self.args.world_size)
         second_order = problem.second_order and not self.args.torch_compile
         examples = examples_of(self.model, processes)
-        return replace(problem, second_order=second_order, processes=processes, examples=examples)
+        return replace(problem, second_order=second_order, processes=processes, examples=examples, facts=self._facts)
 
     def _new_passes(self, problem: BilevelProblem) -> PassContext:
         devices = devices_of(self.model.base_parameters(), self.model.meta_parameters())

@@ -86,7 +86,7 @@ def test_differentiable_optimisers_agree(name: str, module: WeightedClassifier, 
 @pytest.mark.parametrize(("kind", "radius"), [("darts", 0.01), ("sama", 1.0)])
 def test_betty_sees_the_costs_move(kind: str, radius: float, module: WeightedClassifier, episode: Episode) -> None:
     """Its finite differences are ours without the replay of what the weight net reads; with it they differ."""
-    live = replace(episode, problem=replace(episode.problem, stop_gradients=False))
+    live = replace(episode, problem=replace(episode.problem, stop_gradients=False, straight_through=True))
     ours = partial(estimator_run, row=Row("sama", {"radius": radius}, "after_step"))
     found = by_peer("betty", module, episode, type=kind)
     assert error(found, ours(live)(0)) < 1e-8

@@ -27,6 +27,7 @@ from metaxl_evo.bilevel import (
     tree,
 )
 from metaxl_evo.bilevel.products import mixed_product
+from metaxl_evo.bilevel.replay import Facts
 from metaxl_evo.bilevel.update import UpdateState, from_optimizer
 from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder, OneStep
 from tests.estimators.problems import (
@@ -312,7 +313,12 @@ def test_seeds_of_the_generator_are_the_seeds_of_the_estimate() -> None:
 def test_copies_differ_and_antithetic_ones_mirror_each_other(noise: Any) -> None:
     toy = split_network(torch.float64)
     calls: list[Any] = []
-    problem = replace(toy.problem, split=None, inner_loss=logged(toy.problem.inner_loss, calls))
+    problem = replace(
+        toy.problem,
+        split=None,
+        inner_loss=logged(toy.problem.inner_loss, calls),
+        facts=Facts(trusted=frozenset(toy.w)),
+    )
     for antithetic in (False, True):
         calls.clear()
         estimate(replace(toy, problem=problem), EvoGrad(copies=4, sigma=0.1, noise=noise, antithetic=antithetic))

@@ -327,11 +327,16 @@ def test_estimators_that_remember_weights_keep_them_whole(tmp_path: Path) -> Non
 
 
 def forwards(folder: Path, *, layers: tuple[int, ...] = (1,), dropout: bool = False, **fields: Any) -> list[int]:
-    """The rows of each forward of the encoder in one training step."""
+    """The rows of each forward of the encoder in a training step, when all is known of the losses."""
     seen: list[int] = []
+
+    class Anew(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.clear()
+
     tagger = tiny_tagger(layers=layers, dropout=dropout)
     tagger.base.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    tiny_trainer(folder, tagger=tagger, max_steps=1, **fields).train()
+    tiny_trainer(folder, tagger=tagger, trainer={"callbacks": [Anew()]}, max_steps=2, **fields).train()
     return seen
 
 
@@ -457,6 +462,8 @@ def test_the_mixed_product_runs_them_alone(engine: str) -> None:
     tagger.base.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
 
     def products(problem: BilevelProblem, product: Any = mixed_product) -> Tree:
+        PassContext(problem).record(w, lam, [batch])  # which find out what is to be known of the loss
+        product(PassContext(problem), engine, w, lam, [batch], v)
         rows.clear()
         passes = PassContext(problem)
         passes.record(w, lam, [batch])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
-from metaxl_evo.bilevel.passes import mix_seed
+from metaxl_evo.bilevel.randomness import mix_seed
 from vision_tasks.feature_transform import SUBFOLDER, ChannelAffine, FeatureTransform, transformed_norms
 from vision_tasks.fewshot import FewShotModel, backbone_config
 
