@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.ner.arguments import NerArguments
+from metaxl_evo.ner.arguments import NerArguments, refuse_fields
 from metaxl_evo.ner.encoding import lost_words
 from metaxl_evo.ner.experiment import (
     OWN_FILES,
@@ -36,6 +36,7 @@ def check_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str
     Raises:
         ValueError: for what a run would refuse as well.
     """
+    refuse_fields(args)
     target = ner.target_languages[0]
     ner = replace(ner, target_languages=[target])
     data = load_target(ner, target, trained_labels(ner.model_name_or_path))

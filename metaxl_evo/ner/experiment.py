@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.messages import unknown
+from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform, encoder_layers
-from metaxl_evo.ner.arguments import NerArguments, steps_of
+from metaxl_evo.ner.arguments import NerArguments, refuse_fields, steps_of
 from metaxl_evo.ner.card import card_sections
 from metaxl_evo.ner.data import load_ner_dataset, overlap, sample
 from metaxl_evo.ner.encoding import PadRight, encode
@@ -76,6 +77,7 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
     Raises:
         ValueError: before any training, for what cannot work or would overwrite another run.
     """
+    refuse_fields(args)
     targets = ner.target_languages
     folders = {t: Path(args.output_dir) / t if len(targets) > 1 else Path(args.output_dir) for t in targets}
     resuming = args.resume_from_checkpoint is not None
@@ -221,17 +223,37 @@ def build_trainer(
         require_readable(base, one.rows, "eval_max_length")
     for rows in (*sources, *([] if target is None else [target])):
         require_readable(base, rows, "max_length")
-    trainer = NerTrainer(
-        tagger,
-        fit_arguments(ner, args, data),
-        train_dataset=concatenate_datasets(sources) if sources else target,
-        meta_dataset=target if sources else None,
-        eval_dataset=evaluation["dev"].rows if "dev" in evaluation else None,
-        data_collator=PadRight(tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        compute_metrics=evaluation["dev"].compute_metrics if "dev" in evaluation else None,
-    )
+    train = concatenate_datasets(sources) if sources else target
+    assert train is not None  # every method trains on one or the other
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(train) < batch:
+        raise ValueError(
+            f"dataloader_drop_last would drop all {len(train)} train sentences, less than a batch of {batch}: "
+            "lower per_device_train_batch_size, or leave it out"
+        )
+    with _telling_of_the_hub():
+        trainer = NerTrainer(
+            tagger,
+            fit_arguments(ner, args, data),
+            train_dataset=train,
+            meta_dataset=target if sources else None,
+            eval_dataset=evaluation["dev"].rows if "dev" in evaluation else None,
+            data_collator=PadRight(tokenizer.pad_token_id),
+            processing_class=tokenizer,
+            compute_metrics=evaluation["dev"].compute_metrics if "dev" in evaluation else None,
+        )
     return trainer, evaluation
+
+
+@contextmanager
+def _telling_of_the_hub() -> Iterator[None]:
+    """Turns an HTTP library's error at the making of a repository, whatever its class, into one line."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "requests"):
+            raise
+        raise ValueError(f"push_to_hub: the Hub cannot be reached ({one_line(error)}): leave it out") from error
 
 
 def build_tagger(ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CrossLingualTagger:
