@@ -124,6 +124,8 @@ def _check_sentences(part: Sentences, where: str) -> None:
             raise ValueError(
                 f"{where}: sentence {number} has {len(words)} tokens but {len(tags)} tags: repair the data"
             )
+    if not any(word.strip() for words in part.tokens for word in words):
+        raise ValueError(f"{where} has only empty tokens: repair the data")
     stray = sum(map(_stray_insides, part.tags))
     if stray:
         logger.warning("%s: %d I- tags do not continue an entity of their type (kept as they are)", where, stray)
