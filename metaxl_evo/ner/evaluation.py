@@ -156,6 +156,7 @@ class WordTrainer(Trainer):
         args, self.args = self.args, copy.copy(self.args)
         self.args.dataloader_drop_last, self.args.train_sampling_strategy = False, "random"
         self.args.dataloader_persistent_workers = False  # it would keep the rows of another evaluation set
+        self.args.dataloader_in_order = True  # gathering cuts the last batch to the size of the shortest one
         try:
             yield
         finally:

@@ -79,7 +79,8 @@ def _word_pieces() -> Any:
 
 
 def _xlmr() -> Any:
-    counts = {piece: -float(len(piece)) for text in SENTENCES for word in text.split() for piece in ("▁", *word)}
+    words = sorted({word for text in SENTENCES for word in text.split()})
+    counts = {piece: -1.0 for word in words for piece in ("▁", *word, *([f"▁{word}"] if len(word) > 3 else []))}
     return T.XLMRobertaTokenizer(vocab=[("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *counts.items()])
 
 
@@ -107,7 +108,7 @@ ABSOLUTE = ("bert, word pieces, left", "gpt2, absolute, left")  # count position
 
 
 def write_encoder(kind: str, folder: Path, *, head: bool = True) -> Path:
-    """A saved model and tokenizer of that kind; the random head tells neighbouring sub-tokens apart."""
+    """A saved model and tokenizer of that kind; with a head, its weights are so large that sub-tokens differ."""
     tokenizer, config = KINDS[kind]()
     config.vocab_size = len(tokenizer)
     config.id2label = dict(enumerate(NAMES))
@@ -116,7 +117,7 @@ def write_encoder(kind: str, folder: Path, *, head: bool = True) -> Path:
         torch.manual_seed(0)
         model: Any = AutoModelForTokenClassification.from_config(config)
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            if head and parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.5)
     (model if head else model.base_model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -27,7 +27,12 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"train_sampling_strategy": "group_by_length"},
     {"dataloader_drop_last": True},
-    {"eval_accumulation_steps": 1, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+    {
+        "eval_accumulation_steps": 1,
+        "dataloader_num_workers": 2,
+        "dataloader_persistent_workers": True,
+        "dataloader_in_order": False,
+    },
     {"eval_do_concat_batches": False},
     {"eval_accumulation_steps": 2, "eval_do_concat_batches": False, "eval_use_gather_object": True},
 ]
