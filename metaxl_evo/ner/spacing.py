@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -17,6 +18,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from metaxl_evo.ner.encoding import unchanged
+
+logger = logging.getLogger(__name__)
 
 SENTENCES = 200  # of the data, whose words are tried
 ENOUGH = 0.9  # odd characters are read in their context: not all words have to come out the same
@@ -46,6 +49,7 @@ def as_in_text(
             return tokenizer
     for candidate in _with_prefix_space(tokenizer):
         if all(_is_as_expected(one, tried, expected) for one in (candidate, _reloaded(candidate, config))):
+            logger.info("%s: each word gets the space that it has in running text", type(tokenizer).__name__)
             return candidate
     raise ValueError(
         f"model_name_or_path: its {type(tokenizer).__name__} makes other sub-tokens of a word in a list than of one "

@@ -66,7 +66,7 @@ def test_layouts(tmp_path: Path, layout: str, ends: str) -> None:
 
 
 def test_layouts_are_as_many_as_they_were() -> None:
-    assert (len(LAYOUTS), len(HEADS)) == (19, 9)
+    assert (len(LAYOUTS), len(HEADS), len(REFUSED)) == (19, 9, 19)
 
 
 def test_comments_stand_before_every_sentence(tmp_path: Path) -> None:
