@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_peft_available
@@ -150,6 +151,11 @@ def refuse_fields(args: TrainingArguments) -> None:
     for name, reason in UNFIT.items():
         if getattr(args, name):
             raise ValueError(f"{name} cannot be set for NER: {reason}: leave it out")
+    config: Any = args.accelerator_config
+    if args.world_size > 1 and config.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches cannot send batches of unequal lengths, as sentences make them: leave it out"
+        )
     if args.label_names not in (None, ["labels"]):
         raise ValueError(f"label_names must be labels, not {', '.join(args.label_names or ())}: leave it out")
 

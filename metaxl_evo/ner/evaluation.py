@@ -188,7 +188,9 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
     if output is not None:
         require_writable(output.parent, "output_file")
     parts = {language: splits[SPLITS[settings.split]] for language, splits in data.items()}
-    tokenizer = as_in_text(tokenizer, [words for part in parts.values() for words in part["tokens"][:100]], base.config)
+    tokenizer = as_in_text(
+        tokenizer, [words for part in parts.values() for words in part["tokens"][:100]], base.config
+    )
     max_length = min(settings.max_length, longest_input(base))
     sets = {
         language: EvaluationSet(part, tokenizer, max_length, names, settings.strict)
