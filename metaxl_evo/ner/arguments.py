@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
+from transformers import TrainingArguments
 from transformers.utils.import_utils import is_peft_available
 
 from metaxl_evo.messages import unknown
@@ -15,6 +17,14 @@ PAPER_LANGUAGES = ("qu", "cdo", "ilo", "xmf", "mhr", "mi", "tk", "gn")
 SELECTIONS = ("dev", "last")
 SHORTEST = 8  # sub-tokens: the special ones and a word or two
 WIDEST = 65536  # of an RTN: many times any encoder's width
+UNFIT = {  # fields of TrainingArguments that cannot be on here
+    "remove_unused_columns": "the losses read a column that the model's forward does not name",
+    "prediction_loss_only": "entity scores need predictions",
+    "batch_eval_metrics": "entity scores are of all sentences together (eval_accumulation_steps keeps memory low)",
+    "bf16_full_eval": "it casts the model that is then saved; bf16: true evaluates under autocast",
+    "fp16_full_eval": "it casts the model that is then saved; bf16: true evaluates under autocast",
+    "debug": "its hooks cannot read an encoder's boolean masks",
+}
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,24 @@ class NerArguments:
     @property
     def recipe(self) -> Method:
         return METHODS[self.method]
+
+
+def refuse_fields(args: TrainingArguments) -> None:
+    """Refuse what the Trainer offers and a tagger cannot use.
+
+    Raises:
+        ValueError: one line with the field, the reason and the way out.
+    """
+    for name, reason in UNFIT.items():
+        if getattr(args, name):
+            raise ValueError(f"{name} cannot be set for NER: {reason}: leave it out")
+    config: Any = args.accelerator_config
+    if args.world_size > 1 and config.dispatch_batches:
+        raise ValueError(
+            "dispatch_batches cannot send batches of unequal lengths, as sentences make them: leave it out"
+        )
+    if args.label_names not in (None, ["labels"]):
+        raise ValueError(f"label_names must be labels, not {', '.join(args.label_names or ())}: leave it out")
 
 
 def steps_of(epochs: float, sentences: int, batch_size: int, accumulation: int) -> int:

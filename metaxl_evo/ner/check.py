@@ -11,8 +11,8 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.ner.arguments import NerArguments
-from metaxl_evo.ner.data import encode
+from metaxl_evo.ner.arguments import NerArguments, refuse_fields
+from metaxl_evo.ner.encoding import lost_words
 from metaxl_evo.ner.experiment import (
     OWN_FILES,
     TargetData,
@@ -21,7 +21,7 @@ from metaxl_evo.ner.experiment import (
     load_target,
     require_enough,
 )
-from metaxl_evo.ner.pretrained import trained_labels
+from metaxl_evo.ner.pretrained import longest_input, trained_labels
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.check import check_training
 from metaxl_evo.training.runs import refuse_another_run
@@ -36,6 +36,7 @@ def check_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str
     Raises:
         ValueError: for what a run would refuse as well.
     """
+    refuse_fields(args)
     target = ner.target_languages[0]
     ner = replace(ner, target_languages=[target])
     data = load_target(ner, target, trained_labels(ner.model_name_or_path))
@@ -54,23 +55,20 @@ def check_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str
 
 
 def _describe(ner: NerArguments, data: TargetData, trainer: MetaTrainer) -> dict[str, Any]:
-    tokenizer = trainer.processing_class
+    tokenizer: Any = trainer.processing_class
+    longest = longest_input(trainer.model.plain_base)
     parts = {f"train {language}": (rows, ner.max_length) for language, rows in data.sources.items()}
     parts |= {"train target": (data.target, ner.max_length)} if data.target is not None else {}
     parts |= {"dev": (data.dev, ner.eval_max_length)} if data.dev is not None else {}
     parts["test"] = (data.test, ner.eval_max_length)
+    lost = {name: lost_words(rows, tokenizer, min(length, longest)) for name, (rows, length) in parts.items()}
+    words = {name: sum(map(len, rows["tokens"])) for name, (rows, _) in parts.items()}
     return {
         "sentences": {name: len(rows) for name, (rows, _) in parts.items()},
         "labels": data.names,
-        "words_cut_off": {name: _cut_off(rows, tokenizer, length) for name, (rows, length) in parts.items()},
+        "words_cut_off": {name: lost[name].truncated / words[name] for name in parts},
+        "words_without_sub_token": {name: lost[name].without_sub_token for name in parts},
     }
-
-
-def _cut_off(rows: Dataset, tokenizer: Any, max_length: int) -> float:
-    """The share of words that lie beyond the maximal length."""
-    positions = encode(rows, tokenizer, max_length, keep_words=True)["word_positions"][:]
-    lost = [position < 0 for row in positions for position in row]
-    return sum(lost) / len(lost)
 
 
 def _evaluation(trainer: MetaTrainer, problems: list[str]) -> dict[str, bool]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from transformers import PreTrainedTokenizerBase
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.ner.sources import SPLITS, Corpus, Sentences, read_folder, read_hub, read_table
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from metaxl_evo.ner.synthetic import SyntheticFamily
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100  # the label that PyTorch's cross entropy skips
 
 
 def load_ner_dataset(
@@ -99,49 +96,9 @@ def sample(dataset: Dataset, size: int | None, seed: int, *, name: str = "the da
     return dataset.select(order[:size], keep_in_memory=True)
 
 
-def encode(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, keep_words: bool = False
-) -> Dataset:
-    """Tokenize words; the first sub-token of each carries its label, all other positions carry -100.
-
-    The columns are `input_ids`, `attention_mask` and `labels`, unpadded, at most `max_length` long, or as long as the
-    tokenizer says that its model can read. With `keep_words`
-    also `word_positions`: where the first sub-token of each word is, or -1 where there is none, because the word lies
-    beyond `max_length` or the tokenizer makes nothing of it.
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} cannot map sub-tokens to words: use a fast tokenizer")
-    max_length = min(max_length, tokenizer.model_max_length)
-    batch = tokenizer(dataset["tokens"][:], is_split_into_words=True, truncation=True, max_length=max_length)
-    tags = dataset["ner_tags"][:]
-    positions = [_first_positions(batch.word_ids(row), len(tags[row])) for row in range(len(tags))]
-    columns = {
-        "input_ids": batch["input_ids"],
-        "attention_mask": batch["attention_mask"],
-        "labels": [_spread(*row) for row in zip(tags, positions, map(len, batch["input_ids"]), strict=True)],
-    }
-    return Dataset.from_dict(columns | {"word_positions": positions} if keep_words else columns)
-
-
 def overlap(train: Dataset, test: Dataset) -> int:
     """The number of different train sentences that also stand in the test set."""
     return len(set(map(tuple, train["tokens"])) & set(map(tuple, test["tokens"])))
-
-
-def _first_positions(word_ids: list[int | None], n_words: int) -> list[int]:
-    positions = [-1] * n_words
-    for position, word in enumerate(word_ids):
-        if word is not None and positions[word] < 0:
-            positions[word] = position
-    return positions
-
-
-def _spread(tags: list[int], positions: list[int], length: int) -> list[int]:
-    labels = [IGNORED] * length
-    for tag, position in zip(tags, positions, strict=True):
-        if position >= 0:
-            labels[position] = tag
-    return labels
 
 
 def _to_dataset(part: Sentences, features: Features) -> Dataset:
@@ -167,6 +124,8 @@ def _check_sentences(part: Sentences, where: str) -> None:
             raise ValueError(
                 f"{where}: sentence {number} has {len(words)} tokens but {len(tags)} tags: repair the data"
             )
+    if not any(word.strip() for words in part.tokens for word in words):
+        raise ValueError(f"{where} has only empty tokens: repair the data")
     stray = sum(map(_stray_insides, part.tags))
     if stray:
         logger.warning("%s: %d I- tags do not continue an entity of their type (kept as they are)", where, stray)

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from datasets import Dataset
-from torch import Tensor
-from transformers import (
-    DataCollatorForTokenClassification,
-    EvalPrediction,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.ner.arguments import SHORTEST
-from metaxl_evo.ner.data import encode, load_ner_dataset
-from metaxl_evo.ner.metrics import Scores, average, entity_scores, scores_table, word_predictions
-from metaxl_evo.ner.pretrained import load_classifier, trained_labels
+from metaxl_evo.ner.data import load_ner_dataset
+from metaxl_evo.ner.encoding import IGNORED, PadRight, encode, lost_words, plain_labels
+from metaxl_evo.ner.metrics import Scores, average, entity_scores, numbers_of, scores_table, word_predictions
+from metaxl_evo.ner.pretrained import load_classifier, longest_input, require_readable, trained_labels
 from metaxl_evo.ner.sources import SPLITS
+from metaxl_evo.ner.spacing import as_in_text
 from metaxl_evo.training.checkpoint import require_writable
 
 
@@ -65,6 +64,9 @@ class EvaluationArguments:
 class EvaluationSet:
     """A language's dev or test sentences, encoded, with the words that their predictions are scored against.
 
+    Each word has a number, which is part of its label and comes back with its prediction: scores depend on no order of
+    the rows, no batch and no padding.
+
     Args:
         sentences: `tokens` and `ner_tags`.
         max_length: sub-tokens a sentence; the words beyond are predicted O, and counted in `n_truncated_words`.
@@ -79,35 +81,86 @@ class EvaluationSet:
         names: Sequence[str],
         strict: bool,
     ):
-        encoded = encode(sentences, tokenizer, max_length, keep_words=True)
         self.names, self.strict = list(names), strict
-        self.positions: list[list[int]] = encoded["word_positions"][:]
         self.references = [[self.names[tag] for tag in tags] for tags in sentences["ner_tags"]]
-        self.rows = encoded.remove_columns("word_positions")
+        self.rows = encode(sentences, tokenizer, max_length, numbered=True)
+        self.lost = lost_words(sentences, tokenizer, max_length)
+        self._labels = np.sort(numbers_of([row or [IGNORED] for row in self.rows["labels"]]))
 
-    def score(self, predictions: Any) -> Scores:
-        """Entity scores of (n, L) predicted label ids."""
-        words = word_predictions(predictions, self.positions, self.names)
-        truncated = sum(position < 0 for row in self.positions for position in row)
-        return entity_scores(self.references, words, strict=self.strict) | {"n_truncated_words": truncated}
+    def score(self, predictions: Any, labels: Any) -> Scores:
+        """Entity scores of (n, L) predicted label ids, and what came back with them: the labels of `rows`.
+
+        Raises:
+            ValueError: where these are not the labels of all words.
+        """
+        if not np.array_equal(np.unique(numbers_of(labels)), self._labels):
+            raise ValueError(
+                f"the labels that came back are not those of the {len(self._labels)} words to score: evaluate the "
+                "rows of this set, all of them, by a trainer of its kind"
+            )
+        words = word_predictions(predictions, labels, list(map(len, self.references)), self.names)
+        counts = {
+            "n_truncated_words": self.lost.truncated,
+            "n_words_without_sub_token": self.lost.without_sub_token,
+        }
+        return entity_scores(self.references, words, strict=self.strict) | counts
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The three rates, for the Trainer's log and model selection."""
-        scores = self.score(prediction.predictions)
+        scores = self.score(prediction.predictions, prediction.label_ids)
         return {key: scores[key] for key in ("precision", "recall", "f1")}
 
     def predict(self, trainer: Trainer) -> Scores:
         """Run the trainer's model over the sentences and score it."""
         previous, trainer.compute_metrics = trainer.compute_metrics, None
         try:
-            return self.score(trainer.predict(self.rows).predictions)
+            found = trainer.predict(self.rows)
         finally:
             trainer.compute_metrics = previous
+        return self.score(found.predictions, found.label_ids)
 
 
-def label_ids(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """(B, T, C) -> (B, T): keeps label ids instead of logits (`preprocess_logits_for_metrics`)."""
-    return torch.argmax(logits[0] if isinstance(logits, tuple) else logits, dim=-1)
+class WordTrainer(Trainer):
+    """A Trainer whose evaluation leaves no row out, and brings label ids back beside the numbered labels of words."""
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of the plain labels; (B, T) predicted label ids and numbered labels, padded alike."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        inputs = {**inputs, "labels": plain_labels(labels)}
+        loss, found, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        logits: Any = found  # with whatever else the model returns behind them
+        if logits is None:
+            return loss, None, None
+        return loss, (logits[0] if isinstance(logits, tuple) else logits).argmax(-1), labels
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """All rows, in their order."""
+        with self._every_row():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """All rows, in their order."""
+        with self._every_row():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _every_row(self) -> Iterator[None]:
+        """Without what training asks of its own batches."""
+        args, self.args = self.args, copy.copy(self.args)
+        self.args.dataloader_drop_last, self.args.train_sampling_strategy = False, "random"
+        self.args.dataloader_persistent_workers = False  # it would keep the rows of another evaluation set
+        self.args.dataloader_in_order = True  # gathering cuts the last batch to the size of the shortest one
+        try:
+            yield
+        finally:
+            self.args = args
 
 
 def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
@@ -134,20 +187,31 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
     base, tokenizer = load_classifier(settings.model_name_or_path, names)
     if output is not None:
         require_writable(output.parent, "output_file")
-    scores: dict[str, Scores] = {}
+    parts = {language: splits[SPLITS[settings.split]] for language, splits in data.items()}
+    tokenizer = as_in_text(
+        tokenizer, [words for part in parts.values() for words in part["tokens"][:100]], base.config
+    )
+    max_length = min(settings.max_length, longest_input(base))
+    sets = {
+        language: EvaluationSet(part, tokenizer, max_length, names, settings.strict)
+        for language, part in parts.items()
+    }
+    for one in sets.values():
+        require_readable(base, one.rows, "max_length")
     with tempfile.TemporaryDirectory() as scratch:  # a Trainer wants a folder even where it writes nothing
-        trainer = Trainer(
+        trainer = WordTrainer(
             base,
             TrainingArguments(
-                scratch, per_device_eval_batch_size=settings.batch_size, use_cpu=settings.use_cpu, report_to="none"
+                scratch,
+                per_device_eval_batch_size=settings.batch_size,
+                use_cpu=settings.use_cpu,
+                report_to="none",
+                label_names=["labels"],
+                remove_unused_columns=False,
             ),
-            data_collator=DataCollatorForTokenClassification(tokenizer),
-            preprocess_logits_for_metrics=label_ids,
+            data_collator=PadRight(tokenizer.pad_token_id),
         )
-        for language, splits in data.items():
-            sentences = splits[SPLITS[settings.split]]
-            evaluation = EvaluationSet(sentences, tokenizer, settings.max_length, names, settings.strict)
-            scores[language] = evaluation.predict(trainer)
+        scores = {language: one.predict(trainer) for language, one in sets.items()}
     results = {settings.split: {**scores, "average": average(scores)}, "settings": asdict(settings)}
     if trainer.is_world_process_zero():
         print(scores_table(scores))

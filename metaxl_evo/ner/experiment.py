@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from transformers import DataCollatorForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.messages import unknown
+from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform, encoder_layers
-from metaxl_evo.ner.arguments import NerArguments, steps_of
+from metaxl_evo.ner.arguments import NerArguments, refuse_fields, steps_of
 from metaxl_evo.ner.card import card_sections
-from metaxl_evo.ner.data import encode, load_ner_dataset, overlap, sample
-from metaxl_evo.ner.evaluation import EvaluationSet, label_ids
+from metaxl_evo.ner.data import load_ner_dataset, overlap, sample
+from metaxl_evo.ner.encoding import PadRight, encode
+from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
 from metaxl_evo.ner.metrics import average, scores_table
-from metaxl_evo.ner.pretrained import SYNTHETIC, add_lora, load_classifier, trained_labels
+from metaxl_evo.ner.pretrained import (
+    SYNTHETIC,
+    add_lora,
+    load_classifier,
+    longest_input,
+    require_readable,
+    trained_labels,
+)
+from metaxl_evo.ner.spacing import as_in_text
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 from metaxl_evo.training.checkpoint import LATEST
@@ -41,6 +51,10 @@ from metaxl_evo.training.trainer import MetaTrainer
 
 METRICS = ("f1", "precision", "recall", "loss")
 OWN_FILES = (SUBFOLDER, ADAPTER, "tokenizer.json")
+
+
+class NerTrainer(WordTrainer, MetaTrainer):
+    """A MetaTrainer that is scored by words."""
 
 
 @dataclass
@@ -63,6 +77,7 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
     Raises:
         ValueError: before any training, for what cannot work or would overwrite another run.
     """
+    refuse_fields(args)
     targets = ner.target_languages
     folders = {t: Path(args.output_dir) / t if len(targets) > 1 else Path(args.output_dir) for t in targets}
     resuming = args.resume_from_checkpoint is not None
@@ -185,29 +200,58 @@ def build_trainer(
 ) -> tuple[MetaTrainer, dict[str, EvaluationSet]]:
     """The trainer of one run and its evaluation sets (`test`, and `dev` where one is used)."""
     base, tokenizer = load_classifier(ner.model_name_or_path, data.names, ner.attn_implementation)
+    trained = [*(data.sources.values() if ner.recipe.source else ()), *([data.target] if data.target else ())]
+    tokenizer = as_in_text(
+        tokenizer, [words for part in (data.test, *trained) for words in part["tokens"][:100]], base.config
+    )
+    longest = longest_input(base)
     tagger = build_tagger(ner, base, tokenizer)
     evaluation = {
-        split: EvaluationSet(sentences, tokenizer, ner.eval_max_length, data.names, ner.strict)
+        split: EvaluationSet(sentences, tokenizer, min(ner.eval_max_length, longest), data.names, ner.strict)
         for split, sentences in (("dev", data.dev), ("test", data.test))
         if sentences is not None
     }
+    max_length = min(ner.max_length, longest)
     sources = [
-        _with_language(encode(sentences, tokenizer, ner.max_length), index if ner.rtn_per_language else 0)
+        _with_language(encode(sentences, tokenizer, max_length), index if ner.rtn_per_language else 0)
         for index, sentences in enumerate(data.sources.values() if ner.recipe.source else ())
     ]
-    target = None if data.target is None else _with_language(encode(data.target, tokenizer, ner.max_length), TARGET)
-    trainer = MetaTrainer(
-        tagger,
-        fit_arguments(ner, args, data),
-        train_dataset=concatenate_datasets(sources) if sources else target,
-        meta_dataset=target if sources else None,
-        eval_dataset=evaluation["dev"].rows if "dev" in evaluation else None,
-        data_collator=DataCollatorForTokenClassification(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=evaluation["dev"].compute_metrics if "dev" in evaluation else None,
-        preprocess_logits_for_metrics=label_ids,
-    )
+    target = None if data.target is None else _with_language(encode(data.target, tokenizer, max_length), TARGET)
+    for one in evaluation.values():
+        require_readable(base, one.rows, "eval_max_length")
+    for rows in (*sources, *([] if target is None else [target])):
+        require_readable(base, rows, "max_length")
+    train = concatenate_datasets(sources) if sources else target
+    assert train is not None  # every method trains on one or the other
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(train) < batch:
+        raise ValueError(
+            f"dataloader_drop_last would drop all {len(train)} train sentences, less than a batch of {batch}: "
+            "lower per_device_train_batch_size, or leave it out"
+        )
+    with _telling_of_the_hub():
+        trainer = NerTrainer(
+            tagger,
+            fit_arguments(ner, args, data),
+            train_dataset=train,
+            meta_dataset=target if sources else None,
+            eval_dataset=evaluation["dev"].rows if "dev" in evaluation else None,
+            data_collator=PadRight(tokenizer.pad_token_id),
+            processing_class=tokenizer,
+            compute_metrics=evaluation["dev"].compute_metrics if "dev" in evaluation else None,
+        )
     return trainer, evaluation
+
+
+@contextmanager
+def _telling_of_the_hub() -> Iterator[None]:
+    """Turns an HTTP library's error at the making of a repository, whatever its class, into one line."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "requests"):
+            raise
+        raise ValueError(f"push_to_hub: the Hub cannot be reached ({one_line(error)}): leave it out") from error
 
 
 def build_tagger(ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CrossLingualTagger:

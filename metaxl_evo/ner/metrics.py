@@ -6,12 +6,16 @@ All scores are fractions in 0..1; only `scores_table` prints percent.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
 from seqeval.metrics import accuracy_score, classification_report
 from seqeval.scheme import IOB2
+
+from metaxl_evo.ner.encoding import STRIDE
 
 Scores = dict[str, Any]
 
@@ -19,18 +23,32 @@ RATES = ("precision", "recall", "f1", "accuracy")
 COUNTS = ("n_sentences", "n_words", "n_entities")
 
 
-def word_predictions(
-    token_predictions: Sequence[Sequence[int]], word_positions: Sequence[Sequence[int]], names: Sequence[str]
-) -> list[list[str]]:
-    """The predicted label of each word: that of its first sub-token, and O for a word that has none (position -1).
+def word_predictions(predictions: Any, labels: Any, lengths: Sequence[int], names: Sequence[str]) -> list[list[str]]:
+    """The predicted label of each word: that of its first sub-token, and O for a word that has none.
 
-    `token_predictions` holds (n, L) label ids, as an array or lists, padded at will; `word_positions` come from
-    `encode(..., keep_words=True)`. Every word is judged, so that an entity lost to truncation counts as missed.
+    Every word is judged, so that an entity lost to truncation counts as missed.
+
+    Args:
+        predictions, labels: (n, L) label ids and the numbered labels of `encode` that came back with them, in any
+            order and padded anywhere with negative labels; or lists of such batches.
+        lengths: the words of each sentence.
     """
-    return [
-        [names[int(row[position])] if position >= 0 else "O" for position in positions]
-        for row, positions in zip(token_predictions, word_positions, strict=True)
-    ]
+    numbers, guesses = numbers_of(labels), _flat(predictions)[_flat(labels) >= 0]
+    words = ["O"] * sum(lengths)
+    for number, guess in zip((numbers // STRIDE).tolist(), guesses.tolist(), strict=True):
+        words[number] = names[guess]
+    ends = list(accumulate(lengths))
+    return [words[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def numbers_of(labels: Any) -> np.ndarray:
+    """The numbered labels of words in what a Trainer brings back, in its order."""
+    flat = _flat(labels)
+    return flat[flat >= 0]
+
+
+def _flat(batches: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(batch) for batch in (batches if isinstance(batches, list) else [batches])])
 
 
 def entity_scores(

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import Dataset
 from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from torch import nn
 from transformers import (
@@ -24,10 +26,12 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from metaxl_evo.messages import first_line
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.rtn import SUBFOLDER
+from metaxl_evo.ner.arguments import SHORTEST
 from metaxl_evo.training.hub import HUB_TIMEOUT
 
 SYNTHETIC = "synthetic"
 ALL_LINEAR = "all-linear"
+NO_LIMIT = 2**31
 
 
 def load_config(model: str) -> PretrainedConfig:
@@ -100,6 +104,45 @@ def load_classifier(
     _require_tokens(model, tokenizer)
     _require_whole(model, base, tokenizer, sorted(found["missing_keys"]), has_head=trained is not None)
     return base, tokenizer
+
+
+def longest_input(base: PreTrainedModel) -> int:
+    """The most sub-tokens that the model has positions for; a large number where it sets no limit."""
+    positions = getattr(base.config, "max_position_embeddings", None) or 0
+    if positions <= 0:  # XLNet says -1
+        return NO_LIMIT
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(positions) - module.padding_idx - 1  # RoBERTa and its kin count from the one behind it
+    return int(positions)
+
+
+def require_readable(base: PreTrainedModel, rows: Dataset, setting: str) -> None:
+    """Run the longest row once, since a model may have a limit that no configuration tells.
+
+    Raises:
+        ValueError: naming the length and the setting that limits it.
+    """
+    ids = max(rows["input_ids"], key=len)
+    reason = _failure(base, ids)
+    if reason is not None and _failure(base, ids[:SHORTEST]) is None:  # else it is no matter of length
+        raise ValueError(
+            f"{setting}: the model cannot read a sentence of {len(ids)} sub-tokens ({first_line(reason)}): "
+            f"set a smaller {setting}"
+        )
+
+
+def _failure(base: PreTrainedModel, ids: list[int]) -> Exception | None:
+    training = base.training
+    base.eval()
+    try:
+        with torch.no_grad():
+            base(input_ids=torch.tensor([ids], device=base.device))
+    except (RuntimeError, IndexError, ValueError) as error:
+        return error
+    finally:
+        base.train(training)
+    return None
 
 
 def _require_tokens(model: str, tokenizer: PreTrainedTokenizerBase) -> None:

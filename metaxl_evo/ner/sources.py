@@ -6,7 +6,6 @@ that says what to do.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +16,12 @@ from datasets import ClassLabel, Dataset, LargeList, List, Value
 from huggingface_hub import is_offline_mode
 
 from metaxl_evo.messages import one_line, unknown
+from metaxl_evo.ner.columns import LABEL, read_columns, without_prefix
 from metaxl_evo.training.hub import Instead, configurations_of, load_from_hub, require_reachable, script_message
 
 SPLITS = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 TEXT_SUFFIXES = ("", ".txt", ".tsv", ".conll", ".iob2")
 INSTEAD = Instead("--dataset FOLDER", "WikiAnn: unimelb-nlp/wikiann")
-LABEL = re.compile(r"O|[BI]-\S+")
 
 
 class Sentences(NamedTuple):
@@ -65,7 +64,11 @@ def read_hub(dataset: str, languages: Sequence[str], splits: Sequence[str]) -> C
         parts = {SPLITS.get(str(split), str(split)): part for split, part in loaded.items()}
         for split in splits:
             _require_split(split, parts, f"{dataset}, {language}")
-        corpus[language] = {split: read_table(parts[split], f"{dataset}, {language}, {split}") for split in splits}
+        corpus[language] = {
+            split: _plain(read_table(parts[split], where), language, where)
+            for split in splits
+            for where in [f"{dataset}, {language}, {split}"]
+        }
     return corpus
 
 
@@ -97,6 +100,13 @@ def read_table(table: Dataset, where: str) -> Sentences:
     return Sentences(tokens, tags, declared)
 
 
+def _plain(part: Sentences, language: str, where: str) -> Sentences:
+    """Without the prefixes that a table may have kept of the file that it was made from."""
+    places = [f"{where}: sentence {number}" for number, words in enumerate(part.tokens) for _ in words]
+    words = iter(without_prefix([word for words in part.tokens for word in words], language, places))
+    return part._replace(tokens=[[next(words) for _ in row] for row in part.tokens])
+
+
 def _kind_of_items(table: Dataset, column: str) -> Any:
     """The feature of a list's items; None where the column holds no lists."""
     feature = table.features[column]
@@ -119,12 +129,12 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
 
 def _read_files(paths: list[Path], language: str) -> Sentences:
     if all(path.suffix == ".parquet" for path in paths):
-        parts = [read_table(_read_parquet(path), str(path)) for path in paths]
+        parts = [_plain(read_table(_read_parquet(path), str(path)), language, str(path)) for path in paths]
         tokens = [words for part in parts for words in part.tokens]
         return Sentences(tokens, [tags for part in parts for tags in part.tags], parts[0].declared)
     if len(paths) > 1:
         raise ValueError(f"{' and '.join(map(str, paths))} hold the same split: keep one of them")
-    return _read_text(paths[0], language)
+    return Sentences(*read_columns(paths[0], language))
 
 
 def _read_parquet(path: Path) -> Dataset:
@@ -132,39 +142,6 @@ def _read_parquet(path: Path) -> Dataset:
         return Dataset(pyarrow.parquet.read_table(path))  # Dataset.from_parquet would fill the user's cache folder
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file: fetch it again ({one_line(error)})") from error
-
-
-def _read_text(path: Path, language: str) -> Sentences:
-    """Read `language:token<TAB>tag` lines, or CoNLL lines with the token first and the tag last."""
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # not splitlines: tokens hold U+2028 and the like
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv") from error
-    prefix = f"{language}:"
-    if not next(filter(str.strip, lines), "").startswith(prefix):
-        prefix = ""  # a CoNLL file, where a token may well begin with "language:"
-    tokens: list[list[str]] = [[]]
-    tags: list[list[str]] = [[]]
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith("-DOCSTART-"):
-            tokens.append([])
-            tags.append([])
-            continue
-        if "\0" in line or "\r" in line.rstrip("\r"):
-            raise ValueError(
-                f"{path}:{number}: NUL bytes or old Mac line ends, not a text file of this system: convert it"
-            )
-        token, *others = line.rstrip().split("\t" if "\t" in line else " ")
-        tag = others[-1] if others else ""
-        if not LABEL.fullmatch(tag):
-            raise ValueError(
-                f"{path}:{number}: malformed tag {tag!r}: a line is TOKEN<TAB>TAG, a tag O, B-TYPE or I-TYPE"
-            )
-        tokens[-1].append(token.removeprefix(prefix))
-        tags[-1].append(tag)
-    if not any(tokens):
-        raise ValueError(f"{path} is empty: it must hold at least one sentence")
-    return Sentences(list(filter(None, tokens)), list(filter(None, tags)))
 
 
 def _require_configurations(dataset: str, languages: Sequence[str]) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from metaxl_evo.ner import sources
-from metaxl_evo.ner.data import encode, load_ner_dataset, overlap, sample
+from metaxl_evo.ner.data import load_ner_dataset, overlap, sample
+from metaxl_evo.ner.encoding import IGNORED, STRIDE, PadRight, encode, lost_words, plain_labels
 from metaxl_evo.training import hub
 from tests.hub_cache import prepare_dataset_cache, run_python
 
@@ -367,22 +371,58 @@ def xlmr_tokenizer(shared: Path) -> PreTrainedTokenizerBase:
 
 def test_encoding_round_trip(shared: Path, xlmr_tokenizer: PreTrainedTokenizerBase) -> None:
     test = load_ner_dataset(str(shared / "data/wikiann"), ["rw"], splits=["test"])["rw"]["test"]
-    encoded = encode(test, xlmr_tokenizer, 512, keep_words=True)
-    assert encoded.column_names == ["input_ids", "attention_mask", "labels", "word_positions"]
-    assert len(encoded) == len(test) == 100
-    for row, words, tags in zip(encoded, test["tokens"], test["ner_tags"], strict=True):
+    plain, numbered = encode(test, xlmr_tokenizer, 512), encode(test, xlmr_tokenizer, 512, numbered=True)
+    assert plain.column_names == numbered.column_names == ["input_ids", "attention_mask", "labels"]
+    assert len(plain) == len(numbered) == len(test) == 100
+    number = 0
+    for row, counted, words, tags in zip(plain, numbered, test["tokens"], test["ner_tags"], strict=True):
         assert len(row["input_ids"]) == len(row["attention_mask"]) == len(row["labels"])
         assert (row["input_ids"][0], row["input_ids"][-1]) == (0, 2)  # <s> and </s>
-        assert [label for label in row["labels"] if label != -100] == tags
-        starts = [*row["word_positions"], len(row["input_ids"]) - 1]
-        pieces = [row["input_ids"][start:end] for start, end in itertools.pairwise(starts)]
+        starts = [position for position, label in enumerate(row["labels"]) if label != IGNORED]
+        assert [row["labels"][start] for start in starts] == tags
+        pieces = [
+            row["input_ids"][start:end] for start, end in itertools.pairwise([*starts, len(row["input_ids"]) - 1])
+        ]
         assert pieces == [xlmr_tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-    assert encode(test, xlmr_tokenizer, 512).column_names == ["input_ids", "attention_mask", "labels"]
+        marks = [label for label in counted["labels"] if label != IGNORED]
+        assert marks == [(number + place) * STRIDE + tag for place, tag in enumerate(tags)]
+        assert plain_labels(torch.tensor(counted["labels"])).tolist() == row["labels"]
+        number += len(tags)
 
 
-def test_words_without_a_sub_token(tmp_path: Path, xlmr_tokenizer: PreTrainedTokenizerBase) -> None:
-    write(tmp_path, train="xx:Kigali\tB-LOC\nxx:\tO\nxx:Rwanda\tB-LOC\nxx:Kigali\tB-LOC\n")
-    encoded = encode(load_train(tmp_path)["xx"], xlmr_tokenizer, 4, keep_words=True)[0]
+def test_words_without_a_sub_token_are_not_truncated_ones(
+    tmp_path: Path, xlmr_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    write(tmp_path, train="xx:Kigali\tB-LOC\nxx:\tO\nxx:Rwanda\tB-LOC\nxx:Kigali\tB-LOC\nxx:\tO\n")
+    train = load_train(tmp_path)["xx"]
+    encoded = encode(train, xlmr_tokenizer, 4)[0]
     assert xlmr_tokenizer.convert_ids_to_tokens(encoded["input_ids"]) == ["<s>", "▁Ki", "gali", "</s>"]
     assert encoded["labels"] == [-100, 1, -100, -100]
-    assert encoded["word_positions"] == [1, -1, -1, -1]
+    assert lost_words(train, xlmr_tokenizer, 4) == (2, 2)
+    assert lost_words(train, xlmr_tokenizer, 512) == (0, 2)
+
+
+@pytest.mark.parametrize("own", [None, {"max_length": 7, "stride": 1, "strategy": "longest_first"}])
+def test_encoding_leaves_the_tokenizer_as_it_was(xlmr_tokenizer: PreTrainedTokenizerBase, own: Any) -> None:
+    """Truncation and padding of its own, as sentence encoders ship them, included."""
+    tokenizer = copy.deepcopy(xlmr_tokenizer)
+    if own is not None:
+        tokenizer.backend_tokenizer.enable_truncation(**own)
+        tokenizer.backend_tokenizer.enable_padding(length=9, pad_id=1, pad_token="<pad>")
+    before = tokenizer.backend_tokenizer.to_str()
+    rows = Dataset.from_dict({"tokens": [["Kigali"] * 9], "ner_tags": [[0] * 9]})
+    assert len(encode(rows, tokenizer, 15)[0]["input_ids"]) == 15
+    lost_words(rows, tokenizer, 8)
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_rows_are_padded_on_the_right() -> None:
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [1, -100, 2], "language": 0}]
+    rows.append({"input_ids": [8], "attention_mask": [1], "labels": [0], "language": -1})
+    batch = {key: value.tolist() for key, value in PadRight(3)(rows).items()}
+    assert batch == {
+        "input_ids": [[5, 6, 7], [8, 3, 3]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "labels": [[1, -100, 2], [0, -100, -100]],
+        "language": [0, -1],
+    }

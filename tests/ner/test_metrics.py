@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -17,7 +18,8 @@ from seqeval.scheme import IOB2
 from transformers import AutoTokenizer
 
 from metaxl_evo.ner import metrics
-from metaxl_evo.ner.data import encode, load_ner_dataset
+from metaxl_evo.ner.data import load_ner_dataset
+from metaxl_evo.ner.encoding import STRIDE, encode
 from metaxl_evo.ner.metrics import EntityF1, average, entity_scores, scores_table, word_predictions
 
 # 4 entities; found: Ada (PER) and Rome (LOC). Wrong: the ORG is cut short, the second PER is taken for a LOC.
@@ -86,11 +88,14 @@ def test_scores_of_unequal_lengths(predictions: list[list[str]]) -> None:
         entity_scores([["O"], ["O"]], predictions)
 
 
-@pytest.mark.parametrize("container", [np.array, torch.tensor, list])
-def test_words_take_the_label_of_their_first_sub_token(container: type) -> None:
-    ids = container([[9, 1, 2, 0, 9], [9, 0, 1, 9, 9]])
-    names = ["O", "B-PER", "I-PER"]
-    assert word_predictions(ids, [[1, 2, -1, 3], [2]], names) == [["B-PER", "I-PER", "O", "O"], ["B-PER"]]
+@pytest.mark.parametrize("container", [np.array, torch.tensor, lambda rows: [np.array([row]) for row in rows]])
+def test_words_take_the_label_of_their_first_sub_token(container: Any) -> None:
+    """Whatever the order of the rows, the side of the padding, and whether batches come apart or as one array."""
+    word = [STRIDE * number for number in range(6)]
+    predictions = container([[9, 9, 9, 0, 1], [9, 1, 2, 0, 9]])
+    labels = container([[-100, -100, -100, -100, word[5] + 2], [-100, word[0], word[1] + 1, word[3], -100]])
+    found = word_predictions(predictions, labels, [4, 0, 2], ["O", "B-PER", "I-PER"])
+    assert found == [["B-PER", "I-PER", "O", "O"], [], ["O", "B-PER"]]
 
 
 def test_an_entity_lost_to_truncation_is_missed(shared: Path) -> None:
@@ -102,9 +107,8 @@ def test_an_entity_lost_to_truncation_is_missed(shared: Path) -> None:
     n_entities = sum(tag.startswith("B-") for tags in references for tag in tags)
     scores = {}
     for max_length in (512, 8):
-        encoded = encode(test, tokenizer, max_length, keep_words=True)
-        oracle = [[max(label, 0) for label in labels] for labels in encoded["labels"]]
-        predictions = word_predictions(oracle, encoded["word_positions"], names)
+        labels = [np.array(row) for row in encode(test, tokenizer, max_length, numbered=True)["labels"]]
+        predictions = word_predictions([row % STRIDE for row in labels], labels, list(map(len, references)), names)
         assert [len(tags) for tags in predictions] == [len(tags) for tags in references]
         scores[max_length] = entity_scores(references, predictions)
     assert scores[512]["f1"] == 1.0

@@ -1,0 +1,185 @@
+"""Text files of words and tags: which column is the word, what is a comment, what is a prefix.
+
+A file says of itself how it is laid out; what it does not say for sure is refused with the file and the line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+LABEL = re.compile(r"O|[BI]-\S+")
+CODE = r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]{1,8})*|simple"  # of a language, as WikiAnn writes it before each token
+DOCUMENT = "-DOCSTART-"
+MANY = 200  # lines, among which some words come twice
+LAYOUT = "a line is TOKEN<TAB>TAG"
+
+
+class Line(NamedTuple):
+    """A line of a file: its number, counted from 1, and its columns."""
+
+    number: int
+    columns: list[str]
+
+
+def read_columns(path: Path, language: str) -> tuple[list[list[str]], list[list[str]]]:
+    """The tokens and the tags of each sentence of a text file.
+
+    A line holds `token<TAB>tag` or, separated by spaces, CoNLL columns with the token first, or behind a running
+    number, and the tag last; `language:` before every token is taken off, as are comments before a sentence.
+
+    Raises:
+        ValueError: with the file and the line, for what is not laid out so.
+    """
+    sentences = _sentences(path)
+    if not sentences:
+        raise ValueError(f"{path} is empty: it must hold at least one sentence")
+    place = _token_column(path, sentences)
+    _require_one_tag(path, sentences, place)
+    lines = [line for sentence in sentences for line in sentence]
+    names = without_prefix(
+        [line.columns[place] for line in lines], language, [f"{path}:{line.number}" for line in lines]
+    )
+    words = iter(names)
+    tokens = [[next(words) for _ in sentence] for sentence in sentences]
+    tags = [[line.columns[-1] for line in sentence] for sentence in sentences]
+    kept = [row for row, words in enumerate(tokens) if words != [DOCUMENT]]
+    if not kept:
+        raise ValueError(f"{path} is empty: it must hold at least one sentence")
+    return [tokens[row] for row in kept], [tags[row] for row in kept]
+
+
+def without_prefix(tokens: Sequence[str], language: str, places: Sequence[str]) -> list[str]:
+    """The tokens without the language code that WikiAnn's files put before each, if all of them have one.
+
+    Args:
+        language: its own code may be any word; another language's is recognised by its form.
+        places: where each token stands, for an error message.
+
+    Raises:
+        ValueError: where most tokens have a prefix, and some have none.
+    """
+    prefix = re.compile(rf"(?:{re.escape(language)}|{CODE}):")
+    found = [prefix.match(token) is not None or token == DOCUMENT for token in tokens]
+    if all(found):
+        return [prefix.sub("", token, count=1).strip(" ") for token in tokens]
+    codes = Counter(token.partition(":")[0] for token in tokens if prefix.match(token)).most_common(1)
+    if codes and codes[0][1] > len(tokens) / 2:
+        first = found.index(False)
+        raise ValueError(
+            f"{places[first]}: {tokens[first]!r} lacks the prefix '{codes[0][0]}:' that most tokens have: give it to "
+            "all or to none"
+        )
+    return list(tokens)
+
+
+def _sentences(path: Path) -> list[list[Line]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv") from error
+    lines = text.split("\n")  # not splitlines: tokens hold U+2028 and the like
+    split = [_split(line) for line in lines]
+    width = _width(split)
+    between = [
+        {line[at] for line in split if len(line) == width and not _is_comment(line)} for at in range(1, width - 1)
+    ]
+    sentences: list[list[Line]] = [[]]
+    for number, columns in enumerate(split, start=1):
+        if not columns or columns[0].startswith(DOCUMENT):
+            sentences.append([])
+            continue
+        if any("\0" in column or "\r" in column for column in columns):
+            raise ValueError(
+                f"{path}:{number}: NUL bytes or old Mac line ends, not a text file of this system: convert it"
+            )
+        tag = columns[-1] if len(columns) > 1 else ""
+        fits = LABEL.fullmatch(tag) and len(columns) == width
+        if _is_comment(columns) and not sentences[-1]:
+            if not fits:
+                continue
+            seen = all(text in known for text, known in zip(columns[1:-1], between, strict=True))
+            if not seen and "\t" not in lines[number - 1]:
+                raise ValueError(
+                    f"{path}:{number}: a comment, or the token {columns[0]}? Take it out, or separate columns by tabs"
+                )
+        if not LABEL.fullmatch(tag):
+            raise ValueError(f"{path}:{number}: malformed tag {tag!r}: {LAYOUT}, a tag O, B-TYPE or I-TYPE")
+        if not fits:
+            raise ValueError(
+                f"{path}:{number}: {len(columns)} columns where most lines have {width}: {LAYOUT}, and a token with a "
+                "space in it needs the tab"
+            )
+        sentences[-1].append(Line(number, columns))
+    return list(filter(None, sentences))
+
+
+def _split(line: str) -> list[str]:
+    """The columns of a line, between tabs where there are any, else between runs of spaces; none of a blank one."""
+    text = line.rstrip()
+    columns = [column.strip(" ") for column in text.split("\t")] if "\t" in text else re.split(" +", text.strip(" "))
+    columns[0] = columns[0].removeprefix("\ufeff") or columns[0]  # the mark of a file that was appended to another
+    while len(columns) > 2 and not columns[0]:
+        del columns[0]  # an indent
+    return columns if text.strip() else []
+
+
+def _is_comment(columns: list[str]) -> bool:
+    """Whether a line may be one: `# text`, `#key = value`; a token may begin with # as well."""
+    return (
+        columns[0] == "#" or columns[0].startswith("# ") or (columns[0].startswith("#") and "=" in " ".join(columns))
+    )
+
+
+def _width(split: Sequence[list[str]]) -> int:
+    """The usual number of columns, comments aside where there is anything else."""
+    lines = [columns for columns in split if columns and not columns[0].startswith(DOCUMENT)]
+    plain = [columns for columns in lines if not columns[0].startswith("#")]
+    return Counter(map(len, plain or lines)).most_common(1)[0][0] if lines else 0
+
+
+def _token_column(path: Path, sentences: list[list[Line]]) -> int:
+    """0, or 1 where the first column numbers the lines of each sentence."""
+    first = [[line.columns[0] for line in sentence] for sentence in sentences]
+    start, width = sentences[0][0].number, len(sentences[0][0].columns)
+    several = max(map(len, first)) > 2
+    if all(re.fullmatch(r"\d+([-.]\d+)?", text) for texts in first for text in texts) and (width > 2 or several):
+        if width > 2 and all(text.isdecimal() for texts in first for text in texts) and all(map(_counts, first)):
+            return 1
+        if width > 2 or all(map(_counts, first)):
+            raise ValueError(
+                f"{path}:{start}: the first column holds numbers only: put the token there, or behind a number that "
+                "counts the lines of each sentence"
+            )
+    if width > 2 and several and all(len(set(texts)) == 1 for texts in first):
+        raise ValueError(
+            f"{path}:{start}: the first column is the same on all lines of a sentence: put the token there"
+        )
+    texts = [text for texts in first for text in texts]
+    if width > 2 and len(texts) >= MANY and len(set(texts)) == len(texts):
+        raise ValueError(f"{path}:{start}: the first column never repeats, as words do: put the token there")
+    empty = [line for sentence in sentences for line in sentence if not re.sub(rf"^({CODE}):", "", line.columns[0])]
+    if 2 * len(empty) > sum(map(len, sentences)):
+        raise ValueError(f"{path}:{empty[0].number}: an empty token, as on most lines: {LAYOUT}")
+    return 0
+
+
+def _counts(texts: list[str]) -> bool:
+    return all(text.isdecimal() and int(text) == int(texts[0]) + step for step, text in enumerate(texts))
+
+
+def _require_one_tag(path: Path, sentences: list[list[Line]], place: int) -> None:
+    """Refuse two layers of the same entity types: nested ones, or truth and predictions."""
+    lines = [line.columns for sentence in sentences for line in sentence]
+    last = {columns[-1][2:] for columns in lines} - {""}
+    for other in range(place + 1, len(lines[0]) - 1):
+        if not all(LABEL.fullmatch(columns[other]) for columns in lines):
+            continue
+        types = {columns[other][2:] for columns in lines} - {""}
+        if types and (types & last or not last):
+            raise ValueError(
+                f"{path}:{sentences[0][0].number}: columns {other + 1} and {len(lines[0])} both hold tags: keep one"
+            )
