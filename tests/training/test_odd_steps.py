@@ -1,4 +1,4 @@
-"""Zero hypergradients, rows that judge by a NaN, parameters frozen on the way, sparse gradients, in the MetaTrainer."""
+"""Zero hypergradients, rows that judge by a NaN, parameters frozen on the way, sparse gradients: MetaTrainer."""
 
 from __future__ import annotations
 
