@@ -380,7 +380,7 @@ def why_zero(passes: PassContext, step: InnerStep) -> str:
     _, to_w, _, _ = passes.outer_grad(step.current, step.lam, step.val_batch, wrt_w=step.w, wrt_lam=())
     _, _, to_lam = passes.inner_grad(step.w, step.lam, step.batch, wrt_lam=step.lam)
     reason = "the inner loss reads lam and the outer loss the weights, but the step between them carries nothing over"
-    if tree.norm(passes.whole(to_lam)) == 0 and not passes.problem.update.may_read_lam:
+    if tree.norm(passes.whole(to_lam)) == 0 and not passes.problem.update.reads(step.w, step.lam):
         reason = "the inner loss does not depend on lam, nor are first weights computed from what requires a gradient"
     if tree.norm(passes.whole(to_w)) == 0:
         reason = "the outer loss does not depend on the base weights"

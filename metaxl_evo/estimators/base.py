@@ -190,7 +190,7 @@ class Estimator(ABC):
                 f"{name} differentiates the inner loss twice, and this problem allows it once (attention kernel, "
                 "activation checkpointing or torch.compile): use one_step with engine finite_difference, or evograd"
             )
-        if self.needs_sgd and not isinstance(problem.update, SGD):
+        if self.needs_sgd and type(problem.update) is not SGD:
             raise ValueError(
                 f"{name} models SGD, with momentum and weight decay, and the inner optimiser is "
                 f"{type(problem.update).__name__}: use SGD, or unroll, which differentiates any rule"

@@ -100,9 +100,9 @@ def check_straight_line(name: str, rule: UpdateRule) -> None:
             "leave max_grad_norm (in a Trainer: 0) and max_grad_value out, or use unroll"
         )
     learned = replace(rule, weight_decay=0.0).tunes
-    if isinstance(rule, SGD) and not hyper.is_zero(rule.momentum) and (learned or type(rule) is not SGD):
+    if isinstance(rule, SGD) and not hyper.is_zero(rule.momentum) and learned:
         raise ValueError(
-            f"{name} keeps no momentum buffers, which the learned {sorted(learned) or type(rule).__name__} multiply: "
+            f"{name} keeps no momentum buffers, which the learned {sorted(learned)} multiply: "
             "learn them with momentum=0.0 (the weight decay also with it), or use unroll"
         )
 

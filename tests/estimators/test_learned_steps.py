@@ -357,6 +357,9 @@ def test_a_step_of_ones_own_that_was_made() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-13)
     assert momentum.reads(w, OWN_LAM) == {"M"}
     assert SGD(0.1).reads(w, OWN_LAM) == frozenset()
+    for name in ("drmad", "hyperdistill"):  # whose line knows SGD's own algebra
+        with pytest.raises(ValueError, match=r"inner optimiser is MetaCurvature: use SGD, or unroll"):
+            run_episode(problem, make_estimator(name), w, OWN_LAM, BATCHES, JUDGE)
 
 
 @pytest.mark.parametrize("name", [n for n in ESTIMATORS if not make_estimator(n).tunes_optimizer])
