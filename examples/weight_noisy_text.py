@@ -16,7 +16,6 @@ class Trust(BilevelModule):
 
 
 def sentences(count, seed, confused=()):
-    """Ten words a sentence, most of them of its class."""
     generator = torch.Generator().manual_seed(seed)
     labels, annotators = (torch.randint(0, n, (count,), generator=generator) for n in (2, 5))
     of_class = torch.rand(count, 10, generator=generator) < 0.7
@@ -33,8 +32,8 @@ for estimator in ("none", "one_step"):
     args = MetaTrainingArguments("runs/weight_noisy_text", estimator=estimator, max_steps=200, learning_rate=3e-3,
                                  per_device_train_batch_size=32, per_device_meta_batch_size=60, save_strategy="no",
                                  meta_learning_rate=0.3, meta_lr_scheduler_type="constant")  # fmt: skip
-    meta = nn.Embedding.from_pretrained(torch.zeros(5, 1))  # a number an annotator
-    trainer = MetaTrainer(Trust(base, meta), args, train_dataset=noisy, meta_dataset=clean)
+    trust = Trust(base, nn.Embedding.from_pretrained(torch.zeros(5, 1)))
+    trainer = MetaTrainer(trust, args, train_dataset=noisy, meta_dataset=clean)
     trainer.train()
     found = trainer.predict(test)
     print(estimator, "accuracy", (found.predictions.argmax(1) == found.label_ids).mean())

@@ -68,7 +68,7 @@ def plain_step(module: WeightedClassifier, lr: float, train: Batch) -> Callable[
 
     def step() -> None:
         optimizer.zero_grad()
-        module.inner_loss(train).backward()
+        module.mean_inner_loss(train).backward()
         optimizer.step()
 
     return step
@@ -82,7 +82,7 @@ def higher_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch) 
 
     def run(seed: int) -> Hypergradient:
         with higher.innerloop_ctx(base, optimizer) as (module.base, differentiable):
-            differentiable.step(module.inner_loss(train))
+            differentiable.step(module.mean_inner_loss(train))
             found = _by_autograd(module, val)
         module.base = base
         return found
@@ -97,7 +97,7 @@ def torchopt_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch
     start = [torchopt.extract_state_dict(one, by="reference") for one in (module.base, optimizer)]
 
     def run(seed: int) -> Hypergradient:
-        optimizer.step(module.inner_loss(train))
+        optimizer.step(module.mean_inner_loss(train))
         found = _by_autograd(module, val)
         for one, state in zip((module.base, optimizer), start, strict=True):
             torchopt.recover_state_dict(one, state)
@@ -114,11 +114,11 @@ def betty_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch, *
 
     class Lower(problems.ImplicitProblem):  # type: ignore[name-defined]
         def training_step(self, batch: Any) -> Tensor:
-            return module.inner_loss(train)
+            return module.mean_inner_loss(train)
 
     class Upper(problems.ImplicitProblem):  # type: ignore[name-defined]
         def training_step(self, batch: Any) -> Tensor:
-            return module.outer_loss(val)
+            return module.mean_outer_loss(val)
 
         def custom_optimizer_step(self) -> None:
             found[:] = [parameter.grad * lr for parameter in self.trainable_parameters()]  # Betty leaves lr out
@@ -156,7 +156,7 @@ def trainable(module: WeightedClassifier) -> WeightedClassifier:
 
 def _by_autograd(module: WeightedClassifier, val: Batch) -> Hypergradient:
     parameters = module.meta_parameters()
-    loss = module.outer_loss(val)
+    loss = module.mean_outer_loss(val)
     return Hypergradient(
         dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)), loss.detach()
     )

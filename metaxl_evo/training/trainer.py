@@ -355,8 +355,24 @@ class MetaTrainer(Trainer):
         if self.accelerator.sync_gradients:
             _make_dense(self.model.base_parameters().values())
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            self._refuse_unreduced()
             average_statistics(self.model)
         return loss
+
+    def _refuse_unreduced(self) -> None:
+        """Refuse a backward that has not reached all parameters, after which DDP has averaged none of the rest.
+
+        Raises:
+            ValueError: naming a parameter and the way out.
+        """
+        if self.args.ddp_find_unused_parameters:
+            return
+        for name, parameter in self.model.base_parameters().items():
+            if parameter.grad is None:
+                raise ValueError(
+                    f"{name} got no gradient in a step, so that the gradients of {self.args.world_size} processes "
+                    "were not averaged: set ddp_find_unused_parameters: true"
+                )
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -48,7 +48,7 @@ def test_the_yardstick_has_no_meta_network(problem: str) -> None:
 
     def loss(on: bool) -> Tensor:
         trainer.switch(on)
-        return trainer.model.inner_loss(batch).detach()
+        return trainer.model.mean_inner_loss(batch).detach()
 
     on, off = loss(True), loss(False)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_meta_weight_net_holds_no_graph_of_the_network() -> None:
         return peak(lambda: hypergradient(problem, estimator, w, lam, [train], [val]))
 
     def plain_step() -> None:
-        module.inner_loss(train).backward()
+        module.mean_inner_loss(train).backward()
         torch.optim.SGD(w.values(), lr=0.1).step()
 
     exact, double = estimated(OneStep(engine="jvp")), estimated(OneStep(engine="double_backward"))

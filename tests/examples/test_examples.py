@@ -14,19 +14,26 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 LINES = 40  # of a script, at most
 ADAPTS = ["maml_regression", "meta_sgd_regression"]
+LEARNS = ["learn_schedule", "mix_domains", "own_loop", "weight_noisy_text"]
+NUMBER = re.compile(r"\d+\.\d+")
 
 
-def printed(script: Path, folder: Path) -> str:
+def printed(script: Path, folder: Path, *options: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, str(script), *options],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_examples_are_found_and_short() -> None:
-    assert [script.stem for script in SCRIPTS] == ADAPTS
+    assert [script.stem for script in SCRIPTS] == sorted(ADAPTS + LEARNS)
     for script in SCRIPTS:
         assert len(script.read_text("utf-8").splitlines()) <= LINES, script.name
 
@@ -39,3 +46,35 @@ def test_adaptation_is_learned(name: str, tmp_path: Path) -> None:
     (_, first), (before, after) = losses[0], losses[-1]
     assert after < before / 2
     assert after < first / 2
+
+
+def numbers(line: str) -> list[float]:
+    return [float(one) for one in NUMBER.findall(line)]
+
+
+def test_a_schedule_is_learned(tmp_path: Path) -> None:
+    rates, losses = printed(ROOT / "examples/learn_schedule.py", tmp_path).splitlines()[-2:]
+    assert len(numbers(rates)) == 5
+    assert min(numbers(rates)) > 0.02  # where all began
+    first, last = numbers(losses)
+    assert last < first / 2
+
+
+@pytest.mark.parametrize("options", [[], ["--lora"]])
+def test_the_domain_that_judges_has_the_largest_weight(options: list[str], tmp_path: Path) -> None:
+    weights = numbers(printed(ROOT / "examples/mix_domains.py", tmp_path, *options).splitlines()[-1])
+    assert weights[0] > 1 > max(weights[1:])
+
+
+def test_noisy_levels_lose_their_weight(tmp_path: Path) -> None:
+    first, last, weights = map(numbers, printed(ROOT / "examples/own_loop.py", tmp_path).splitlines())
+    assert last[-1] < first[-1] / 10
+    assert sum(weights[:2]) > 2 * sum(weights[-2:])
+
+
+def test_confused_annotators_are_not_trusted(tmp_path: Path) -> None:
+    lines = printed(ROOT / "examples/weight_noisy_text.py", tmp_path).splitlines()
+    plain, weighted = (numbers(line)[0] for line in lines if line.startswith(("none", "one_step")))
+    assert weighted > plain + 0.1
+    trust = numbers(lines[-1])
+    assert min(trust[:3]) > 0.8 > 0.3 > max(trust[3:])
