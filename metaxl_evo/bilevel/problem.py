@@ -16,7 +16,7 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.initial import Initial, initial_of
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.processes import Processes
-from metaxl_evo.bilevel.randomness import devices_of, mix_seed
+from metaxl_evo.bilevel.randomness import devices_of, kept, mix_seed
 from metaxl_evo.bilevel.replay import Facts, Inputs
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, UpdateState
@@ -278,12 +278,13 @@ def estimate(passes: PassContext, estimator: HypergradientEstimator, step: Inner
     gradient of a step that was made is taken over (`step.made.grad` may be emptied), to free its memory early.
     """
     lam, diagnostics = step.lam, dict[str, float]()
-    response = estimator.respond(passes, step, state, diagnostics)
-    wrt = tuple(step.w) if response.wrt is None else tuple(response.wrt)
-    outer_loss, cotangent, direct, reads_lam = passes.outer_grad(
-        response.value, lam, step.val_batch, wrt_w=wrt, wrt_lam=lam
-    )
-    grads = passes.whole(tree.add(direct, response.vjp(cotangent)))
+    with kept():
+        response = estimator.respond(passes, step, state, diagnostics)
+        wrt = tuple(step.w) if response.wrt is None else tuple(response.wrt)
+        outer_loss, cotangent, direct, reads_lam = passes.outer_grad(
+            response.value, lam, step.val_batch, wrt_w=wrt, wrt_lam=lam
+        )
+        grads = passes.whole(tree.add(direct, response.vjp(cotangent)))
     if estimator.requires_direct_term and not reads_lam and tree.norm(grads) == 0:  # rows elsewhere may read it
         raise ValueError(NO_DIRECT_TERM)
     outer_loss = passes.total(outer_loss)

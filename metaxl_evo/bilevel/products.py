@@ -107,20 +107,24 @@ def _with(passes: PassContext, engine: str, run: Callable[[str], Found]) -> Foun
     if engine != AUTO:
         with otherwise(f"engine {engine}", INSTEAD[engine]):
             return run(engine)
-    facts, first = passes.problem.facts, None
+    facts = passes.problem.facts
+    first: Exception | None = None
+    last: Exception | None = None
     for one in ORDER[ORDER.index(facts.engine or ORDER[0]) :]:
         try:
             found = run(one)
         except (RuntimeError, ValueError) as error:
             if _is_memory(error):
                 raise
-            first = first or error
+            first, last = first or error, error
             continue
         if first is not None:
             logger.warning("engine auto takes %s here (%s)", one, first_line(first))
         facts.engine = one
         return found
     assert first is not None
+    if first is not last and isinstance(last, ValueError):  # of the value test, which names the line
+        raise NoDerivative(f"{last}; no other engine differentiates this loss ({first_line(first)})") from first
     raise first
 
 

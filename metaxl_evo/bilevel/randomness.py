@@ -6,10 +6,13 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_KEPT: ContextVar[bool] = ContextVar("metaxl_evo_random_numbers_kept", default=False)
 
 
 def devices_of(*trees: Mapping[str, Tensor]) -> tuple[torch.device, ...]:
@@ -31,16 +34,30 @@ def mix_seed(seed: int, *keys: int) -> int:
 @contextmanager
 def seeded(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
     """Seed the global generators, of torch on the CPU and the given devices; put their states back at the end."""
-    with torch.random.fork_rng(devices=list(devices)):
-        numpy, held = _numpy(), random.getstate()
-        held_by_numpy = None if numpy is None else numpy.get_state()
-        try:
-            seed_all(seed, devices)
-            yield
-        finally:
-            random.setstate(held)
-            if numpy is not None:
-                numpy.set_state(held_by_numpy)
+    with torch.random.fork_rng(devices=list(devices)), kept():
+        seed_all(seed, devices)
+        yield
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Put numpy's and Python's random numbers back at the end; what lies within leaves that to the outermost block.
+
+    It takes numpy longer than many a pass, so that an estimate does it once.
+    """
+    if _KEPT.get():
+        yield
+        return
+    numpy, held = _numpy(), random.getstate()
+    held_by_numpy = None if numpy is None else numpy.get_state()
+    token = _KEPT.set(True)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+        random.setstate(held)
+        if numpy is not None:
+            numpy.set_state(held_by_numpy)
 
 
 def seed_all(seed: int, devices: Sequence[torch.device]) -> None:

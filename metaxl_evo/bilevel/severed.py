@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ OTHERS = {
     Tensor.__array__: ".numpy()",
 }
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "metaxl_evo")
+APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 MOST = 200  # places that are tried
 MOVED = 1.01
 
@@ -65,7 +66,10 @@ class _Watch(TorchFunctionMode):
         what = DETACHES.get(func) if self.detaches else self._what(func)
         if what is None or not tree_any(_depends, (args, kwargs)):
             return found
-        self.places.append(f"{_line()} ({what})")
+        line = _line()
+        if line is None:
+            return found
+        self.places.append(f"{line} ({what})")
         return tree_map(_moved, found) if len(self.places) - 1 == self.moved else found
 
     def _what(self, func: Any) -> str | None:
@@ -83,13 +87,15 @@ def _moved(x: Any) -> Any:
     return x * MOVED if moves else x
 
 
-def _line() -> str:
-    """The innermost frame that is the user's own."""
+def _line() -> str | None:
+    """The innermost frame that is the user's own; None inside an autograd function, which has its own backward."""
     folders = [Path(str(sys.modules[name].__file__)).parent for name in LIBRARIES if name in sys.modules]
-    frame: Any = sys._getframe(2)
+    found, frame = "the model", cast(Any, sys._getframe(2))
     while frame is not None:
+        if frame.f_code is APPLY:
+            return None
         file = Path(frame.f_code.co_filename)
-        if not any(file.is_relative_to(folder) for folder in folders):
-            return f"{file}:{frame.f_lineno}"
+        if found == "the model" and not any(file.is_relative_to(folder) for folder in folders):
+            found = f"{file}:{frame.f_lineno}"
         frame = frame.f_back
-    return "the model"
+    return found

@@ -19,8 +19,8 @@ class OneStep(LocalEstimator):
 
     Args:
         engine: how the mixed product is taken: `double_backward` and `jvp` (forward over reverse) are exact,
-            `finite_difference` needs first-order passes only; `auto` is `jvp` where the problem can be differentiated
-            twice, else `finite_difference`.
+            `finite_difference` needs first-order passes only; `auto` is the first of `jvp`, `double_backward` and
+            `finite_difference` that the inner loss allows (said once where it is not `jvp`).
         radius: length of the finite-difference perturbation, in the units of w.
 
     Sources: Luketina et al., ICML 2016 (T1-T2); Liu et al., DARTS, ICLR 2019, eq. 7-8 (finite difference);

@@ -286,6 +286,29 @@ def test_the_shared_pass_of_a_split_runs_its_backward_inside_a_scope() -> None:
     assert watch.outside == 0
 
 
+@on_estimates
+def test_autocast_around_a_hypergradient_changes_nothing(name: str) -> None:
+    """Finite differences would be of the few digits that it leaves."""
+    toy = network(torch.float32)
+    plain = hypergradient(toy.problem, ESTIMATES[name], toy.w, toy.lam, toy.train, toy.val, generator=seeded()).grads
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = hypergradient(toy.problem, ESTIMATES[name], toy.w, toy.lam, toy.train, toy.val, generator=seeded())
+        assert torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(found.grads[key], plain[key]) for key in plain)
+
+
+@on_estimates
+def test_inference_mode_is_refused_and_no_grad_is_not(name: str) -> None:
+    toy = network(torch.float64)
+    point = toy.w, toy.lam, toy.train, toy.val
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"torch.inference_mode\(\) switches off"):
+        hypergradient(toy.problem, ESTIMATES[name], *point)
+    with torch.no_grad():
+        found = hypergradient(toy.problem, ESTIMATES[name], *point, generator=seeded()).grads
+    expected = hypergradient(toy.problem, ESTIMATES[name], *point, generator=seeded()).grads
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 # Record and replay ---------------------------------------------------------------------------------------------------
 
 
