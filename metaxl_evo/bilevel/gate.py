@@ -63,6 +63,7 @@ def require(passes: PassContext, w: Tree, lam: Tree, batch: Any, names: frozense
     problem, facts = passes.problem, passes.problem.facts
     if problem.straight_through or names <= facts.trusted:
         return
+    evaluate(passes, w, lam, batch)
     trial: Trial | None = None
     for trial in trials(passes, w, lam, batch, names):
         verdict = trial.attempt()
@@ -80,6 +81,14 @@ def require(passes: PassContext, w: Tree, lam: Tree, batch: Any, names: frozense
     if verdict:
         raise ValueError(verdict)
     facts.trusted |= names
+
+
+def evaluate(passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
+    """Evaluate the inner loss of one part, once a run: its own errors are not to be taken for those of a test."""
+    facts, found = passes.problem.facts, first_part(passes, batch)
+    if found is not None and not facts.evaluated:
+        alone(passes).inner_value(w, lam, found[0])
+        facts.evaluated = True
 
 
 def repeated(passes: PassContext, w: Tree, lam: Tree, batch: Any) -> tuple[float, float] | None:

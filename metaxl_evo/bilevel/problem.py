@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel import gate, tree
 from metaxl_evo.bilevel.initial import Initial, initial_of
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.processes import Processes
@@ -324,7 +324,9 @@ def run_episode(
     problem, w0, lam = _bound(problem, w0, lam)
     estimator.check(problem, w0, lam)
     seed, devices, counts = _draw_seed(generator), devices_of(w0, lam), Counts()
-    estimator.prepare(PassContext(problem, seed=seed, devices=devices), w0, lam, train_batches[0])
+    first = PassContext(problem, seed=seed, devices=devices)
+    gate.evaluate(first, w0, lam, train_batches[0])
+    estimator.prepare(first, w0, lam, train_batches[0])
 
     def run(state: Any) -> tuple[PassContext, InnerStep, Any]:
         w, update_state = w0, problem.update.init(w0)

@@ -24,6 +24,7 @@ class Facts:
 
     Args:
         loss: the function that they are about; a problem with another one starts anew.
+        evaluated: it gave a number once, so that what fails later is not the loss itself.
         stop_gradients: a pass has called `stop_gradient`.
         replay_detach: plain `Tensor.detach` is replayed too.
         trusted: the base parameters along which the value test passed.
@@ -33,6 +34,7 @@ class Facts:
     """
 
     loss: Any = None
+    evaluated: bool = False
     stop_gradients: bool = False
     replay_detach: bool = False
     trusted: frozenset[str] = frozenset()

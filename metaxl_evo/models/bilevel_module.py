@@ -28,7 +28,7 @@ from metaxl_evo.bilevel.update import UpdateRule, Windowed
 from metaxl_evo.messages import first_line, one_line
 from metaxl_evo.models.adapters import ADAPTER, is_adapted, load_adapter, merged, plain_model, save_adapter
 from metaxl_evo.models.examples import examples_of, join_rows, take_rows
-from metaxl_evo.models.heads import columns_of, labelled_tokens, row_losses, token_losses
+from metaxl_evo.models.heads import columns_of, labelled_tokens, row_losses, token_losses, token_rows
 from metaxl_evo.models.losses import (
     MICRO_BATCHES,
     TOTALS,
@@ -141,6 +141,10 @@ class BilevelModule(nn.Module, ABC):
     def labelled_tokens(self, batch: Batch) -> int:
         """How many losses `losses(batch, tokens=True)` returns."""
         return labelled_tokens(self.plain_base, batch)
+
+    def token_rows(self, batch: Batch) -> Tensor:
+        """The row of each of `losses(batch, tokens=True)`, shape (N,): `batch["domain"][self.token_rows(batch)]`."""
+        return token_rows(self.plain_base, batch)
 
     def join(self, batch: Batch, extra: Batch) -> Batch:
         """Train rows and the train part of the meta rows as one micro-batch; by default rows of one shape.

@@ -69,6 +69,11 @@ def labelled_tokens(model: nn.Module, batch: dict[str, Any]) -> int:
     return int((_labels(model, batch) != IGNORED).sum())
 
 
+def token_rows(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The row of each labelled token, in the order of `token_losses`, shape (N,)."""
+    return (_labels(model, batch) != IGNORED).nonzero()[:, 0]
+
+
 def _of_tokens(model: nn.Module, base: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Losses (B, T) and which of them are of labelled tokens (B, T)."""
     logits, labels = _logits(model, base, batch), _labels(model, batch)

@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_detach
 
-from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel import gate, tree
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import (
     BilevelProblem,
@@ -436,7 +436,9 @@ class MetaTrainer(Trainer):
         if not self._prepared:
             rows, self._prepared = self._touched_rows(), True
             passes = self._new_passes(self._problem(SGD(0.0), rows))
-            estimator.prepare(passes, _gathered(weights, rows), self.model.meta_parameters(), self._window[0])
+            at = _gathered(weights, rows), self.model.meta_parameters(), self._window[0]
+            gate.evaluate(passes, *at)
+            estimator.prepare(passes, *at)
         if self.args.meta_order == "lookahead" and self._meta_step_is_due():
             self._look_ahead()
         elif self._follows_the_step() and self._forward_is_of_use():

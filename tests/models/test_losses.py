@@ -345,6 +345,8 @@ def test_row_losses_are_the_models_own_loss_of_each_row(name: str) -> None:
         found = task.losses(batch, tokens=True)
         torch.testing.assert_close(found.mean(), model(**inputs).loss, rtol=1e-5, atol=1e-6)
         assert len(found) == task.labelled_tokens(batch)
+        means = [found[task.token_rows(batch) == row].mean() for row in range(4)]
+        torch.testing.assert_close(torch.stack(means), task.losses(batch))
     else:
         with pytest.raises(ValueError, match="one loss a row"):
             task.losses(batch, tokens=True)
