@@ -124,7 +124,7 @@ class NerArguments:
     select: str = field(
         default="dev",
         metadata={
-            "help": "dev: score the dev set too, and leave the checkpoint with its best F1 where load_best_model_at_end "
+            "help": "dev: score a dev set too, and leave the checkpoint with the best F1 if load_best_model_at_end "
             "is on; last: the last, no dev set is read."
         },
     )

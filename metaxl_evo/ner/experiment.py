@@ -31,6 +31,7 @@ from metaxl_evo.ner.pretrained import (
     add_lora,
     load_classifier,
     longest_input,
+    require_padding_unseen,
     require_readable,
     trained_labels,
 )
@@ -224,6 +225,8 @@ def build_trainer(
     target = None if data.target is None else _with_language(encode(data.target, tokenizer, max_length), TARGET)
     for one in evaluation.values():
         require_readable(base, one.rows, "eval_max_length")
+        size = args.per_device_eval_batch_size
+        require_padding_unseen(base, one.rows, tokenizer.pad_token_id, "per_device_eval_batch_size", size)
     for rows in (*sources, *([] if target is None else [target])):
         require_readable(base, rows, "max_length")
     train = concatenate_datasets(sources) if sources else target
