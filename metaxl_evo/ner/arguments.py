@@ -66,6 +66,11 @@ class NerTrainingArguments(MetaTrainingArguments):
         metadata={"help": "Share of each draw of target rows that judges (outer loss); the rest trains."},
     )
 
+    def __post_init__(self) -> None:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "f1"  # as `select` says; TrainingArguments would take the loss
+        super().__post_init__()
+
 
 @dataclass
 class NerArguments:
@@ -118,7 +123,10 @@ class NerArguments:
     )
     select: str = field(
         default="dev",
-        metadata={"help": "dev: the checkpoint with the best dev F1; last: the last, no dev set is read."},
+        metadata={
+            "help": "dev: score a dev set too, and leave the checkpoint with the best F1 if load_best_model_at_end "
+            "is on; last: the last, no dev set is read."
+        },
     )
     strict: bool = field(default=False, metadata={"help": "Count only well-formed IOB2 entities."})
     check: bool = field(default=False, metadata={"help": "Run a few steps, print a verdict, write nothing."})

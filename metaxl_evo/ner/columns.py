@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-LABEL = re.compile(r"O|[BI]-\S+")
+INVISIBLE = r"\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"  # marks that would make another type of a tag
+LABEL = re.compile(rf"O|[BI]-[^\s{INVISIBLE}]+")
 CODE = r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]{1,8})*|simple"  # of a language, as WikiAnn writes it before each token
 DOCUMENT = "-DOCSTART-"
 MANY = 200  # lines, among which some words come twice
+CHANCE = 10  # tokens that look as if they had a prefix
 LAYOUT = "a line is TOKEN<TAB>TAG"
 
 
@@ -60,18 +62,19 @@ def without_prefix(tokens: Sequence[str], language: str, places: Sequence[str]) 
         places: where each token stands, for an error message.
 
     Raises:
-        ValueError: where most tokens have a prefix, and some have none.
+        ValueError: where most tokens have a prefix, or more than chance gives one, and some have none.
     """
     prefix = re.compile(rf"(?:{re.escape(language)}|{CODE}):")
     found = [prefix.match(token) is not None or token == DOCUMENT for token in tokens]
     if all(found):
         return [prefix.sub("", token, count=1).strip(" ") for token in tokens]
     codes = Counter(token.partition(":")[0] for token in tokens if prefix.match(token)).most_common(1)
-    if codes and codes[0][1] > len(tokens) / 2:
+    # A word such as doi:10 has such a form too; a tenth of a text, which one code begins, are prefixes.
+    if codes and (codes[0][1] > len(tokens) / 2 or codes[0][1] >= max(len(tokens) / 10, CHANCE)):
         first = found.index(False)
         raise ValueError(
-            f"{places[first]}: {tokens[first]!r} lacks the prefix '{codes[0][0]}:' that most tokens have: give it to "
-            "all or to none"
+            f"{places[first]}: {tokens[first]!r} lacks the prefix '{codes[0][0]}:' that {codes[0][1]} of "
+            f"{len(tokens)} tokens have: give it to all or to none"
         )
     return list(tokens)
 
@@ -148,6 +151,9 @@ def _token_column(path: Path, sentences: list[list[Line]]) -> int:
     several = max(map(len, first)) > 2
     if all(re.fullmatch(r"\d+([-.]\d+)?", text) for texts in first for text in texts) and (width > 2 or several):
         if width > 2 and all(text.isdecimal() for texts in first for text in texts) and all(map(_counts, first)):
+            second = [line.columns[1] for sentence in sentences for line in sentence]
+            if width > 3 and all(map(_has_digit, second)):
+                raise ValueError(f"{path}:{start}: the first two columns hold numbers only: keep one, and the token")
             return 1
         if width > 2 or all(map(_counts, first)):
             raise ValueError(
@@ -161,10 +167,18 @@ def _token_column(path: Path, sentences: list[list[Line]]) -> int:
     texts = [text for texts in first for text in texts]
     if width > 2 and len(texts) >= MANY and len(set(texts)) == len(texts):
         raise ValueError(f"{path}:{start}: the first column never repeats, as words do: put the token there")
+    if width > 2 and len(texts) > 1 and all(map(_has_digit, texts)):
+        raise ValueError(
+            f"{path}:{start}: the first column has a number on every line, as ids do: put the token there"
+        )
     empty = [line for sentence in sentences for line in sentence if not re.sub(rf"^({CODE}):", "", line.columns[0])]
     if 2 * len(empty) > sum(map(len, sentences)):
         raise ValueError(f"{path}:{empty[0].number}: an empty token, as on most lines: {LAYOUT}")
     return 0
+
+
+def _has_digit(text: str) -> bool:
+    return re.search(r"\d", text) is not None
 
 
 def _counts(texts: list[str]) -> bool:

@@ -22,7 +22,13 @@ from metaxl_evo.ner.arguments import SHORTEST
 from metaxl_evo.ner.data import load_ner_dataset
 from metaxl_evo.ner.encoding import IGNORED, PadRight, encode, lost_words, plain_labels
 from metaxl_evo.ner.metrics import Scores, average, entity_scores, numbers_of, scores_table, word_predictions
-from metaxl_evo.ner.pretrained import load_classifier, longest_input, require_readable, trained_labels
+from metaxl_evo.ner.pretrained import (
+    load_classifier,
+    longest_input,
+    require_padding_unseen,
+    require_readable,
+    trained_labels,
+)
 from metaxl_evo.ner.sources import SPLITS
 from metaxl_evo.ner.spacing import as_in_text
 from metaxl_evo.training.checkpoint import require_writable
@@ -198,6 +204,7 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
     }
     for one in sets.values():
         require_readable(base, one.rows, "max_length")
+        require_padding_unseen(base, one.rows, tokenizer.pad_token_id, "batch_size", settings.batch_size)
     with tempfile.TemporaryDirectory() as scratch:  # a Trainer wants a folder even where it writes nothing
         trainer = WordTrainer(
             base,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from metaxl_evo.ner.pretrained import (
     add_lora,
     load_classifier,
     longest_input,
+    require_padding_unseen,
     require_readable,
     trained_labels,
 )
@@ -48,6 +50,8 @@ from metaxl_evo.training.runs import (
     write_results,
 )
 from metaxl_evo.training.trainer import MetaTrainer
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("f1", "precision", "recall", "loss")
 OWN_FILES = (SUBFOLDER, ADAPTER, "tokenizer.json")
@@ -161,6 +165,8 @@ def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, da
     set_seed(args.seed)
     trainer, evaluation = build_trainer(ner, args, data)
     tagger = cast(CrossLingualTagger, trainer.model)
+    if "dev" in evaluation and not trainer.args.load_best_model_at_end:
+        logger.warning("load_best_model_at_end is off: the last weights are tested and saved, not the best on dev")
     started = tree.clone(tagger.meta_parameters())
     begun = time.perf_counter()
     settings = run_settings(ner, trainer.args, target)
@@ -176,7 +182,7 @@ def train_target(ner: NerArguments, args: MetaTrainingArguments, target: str, da
         "train_seconds": seconds,
         "rtn_relative_change": tagger.meta.relative_change(started),
         "skipped_meta_steps": trainer.skipped_meta_steps,
-        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "best_checkpoint": trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None,
         "test_sentences_in_train": data.overlap,
     }
     results = summarise({target: results})
@@ -219,6 +225,8 @@ def build_trainer(
     target = None if data.target is None else _with_language(encode(data.target, tokenizer, max_length), TARGET)
     for one in evaluation.values():
         require_readable(base, one.rows, "eval_max_length")
+        size = args.per_device_eval_batch_size
+        require_padding_unseen(base, one.rows, tokenizer.pad_token_id, "per_device_eval_batch_size", size)
     for rows in (*sources, *([] if target is None else [target])):
         require_readable(base, rows, "max_length")
     train = concatenate_datasets(sources) if sources else target
@@ -320,6 +328,8 @@ def fit_arguments(ner: NerArguments, args: MetaTrainingArguments, data: TargetDa
     metric = args.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in METRICS:
         raise ValueError(unknown("metric_for_best_model", metric, METRICS))
+    if metric is not None and args.greater_is_better == metric.endswith("loss"):
+        raise ValueError(f"greater_is_better would choose the checkpoint with the worst {metric}: leave it out")
     if not recipe.source:
         _keep_source_schedule(args, sum(map(len, data.sources.values())))
     return args

@@ -32,6 +32,7 @@ from metaxl_evo.training.hub import HUB_TIMEOUT
 SYNTHETIC = "synthetic"
 ALL_LINEAR = "all-linear"
 NO_LIMIT = 2**31
+ROUNDING = 1e-4  # of logits; float32 in another order changes 1e-6, what reads padding 1e-3 and more
 
 
 def load_config(model: str) -> PretrainedConfig:
@@ -129,6 +130,34 @@ def require_readable(base: PreTrainedModel, rows: Dataset, setting: str) -> None
         raise ValueError(
             f"{setting}: the model cannot read a sentence of {len(ids)} sub-tokens ({first_line(reason)}): "
             f"set a smaller {setting}"
+        )
+
+
+def require_padding_unseen(base: PreTrainedModel, rows: Dataset, pad_token_id: int, setting: str, size: int) -> None:
+    """Read the shortest row alone and beside the longest, since scores of batches are those of sentences alone.
+
+    Args:
+        setting, size: the sentences a batch, and the field that says so.
+
+    Raises:
+        ValueError: for a model that reads the padding in spite of the attention mask, as convolutions do.
+    """
+    short, long = min(rows["input_ids"], key=len), max(rows["input_ids"], key=len)
+    if size == 1 or len(short) == len(long):
+        return
+    mask = torch.ones(2, len(long), dtype=torch.long, device=base.device)
+    mask[0, len(short) :] = 0
+    both = torch.tensor([short + [pad_token_id] * (len(long) - len(short)), long], device=base.device)
+    training = base.training
+    base.eval()
+    with torch.no_grad():
+        alone = base(input_ids=both[:1, : len(short)], attention_mask=mask[:1, : len(short)]).logits
+        beside = base(input_ids=both, attention_mask=mask).logits[:1, : len(short)]
+    base.train(training)
+    if (alone - beside).abs().max() > ROUNDING * alone.abs().max():
+        raise ValueError(
+            f"{setting} must be 1 for {type(base).__name__}, which reads the padding beside a sentence: its scores "
+            "would depend on the batches"
         )
 
 

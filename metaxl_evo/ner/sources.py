@@ -6,6 +6,7 @@ that says what to do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from metaxl_evo.training.hub import Instead, configurations_of, load_from_hub, r
 
 SPLITS = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 TEXT_SUFFIXES = ("", ".txt", ".tsv", ".conll", ".iob2")
+SHARD = re.compile(r"(?P<split>\w+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]+)?")
 INSTEAD = Instead("--dataset FOLDER", "WikiAnn: unimelb-nlp/wikiann")
 
 
@@ -120,21 +122,32 @@ def _is_text(kind: Any) -> bool:
 def _split_files(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        # the shards of one split are train-00000-of-00002.parquet and so on
-        stem = path.stem.split("-")[0] if path.suffix == ".parquet" else path.stem
+        shard = SHARD.fullmatch(path.stem) if path.suffix == ".parquet" else None
+        stem = path.stem if shard is None else shard["split"]
         if path.is_file() and stem in SPLITS and path.suffix in (*TEXT_SUFFIXES, ".parquet"):
             files.setdefault(SPLITS[stem], []).append(path)
     return files
 
 
 def _read_files(paths: list[Path], language: str) -> Sentences:
-    if all(path.suffix == ".parquet" for path in paths):
-        parts = [_plain(read_table(_read_parquet(path), str(path)), language, str(path)) for path in paths]
-        tokens = [words for part in parts for words in part.tokens]
-        return Sentences(tokens, [tags for part in parts for tags in part.tags], parts[0].declared)
-    if len(paths) > 1:
+    _require_one_set(paths)
+    if paths[0].suffix != ".parquet":
+        return Sentences(*read_columns(paths[0], language))
+    parts = [_plain(read_table(_read_parquet(path), str(path)), language, str(path)) for path in paths]
+    tokens = [words for part in parts for words in part.tokens]
+    return Sentences(tokens, [tags for part in parts for tags in part.tags], parts[0].declared)
+
+
+def _require_one_set(paths: list[Path]) -> None:
+    """One file, or all the shards of one: `train-00000-of-00002.parquet` and so on."""
+    shards = [shard for path in paths if path.suffix == ".parquet" and (shard := SHARD.fullmatch(path.stem))]
+    if len(paths) == 1 and not shards:
+        return
+    numbers, counts = {shard["number"] for shard in shards}, {int(shard["count"]) for shard in shards}
+    if len(numbers) < len(paths) or len(counts) > 1:
         raise ValueError(f"{' and '.join(map(str, paths))} hold the same split: keep one of them")
-    return Sentences(*read_columns(paths[0], language))
+    if len(paths) != max(counts):
+        raise ValueError(f"{paths[0]} is one of {max(counts)} shards, {len(paths)} are there: fetch them all")
 
 
 def _read_parquet(path: Path) -> Dataset:

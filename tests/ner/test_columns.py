@@ -66,7 +66,7 @@ def test_layouts(tmp_path: Path, layout: str, ends: str) -> None:
 
 
 def test_layouts_are_as_many_as_they_were() -> None:
-    assert (len(LAYOUTS), len(HEADS), len(REFUSED)) == (19, 9, 19)
+    assert (len(LAYOUTS), len(HEADS), len(REFUSED)) == (19, 9, 23)
 
 
 def test_comments_stand_before_every_sentence(tmp_path: Path) -> None:
@@ -106,6 +106,16 @@ REFUSED = {
     "numbers without tokens": ("0\tB-PER\n1\tO\n2\tO\n\n0\tO\n", ":1: the first column holds numbers only"),
     "a sentence id": ("s1 Ada B-PER\ns1 wrote O\ns1 . O\n\ns2 Hi O\n", ":1: the first column is the same"),
     "a token id": ("".join(f"t{n}\tAda\tB-PER\n" for n in range(200)), ":1: the first column never repeats"),
+    "a token id in a short file": (
+        "s1-1 Ada B-PER\ns1-2 in O\n\ns2-1 Rome B-LOC\n",
+        ":1: the first column has a number on",
+    ),
+    "two running numbers": ("17\t1\tAda\tB-PER\n18\t2\tin\tO\n", ":1: the first two columns hold numbers only"),
+    "a prefix on some tokens": (
+        "sw:Ada\tB-PER\n" * 12 + "in\tO\n" * 30,
+        r":13: 'in' lacks the prefix 'sw:' that 12 of 42",
+    ),
+    "an invisible mark behind a tag": ("Ada\tB-PER\u200f\nin\tO\n", r":1: malformed tag 'B-PER\\u200f'"),
     "a token of two words": ("Ada B-PER\nin O\nNew York B-LOC\n", ":3: 3 columns where most lines have 2"),
     "a line with a column less": ("a X O\nb X B-PER\nc O\n", ":3: 2 columns where most lines have 3"),
     "nested tags": ("1\tAda\tB-PER\tB-LOC\n2\ta\tB-LOC\tO\n", ":1: columns 3 and 4 both hold tags: keep one"),

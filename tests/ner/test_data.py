@@ -139,6 +139,34 @@ def test_parquet_shards_with_class_labels(tmp_path: Path) -> None:
     assert tags_of(train) == [["B-PER"], ["O"]]
 
 
+PART = "train-0000{}-of-0000{}{}.parquet".format
+SETS = {
+    "two shards": ([PART(0, 2, ""), PART(1, 2, "")], None),
+    "a shard with a hash": ([PART(0, 1, "-1f2e3d")], None),
+    "a file of another name beside": (["train.parquet", "train-old.parquet"], 1),
+    "shards and a file": ([PART(0, 1, ""), "train.parquet"], "hold the same split: keep one of them"),
+    "two names of a split": (["dev.parquet", "validation.parquet"], "hold the same split: keep one of them"),
+    "a shard twice": ([PART(0, 1, "-1f2e3d"), PART(0, 1, "-2a")], "hold the same split: keep one of them"),
+    "shards of two sets": ([PART(0, 2, ""), PART(1, 3, "")], "hold the same split: keep one of them"),
+    "a shard that is missing": ([PART(1, 2, "")], "is one of 2 shards, 1 are there: fetch them all"),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_split_is_one_file_or_all_its_shards(tmp_path: Path, name: str) -> None:
+    files, found = SETS[name]
+    (tmp_path / "xx").mkdir()
+    for file in files:
+        Dataset.from_dict({"tokens": [["Ada"]], "ner_tags": [["B-PER"]]}).to_parquet(tmp_path / "xx" / file)
+    split = "validation" if name == "two names of a split" else "train"
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            load_ner_dataset(str(tmp_path), ["xx"], splits=(split,))
+    else:
+        read = load_ner_dataset(str(tmp_path), ["xx"], splits=(split,))["xx"][split]
+        assert len(read) == (found or len(files))
+
+
 def test_hub_id_from_the_offline_cache(tmp_path: Path) -> None:
     prepare_dataset_cache(tmp_path, ("qu", "gn"))
     code = """

@@ -363,3 +363,5 @@ def test_a_metric_that_is_not_measured(tmp_path: Path, data: Path, model: Path, 
     settings = {**WITH_DEV, "metric_for_best_model": "f11"}
     message = "unknown metric_for_best_model 'f11': did you mean 'f1'"
     refused(message, model, data, tmp_path / "run", **settings)
+    message = "greater_is_better would choose the checkpoint with the worst f1: leave it out"
+    refused(message, model, data, tmp_path / "run", **WITH_DEV, greater_is_better="false")

@@ -9,11 +9,19 @@ from typing import Any
 
 import pytest
 from seqeval.metrics import f1_score
-from transformers import AutoConfig, AutoTokenizer, XLMRobertaConfig, XLMRobertaModel, pipeline
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    ConvBertConfig,
+    ConvBertModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+    pipeline,
+)
 
 from metaxl_evo.ner.synthetic import train_tokenizer
 from scripts.evaluate_ner import main as evaluate_ner
-from tests.ner.encoders import KINDS, SENTENCES, scores_by_hand, write_encoder
+from tests.ner.encoders import KINDS, SENTENCES, SMALL, scores_by_hand, write_encoder
 from tests.scripts.runs import FAMILY, argv, train
 
 TRAINED = {
@@ -84,6 +92,25 @@ def test_all_ways_to_a_score_agree(kind: str, tmp_path: Path) -> None:
     for size in (1, 32):
         assert evaluate(out, data, "sw", batch_size=size) == results
     assert f1_of_pipeline(out, data / "sw/test") == pytest.approx(results["f1"], abs=1e-12)
+
+
+def test_a_model_that_reads_the_padding_is_scored_alone_or_refused(tmp_path: Path) -> None:
+    """ConvBERT, whose convolutions know no attention mask."""
+    model, data = (
+        write_encoder("bert, word pieces, left", tmp_path / "model", head=False),
+        write_named(tmp_path / "data"),
+    )
+    words = len(AutoTokenizer.from_pretrained(model))
+    ConvBertModel(ConvBertConfig(**SMALL, vocab_size=words, embedding_size=16)).save_pretrained(model)
+    settings = {**TRAINED, "max_steps": 30, "eval_strategy": "no"}
+    with pytest.raises(ValueError, match=r"per_device_eval_batch_size must be 1 for ConvBertForTokenClassification"):
+        train(model, data, tmp_path / "out", **settings)
+    results = train(model, data, tmp_path / "out", **settings | {"per_device_eval_batch_size": 1})["test"]["sw"]
+    expected = scores_by_hand(tmp_path / "out", data / "sw/test")
+    assert {name: results[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    assert evaluate(tmp_path / "out", data, "sw", batch_size=1) == results
+    with pytest.raises(ValueError, match=r": batch_size must be 1 for ConvBert"):
+        evaluate(tmp_path / "out", data, "sw")
 
 
 def test_the_tokenizer_is_left_behind_as_it_came(trained: Path, model: Path) -> None:

@@ -131,6 +131,19 @@ def test_without_any_dev_files(tmp_path: Path, model: Path) -> None:
     assert results["run"]["best_checkpoint"] is None
 
 
+def test_the_best_checkpoint_is_that_of_dev_f1(
+    tmp_path: Path, model: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no metric is named, too; and where the last weights are left, no other is said to be."""
+    unnamed = {name: value for name, value in WITH_DEV.items() if name != "metric_for_best_model"}
+    settings = train(model, data, tmp_path / "best", **unnamed)["settings"]
+    assert (settings["metric_for_best_model"], settings["greater_is_better"]) == ("f1", True)
+    caplog.clear()
+    last = train(model, data, tmp_path / "last", **WITH_DEV | {"load_best_model_at_end": "false"})
+    assert last["run"]["best_checkpoint"] is None
+    assert "load_best_model_at_end is off: the last weights are tested and saved" in caplog.text
+
+
 def test_the_command_line_wins_over_the_file(tmp_path: Path, model: Path, data: Path) -> None:
     lines = [f"{key}: {value}" for key, value in TINY.items()] + ["seed: 3", "estimator_kwargs: {radius: 0.5}"]
     (tmp_path / "run.yaml").write_text("\n".join(lines), encoding="utf-8")
