@@ -390,7 +390,7 @@ def test_after_the_step_it_judges_the_point_it_says(name: str, settings: dict[st
 @pytest.mark.parametrize("made", [False, True], ids=["lookahead", "step_made"])
 def test_declared_cost_is_the_counted_cost(name: str, settings: dict[str, Any], toy_name: str, made: bool) -> None:
     toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
-    plain = replace(toy, problem=replace(toy.problem, stop_gradients=False, split=None))
+    plain = replace(toy, problem=replace(toy.problem, stop_gradients=False, straight_through=True, split=None))
     options: dict[str, Any] = {"made": step_made(toy)} if made else {}
     declared = estimator.cost(step_made=made)
     if estimator.max_meta_size is not None:  # its products are those of one meta parameter
