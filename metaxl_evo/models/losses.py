@@ -208,7 +208,8 @@ def _scalar(
     if len(counts) == 1 and not module.counts_rows:
         ((name, count),) = counts.items()
         if count == 0:  # the mean of nothing is not a number; every parameter takes part, as DDP asks
-            return torch.stack([p.flatten()[0] for p in module.base_parameters().values()]).sum() * 0.0
+            firsts = [p.flatten()[:1].sum().to(mean) for p in module.base.parameters()]
+            return torch.stack(firsts).sum() * 0.0
         return mean * (count / totals[name])
     if micro_batches > 1:
         raise ValueError(
