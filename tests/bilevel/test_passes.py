@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -421,6 +423,19 @@ def test_recording_happens_once_and_only_where_there_are_stop_gradients() -> Non
     plain = PassContext(replace(toy.problem, stop_gradients=False))
     assert plain.record(toy.w, toy.lam, toy.train) is Inputs.LIVE
     assert plain.counts.forwards == 0
+
+
+@pytest.mark.parametrize("draw", [torch.rand, random.random, np.random.rand, None])
+def test_nothing_is_kept_of_a_forward_with_random_numbers_of_its_own(draw: Any) -> None:
+    """The passes draw others: what it detached is not what they would detach."""
+    toy = network(torch.float64)
+    context = PassContext(replace(toy.problem, stop_gradients=True))
+    with context.recording(0):
+        toy.problem.inner_loss(toy.w, toy.lam, toy.train)
+        if draw is not None:
+            draw(*[1] * (draw is torch.rand))
+    context.record(toy.w, toy.lam, toy.train)
+    assert context.counts.forwards == (draw is not None)
 
 
 def test_managers_for_a_pass_end_with_it() -> None:
