@@ -113,7 +113,8 @@ def _reads_tokens(model: nn.Module, batch: dict[str, Any]) -> bool:
         return False
     raise ValueError(
         f"the losses of a {type(model).__name__} are not known here (known: classification, regression, tagging and "
-        "language modelling heads of transformers, with the loss that these share): write them in inner_loss and outer_loss, one a row"
+        "language modelling heads of transformers, with the loss that these share): write them in inner_loss and "
+        "outer_loss, one a row"
     )
 
 
@@ -129,7 +130,9 @@ def _has_the_common_loss(model: nn.Module) -> bool:
     else:
         return False
     forwards = [inspect.unwrap(vars(one)["forward"]) for one in type(model).__mro__ if "forward" in vars(one)]
-    return any(not losses.isdisjoint(forward.__code__.co_names) for forward in forwards if hasattr(forward, "__code__"))
+    return any(
+        not losses.isdisjoint(forward.__code__.co_names) for forward in forwards if hasattr(forward, "__code__")
+    )
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
