@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metaxl_evo.bilevel import SGD, BilevelProblem, PassContext, Tree, hypergradient, run_episode, stop_gradient, tree
 from metaxl_evo.bilevel.randomness import mix_seed
-from metaxl_evo.bilevel.replay import Facts, Inputs, for_this_pass
+from metaxl_evo.bilevel.replay import Facts, Inputs, for_this_pass, kind_of
 from metaxl_evo.estimators import Estimator, EvoGrad, OneStep
 from tests.estimators.problems import network, quadratic, relative_error, split_network
 
@@ -48,7 +48,9 @@ class Masks:
         return (mask * (w["x"] - lam["y"]).square()).mean()
 
     def problem(self, **options: Any) -> BilevelProblem:
-        known = Facts(trusted=frozenset(W), forward_ad=frozenset((0, 1)))  # no passes to find out about the loss
+        known = Facts()  # no passes to find out about the loss
+        known.trusted.note(type(None), frozenset(W), True)
+        known.forward_ad.note(type(None), frozenset((0, 1)), True)
         return BilevelProblem(self.loss, lambda w, lam, batch: w["x"].square().sum(), SGD(0.1), facts=known, **options)
 
 
@@ -266,11 +268,12 @@ class Watch:
 @pytest.mark.parametrize("name", ["double_backward", "finite_difference", "evograd"])  # jvp: no hooks under functorch
 @pytest.mark.parametrize("gradients", [False, True], ids=["plain", "stop_gradients"])
 def test_forward_and_backward_lie_in_one_scope_a_pass(name: str, gradients: bool) -> None:
-    toy, watch = network(torch.float64), Watch()
+    toy, watch, facts = network(torch.float64), Watch(), Facts()
+    facts.trusted.note(kind_of(toy.train), frozenset(toy.w), True)
     problem = replace(
         toy.problem, scope=watch.scope, inner_loss=watch.watched(toy.problem.inner_loss),
         outer_loss=watch.watched(toy.problem.outer_loss), stop_gradients=gradients,
-        facts=Facts(trusted=frozenset(toy.w)),
+        facts=facts,
     )  # fmt: skip
     counts = hypergradient(problem, ESTIMATES[name], toy.w, toy.lam, toy.train, toy.val).counts
     assert watch.entered == counts.forwards + counts.hvps
