@@ -39,7 +39,16 @@ INSTEAD = {
     "double_backward": "use engine finite_difference, or evograd",
     "finite_difference": "use evograd",
 }
-MISSING = ("forward AD", "derivative for", "not implemented", "setup_context", "have storage", "functorch", "vmap")
+MISSING = (
+    "forward AD",
+    "derivative for",
+    "not implemented",
+    "setup_context",
+    "have storage",
+    "functorch",
+    "vmap",
+    "(vjp, jvp",
+)
 W, LAM = 0, 1  # the argument of the inner loss that a product is with respect to
 
 

@@ -94,6 +94,7 @@ REPLAYED: dict[str, Severed] = {
 }
 REFUSED: dict[str, Severed] = {
     ".data": lambda x: x.data,
+    "detach_": lambda x: x.clone().detach_(),
     "no_grad": no_grad,
     "inference_mode": inference_mode,
     ".tolist()": lambda x: torch.tensor(x.tolist(), dtype=x.dtype),
@@ -151,7 +152,7 @@ def test_exact_engines_are_right_or_say_that_they_are_not(kind: str) -> None:
     problem, expected = weight_net((REPLAYED | REFUSED)[kind]), through_the_step()
     for engine in ("double_backward", "auto"):
         assert relative_error(estimate(problem, make_estimator("one_step", engine=engine)), expected) < 1e-6
-    if kind in (".data", "no_grad", "numpy of a detach"):
+    if kind in (".data", "detach_", "no_grad", "numpy of a detach"):
         with pytest.raises(ValueError, match="use engine double_backward"):
             estimate(problem, OneStep("jvp"))
     else:
