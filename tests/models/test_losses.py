@@ -239,6 +239,11 @@ REFUSED: dict[str, tuple[type[Task], Callable[[Task, Batch], Any], str]] = {
     "name": (Mean, lambda t, b: {"row": t.weighted(b)}, r"losses of 'row', of which counts.batch. knows \['rows'\]"),
     "names": (TwoMeans, lambda t, b: t.weighted(b), "counts are of .*: return a dict"),
     "number": (Task, lambda t, b: 1.0, "returned float: return the losses"),
+    "divided": (
+        Mean,
+        lambda t, b: t.weighted(b) / totals_of(t, b)["rows"],
+        "divided by them as well: leave totals_of",
+    ),
     "in place": (Task, lambda t, b: b["x"].mul_(2)[:, 0] * t.weighted(b), "changes a tensor of its batch in place"),
 }
 
