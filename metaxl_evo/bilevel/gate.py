@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map
 
 from metaxl_evo.bilevel.randomness import mix_seed
-from metaxl_evo.bilevel.replay import Inputs, plain_detaches
+from metaxl_evo.bilevel.replay import Inputs, Tested, kind_of, plain_detaches
 from metaxl_evo.bilevel.severed import culprit
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.messages import first_line
@@ -46,13 +46,14 @@ TOLERANCE = 1e-5  # of a slope, relative to its size
 CLEAR = 0.02  # a comparison that is no better than this says nothing
 REPEATED = 2e-6  # what sums in another order may change
 _LESS = (torch.float32, torch.float16, torch.bfloat16)  # than float64
+NOTHING = 1e-8  # of the slope of the loss: what its change with lam is where it does not read lam
 _STREAM = 0x6A7E
 
 ALLOW = "or allow a straight-through estimate by straight_through = True"
 
 
 def require(passes: PassContext, w: Tree, lam: Tree, batch: Any, names: frozenset[str]) -> None:
-    """See to it, once a run, that the inner loss can be judged at weights perturbed along `names`.
+    """See to it, once a run and kind of batch, that the inner loss can be judged at weights perturbed along `names`.
 
     Plain detaches are replayed from here on where the test passes only then. A process without rows does not know, and
     tests when it has some.
@@ -60,27 +61,47 @@ def require(passes: PassContext, w: Tree, lam: Tree, batch: Any, names: frozense
     Raises:
         ValueError: where it cannot, naming the line that is to blame and what to do.
     """
-    problem, facts = passes.problem, passes.problem.facts
-    if problem.straight_through or names <= facts.trusted:
+    problem, known = passes.problem, passes.problem.facts.trusted
+    if problem.straight_through:
         return
     evaluate(passes, w, lam, batch)
-    trial: Trial | None = None
-    for trial in trials(passes, w, lam, batch, names):
-        verdict = trial.attempt()
-        if verdict is not None:
-            break
-    else:
-        if trial is not None and trial.error is not None:
+    for kind, part, size in untested(passes, batch, known, names):
+        passed: Trial | None = None
+        for trial in trials(passes, w, lam, part, size, names):
+            if passed is not None and trial.dtype is None:
+                break  # what computes worse than the last cannot show more
+            verdict = trial.attempt()
+            if verdict:
+                raise ValueError(verdict)
+            passed = passed if verdict is None else trial
+            if passed is not None and passed.showed:
+                break
+        if passed is not None:
+            known.note(kind, names, passed.showed)
+        elif trial.error is not None:
             logger.warning(
                 "whether passes at perturbed weights are right cannot be tested for this loss (%s)",
                 first_line(trial.error),
             )
-            facts.trusted |= names
-        return
-    assert trial is not None
-    if verdict:
-        raise ValueError(verdict)
-    facts.trusted |= names
+            known.note(kind, names, True)
+
+
+def untested(
+    passes: PassContext, batch: Any, known: Tested, names: frozenset[Any]
+) -> Iterator[tuple[Hashable, Any, int | None]]:
+    """Parts of kinds that `known` does not cover, and their numbers of rows; of each those that read lam, if any do.
+
+    They come until one of a kind has shown something; parts where nothing reads lam come last.
+    """
+    due = [part for part in passes.problem.parts(batch) if not known.covers(kind_of(part), names)]
+    reading = [(kind_of(part), part, passes.problem.reads_lam(part)) for part in due]
+    some = [(kind, read, _rows(read)) for kind, _, read in reading]
+    rest = [
+        (kind, part, _rows(part)) for (kind, part, _), (_, _, size) in zip(reading, some, strict=True) if size == 0
+    ]
+    for kind, part, size in (*some, *rest):
+        if size != 0 and not known.covers(kind, names):
+            yield kind, part, size
 
 
 def evaluate(passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
@@ -147,6 +168,7 @@ class Trial:
 
     Attributes:
         error: what an attempt ended with.
+        showed: the loss, and its change with lam, moved with the weights at all.
     """
 
     def __init__(
@@ -158,6 +180,8 @@ class Trial:
         self.w: Tree = {}
         self.signs: Sequence[int] = ()
         self.clear = True  # as far as the precision goes
+        self.showed = False
+        self.moves = torch.zeros(1)  # the largest slopes and differences that were seen, of the quantities
         self.error: Exception | None = None
 
     def attempt(self) -> str | None:
@@ -210,6 +234,7 @@ class Trial:
             self._place(lam_move)
             self._refuse(*(float(self._recorded(1)) for _ in range(2)))
             agrees = self._agrees_beside(w_move)
+            self.showed = bool((self.moves > NOTHING * self.moves[0]).all())
             if agrees and (self.facts.stop_gradients or self.facts.replay_detach):
                 return self._replays_for_lam(lam_move, w_move)
             if agrees is not None:
@@ -318,6 +343,7 @@ class Trial:
         if not bool(slopes.isfinite().all()):
             return None
         failed, clearly, passed = [0] * len(slopes), [0] * len(slopes), [False] * len(slopes)
+        self.moves = slopes.abs().amax(1)
         for direction in range(DIRECTIONS):
             found: dict[int, Tensor] = {}
             for steps in (FIRST, range(len(STEPS))):
@@ -326,6 +352,7 @@ class Trial:
                         found[k] = self._difference(direction, STEPS[k])
                 if not all(bool(one.isfinite().all()) for one in found.values()):
                     return None
+                self.moves = torch.stack([self.moves, *(one.abs() for one in found.values())]).amax(0)
                 judged = [_judge(found, q, float(slopes[q, direction]), self._noise) for q in range(len(slopes))]
                 if all(error <= bound <= 1e-4 for error, bound in judged):
                     break
@@ -402,24 +429,21 @@ class _Slopes(torch.autograd.Function):
         return torch.stack(along), None, None
 
 
-def trials(passes: PassContext, w: Tree, lam: Tree, batch: Any, names: frozenset[str]) -> list[Trial]:
+def trials(passes: PassContext, w: Tree, lam: Tree, part: Any, size: int | None, names: frozenset[str]) -> list[Trial]:
     """The same test on a few rows in float64, on all rows of a part, and as the loss itself computes.
 
     What a backward computes again does not know of the casts that are left out, so that they are left in then.
     """
-    found = first_part(passes, batch)
-    if found is None:
-        return []
     here = alone(passes)
 
     def promoted(casts: bool) -> PassContext:
         return replace(here, problem=replace(here.problem, inner_loss=_promoted(here.problem.inner_loss, casts)))
 
     return [
-        Trial(promoted(casts), w, lam, part, names, torch.float64)
-        for part in smaller(*found)
+        Trial(promoted(casts), w, lam, one, names, torch.float64)
+        for one in smaller(part, size)
         for casts in (True, False)
-    ] + [Trial(here, w, lam, found[0], names, None)]
+    ] + [Trial(here, w, lam, part, names, None)]
 
 
 def _promoted(loss: Callable[..., Tensor], casts: bool) -> Callable[..., Tensor]:

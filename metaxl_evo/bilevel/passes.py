@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaxl_evo.bilevel import gate, tree
-from metaxl_evo.bilevel.randomness import mix_seed, seed_all, seeded
+from metaxl_evo.bilevel.randomness import mix_seed, random_state, seed_all, seeded
 from metaxl_evo.bilevel.replay import Inputs, Tape, Unrecorded, plain_detaches, running
 from metaxl_evo.bilevel.tree import Tree
 
@@ -113,9 +113,15 @@ class PassContext:
 
     @contextmanager
     def recording(self, part: int) -> Iterator[None]:
-        """Record what a forward over one part hands over that is not of this context: the base step's own."""
+        """Record what a forward over one part hands over that is not of this context: the base step's own.
+
+        Nothing is kept of one that draws random numbers, which are others than those that the passes share.
+        """
+        before = random_state(self.devices)
         with ExitStack() as stack, self._running(part, Inputs.RECORD, stack):
             yield
+        if random_state(self.devices) != before:
+            del self._tapes[part]
 
     @contextmanager
     def _running(self, part: int, inputs: Inputs, stack: ExitStack) -> Iterator[None]:
@@ -180,7 +186,9 @@ class PassContext:
         gate.require(self, w, lam, batch, frozenset(w if names is None else names))
         if problem.stop_gradients is False:
             return Inputs.LIVE
-        on_tape = bool(self._tapes) and all(tape.detaches == facts.replay_detach for tape in self._tapes.values())
+        on_tape = len(self._tapes) >= max(len(problem.parts(batch)), 1) and all(
+            tape.detaches == facts.replay_detach for tape in self._tapes.values()
+        )
         if not on_tape and (problem.stop_gradients or facts.stop_gradients or facts.replay_detach):
             self.inner_value(w, lam, batch, inputs=Inputs.RECORD)
         return Inputs.REPLAY

@@ -39,7 +39,16 @@ INSTEAD = {
     "double_backward": "use engine finite_difference, or evograd",
     "finite_difference": "use evograd",
 }
-MISSING = ("forward AD", "derivative for", "not implemented", "setup_context", "have storage", "functorch", "vmap")
+MISSING = (
+    "forward AD",
+    "derivative for",
+    "not implemented",
+    "setup_context",
+    "have storage",
+    "functorch",
+    "vmap",
+    "(vjp, jvp",
+)
 W, LAM = 0, 1  # the argument of the inner loss that a product is with respect to
 
 
@@ -196,29 +205,33 @@ def require_forward_ad(passes: PassContext, w: Tree, lam: Tree, batch: object, w
         NoDerivative: where the two disagree.
         RuntimeError, ValueError: where forward mode is missing, or nothing can be compared with it.
     """
-    facts, failed = passes.problem.facts, None
-    if facts.forward_ad.issuperset(wrt):
-        return
-    for here, part in _samples(passes, batch):
-        try:
-            agree = _forward_agrees(here, w, lam, part, wrt)
-        except RuntimeError as error:  # perhaps of fewer rows
-            if _is_memory(error):
-                return
-            failed = error
-            continue
-        if not agree:
-            raise NoDerivative(
-                "forward mode and double backward disagree, as they do where the loss reads what torch.no_grad() or "
-                ".data took out of the graph"
-            )
-        facts.forward_ad |= frozenset(wrt)
-        return
-    if failed is not None:
-        raise failed
+    known, here, names = passes.problem.facts.forward_ad, gate.alone(passes), frozenset(wrt)
+    for kind, part, size in gate.untested(passes, batch, known, names):
+        failed, showed = None, None
+        for one in gate.smaller(part, size):
+            try:
+                showed = _forward_agrees(here, w, lam, one, wrt)
+            except NoDerivative:
+                raise
+            except RuntimeError as error:  # perhaps of fewer rows
+                if _is_memory(error):
+                    return
+                failed = error
+                continue
+            if showed:
+                break
+        if showed is not None:
+            known.note(kind, names, showed)
+        elif failed is not None:
+            raise failed
 
 
 def _forward_agrees(here: PassContext, w: Tree, lam: Tree, part: object, wrt: Sequence[int]) -> bool:
+    """Whether there was anything to compare.
+
+    Raises:
+        NoDerivative: where the two disagree.
+    """
     v = gate.moved(tree.zeros_like(w), 1.0)
     for amount in gate.LAM_MOVES:
         point = gate.moved(lam, amount)
@@ -236,14 +249,18 @@ def _forward_agrees(here: PassContext, w: Tree, lam: Tree, part: object, wrt: Se
         step = 0.01 / tree.norm(v)
         other, finer = ([_finite_difference(here, w, point, part, v, h, one) for one in wrt] for h in (step, step / 2))
         slack = [10 * tree.norm(tree.add(a, b, -1.0)) for a, b in zip(other, finer, strict=True)]
-    grads = here.inner_grad(w, point, part, wrt_w=w, wrt_lam=lam)[1:]
+    grads, showed = here.inner_grad(w, point, part, wrt_w=w, wrt_lam=lam)[1:], True
     for index, one, reference, allowed in zip(wrt, forward, other, slack, strict=True):
         eps = max(torch.finfo(leaf.dtype).eps for leaf in one.values())
         rounding = 100 * eps * tree.norm(grads[index])  # of products that are zero but for it
         size = max(tree.norm(one), tree.norm(reference))
         if tree.norm(tree.add(one, reference, -1.0)) > 30 * eps**0.5 * size + rounding + allowed:
-            return False
-    return True
+            raise NoDerivative(
+                "forward mode and double backward disagree, as they do where the loss reads what torch.no_grad() or "
+                ".data took out of the graph"
+            )
+        showed &= size > rounding
+    return showed
 
 
 def _samples(passes: PassContext, batch: object) -> list[tuple[PassContext, object]]:

@@ -60,6 +60,19 @@ def kept() -> Iterator[None]:
             numpy.set_state(held_by_numpy)
 
 
+def random_state(devices: Sequence[torch.device]) -> tuple[object, ...]:
+    """Where the global generators stand, to be compared."""
+    numpy = _numpy()
+    _, drawn, *place = (None, b"") if numpy is None else numpy.get_state()
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        *(torch.cuda.get_rng_state(device).numpy().tobytes() for device in devices),
+        random.getstate(),
+        bytes(drawn),
+        *place,
+    )
+
+
 def seed_all(seed: int, devices: Sequence[torch.device]) -> None:
     """Put the global generators to the start of a seed."""
     torch.default_generator.manual_seed(seed)

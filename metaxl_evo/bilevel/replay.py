@@ -6,16 +6,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+IDLE = 20  # batches of a kind that show nothing, after which the rest are taken for such, too
+
+
+@dataclass
+class Tested:
+    """On which kinds of batches something was found to be right, and for which names of its arguments.
+
+    A batch that shows nothing (no labelled token, no row that reads lam) says nothing about the next of its kind.
+    """
+
+    names: dict[Hashable, frozenset[Hashable]] = field(default_factory=dict)
+    idle: Counter[Hashable] = field(default_factory=Counter)
+
+    def covers(self, kind: Hashable, names: frozenset[Hashable]) -> bool:
+        return names <= self.names.get(kind, frozenset())
+
+    def note(self, kind: Hashable, names: frozenset[Hashable], showed: bool) -> None:
+        """Take a test that was passed on a batch of this kind into account."""
+        self.idle[kind] += not showed
+        if showed or self.idle[kind] >= IDLE:
+            self.names[kind] = self.names.get(kind, frozenset()) | names
+
+
+def kind_of(part: Any) -> Hashable:
+    """What tells batches apart by which a loss may take another way: their keys."""
+    kind: Any = frozenset(part) if isinstance(part, Mapping) else type(part)
+    return cast(Hashable, kind)
 
 
 @dataclass
@@ -37,10 +66,10 @@ class Facts:
     evaluated: bool = False
     stop_gradients: bool = False
     replay_detach: bool = False
-    trusted: frozenset[str] = frozenset()
+    trusted: Tested = field(default_factory=Tested)
     engine: str | None = None
     twice: bool = False
-    forward_ad: frozenset[int] = frozenset()
+    forward_ad: Tested = field(default_factory=Tested)
 
 
 class Inputs(Enum):

@@ -62,9 +62,10 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = func(*args, **kwargs)
         what = DETACHES.get(func) if self.detaches else self._what(func)
-        if what is None or not tree_any(_depends, (args, kwargs)):
+        severs = what is not None and tree_any(_depends, (args, kwargs))  # before `detach_` has done so
+        found = func(*args, **kwargs)
+        if not severs:
             return found
         line = _line()
         if line is None:

@@ -46,7 +46,9 @@ def row_losses(model: nn.Module, base: nn.Module, batch: dict[str, Any]) -> Tens
     logits, labels = _logits(model, base, batch), batch["labels"]
     kind = _kind_of(model, labels)
     if kind == "single_label_classification":
-        return F.cross_entropy(logits, labels, reduction="none")
+        if bool((labels == IGNORED).any()):
+            raise ValueError(f"a row has the label {IGNORED}, and no loss: leave it out of the data set")
+        return F.cross_entropy(logits, labels.long().flatten(), reduction="none")
     if kind == "regression":
         return F.mse_loss(logits, labels.to(logits).view_as(logits), reduction="none").mean(1)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1)
@@ -83,7 +85,7 @@ def _of_tokens(model: nn.Module, base: nn.Module, batch: dict[str, Any]) -> tupl
         raise ValueError(
             f"the logits are of {logits.shape[1]} places, the labels of {labels.shape[1]}: write the losses yourself"
         )
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.long().flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(labels), labels != IGNORED
 
 
@@ -105,13 +107,36 @@ def _labels(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 def _reads_tokens(model: nn.Module, batch: dict[str, Any]) -> bool:
     kind = getattr(model, "loss_type", None)
-    if _is_causal(model) or kind in TOKENS or _is_encoder_decoder(model):
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        raise ValueError(
+            f"{type(model).__name__} adds a loss of its routers (output_router_logits), of which no row has a share: "
+            "set it to False in the model's configuration, or write the losses in inner_loss and outer_loss"
+        )
+    if kind in TOKENS or _has_the_common_loss(model):
         return True
     if kind in ROWS:
         return False
     raise ValueError(
         f"the losses of a {type(model).__name__} are not known here (known: classification, regression, tagging and "
-        "language modelling heads of transformers): write them in inner_loss and outer_loss, one a row"
+        "language modelling heads of transformers, with the loss that these share): write them in inner_loss and "
+        "outer_loss, one a row"
+    )
+
+
+def _has_the_common_loss(model: nn.Module) -> bool:
+    """Whether a language model's own loss is the one of transformers, for causal ones that which shifts the labels.
+
+    Some causal models have another, most of which (BART's decoder, TrOCR, XLNet) do not shift them.
+    """
+    if _is_causal(model):
+        losses = {"loss_function"}
+    elif _is_encoder_decoder(model):
+        losses = {"loss_function", "CrossEntropyLoss"}
+    else:
+        return False
+    forwards = [inspect.unwrap(vars(one)["forward"]) for one in type(model).__mro__ if "forward" in vars(one)]
+    return any(
+        not losses.isdisjoint(forward.__code__.co_names) for forward in forwards if hasattr(forward, "__code__")
     )
 
 

@@ -159,6 +159,11 @@ def mean_share(module: BilevelModule, name: str, loss: Callable[..., Losses], ba
     called = f"{type(module).__name__}.{name}"
     if any(tensor._version != version for tensor, version in versions):
         raise ValueError(f"{called} changes a tensor of its batch in place, which other passes read: clone it first")
+    if evaluation.read and not (isinstance(found, Tensor) and found.dim() == 0):
+        raise ValueError(
+            f"{called} reads the totals of its window (totals_of) and returns losses of items, which are divided by "
+            "them as well: leave totals_of out"
+        )
     if isinstance(found, Mapping):
         return _sum_of_means(called, found, counts, evaluation.totals)
     if isinstance(found, Tensor) and found.dim() == 0:
@@ -208,7 +213,8 @@ def _scalar(
     if len(counts) == 1 and not module.counts_rows:
         ((name, count),) = counts.items()
         if count == 0:  # the mean of nothing is not a number; every parameter takes part, as DDP asks
-            return torch.stack([p.flatten()[0] for p in module.base_parameters().values()]).sum() * 0.0
+            firsts = [p.flatten()[:1].sum().to(mean) for p in module.base.parameters()]
+            return torch.stack(firsts).sum() * 0.0
         return mean * (count / totals[name])
     if micro_batches > 1:
         raise ValueError(

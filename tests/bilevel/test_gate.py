@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metaxl_evo.bilevel import SGD, BilevelProblem, PassContext, Tree, hypergradient, run_episode, stop_gradient
 from metaxl_evo.bilevel.gate import differs, repeated
+from metaxl_evo.bilevel.replay import IDLE, Facts
 from metaxl_evo.estimators import Estimator, EvoGrad, Greedy, Neumann, OneStep, Sama, make_estimator
 from tests.estimators.problems import relative_error
 
@@ -93,6 +94,7 @@ REPLAYED: dict[str, Severed] = {
 }
 REFUSED: dict[str, Severed] = {
     ".data": lambda x: x.data,
+    "detach_": lambda x: x.clone().detach_(),
     "no_grad": no_grad,
     "inference_mode": inference_mode,
     ".tolist()": lambda x: torch.tensor(x.tolist(), dtype=x.dtype),
@@ -150,7 +152,7 @@ def test_exact_engines_are_right_or_say_that_they_are_not(kind: str) -> None:
     problem, expected = weight_net((REPLAYED | REFUSED)[kind]), through_the_step()
     for engine in ("double_backward", "auto"):
         assert relative_error(estimate(problem, make_estimator("one_step", engine=engine)), expected) < 1e-6
-    if kind in (".data", "no_grad", "numpy of a detach"):
+    if kind in (".data", "detach_", "no_grad", "numpy of a detach"):
         with pytest.raises(ValueError, match="use engine double_backward"):
             estimate(problem, OneStep("jvp"))
     else:
@@ -244,6 +246,52 @@ def test_rows_that_call_stop_gradient_later_are_recorded() -> None:
     with_source = BATCH | {"source": torch.ones(12)}
     found = hypergradient(problem, OneStep("finite_difference", radius=1e-3), W, LAM, with_source, JUDGE).grads
     assert relative_error(found, through_the_step()) < 1e-6
+
+
+QUIET: dict[str, Callable[[Tensor, Tree], Tensor]] = {
+    "no loss": lambda losses, lam: 0.0 * losses,
+    "no lam": lambda losses, lam: losses,
+    "other keys": lambda losses, lam: lam["out"].sum() * losses,
+}
+
+
+@pytest.mark.parametrize("kind", QUIET)
+@pytest.mark.parametrize("name", ["jvp", "finite_difference", "sama", "evograd"])
+def test_a_part_that_shows_nothing_speaks_for_no_other(name: str, kind: str) -> None:
+    """One without a labelled token, without a row that reads lam, of another source."""
+
+    def inner(w: Tree, lam: Tree, part: Any) -> Tensor:
+        losses = costs(w, part)
+        weighted = bool(part["noisy"].any()) if "noisy" in part else True
+        return (weights(lam, losses.data) * losses if weighted else QUIET[kind](losses, lam)).mean()
+
+    problem = BilevelProblem(
+        inner, lambda w, lam, part: costs(w, part).mean(), SGD(RATE), parts=lambda batch: batch
+    )  # a batch is a list of parts
+    quiet, loud = BATCH | {"noisy": torch.zeros(12)}, BATCH | {"noisy": torch.ones(12)}
+    loud = BATCH if kind == "other keys" else loud
+    estimator = {**PERTURBING, "jvp": OneStep("jvp")}[name]
+    for windows in ([[quiet, loud]], [[quiet], [quiet], [loud]]):
+        problem = replace(problem, facts=Facts(problem.facts.loss))
+        for window in windows[:-1]:
+            hypergradient(problem, estimator, W, LAM, window, [JUDGE])
+        with pytest.raises(ValueError, match="disagree" if name == "jvp" else r"\.data"):
+            hypergradient(problem, estimator, W, LAM, windows[-1], [JUDGE])
+
+
+def test_what_never_shows_anything_is_tested_a_few_times_only() -> None:
+    calls: list[int] = []
+
+    def inner(w: Tree, lam: Tree, batch: Any) -> Tensor:
+        calls.append(1)
+        return costs(w, batch).mean() + 0.0 * lam["out"].sum()
+
+    problem = BilevelProblem(inner, lambda w, lam, batch: costs(w, batch).mean(), SGD(RATE))
+    for _ in range(IDLE):
+        PassContext(problem).record(W, LAM, BATCH)
+    tested = len(calls)
+    PassContext(problem).record(W, LAM, BATCH)
+    assert len(calls) == tested
 
 
 def test_a_last_layer_of_zeros_hides_nothing() -> None:
@@ -365,7 +413,7 @@ def test_clean_losses_pass(name: str, dtype: torch.dtype, seed: int) -> None:
     problem = BilevelProblem(inner, inner, SGD(RATE))
     w, lam = {n: p.detach() for n, p in network.named_parameters()}, {"logit": torch.zeros(12, dtype=dtype)}
     hypergradient(problem, EvoGrad(), w, lam, None, None)
-    assert problem.facts.trusted == frozenset(w)
+    assert problem.facts.trusted.covers(type(None), frozenset(w))
     assert problem.facts.replay_detach is (name == "hard gumbel")
 
 
@@ -386,7 +434,7 @@ def test_the_test_leaves_the_world_as_it_was_and_runs_once() -> None:
 def test_another_loss_is_another_matter() -> None:
     problem = weight_net(stop_gradient)
     estimate(problem, EvoGrad())
-    assert problem.facts.trusted
+    assert problem.facts.trusted.names
     with pytest.raises(ValueError, match="no_grad"):
         estimate(replace(problem, inner_loss=weight_net(no_grad).inner_loss), EvoGrad())
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metaxl_evo.bilevel import SGD, BilevelProblem, PassContext, Tree, hypergradient, run_episode, stop_gradient, tree
 from metaxl_evo.bilevel.randomness import mix_seed
-from metaxl_evo.bilevel.replay import Facts, Inputs, for_this_pass
+from metaxl_evo.bilevel.replay import Facts, Inputs, for_this_pass, kind_of
 from metaxl_evo.estimators import Estimator, EvoGrad, OneStep
 from tests.estimators.problems import network, quadratic, relative_error, split_network
 
@@ -46,7 +48,9 @@ class Masks:
         return (mask * (w["x"] - lam["y"]).square()).mean()
 
     def problem(self, **options: Any) -> BilevelProblem:
-        known = Facts(trusted=frozenset(W), forward_ad=frozenset((0, 1)))  # no passes to find out about the loss
+        known = Facts()  # no passes to find out about the loss
+        known.trusted.note(type(None), frozenset(W), True)
+        known.forward_ad.note(type(None), frozenset((0, 1)), True)
         return BilevelProblem(self.loss, lambda w, lam, batch: w["x"].square().sum(), SGD(0.1), facts=known, **options)
 
 
@@ -264,11 +268,12 @@ class Watch:
 @pytest.mark.parametrize("name", ["double_backward", "finite_difference", "evograd"])  # jvp: no hooks under functorch
 @pytest.mark.parametrize("gradients", [False, True], ids=["plain", "stop_gradients"])
 def test_forward_and_backward_lie_in_one_scope_a_pass(name: str, gradients: bool) -> None:
-    toy, watch = network(torch.float64), Watch()
+    toy, watch, facts = network(torch.float64), Watch(), Facts()
+    facts.trusted.note(kind_of(toy.train), frozenset(toy.w), True)
     problem = replace(
         toy.problem, scope=watch.scope, inner_loss=watch.watched(toy.problem.inner_loss),
         outer_loss=watch.watched(toy.problem.outer_loss), stop_gradients=gradients,
-        facts=Facts(trusted=frozenset(toy.w)),
+        facts=facts,
     )  # fmt: skip
     counts = hypergradient(problem, ESTIMATES[name], toy.w, toy.lam, toy.train, toy.val).counts
     assert watch.entered == counts.forwards + counts.hvps
@@ -421,6 +426,19 @@ def test_recording_happens_once_and_only_where_there_are_stop_gradients() -> Non
     plain = PassContext(replace(toy.problem, stop_gradients=False))
     assert plain.record(toy.w, toy.lam, toy.train) is Inputs.LIVE
     assert plain.counts.forwards == 0
+
+
+@pytest.mark.parametrize("draw", [torch.rand, random.random, np.random.rand, None])
+def test_nothing_is_kept_of_a_forward_with_random_numbers_of_its_own(draw: Any) -> None:
+    """The passes draw others: what it detached is not what they would detach."""
+    toy = network(torch.float64)
+    context = PassContext(replace(toy.problem, stop_gradients=True))
+    with context.recording(0):
+        toy.problem.inner_loss(toy.w, toy.lam, toy.train)
+        if draw is not None:
+            draw(*[1] * (draw is torch.rand))
+    context.record(toy.w, toy.lam, toy.train)
+    assert context.counts.forwards == (draw is not None)
 
 
 def test_managers_for_a_pass_end_with_it() -> None:

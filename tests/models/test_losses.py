@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -24,6 +26,8 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 
 from metaxl_evo import MetaTrainer, WeightNet
+from metaxl_evo.bilevel import SGD, hypergradient
+from metaxl_evo.estimators.one_step import OneStep
 from metaxl_evo.models.bilevel_module import BilevelModule, totals_of
 from metaxl_evo.models.losses import TOTALS, set_totals
 from tests.training.tiny import collate as collate_tokens
@@ -205,6 +209,17 @@ def test_an_empty_mean_adds_nothing() -> None:
     assert not any(bool(gradient.any()) for gradient in gradients)
 
 
+@pytest.mark.parametrize("engine", ["jvp", "finite_difference"])
+def test_an_empty_mean_adds_nothing_at_weights_swapped_in(engine: str) -> None:
+    task, part = task_of(Mean), collate(rows(2))
+    none = {key: value[:0] for key, value in part.items()}
+    problem, w, lam = task.problem(SGD(0.1)), task.base_parameters(), task.meta_parameters()
+    estimator = OneStep(engine, radius=1e-4)
+    found, expected = (hypergradient(problem, estimator, w, lam, one, part).grads for one in ([none, part], [part]))
+    for name, leaf in expected.items():
+        torch.testing.assert_close(found[name], leaf, rtol=1e-10, atol=0.0)
+
+
 def test_the_old_form_says_once_that_it_goes() -> None:
     class Old(Sum):
         pass
@@ -224,6 +239,11 @@ REFUSED: dict[str, tuple[type[Task], Callable[[Task, Batch], Any], str]] = {
     "name": (Mean, lambda t, b: {"row": t.weighted(b)}, r"losses of 'row', of which counts.batch. knows \['rows'\]"),
     "names": (TwoMeans, lambda t, b: t.weighted(b), "counts are of .*: return a dict"),
     "number": (Task, lambda t, b: 1.0, "returned float: return the losses"),
+    "divided": (
+        Mean,
+        lambda t, b: t.weighted(b) / totals_of(t, b)["rows"],
+        "divided by them as well: leave totals_of",
+    ),
     "in place": (Task, lambda t, b: b["x"].mul_(2)[:, 0] * t.weighted(b), "changes a tensor of its batch in place"),
 }
 
@@ -362,6 +382,28 @@ def test_losses_say_what_they_cannot_know() -> None:
     held["labels"][1] = -100
     with pytest.raises(ValueError, match="a row has no labelled token"):
         Task(model, nn.Linear(1, 1)).losses(held)
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="a loss of its routers"):
+        Task(model, nn.Linear(1, 1)).losses(held)
+    model, held = heads()["classes"]
+    held["labels"][1] = -100  # which cross_entropy takes for a loss of zero
+    with pytest.raises(ValueError, match="a row has the label -100"):
+        Task(model, nn.Linear(1, 1)).losses(held)
+
+
+def test_causal_models_with_a_loss_of_their_own_are_refused() -> None:
+    """BART's decoder is one: it does not shift its labels."""
+    sizes = {"vocab_size": 30, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+    task = Task(BartForCausalLM(BartConfig(**sizes)), nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="the losses of a BartForCausalLM are not known here"):
+        task.losses(heads()["llama"][1])
+
+
+@pytest.mark.parametrize("name", ["classes", "llama"])
+def test_labels_may_be_integers_of_any_width(name: str) -> None:
+    model, batch = heads()[name]
+    task = Task(model.eval(), nn.Linear(1, 1))
+    assert torch.equal(task.losses(batch | {"labels": batch["labels"].int()}), task.losses(batch))
 
 
 # What a task need not write
