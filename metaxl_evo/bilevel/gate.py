@@ -64,8 +64,8 @@ def require(passes: PassContext, w: Tree, lam: Tree, batch: Any, names: frozense
     problem, known = passes.problem, passes.problem.facts.trusted
     if problem.straight_through:
         return
-    evaluate(passes, w, lam, batch)
     for kind, part, size in untested(passes, batch, known, names):
+        evaluate(passes, w, lam, batch)
         passed: Trial | None = None
         for trial in trials(passes, w, lam, part, size, names):
             if passed is not None and trial.dtype is None:

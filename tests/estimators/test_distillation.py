@@ -28,6 +28,7 @@ from metaxl_evo.bilevel import (
     tree,
 )
 from metaxl_evo.bilevel.problem import estimate, look_ahead
+from metaxl_evo.bilevel.replay import Facts, kind_of
 from metaxl_evo.estimators import Estimator, Greedy, HyperDistill, OneStep
 from metaxl_evo.estimators.trajectory import Visit
 from tests.estimators.problems import (
@@ -468,7 +469,9 @@ def watched(toy: Toy, calls: list[tuple[Tensor, Tensor]]) -> BilevelProblem:
         calls.append((w["th"].detach().clone(), rows))
         return inner(w, lam, rows)
 
-    return replace(toy.problem, inner_loss=noted)
+    facts = Facts(evaluated=True)  # nothing is to be found out about it
+    facts.trusted.note(kind_of(toy.train), frozenset(toy.w), True)
+    return replace(toy.problem, inner_loss=noted, facts=facts)
 
 
 def test_the_term_is_taken_at_the_mean_on_what_was_drawn() -> None:
