@@ -548,7 +548,7 @@ class MetaTrainer(Trainer):
         exact = None if diagnostics is None else diagnostics.take_exact(passes, from_start)
         result = estimate(passes, self.estimator, step, self.episodes.state)
         if diagnostics is not None and exact is not None:
-            diagnostics.compare(result, exact)
+            diagnostics.compare(result, exact, was_zero=self._silent_steps is not None)
         if self._silent_steps is not None:
             self._watch_silence(result, passes, step)
         if tree.all_finite(result.grads) and bool(result.outer_loss.isfinite()):
