@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_detach
+from transformers.trainer_utils import IntervalStrategy
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext
@@ -913,6 +914,20 @@ class _MetaSteps(TrainerCallback):
         # The number of whole epochs made, also within one: the last step of epoch k sets it to k + n/n. The Trainer
         # makes its iterator, and the workers their copies of the data set, after this.
         tell_epoch(self.trainer.train_dataset, int(state.epoch))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log_the_rest(args, state, control)  # before a checkpoint of the last step is written
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log_the_rest(args, state, control)  # an evaluation may have ended the training
+
+    def _log_the_rest(self, args: Any, state: Any, control: Any) -> None:
+        """Log what the last steps of a training have done, which may be fewer than logging_steps.
+
+        The Trainer logs no step twice.
+        """
+        ends = control.should_training_stop or state.global_step >= state.max_steps
+        control.should_log |= ends and args.logging_strategy != IntervalStrategy.NO
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._require_synchrony(f"after step {state.global_step}")
