@@ -51,6 +51,7 @@ from metaxl_evo.models.losses import counts_of, set_totals, view_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.checkpoint import (
     META_STATE,
+    checkpoints_in,
     discarding,
     find_checkpoint,
     loading,
@@ -117,6 +118,7 @@ class MetaTrainer(Trainer):
     ):
         self.estimator: Estimator | None = args.make_estimator()
         self.args, self.meta_dataset = args, meta_dataset
+        self._found = checkpoints_in(Path(str(args.output_dir)))
         self.given_optimizer = (kwargs.get("optimizers") or (None, None))[0]
         if model is not None or kwargs.get("model_init") is None:
             self._refuse_unfit(model)  # else in call_model_init
@@ -207,9 +209,28 @@ class MetaTrainer(Trainer):
             ValueError: before anything is trained, saying what is wrong with the checkpoint.
         """
         checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        if not resume_from_checkpoint and trial is None:  # a trial has a folder of its own
+            self._refuse_another_run()
         if checkpoint is not None:
             require_same(checkpoint, made_by(self.model, self.args, self.run_settings), self.args.world_size)
+        self._found = []  # from here on the folder is this trainer's
         return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def _refuse_another_run(self) -> None:
+        """Refuse a start among checkpoints that were there before: the newest, which `latest` means, may not be ours.
+
+        Settings that a checkpoint does not hold may differ, so those of equal settings are no exception.
+
+        Raises:
+            ValueError: naming the folder and the ways out.
+        """
+        folder = Path(str(self.args.output_dir))
+        for checkpoint in self._found:
+            if checkpoint.parent == folder and checkpoint.exists():
+                raise ValueError(
+                    f"{folder} holds another run ({checkpoint.name}): choose another output_dir, or go on with that "
+                    'run by train(resume_from_checkpoint="latest")'
+                )
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, with meta rows, episodes and counts of its own, whoever has asked for data loaders."""
