@@ -72,7 +72,14 @@ from metaxl_evo.training.isolation import kept_random_state
 from metaxl_evo.training.launch import refuse_launch
 from metaxl_evo.training.meta_rows import DrawnByEpoch, MetaRows, StreamedMetaRows, make_meta_rows, tell_epoch
 from metaxl_evo.training.synchrony import average_statistics, require_synchrony, synchronise
-from metaxl_evo.training.tuned import fit_groups, keep_in_range, put_numbers, refuse_tuned, tuned_rule
+from metaxl_evo.training.tuned import (
+    fit_groups,
+    keep_in_range,
+    learns_all_rates,
+    put_numbers,
+    refuse_tuned,
+    tuned_rule,
+)
 
 if TYPE_CHECKING:
     from metaxl_evo.training.check import CheckReport
@@ -775,7 +782,7 @@ class MetaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the meta level's means since the last time, and the base optimiser's numbers where lam has them."""
         if "loss" in logs and self._acting:
-            if any(name.startswith("learning_rate") for name in self._acting):
+            if learns_all_rates(self.model):
                 del logs["learning_rate"]  # the scheduler's, which does not act
             logs |= self._acting
         if "loss" in logs and self.meta_optimizer is not None:
