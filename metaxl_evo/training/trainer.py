@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ from metaxl_evo.bilevel.replay import Facts
 from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, from_optimizer, map_trees, optimizer_rule
 from metaxl_evo.estimators import Estimator, takes_any_optimizer
 from metaxl_evo.estimators.local import EngineEstimator
+from metaxl_evo.messages import unknown
 from metaxl_evo.models.adapters import is_adapted
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.examples import examples_of
@@ -123,6 +125,7 @@ class MetaTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
+        _refuse_call(args, kwargs)
         self.estimator: Estimator | None = args.make_estimator()
         self.args, self.meta_dataset = args, meta_dataset
         self._found = checkpoints_in(Path(str(args.output_dir)))
@@ -279,6 +282,11 @@ class MetaTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The base optimiser over the base parameters, and the meta optimiser over the meta parameters."""
+        if not self.model.base_parameters():
+            raise ValueError(
+                f"all parameters of the base ({type(self.model.base).__name__}) are frozen, and there is nothing to "
+                "train: set requires_grad of some"
+            )
         if self.optimizer is None and self.args.optimizer_class is not None:
             self.optimizer = self.args.make_optimizer(self.model.base_parameters().values())
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
@@ -596,9 +604,9 @@ class MetaTrainer(Trainer):
             return
         self._silent_steps += 1
         if self._silent_steps == 1:
-            logger.warning("step %d: %s", self.state.global_step, why_zero(passes, step))
+            logger.warning("step %d: %s", self.state.global_step, _why_zero(passes, step))
         if self._silent_steps >= _SILENCE:
-            raise ValueError(f"all of the first {_SILENCE} meta steps: {why_zero(passes, step)}")
+            raise ValueError(f"all of the first {_SILENCE} meta steps: {_why_zero(passes, step)}")
 
     def estimate(self, estimator: Estimator) -> Hypergradient:
         """The hypergradient, by any estimator, of a step to come from here over the last window; nothing is changed.
@@ -1016,6 +1024,16 @@ def outputs_of(outputs: Any, ignore_keys: list[str] | None, model: Any) -> tuple
     return None if loss is None else loss.detach().mean(), rest
 
 
+def _refuse_call(args: Any, further: Mapping[str, Any]) -> None:
+    """Refuse arguments of another class, and keywords that nobody takes."""
+    if not hasattr(args, "make_estimator"):
+        raise ValueError(f"MetaTrainer takes MetaTrainingArguments, and args is a {type(args).__name__}")
+    taken = [*signature(Trainer).parameters, "meta_dataset"]
+    for name in further:
+        if name not in taken:
+            raise ValueError(unknown("argument of MetaTrainer", name, taken))
+
+
 def _refuse_data(args: MetaTrainingArguments, train: Any, meta: Any, evaluated: Any) -> None:
     """Refuse train rows that would be drawn for another epoch than the one that they are read in."""
     if not isinstance(train, DrawnByEpoch):
@@ -1032,6 +1050,16 @@ def _refuse_data(args: MetaTrainingArguments, train: Any, meta: Any, evaluated: 
             "dataloader_persistent_workers would keep the train_dataset of the first epoch, and it has set_epoch: "
             "set it to false"
         )
+
+
+def _why_zero(passes: PassContext, step: InnerStep) -> str:
+    """As `why_zero`, in the words of a task, which has no first weights to learn."""
+    text = why_zero(passes, step).replace(", nor are first weights computed from what requires a gradient", "")
+    return (
+        text.replace("lam", "the meta parameters")
+        .replace("inner loss", "inner_loss")
+        .replace("outer loss", "outer_loss")
+    )
 
 
 def _gathered(leaves: tree.Tree, rows: tree.Tree | None) -> tree.Tree:
