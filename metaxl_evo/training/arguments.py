@@ -7,9 +7,9 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -182,7 +182,8 @@ class MetaTrainingArguments(TrainingArguments):
     meta_history: bool = field(
         default=True,
         metadata={
-            "help": "Leave meta_history.csv in output_dir, a row a log, and where matplotlib is a picture of it."
+            "help": "Leave meta_history.csv in output_dir, a row a log, and where matplotlib is a picture of it; "
+            "up to 8 meta parameters are in it by value, more by how far they moved."
         },
     )
     meta_seed: int | None = field(
@@ -216,6 +217,13 @@ class MetaTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Drop columns that the model's forward does not name (off: losses read others)."},
     )
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        known = [one.name for one in fields(cls) if one.init]
+        for name in given:
+            if name not in known:
+                raise ValueError(unknown(f"setting of {cls.__name__}", name, known))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.estimator_kwargs = _mapping("estimator_kwargs", self.estimator_kwargs)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
@@ -34,8 +35,14 @@ logger = logging.getLogger(__name__)
 
 CYCLE = 3  # meta steps, of which the last is diagnosed, the others are timed (but for the very first)
 CYCLES = 3  # and one only of an estimator that answers once an episode
+GROWN = 5  # an inner loss that is so many times its first one, in all of the last steps, diverges
+FAR = 3  # so many times its size a meta network does not go in a step, nor its entries so far
 LITTLE = 0.01  # a meta network that moves less than this over a run stays, for all that a score can tell, at its start
 AGREEMENT = 0.99  # the least cosine to the exact one-step hypergradient of an estimator that calls itself that
+ROUGH = 0.9  # the same of one that is exact in expectation
+UNSOLVED = 0.9  # what a solve leaves of the right-hand side, and is not a solution
+OF_A_SIZE = 2  # the largest factor between two hypergradients of one size
+SGD_LIKE = (torch.optim.SGD, torch.optim.ASGD)  # whose steps are as long as the gradient
 KNOWN = ("meta_loss", "meta_learning_rate", MOVED)  # logged whether a step is diagnosed or not, or found otherwise
 ROWS = 8  # of a batch that is compared with its halves
 SAME = 1e-4  # the largest relative difference of the two that rounding makes
@@ -46,7 +53,7 @@ Findings = dict[str, Any]
 
 @dataclass
 class CheckReport:
-    """What a check found; printed, it is a line each, the last of them the verdict: OK, or a problem.
+    """What a check found; printed, it is a line each, the last of them the verdict: OK (with warnings), or a problem.
 
     Attributes:
         findings: by name, plain values.
@@ -66,7 +73,9 @@ class CheckReport:
     def __str__(self) -> str:
         lines = [f"{key}: {_readable(value)}" for key, value in self.findings.items()]
         lines += [f"WARNING: {warning}" for warning in self.warnings]
-        return "\n".join([*lines, *([f"PROBLEM: {problem}" for problem in self.problems] or ["OK"])])
+        count = len(self.warnings)
+        verdict = f"OK, with {count} warning{'s' * (count > 1)}" if count else "OK"
+        return "\n".join([*lines, *([f"PROBLEM: {problem}" for problem in self.problems] or [verdict])])
 
     def as_dict(self) -> dict[str, Any]:
         """Findings, `problems` and `warnings` in one."""
@@ -156,6 +165,7 @@ class _FewSteps(TrainerCallback):
         failure: what stopped it early, in one line.
         meta_steps: how many hypergradients moved the meta parameters.
         reached: the meta parameters of which some hypergradient was not zero.
+        lengths, farthest: of each meta step, its norm, and how far it moved an entry at most.
     """
 
     def __init__(self, build: Build, args: MetaTrainingArguments):
@@ -167,6 +177,8 @@ class _FewSteps(TrainerCallback):
         self.start = tree.clone(model.base_parameters()), tree.clone(model.meta_parameters())
         self.failure: str | None = None
         self.meta_steps, self.reached = 0, set[str]()
+        self.lengths, self.farthest = list[float](), list[float]()
+        self._lam: Tree = {}
         self._logs: list[dict[str, float]] = []
         self._seconds: list[float] = []
         self._begun = 0.0
@@ -181,6 +193,7 @@ class _FewSteps(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.meta_optimizer is not None:
             self.trainer.meta_optimizer.register_step_pre_hook(self._note_hypergradient)
+            self.trainer.meta_optimizer.register_step_post_hook(self._note_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun = time.perf_counter()
@@ -196,6 +209,12 @@ class _FewSteps(TrainerCallback):
         self.meta_steps += 1
         parameters = self.trainer.model.meta_parameters()
         self.reached |= {name for name, p in parameters.items() if p.grad is not None and bool(p.grad.any())}
+        self._lam = tree.clone(parameters)
+
+    def _note_step(self, *hooked: Any) -> None:
+        moved = tree.add(tree.detach(self.trainer.model.meta_parameters()), self._lam, -1.0)
+        self.lengths.append(tree.norm(moved))
+        self.farthest.append(_largest(moved))
 
     @property
     def period(self) -> int:
@@ -283,14 +302,21 @@ def _judge_movement(run: _FewSteps, report: CheckReport) -> None:
     found["base_moved"] = _moved(model.base_parameters(), run.start[0])
     if not found["base_moved"] > 0:
         report.problems.append("the base model did not move: raise learning_rate")
+    too_far = _too_far(run)
+    if report.ok:
+        advice = "lower learning_rate" + (" and meta_learning_rate" if too_far else "")
+        _judge_growth(run.series("loss"), report, advice)
     if run.meta_steps == 0:
         return
     step = _moved(model.meta_parameters(), run.start[1]) / run.meta_steps
     planned = found["planned_steps"] / run.period
     least = step * math.sqrt(planned)
     found |= {"meta_moved_a_step": step, "meta_moves_at_least": least, "meta_moves_at_most": step * planned}
-    if not step > 0:
-        report.problems.append("the meta network did not move: raise meta_learning_rate")
+    if too_far is not None:
+        report.warnings.append(too_far)
+    elif not step > 0:
+        if run.reached:  # else it is no matter of the rate
+            report.problems.append("the meta network did not move: raise meta_learning_rate")
     elif least < LITTLE:
         report.warnings.append(
             f"over the run the meta network would move by about {least:.2%} of its size (unless all its steps point "
@@ -298,27 +324,89 @@ def _judge_movement(run: _FewSteps, report: CheckReport) -> None:
         )
 
 
+def _judge_growth(losses: list[float], report: CheckReport, advice: str) -> None:
+    """Whether the inner loss grows beyond what differs from batch to batch."""
+    moved, (*_, last), late = report.findings["base_moved"], losses, losses[-CYCLE:]
+    typical = statistics.median(late) if moved > 1 else min(late)
+    if 0 < GROWN * losses[0] < typical:
+        report.problems.append(
+            f"the inner loss went from {losses[0]:.3g} to {last:.3g} in {len(losses)} steps, it diverges: {advice}"
+        )
+    elif moved > 1 and typical > losses[0]:
+        report.warnings.append(
+            f"in {len(losses)} steps the base model moved by {moved:.3g} times its size, and the inner loss did not "
+            f"fall: {advice}"
+        )
+
+
+def _too_far(run: _FewSteps) -> str | None:
+    """Advice where the meta steps are large beside what they move, or where that starts at zero, beside 1."""
+    if not run.lengths:
+        return None
+    start = run.start[1]
+    length, farthest, size = statistics.median(run.lengths), statistics.median(run.farthest), tree.norm(start)
+    if length <= FAR * (size or math.inf) and farthest <= FAR * max(1.0, _largest(start)):
+        return None
+    relative = f" ({length / size:.3g} times its size)" if size else ""
+    return f"a meta step moves entries of the meta network by up to {farthest:.3g}{relative}: lower meta_learning_rate"
+
+
 def _judge_hypergradients(run: _FewSteps, estimator: Estimator, report: CheckReport) -> None:
     found, problems, skipped = report.findings, report.problems, run.trainer.skipped_meta_steps
     names = [name for name in run.names if name not in KNOWN and not name.startswith(VALUE)]
-    found |= {name: statistics.median(run.series(name)) for name in names}
+    further = estimator.remembers != "nothing" or estimator.exact == "at optimum"  # which is no error
+    for name in names:
+        named = name.removesuffix("exact") + "one_step" if further and name.endswith("_exact") else name
+        found[named] = statistics.median(run.series(name))
     if skipped:
         asked = skipped + run.meta_steps
         problems.append(f"{skipped} of {asked} hypergradients were not finite: see the losses, lower learning_rate")
     elif run.meta_steps == 0:
         problems.append(f"no meta step was made in {run.trainer.state.global_step} base steps")
     unused = [name for name in run.start[1] if name not in run.reached]
-    if run.meta_steps and not run.reached:
+    unsolved = _unsolved(found)
+    if unsolved is not None:
+        (report.warnings if run.reached else problems).append(unsolved)
+    if run.meta_steps and not run.reached and unsolved is None:
         problems.append("the hypergradient is zero: the meta network does not reach the meta loss")
-    elif run.meta_steps and unused:
+    elif run.reached and unused:
         report.warnings.append(f"the hypergradient of {', '.join(unused)} was zero in every step: they learn nothing")
     cosine = found.get("meta_cosine_to_exact", 1.0)
     if estimator.exact == "always" and estimator.remembers == "nothing" and not cosine > AGREEMENT:
         problems.append(
             f"{estimator} has a cosine of {cosine:.4f} to the exact hypergradient: set engine: double_backward"
         )
+    if estimator.exact == "in expectation" and cosine < ROUGH:
+        report.warnings.append(
+            f"{run.trainer.args.estimator} has a cosine of {cosine:.2f} to the exact hypergradient: raise copies, as "
+            "long as that helps (it does not see how Adam scales the steps, nor what is outside of its parameters)"
+        )
+    if estimator.exact != "always" and estimator.remembers == "nothing" and unsolved is None:
+        factor = found.get("meta_norm_by_one_step" if further else "meta_norm_by_exact", 1.0)
+        _judge_size(factor, run.trainer.meta_optimizer, report)
     if run.trainer.diagnostics is not None:
         report.warnings += run.trainer.diagnostics.warned.values()
+
+
+def _judge_size(factor: float, optimizer: Any, report: CheckReport) -> None:
+    if isinstance(optimizer, SGD_LIKE) and not 1 / OF_A_SIZE < factor < OF_A_SIZE:
+        report.warnings.append(
+            f"the estimate is {factor:.3g} times as long as the exact one-step hypergradient, and "
+            f"{type(optimizer).__name__} steps as far as it is long: divide meta_learning_rate by that, or set "
+            "meta_optim to AdamW"
+        )
+
+
+def _unsolved(found: Findings) -> str | None:
+    """What to do where a linear system was not solved."""
+    residual, negative = (found.get(f"meta_{name}", 0.0) for name in ("solver_residual", "negative_curvature"))
+    if residual < UNSOLVED and not negative:
+        return None
+    met = ", and the Hessian has negative curvature" if negative else ""
+    return (
+        f"the solve for the inverse Hessian does not converge (it leaves {residual:.3g}{met}): raise damping, "
+        "lower step, or take more terms or iterations (docs/estimators.md)"
+    )
 
 
 def _judge_batches(trainer: MetaTrainer, report: CheckReport) -> None:
@@ -372,6 +460,10 @@ def _first_rows(dataset: Any) -> list[Any]:
 def _moved(now: Tree, start: Tree) -> float:
     """|now - start| / |start|; where the start is zero, |now|."""
     return tree.norm(tree.add(now, start, -1.0)) / (tree.norm(start) or 1.0)
+
+
+def _largest(held: Tree) -> float:
+    return max(float(leaf.detach().abs().max()) for leaf in held.values() if leaf.numel())
 
 
 def _readable(value: Any) -> str:

@@ -68,7 +68,7 @@ def _newest_resumable(folder: Path) -> str | None:
     """The newest complete checkpoint; those whose save was cut off, or that are damaged, are named and passed over."""
     damaged: list[ValueError] = []
     level = logging.INFO
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in checkpoints_in(folder):
         try:
             _require_resumable(checkpoint)
         except ValueError as error:
@@ -199,7 +199,7 @@ def saving(folder: str | Path) -> Iterator[None]:
     except SaveFailed:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        others = [one for one in (*_checkpoints(folder), *_checkpoints(folder.parent)) if one != folder]
+        others = [one for one in (*checkpoints_in(folder), *checkpoints_in(folder.parent)) if one != folder]
         intact = next((one for one in others if (one / MANIFEST).is_file()), None)
         kept = "there is no earlier checkpoint" if intact is None else f"{intact} is intact"
         free = shutil.disk_usage(next(one for one in (folder, *folder.absolute().parents) if one.exists())).free >> 20
@@ -250,7 +250,7 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     if not limit or limit < 0:
         return
     kept = {newest, Path(best or newest)}
-    others = [one for one in _checkpoints(newest.parent) if one not in kept]
+    others = [one for one in checkpoints_in(newest.parent) if one not in kept]
     others.sort(key=lambda one: (one / MANIFEST).is_file(), reverse=True)
     for old in others[max(limit - len(kept), 0) :]:
         with suppress(OSError):
@@ -308,7 +308,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoint folders there, the newest first."""
     found = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     return sorted((path for path in found if found[path].isdigit()), key=lambda path: int(found[path]), reverse=True)

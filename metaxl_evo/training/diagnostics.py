@@ -30,6 +30,10 @@ ZERO = (
     "the exact one-step hypergradient is zero: check that the inner loss reads the meta parameters, and the outer "
     "loss base parameters that it trains"
 )
+SATURATED = (
+    "the exact one-step hypergradient is zero at the meta parameters reached, and was not before: where the inner "
+    "loss does not feel them any more (a saturated sigmoid), lower meta_learning_rate; a batch may also not read them"
+)
 
 
 def exact_estimator(estimator: Estimator) -> OneStep:
@@ -86,14 +90,18 @@ class Diagnostics:
             grads = self._exact_grads(passes, step)
         return Exact(grads, gradient)
 
-    def compare(self, result: Hypergradient, exact: Exact) -> None:
-        """Add to an estimate's diagnostics how near it is to the exact hypergradient; warn of what they show."""
+    def compare(self, result: Hypergradient, exact: Exact, *, was_zero: bool = True) -> None:
+        """Add to an estimate's diagnostics how near it is to the exact hypergradient; warn of what they show.
+
+        Args:
+            was_zero: whether all estimates before this one were zero.
+        """
         if not tree.all_finite(result.grads):
             return
         self._warn("regime", self.estimator.advise(exact.gradient, result.diagnostics))
         length = tree.norm(exact.grads)
         if length == 0:
-            self._warn("zero", ZERO)
+            self._warn("zero", ZERO if was_zero else SATURATED)
         elif tree.all_finite(exact.grads):
             cosine = tree.cosine(result.grads, exact.grads)
             result.diagnostics.update(cosine_to_exact=cosine, norm_by_exact=tree.norm(result.grads) / length)

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HISTORY, PICTURE = "meta_history.csv", "meta_history.png"
-BY_VALUE = 32  # so many meta parameters are logged by value, more by how far they moved
+BY_VALUE = 8  # so many meta parameters are logged by value, more by how far they moved
 MOVED, VALUE = "meta_moved", "meta_param/"
 ALWAYS = ("step", "loss", "meta_loss", "meta_grad_norm", "meta_cosine_to_exact")
 FROM_FIRST = (VALUE, MOVED, "learning_rate", "meta_learning_rate", "momentum", "weight_decay")
 
 
 def logged_lam(lam: Tree, start: Tree) -> dict[str, float]:
-    """The meta parameters for the log: by value where they are few, else |lam - start| / |start| (|lam| from zero)."""
+    """The meta parameters for the log: by value up to 8 numbers, more by |lam - start| / |start| (|lam| from zero)."""
     if tree.size(lam) > BY_VALUE:
         return {MOVED: tree.norm(tree.add(lam, start, -1.0)) / (tree.norm(start) or 1.0)}
     found = {}

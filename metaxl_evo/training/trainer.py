@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import nested_detach
+from transformers.trainer_utils import IntervalStrategy
 
 from metaxl_evo.bilevel import gate, tree
 from metaxl_evo.bilevel.passes import PassContext
@@ -42,6 +44,7 @@ from metaxl_evo.bilevel.replay import Facts
 from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, from_optimizer, map_trees, optimizer_rule
 from metaxl_evo.estimators import Estimator, takes_any_optimizer
 from metaxl_evo.estimators.local import EngineEstimator
+from metaxl_evo.messages import unknown
 from metaxl_evo.models.adapters import is_adapted
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.examples import examples_of
@@ -50,6 +53,7 @@ from metaxl_evo.models.losses import counts_of, set_totals, view_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.checkpoint import (
     META_STATE,
+    checkpoints_in,
     discarding,
     find_checkpoint,
     loading,
@@ -70,7 +74,14 @@ from metaxl_evo.training.isolation import kept_random_state
 from metaxl_evo.training.launch import refuse_launch
 from metaxl_evo.training.meta_rows import DrawnByEpoch, MetaRows, StreamedMetaRows, make_meta_rows, tell_epoch
 from metaxl_evo.training.synchrony import average_statistics, require_synchrony, synchronise
-from metaxl_evo.training.tuned import fit_groups, keep_in_range, put_numbers, refuse_tuned, tuned_rule
+from metaxl_evo.training.tuned import (
+    fit_groups,
+    keep_in_range,
+    learns_all_rates,
+    put_numbers,
+    refuse_tuned,
+    tuned_rule,
+)
 
 if TYPE_CHECKING:
     from metaxl_evo.training.check import CheckReport
@@ -114,8 +125,10 @@ class MetaTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
+        _refuse_call(args, kwargs)
         self.estimator: Estimator | None = args.make_estimator()
         self.args, self.meta_dataset = args, meta_dataset
+        self._found = checkpoints_in(Path(str(args.output_dir)))
         self.given_optimizer = (kwargs.get("optimizers") or (None, None))[0]
         if model is not None or kwargs.get("model_init") is None:
             self._refuse_unfit(model)  # else in call_model_init
@@ -206,9 +219,28 @@ class MetaTrainer(Trainer):
             ValueError: before anything is trained, saying what is wrong with the checkpoint.
         """
         checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        if not resume_from_checkpoint and trial is None:  # a trial has a folder of its own
+            self._refuse_another_run()
         if checkpoint is not None:
             require_same(checkpoint, made_by(self.model, self.args, self.run_settings), self.args.world_size)
+        self._found = []  # from here on the folder is this trainer's
         return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def _refuse_another_run(self) -> None:
+        """Refuse a start among checkpoints that were there before: the newest, which `latest` means, may not be ours.
+
+        Settings that a checkpoint does not hold may differ, so those of equal settings are no exception.
+
+        Raises:
+            ValueError: naming the folder and the ways out.
+        """
+        folder = Path(str(self.args.output_dir))
+        for checkpoint in self._found:
+            if checkpoint.parent == folder and checkpoint.exists():
+                raise ValueError(
+                    f"{folder} holds another run ({checkpoint.name}): choose another output_dir, or go on with that "
+                    'run by train(resume_from_checkpoint="latest")'
+                )
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, with meta rows, episodes and counts of its own, whoever has asked for data loaders."""
@@ -250,6 +282,11 @@ class MetaTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The base optimiser over the base parameters, and the meta optimiser over the meta parameters."""
+        if not self.model.base_parameters():
+            raise ValueError(
+                f"all parameters of the base ({type(self.model.base).__name__}) are frozen, and there is nothing to "
+                "train: set requires_grad of some"
+            )
         if self.optimizer is None and self.args.optimizer_class is not None:
             self.optimizer = self.args.make_optimizer(self.model.base_parameters().values())
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
@@ -550,7 +587,7 @@ class MetaTrainer(Trainer):
         exact = None if diagnostics is None else diagnostics.take_exact(passes, from_start)
         result = estimate(passes, self.estimator, step, self.episodes.state)
         if diagnostics is not None and exact is not None:
-            diagnostics.compare(result, exact)
+            diagnostics.compare(result, exact, was_zero=self._silent_steps is not None)
         if self._silent_steps is not None:
             self._watch_silence(result, passes, step)
         if tree.all_finite(result.grads) and bool(result.outer_loss.isfinite()):
@@ -569,9 +606,9 @@ class MetaTrainer(Trainer):
             return
         self._silent_steps += 1
         if self._silent_steps == 1:
-            logger.warning("step %d: %s", self.state.global_step, why_zero(passes, step))
+            logger.warning("step %d: %s", self.state.global_step, _why_zero(passes, step))
         if self._silent_steps >= _SILENCE:
-            raise ValueError(f"all of the first {_SILENCE} meta steps: {why_zero(passes, step)}")
+            raise ValueError(f"all of the first {_SILENCE} meta steps: {_why_zero(passes, step)}")
 
     def estimate(self, estimator: Estimator) -> Hypergradient:
         """The hypergradient, by any estimator, of a step to come from here over the last window; nothing is changed.
@@ -755,7 +792,7 @@ class MetaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the meta level's means since the last time, and the base optimiser's numbers where lam has them."""
         if "loss" in logs and self._acting:
-            if any(name.startswith("learning_rate") for name in self._acting):
+            if learns_all_rates(self.model):
                 del logs["learning_rate"]  # the scheduler's, which does not act
             logs |= self._acting
         if "loss" in logs and self.meta_optimizer is not None:
@@ -916,6 +953,20 @@ class _MetaSteps(TrainerCallback):
         # makes its iterator, and the workers their copies of the data set, after this.
         tell_epoch(self.trainer.train_dataset, int(state.epoch))
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log_the_rest(args, state, control)  # before a checkpoint of the last step is written
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log_the_rest(args, state, control)  # an evaluation may have ended the training
+
+    def _log_the_rest(self, args: Any, state: Any, control: Any) -> None:
+        """Log what the last steps of a training have done, which may be fewer than logging_steps.
+
+        The Trainer logs no step twice.
+        """
+        ends = control.should_training_stop or state.global_step >= state.max_steps
+        control.should_log |= ends and args.logging_strategy != IntervalStrategy.NO
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._require_synchrony(f"after step {state.global_step}")
 
@@ -975,6 +1026,16 @@ def outputs_of(outputs: Any, ignore_keys: list[str] | None, model: Any) -> tuple
     return None if loss is None else loss.detach().mean(), rest
 
 
+def _refuse_call(args: Any, further: Mapping[str, Any]) -> None:
+    """Refuse arguments of another class, and keywords that nobody takes."""
+    if not hasattr(args, "make_estimator"):
+        raise ValueError(f"MetaTrainer takes MetaTrainingArguments, and args is a {type(args).__name__}")
+    taken = [*signature(Trainer).parameters, "meta_dataset"]
+    for name in further:
+        if name not in taken:
+            raise ValueError(unknown("argument of MetaTrainer", name, taken))
+
+
 def _refuse_data(args: MetaTrainingArguments, train: Any, meta: Any, evaluated: Any) -> None:
     """Refuse train rows that would be drawn for another epoch than the one that they are read in."""
     if not isinstance(train, DrawnByEpoch):
@@ -991,6 +1052,16 @@ def _refuse_data(args: MetaTrainingArguments, train: Any, meta: Any, evaluated: 
             "dataloader_persistent_workers would keep the train_dataset of the first epoch, and it has set_epoch: "
             "set it to false"
         )
+
+
+def _why_zero(passes: PassContext, step: InnerStep) -> str:
+    """As `why_zero`, in the words of a task, which has no first weights to learn."""
+    text = why_zero(passes, step).replace(", nor are first weights computed from what requires a gradient", "")
+    return (
+        text.replace("lam", "the meta parameters")
+        .replace("inner loss", "inner_loss")
+        .replace("outer loss", "outer_loss")
+    )
 
 
 def _gathered(leaves: tree.Tree, rows: tree.Tree | None) -> tree.Tree:

@@ -125,6 +125,12 @@ def put_numbers(optimizer: torch.optim.Optimizer, model: BilevelModule, step: in
     return acting
 
 
+def learns_all_rates(model: BilevelModule) -> bool:
+    """Whether no base parameter is left to the learning rate of the schedule."""
+    rates = model.tuned_optimizer.get("lr")
+    return model.base_parameters().keys() <= rates.keys() if isinstance(rates, Mapping) else rates is not None
+
+
 @torch.no_grad()
 def keep_in_range(model: BilevelModule) -> None:
     """After a meta step: put learned numbers that left their range back to its nearer end."""

@@ -330,3 +330,8 @@ def test_lists_and_mappings_of_a_settings_file(tmp_path: Path) -> None:
         {"momentum": 0.8},
     )
     assert parsed("--meta_optim", "AdamW", "--meta_optim_kwargs", "{}").meta_optim_kwargs == {}
+
+
+def test_an_unknown_setting_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^unknown setting of MetaTrainingArguments 'meta_lr': did you mean 'meta_"):
+        MetaTrainingArguments("out", meta_lr=0.1)  # type: ignore[call-arg]

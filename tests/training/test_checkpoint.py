@@ -117,20 +117,22 @@ def test_the_manifest_is_written_last_and_at_once(tmp_path: Path, monkeypatch: p
 
 
 def test_a_checkpoint_that_is_written_over_has_no_manifest_meanwhile(
-    output: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     save = torch.save
+    trainer = saving_trainer(tmp_path, max_steps=2)
+    trainer.train()
 
     def watched(*args: Any, **kwargs: Any) -> None:
-        seen.append((output / "checkpoint-2" / MANIFEST).exists())
+        seen.append((tmp_path / "checkpoint-2" / MANIFEST).exists())
         save(*args, **kwargs)
 
     monkeypatch.setattr(torch, "save", watched)
-    saving_trainer(output, max_steps=2).train()
+    trainer.train()
     assert len(seen) > 4
     assert not any(seen)
-    require_whole(output / "checkpoint-2")
+    require_whole(tmp_path / "checkpoint-2")
 
 
 def test_a_save_that_was_cut_off_in_its_manifest_is_made_good(tmp_path: Path) -> None:
@@ -289,6 +291,33 @@ def test_the_checkpoint_of_another_run_is_refused(output: Path, name: str) -> No
         trainer.train("latest")
     assert different(base_weights(trainer), start) == []
     assert contents(output) == before
+
+
+def test_a_run_does_not_start_among_the_checkpoints_of_another(output: Path) -> None:
+    """Its own, of any training before, are no other's; a learning rate stands in no checkpoint of a plain trainer."""
+    before = contents(output)
+    with pytest.raises(
+        ValueError, match=rf"^{output} holds another run \(checkpoint-4\): choose another output_dir, or"
+    ):
+        saving_trainer(output, learning_rate=0.5, max_steps=2).train()
+    assert contents(output) == before
+    shutil.rmtree(output / "checkpoint-4")
+    shutil.rmtree(output / "checkpoint-2")
+    own = saving_trainer(output, max_steps=2)
+    for _ in range(2):
+        own.train()
+    resumed = saving_trainer(output, max_steps=4)
+    resumed.train(resume_from_checkpoint="latest")
+    resumed.train()
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_run_that_is_to_go_on_starts_beside_what_was_cut_off(output: Path) -> None:
+    for step in (2, 4):
+        unseal(output / f"checkpoint-{step}")
+    trainer = saving_trainer(output, max_steps=2)
+    trainer.train(resume_from_checkpoint="latest")
+    assert trainer.state.global_step == 2
 
 
 def test_what_may_change_between_halves(output: Path, caplog: pytest.LogCaptureFixture) -> None:

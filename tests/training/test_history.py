@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from metaxl_evo.training.history import HISTORY, PICTURE, logged_lam, read_history
 from metaxl_evo.training.trainer import MetaTrainer
@@ -17,17 +18,17 @@ from tests.training.tiny import logged, meta_weights, tiny_trainer
 
 
 def test_few_meta_parameters_are_logged_by_value() -> None:
-    lam = {"scale": torch.tensor(2.0), "rates": torch.tensor([0.5, 0.25]), "matrix": torch.ones(1, 29)}
+    lam = {"scale": torch.tensor(2.0), "rates": torch.tensor([0.5, 0.25]), "matrix": torch.ones(1, 5)}
     found = logged_lam(lam, lam)
-    assert len(found) == 32
+    assert len(found) == 8
     assert found["meta_param/scale"] == 2.0
-    assert (found["meta_param/rates/0"], found["meta_param/rates/1"], found["meta_param/matrix/28"]) == (0.5, 0.25, 1)
+    assert (found["meta_param/rates/0"], found["meta_param/rates/1"], found["meta_param/matrix/4"]) == (0.5, 0.25, 1)
 
 
 def test_many_are_logged_by_how_far_they_moved() -> None:
-    start, lam = {"w": torch.full((40,), 2.0)}, {"w": torch.full((40,), 3.0)}
+    start, lam = {"w": torch.full((9,), 2.0)}, {"w": torch.full((9,), 3.0)}
     assert logged_lam(lam, start) == {"meta_moved": pytest.approx(0.5)}
-    assert logged_lam(lam, {"w": torch.zeros(40)}) == {"meta_moved": pytest.approx(3 * 40**0.5)}
+    assert logged_lam(lam, {"w": torch.zeros(9)}) == {"meta_moved": pytest.approx(3 * 9**0.5)}
 
 
 def histories(folder: Path) -> list[dict[str, str]]:
@@ -69,6 +70,33 @@ def test_a_resumed_run_writes_the_history_of_one_that_was_not_cut_off(tmp_path: 
     assert [row["step"] for row in whole] == list("123456")
     assert histories(tmp_path / "parted") == whole
     assert not (tmp_path / "parted/meta_history.1.csv").exists()
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_last_steps_are_logged(tmp_path: Path, stops: bool) -> None:
+    """Also of a run with fewer steps than logging_steps, and of one that a callback ends."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop |= stops and state.global_step == 3
+
+    steady = {"lr_scheduler_type": "constant", "meta_lr_scheduler_type": "constant"}
+    each = run(tmp_path / "each", max_steps=3, logging_steps=1, **steady)
+    given = {"callbacks": [Stop()]}
+    short = run(tmp_path / "short", max_steps=8 if stops else 3, logging_steps=500, trainer=given, **steady)
+    (row,) = histories(tmp_path / "short")
+    assert row["step"] == "3"
+    for key in ("loss", "meta_loss"):
+        assert [float(row[key])] == logged(short, key) == pytest.approx([sum(logged(each, key)) / 3], rel=1e-5)
+    assert float(row["meta_moved"]) == logged(each, "meta_moved")[-1]
+
+
+def test_no_step_is_logged_twice(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
+    run(tmp_path, max_steps=5, **settings)
+    resumed = run(tmp_path, "latest", max_steps=7, **settings)
+    assert [row["step"] for row in histories(tmp_path)] == list("24567")
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [2, 4, 5, 6, 7]
 
 
 def test_an_earlier_runs_history_is_put_aside(tmp_path: Path) -> None:

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import AutoModelForTokenClassification, Trainer, TrainerCallback, get_scheduler, pipeline
+from transformers import (
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+    pipeline,
+)
 
 from metaxl_evo.bilevel import PassContext, Tree
 from metaxl_evo.bilevel.problem import estimate
@@ -843,3 +850,26 @@ def test_evograd_is_the_same_under_checkpointing(tmp_path: Path, name: str) -> N
     (base, moved), (plain_base, plain_moved) = found
     close(base, plain_base, 1e-12)
     close(moved, plain_moved, 1e-8)
+
+
+def test_calls_that_cannot_be_are_one_line(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(
+        ValueError, match=r"^MetaTrainer takes MetaTrainingArguments, and args is a TrainingArguments$"
+    ):
+        MetaTrainer(tiny_tagger(), arguments)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"^unknown argument of MetaTrainer 'meta_dateset': did you mean 'meta_dataset'"
+    ):
+        tiny_trainer(tmp_path, trainer={"meta_dateset": []})
+
+
+@pytest.mark.parametrize("estimator", ["one_step", "evograd", "none"])
+def test_a_base_that_is_wholly_frozen_is_refused(tmp_path: Path, estimator: str) -> None:
+    tagger = tiny_tagger()
+    tagger.base.requires_grad_(False)
+    trainer = tiny_trainer(tmp_path, tagger=tagger, estimator=estimator)
+    with pytest.raises(
+        ValueError, match=r"^all parameters of the base \(XLMR.*\) are frozen.*: set requires_grad of some"
+    ):
+        trainer.train()

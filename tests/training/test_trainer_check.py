@@ -138,6 +138,60 @@ def test_batches_whose_items_depend_on_each_other(
     assert report.ok == (task is not Noisy)  # whose hypergradients are of other noise
 
 
+PLAIN = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.01}
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "diverges": (
+        {**PLAIN, "learning_rate": 10.0},
+        r"PROBLEM: the inner loss went from 2\.\d+ to \S+e\+\d+ in 9 steps, it diverges: lower learning_rate$",
+    ),
+    "flies": ({"meta_learning_rate": 10.0}, r"WARNING: a meta step moves entries .* by up to .*: lower meta_learning"),
+    "saturates": ({"meta_learning_rate": 1e6}, r"WARNING: the exact .* is zero at .* reached, and was not before"),
+    "series": (
+        {"estimator": "neumann", "estimator_kwargs": {"step": 100.0}},
+        r"WARNING: the solve .* does not converge \(it leaves \d[^ ]*\): raise damping, lower step",
+    ),
+    "negative curvature": (
+        {"estimator": "conjugate_gradient"},
+        r"WARNING: the solve .* does not converge \(it .*, and the Hessian has negative curvature\): raise damping",
+    ),
+    "few copies": (
+        {**PLAIN, "estimator": "evograd"},
+        r"WARNING: evograd has a cosine of -?0\.\d\d to the exact hypergradient: raise copies",
+    ),
+    "another size": (
+        {**PLAIN, "estimator": "evograd", "estimator_kwargs": {"copies": 256}, "meta_optim": "SGD"},
+        r"WARNING: the estimate is 0\.00\d+ times as long .*SGD steps as far as it is long: divide meta_learning_rate",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_run_that_is_plainly_broken_is_not_just_ok(tmp_path: Path, what: str) -> None:
+    fields, pattern = BROKEN[what]
+    lines = str(trainer_of(tmp_path, **fields).check()).splitlines()
+    assert sum(re.match(pattern, line) is not None for line in lines) == 1
+    assert lines[-1] != "OK"
+    assert not any("reads the meta parameters" in line for line in lines)
+
+
+def test_evograd_with_many_copies_under_adamw_is_ok(tmp_path: Path) -> None:
+    fields = {**PLAIN, "estimator": "evograd", "estimator_kwargs": {"copies": 256}}
+    report = trainer_of(tmp_path, **fields).check()
+    assert (report.problems, report.warnings) == ([], [])
+    assert report.findings["meta_cosine_to_exact"] > 0.99
+
+
+def test_a_base_that_goes_far_and_learns_is_no_warning(tmp_path: Path) -> None:
+    """Small first weights: they move by more than their size, and the loss falls."""
+    trainer = trainer_of(tmp_path, learning_rate=0.1)
+    with torch.no_grad():
+        for parameter in trainer.model.base.parameters():
+            parameter.mul_(0.1)
+    report = trainer.check()
+    assert report.findings["base_moved"] > 1
+    assert (report.problems, report.warnings) == ([], [])
+
+
 def test_what_fails_in_a_step_is_a_problem(tmp_path: Path) -> None:
     report = trainer_of(tmp_path, Failing).check()
     assert not report.ok

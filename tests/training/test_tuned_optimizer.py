@@ -231,6 +231,15 @@ def test_a_rate_for_each_parameter(tmp_path: Path) -> None:
         pytest.approx([0.02]),
         pytest.approx([0.3]),
     )
+    assert logged(trainer, "learning_rate") == pytest.approx([0.07])  # of 0.bias
+
+
+def test_the_schedules_rate_is_logged_where_it_acts(tmp_path: Path) -> None:
+    trainer = layered(tmp_path, learning_rate=0.07, max_steps=2)
+    every = dict(zip(trainer.model.base_parameters(), ("first", "last", "first"), strict=True))
+    vars(trainer.model)["tuned_optimizer"] = {"lr": every}
+    trainer.train()
+    assert logged(trainer, "learning_rate/first") == pytest.approx([0.02] * 2)
     assert logged(trainer, "learning_rate") == []
 
 
