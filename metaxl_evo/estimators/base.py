@@ -147,6 +147,14 @@ class Estimator(ABC):
         """What the next episode may know of this one; `step` is its last, `step.val_batch` judges."""
         return state
 
+    def share(self, state: Any) -> Any:
+        """What of a state is of this process's own rows; None where all processes hold the same."""
+        return None
+
+    def with_share(self, state: Any, share: Any) -> Any:
+        """The state of another process with this one's share."""
+        return state
+
     @abstractmethod
     def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
         """Where the weights go and how a cotangent pulls back; numbers for the log go into `diagnostics`.

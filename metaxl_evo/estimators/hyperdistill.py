@@ -120,6 +120,12 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         fits = self.scale == "fit" and learned["episode"] % self.fit_every == 0
         return state | {"visits": []} if fits else state
 
+    def share(self, state: dict[str, Any]) -> Any:
+        return state["batch"]
+
+    def with_share(self, state: dict[str, Any], share: Any) -> dict[str, Any]:
+        return state | {"batch": share}
+
     def suspended(self, state: dict[str, Any]) -> bool:
         return "visits" in state
 

@@ -89,6 +89,15 @@ class Episodes:
             saved[key] for key in ("open", "state", "learned", "start")
         )
 
+    def share(self) -> Any:
+        """What of the state a checkpoint has to hold for each process by itself; None where it is nothing."""
+        held = self.state_dict()["state"]
+        return None if held is None else self.estimator.share(held)
+
+    def load_share(self, share: Any) -> None:
+        """Put this process's own share into the state that was loaded."""
+        self.state = self.estimator.with_share(self.state, share)
+
     def to(self, device: torch.device) -> None:
         """Move what was loaded to the device of the weights."""
         self.state, self._learned, self._start = (

@@ -52,6 +52,7 @@ from metaxl_evo.models.heads import columns_of
 from metaxl_evo.models.losses import counts_of, set_totals, view_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.checkpoint import (
+    META_SHARE,
     META_STATE,
     checkpoints_in,
     discarding,
@@ -867,6 +868,10 @@ class MetaTrainer(Trainer):
             states = {name: holder.state_dict() for name, holder in self._stateful().items()}
             skipped = [self.skipped_meta_steps, self._skipped_in_a_row]
             torch.save({**states, "skipped": skipped, "start": self._start_of_lam}, Path(output_dir) / META_STATE)
+        share = None if self.episodes is None else self.episodes.share()
+        if self.args.world_size > 1 and share is not None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(share, Path(output_dir) / META_SHARE.format(self.args.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -876,6 +881,9 @@ class MetaTrainer(Trainer):
             saved = read_tensors(Path(checkpoint) / META_STATE)
             for name, holder in self._stateful().items():
                 holder.load_state_dict(saved[name])
+            share = Path(checkpoint) / META_SHARE.format(self.args.process_index)
+            if self.episodes is not None and self.args.world_size > 1 and share.exists():
+                self.episodes.load_share(read_tensors(share))
             self.skipped_meta_steps, self._skipped_in_a_row = saved["skipped"]
             self._silent_steps = None  # the start is behind it
             start = saved.get("start", {})  # checkpoints of earlier versions have none

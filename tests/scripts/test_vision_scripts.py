@@ -347,7 +347,7 @@ def test_check_ends_with_a_verdict(
 ) -> None:
     fields = {"check": "true", "max_steps": 50, "meta_learning_rate": 0.1, "estimator": estimator}
     found = train(script, images, tmp_path / "out", runs={"base": BASELINE, "learned": {}}, **fields)
-    assert capsys.readouterr().out.splitlines()[-1] == "OK"
+    assert capsys.readouterr().out.splitlines()[-1].startswith("OK")
     assert (found["run"], found["problems"], found["planned_steps"]) == ("learned", [], 50)
     assert found["second_derivatives"] == "possible"
     if estimator == "one_step":

