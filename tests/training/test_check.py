@@ -114,7 +114,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "cannot": (
         {"make": once_differentiable_tagger, "estimator_kwargs": {"engine": "jvp"}},
-        "a step fails: RuntimeError: .*autograd.Function",
+        "a step fails: NoDerivative: .*autograd.Function",
     ),
 }
 
