@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from metaxl_evo.bilevel import SGD, BilevelProblem, PassContext, Tree, hypergradient, run_episode, stop_gradient, tree
 from metaxl_evo.bilevel.randomness import mix_seed
-from metaxl_evo.bilevel.replay import Facts, Inputs, for_this_pass
+from metaxl_evo.bilevel.replay import Inputs, for_this_pass
 from metaxl_evo.estimators import Estimator, EvoGrad, OneStep
-from tests.estimators.problems import network, quadratic, relative_error, split_network
+from tests.estimators.problems import known, network, quadratic, relative_error, split_network
 
 ESTIMATES: dict[str, Estimator] = {
     "double_backward": OneStep("double_backward"),
@@ -46,8 +46,9 @@ class Masks:
         return (mask * (w["x"] - lam["y"]).square()).mean()
 
     def problem(self, **options: Any) -> BilevelProblem:
-        known = Facts(trusted=frozenset(W), forward_ad=frozenset((0, 1)))  # no passes to find out about the loss
-        return BilevelProblem(self.loss, lambda w, lam, batch: w["x"].square().sum(), SGD(0.1), facts=known, **options)
+        return BilevelProblem(
+            self.loss, lambda w, lam, batch: w["x"].square().sum(), SGD(0.1), facts=known(W), **options
+        )
 
 
 W = {"x": torch.linspace(-1, 1, N, dtype=torch.float64)}
@@ -268,7 +269,7 @@ def test_forward_and_backward_lie_in_one_scope_a_pass(name: str, gradients: bool
     problem = replace(
         toy.problem, scope=watch.scope, inner_loss=watch.watched(toy.problem.inner_loss),
         outer_loss=watch.watched(toy.problem.outer_loss), stop_gradients=gradients,
-        facts=Facts(trusted=frozenset(toy.w)),
+        facts=known(toy.w),
     )  # fmt: skip
     counts = hypergradient(problem, ESTIMATES[name], toy.w, toy.lam, toy.train, toy.val).counts
     assert watch.entered == counts.forwards + counts.hvps

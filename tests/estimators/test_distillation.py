@@ -35,6 +35,7 @@ from tests.estimators.problems import (
     Quadratic,
     Toy,
     golden,
+    known,
     network,
     quadratic,
     relative_error,
@@ -469,7 +470,7 @@ def watched(toy: Toy, calls: list[tuple[Tensor, Tensor]]) -> BilevelProblem:
         calls.append((w["th"].detach().clone(), rows))
         return inner(w, lam, rows)
 
-    return replace(toy.problem, inner_loss=noted)
+    return replace(toy.problem, inner_loss=noted, facts=known(toy.w))
 
 
 def test_the_term_is_taken_at_the_mean_on_what_was_drawn() -> None:

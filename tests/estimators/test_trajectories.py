@@ -34,6 +34,7 @@ from tests.estimators.problems import (
     Toy,
     flat,
     golden,
+    known,
     logged,
     network,
     numerical_error,
@@ -486,7 +487,7 @@ def test_cost_of_an_episode(estimator: Estimator, steps: int) -> None:
             w["th"].register_hook(reached.append)
         return inner(w, lam, batch)
 
-    problem = replace(toy.problem, inner_loss=logged(watched, calls))
+    problem = replace(toy.problem, inner_loss=logged(watched, calls), facts=known(toy.w))
     counts = episode(replace(toy, problem=problem), estimator, [toy.train] * 6).counts
     assert counts == estimator.cost(step_made=True, steps=6)
     assert counts.hvps == steps
