@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from metaxl_evo.bilevel.problem import BilevelProblem, Split
@@ -24,7 +25,7 @@ from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, Windowed
 from metaxl_evo.messages import first_line
 from metaxl_evo.models.adapters import ADAPTER, is_adapted, load_adapter, merged, plain_model, save_adapter
-from metaxl_evo.models.norms import cast, running_statistics
+from metaxl_evo.models.norms import cast, normalises_batches, without_update
 
 Batch = dict[str, Any]
 
@@ -276,10 +277,11 @@ class BilevelModule(nn.Module, ABC):
         """
         modes = [(module, module.training) for module in self.modules()]
         recomputed = [module for module, training in modes if training and not dropout and _is_checkpointed(module)]
-        norms = [module for module in self.modules() if running_statistics(module)]
-        tracking = [(n, n.track_running_stats) for n in norms if isinstance(n, _NormBase) and n.training]
+        norms = [module for module in self.modules() if normalises_batches(module)]
+        tracking = [(norm, norm.track_running_stats) for norm in norms if isinstance(norm, _BatchNorm)]
         buffers = [(m, key, b) for m in self.modules() for key, b in m._buffers.items() if b is not None]
         hooks = [module.register_forward_pre_hook(_renumber(rows)) for module, rows in embeddings]
+        hooks += [hook for norm in norms if isinstance(norm, _InstanceNorm) for hook in without_update(norm)]
         try:
             for owner, key, buffer in buffers:
                 owner._buffers[key] = buffer.clone()
@@ -288,7 +290,6 @@ class BilevelModule(nn.Module, ABC):
                     module.training = dropout and module.training
             for norm, _ in tracking:  # an update in place is beyond torch.func, even on a copy
                 norm.track_running_stats = False
-                norm._buffers.update(dict.fromkeys(running_statistics(norm)))
             with _recomputing(recomputed):
                 yield
         finally:

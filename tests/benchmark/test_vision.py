@@ -124,6 +124,7 @@ def test_meta_weight_net_holds_no_graph_of_the_network() -> None:
         return memory.peak
 
     def estimated(estimator: Estimator) -> int:
+        hypergradient(problem, estimator, w, lam, [train], [val])  # which finds out what is to be known of the loss
         return peak(lambda: hypergradient(problem, estimator, w, lam, [train], [val]))
 
     def plain_step() -> None:
