@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -42,7 +43,7 @@ from metaxl_evo.models.losses import (
     view_of,
 )
 from metaxl_evo.models.network_files import WEIGHTS_FILE
-from metaxl_evo.models.norms import cast, running_statistics
+from metaxl_evo.models.norms import cast, normalises_batches, without_update
 
 Places = Mapping[str, Sequence[tuple[Any, str]]]  # a parameter's name -> the modules that hold it, and their names
 
@@ -385,10 +386,11 @@ class BilevelModule(nn.Module, ABC):
         """
         modes = [(module, module.training) for module in self.modules()]
         recomputed = [module for module, training in modes if training and not dropout and _is_checkpointed(module)]
-        norms = [module for module in self.modules() if running_statistics(module)]
-        tracking = [(n, n.track_running_stats) for n in norms if isinstance(n, _NormBase) and n.training]
+        norms = [module for module in self.modules() if normalises_batches(module)]
+        tracking = [(norm, norm.track_running_stats) for norm in norms if isinstance(norm, _BatchNorm)]
         buffers = [(m, key, b) for m in self.modules() for key, b in m._buffers.items() if b is not None]
         hooks = [module.register_forward_pre_hook(_renumber(rows)) for module, rows in embeddings]
+        hooks += [hook for norm in norms if isinstance(norm, _InstanceNorm) for hook in without_update(norm)]
         try:
             for owner, key, buffer in buffers:
                 owner._buffers[key] = buffer.clone()
@@ -397,7 +399,6 @@ class BilevelModule(nn.Module, ABC):
                     module.training = dropout and module.training
             for norm, _ in tracking:  # an update in place is beyond torch.func, even on a copy
                 norm.track_running_stats = False
-                norm._buffers.update(dict.fromkeys(running_statistics(norm)))
             with _recomputing(recomputed):
                 yield
         finally:

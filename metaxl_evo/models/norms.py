@@ -8,16 +8,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+
+def normalises_batches(module: nn.Module) -> bool:
+    """Whether a layer is another function in evaluation than in training, not one with less noise as dropout is."""
+    return isinstance(module, _BatchNorm) or bool(running_statistics(module))
 
 
 def running_statistics(module: nn.Module) -> dict[str, Tensor]:
     """The buffers in which a norm averages over batches (`running_mean`, `running_var`, ..), its children's left out.
 
-    A module that has some (batch norm, instance norm with `track_running_stats`, a norm of the user's own) is another
-    function in evaluation than in training, not one with less noise as dropout is.
+    Batch norms have them, instance norms with `track_running_stats`, and norms of a user's own.
     """
     held = {name: b for name, b in module._buffers.items() if b is not None and b.is_floating_point()}
     return {name: b for name, b in held.items() if name.startswith(("running_", "moving_"))}
+
+
+def without_update(norm: nn.Module) -> list[RemovableHandle]:
+    """Hooks under which an instance norm does without its running statistics wherever it is run in training mode.
+
+    It would update them in place, which is beyond `torch.func`; a batch norm does not with `track_running_stats` off.
+    """
+    held: dict[str, Tensor] = {}
+
+    def before(module: nn.Module, inputs: Any) -> None:
+        if module.training:
+            held.update(running_statistics(module))
+            module._buffers.update(dict.fromkeys(held))
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+        module._buffers.update(held)
+        held.clear()
+
+    return [norm.register_forward_pre_hook(before), norm.register_forward_hook(after, always_call=True)]
 
 
 @contextmanager

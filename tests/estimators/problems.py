@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metaxl_evo.bilevel import SGD, Adam, BilevelProblem, Split, Tree, stop_gradient
+from metaxl_evo.bilevel.replay import Facts, Tested
 from metaxl_evo.bilevel.update import UpdateRule, UpdateState
 
 
@@ -302,6 +303,18 @@ TOYS: dict[str, Callable[[torch.dtype], Toy]] = {
 
 
 # Helpers -------------------------------------------------------------------------------------------------------------
+
+
+class _Everything(Tested):
+    """What was found to be right on all batches, for all names."""
+
+    def covers(self, kind: Any, names: frozenset[Any]) -> bool:
+        return True
+
+
+def known() -> Facts:
+    """All that is to be found out about a loss, so that no passes are made for it."""
+    return Facts(evaluated=True, trusted=_Everything(), engine="jvp", twice=True, forward_ad=_Everything())
 
 
 def logged(fn: Callable[..., Tensor], calls: list[Any]) -> Callable[..., Tensor]:

@@ -27,13 +27,13 @@ from metaxl_evo.bilevel import (
     tree,
 )
 from metaxl_evo.bilevel.products import mixed_product
-from metaxl_evo.bilevel.replay import Facts
 from metaxl_evo.bilevel.update import UpdateState, from_optimizer
 from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder, OneStep
 from tests.estimators.problems import (
     Quadratic,
     Toy,
     golden,
+    known,
     logged,
     network,
     one_dimensional,
@@ -317,7 +317,7 @@ def test_copies_differ_and_antithetic_ones_mirror_each_other(noise: Any) -> None
         toy.problem,
         split=None,
         inner_loss=logged(toy.problem.inner_loss, calls),
-        facts=Facts(trusted=frozenset(toy.w)),
+        facts=known(),
     )
     for antithetic in (False, True):
         calls.clear()

@@ -37,10 +37,10 @@ class Centred(nn.Module):
 
 
 class Activated(nn.BatchNorm1d):
-    """As timm's: a batch norm and its activation in one."""
+    """A batch norm and what comes behind it in one, as timm's; here it is another function in training."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(super().forward(x))
+        return torch.tanh(super().forward(x) * (2 if self.training else 1))
 
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
@@ -48,6 +48,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "instance norm": lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True),
     "own": lambda: Centred(4),
     "subclass": lambda: Activated(4),
+    "without statistics": lambda: Activated(4, track_running_stats=False),
 }
 
 
@@ -120,10 +121,22 @@ def test_statistics_and_modes_are_left_as_they_were(norm: str, estimator: Any) -
     before = {name: b.clone() for name, b in task.named_buffers()}
     held = {name: b.data_ptr() for name, b in task.named_buffers()}
     estimate(task, estimator, batch)
-    assert before
     assert all(torch.equal(b, before[name]) for name, b in task.named_buffers())
     assert {name: b.data_ptr() for name, b in task.named_buffers()} == held
     assert all(one.training for one in task.modules())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_loss_may_evaluate(norm: str) -> None:
+    """Within a pass, by the running statistics."""
+    task, batch = module(norm)
+    task.base(batch["x"])
+    with task.problem(SGD(0.1)).scope():
+        task.base.eval()
+        evaluated = task.base(batch["x"])
+        task.base.train()
+    task.base.eval()
+    torch.testing.assert_close(evaluated, task.base(batch["x"]))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -143,7 +156,7 @@ def test_one_that_is_in_evaluation_mode_stays_there(norm: str) -> None:
 
 def test_what_has_running_statistics() -> None:
     assert {name: len(running_statistics(make())) for name, make in NORMS.items()} == {
-        "batch norm": 2, "instance norm": 2, "own": 1, "subclass": 2,
+        "batch norm": 2, "instance norm": 2, "own": 1, "subclass": 2, "without statistics": 0,
     }  # fmt: skip
     without = [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.InstanceNorm1d(4), nn.Dropout(), nn.Sequential(Centred(4))]
     for layer in without:

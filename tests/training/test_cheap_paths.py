@@ -434,9 +434,10 @@ def test_the_rows_that_read_lam_give_the_whole_gradient(settings: dict[str, Any]
     rows = tagger.reads_lam(batch)
     assert (rows["language"] >= 0).all()
     assert len(rows["input_ids"]) == len(rows["labels"]) == 4
-    assert rows[TOTALS] == tagger.counts(batch)
-    assert tagger.reads_lam({**batch, TOTALS: {"source": 50, "target": 60}})[TOTALS] == {"source": 50, "target": 60}
     problem = tagger.problem(SGD(0.1))
+    totals = {"source": 50, "target": 60}
+    assert problem.reads_lam(batch)[TOTALS] == tagger.counts(batch)
+    assert problem.reads_lam({**batch, TOTALS: totals})[TOTALS] == totals
     w, lam = tagger.base_parameters(), tagger.meta_parameters()
     found, expected = (
         PassContext(one).lam_grad(w, lam, [batch]) for one in (problem, replace(problem, reads_lam=lambda part: part))

@@ -57,8 +57,12 @@ def dtypes_seen(
 def test_meta_passes_stay_in_float32(tmp_path: Path, kwargs: dict[str, Any]) -> None:
     plain = dtypes_seen(tmp_path / "fp32", estimator_kwargs=kwargs)
     mixed = dtypes_seen(tmp_path / "bf16", estimator_kwargs=kwargs, bf16=True)
-    assert plain[:2] == ({torch.float32}, {torch.float32})
-    assert mixed[:2] == ({torch.bfloat16}, {torch.float32})
+    assert (plain[0], mixed[0]) == ({torch.float32}, {torch.bfloat16})
+    for _, meta, *_ in (
+        plain,
+        mixed,
+    ):  # the value test before weights are perturbed is in float64
+        assert meta == {torch.float32} | ({torch.float64} if kwargs["engine"] == "finite_difference" else set())
     assert mixed[3] == plain[3]  # at the same weights the meta loss is the same number
     for name, value in plain[2].items():
         torch.testing.assert_close(mixed[2][name], value, rtol=0, atol=0)
@@ -93,7 +97,7 @@ class Catching(MetaTrainer):
 
 
 class UnderAutocast(Catching):
-    """What it would be with the meta passes in the base step's precision."""
+    """With the base step's autocast around the meta step."""
 
     def _meta_step(self, *arguments: Any) -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -134,10 +138,10 @@ def test_hypergradients_of_bf16_steps(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("order", ["after_step", "lookahead"])
 @pytest.mark.parametrize("case", SUBTRACTING)
-def test_meta_passes_under_autocast_would_be_far_off(tmp_path: Path, case: str, order: str) -> None:
-    plain = hypergradient_of_first_step(tmp_path, case, meta_order=order)
-    wrong = hypergradient_of_first_step(tmp_path, case, cls=UnderAutocast, meta_order=order, bf16=True)
-    assert relative_error(wrong, plain) > 10 * ROUNDING
+def test_autocast_around_the_meta_passes_is_switched_off(tmp_path: Path, case: str, order: str) -> None:
+    plain = hypergradient_of_first_step(tmp_path, case, meta_order=order, bf16=True)
+    around = hypergradient_of_first_step(tmp_path, case, cls=UnderAutocast, meta_order=order, bf16=True)
+    assert relative_error(around, plain) == 0
 
 
 def pretrained_tagger(folder: Path) -> CrossLingualTagger:
