@@ -233,8 +233,8 @@ def test_stock_attention_gives_the_numbers_of_eager(
 ) -> None:
     """With dropout in the base step and none in the meta passes, whose kernel is the fused one.
 
-    The math kernel runs in the second-order passes, as many as are counted, in the four at most by which an engine is
-    found out, and nowhere else.
+    The math kernel runs in the second-order passes, as many as are counted, in the few by which an engine is found
+    out, and nowhere else.
     """
     attention = Attention(monkeypatch)
     attention.trainer = stock = trainer_of(tmp_path, tagger_of(one[0], torch.float64, dropout=True), *one)
@@ -246,7 +246,8 @@ def test_stock_attention_gives_the_numbers_of_eager(
     same_run(stock, eager, tolerance(*one, torch.float64))
     second_order = sum(counts.hvps + counts.jvps for counts in stock.all_counts)
     assert (second_order == 0) == (one in FIRST_ORDER)
-    assert 0 <= attention.confined - LAYERS * second_order <= LAYERS * (4 if second_order else 0)
+    looks = 8 if one[0] == "hyperdistill" else 4  # whose drawn batches are of another kind
+    assert 0 <= attention.confined - LAYERS * second_order <= LAYERS * (looks if second_order else 0)
     assert attention.confined_in_base == 0
     assert attention.free >= LAYERS * stock.state.global_step
 
