@@ -47,7 +47,7 @@ _NUMBERS = (
 )
 _BETAS = ("adam_beta1", "adam_beta2")
 _INTERVALS = ("logging_steps", "eval_steps", "save_steps")  # zero is judged, or replaced, by TrainingArguments
-_SEEDS = ("data_seed", "meta_seed")
+_SEEDS = ("seed", "data_seed", "meta_seed")
 _COUNTS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",

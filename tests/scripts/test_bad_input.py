@@ -63,7 +63,7 @@ SETTINGS: list[tuple[Settings, str]] = [
     ({"meta_every": 0}, "meta_every must be .*at least 1"),
     ({"meta_portion": 1.5}, "meta_portion must be .*between 0 and 1"),
     ({"logging_steps": -3}, "logging_steps must be"),
-    ({"seed": -1}, "[Ss]eed must be between 0"),
+    ({"seed": -1}, "seed must be a whole number of at least 0"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
     ({"optimizer_class": "Adan"}, "unknown optimizer_class 'Adan': did you mean 'Adam"),
     ({"resume_from_checkpoint": "/absent/checkpoint-3"}, "/absent/checkpoint-3 is not a folder: give a checkpoint-N"),

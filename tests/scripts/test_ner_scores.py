@@ -145,7 +145,7 @@ def test_a_sentence_longer_than_the_positions_is_cut_and_counted(
     settings = {"max_length": 200, "eval_max_length": 512, "max_steps": 2}
     assert AutoTokenizer.from_pretrained(model).model_max_length > 10**9
     assert train(model, root, tmp_path / "checked", check="true", **settings)["words_cut_off"]["test"] > 0.1
-    assert capsys.readouterr().out.splitlines()[-1] == "OK"
+    assert capsys.readouterr().out.splitlines()[-1].startswith("OK")
     results = train(model, root, tmp_path / "out", **settings)["test"]["beru"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     cut = 0

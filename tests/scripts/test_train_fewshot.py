@@ -102,9 +102,12 @@ def test_every_run_has_a_folder_of_its_own(compared: Any) -> None:
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     one = ["README.md", "config.json", "model.safetensors", "results.json", "training_args.bin"]
     one += ["feature_transform/config.json", "feature_transform/model.safetensors"]
-    found = {name for name in files if not name.endswith(".png")}
+    found = {name for name in files if not name.endswith((".png", "meta_history.csv"))}
     assert found == {"results.json"} | {f"{run}/{seed}/{name}" for run in RUNS for seed in (1, 2) for name in one}
-    assert {name for name in files if name.endswith(".png")} <= {f"evo/{s}/feature_transform.png" for s in (1, 2)}
+    assert {name for name in files if name.endswith(".png")} <= {
+        f"evo/{seed}/{name}.png" for seed in (1, 2) for name in ("feature_transform", "meta_history")
+    }
+    assert {name for name in files if name.endswith(".csv")} == {f"evo/{seed}/meta_history.csv" for seed in (1, 2)}
 
 
 def test_the_results_of_a_comparison(compared: Any) -> None:
