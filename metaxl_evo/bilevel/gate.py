@@ -112,19 +112,6 @@ def evaluate(passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
         facts.evaluated = True
 
 
-def repeated(passes: PassContext, w: Tree, lam: Tree, batch: Any) -> tuple[float, float] | None:
-    """The inner loss of the first part by the same pass twice; None where this process has no rows.
-
-    Two numbers that differ show random numbers which no seed of a pass reaches (a generator of the loss's own).
-    """
-    part = first_part(passes, batch)
-    if part is None:
-        return None
-    here = alone(passes)
-    first, second = (float(here.inner_value(w, lam, part[0])) for _ in range(2))
-    return first, second
-
-
 def differs(first: float, second: float) -> bool:
     """Whether two numbers are further apart than their rounding."""
     return abs(first - second) > REPEATED * max(abs(first), abs(second))

@@ -78,8 +78,11 @@ def _taken(module: BilevelModule, part: Batch, numbers: Tensor) -> Batch:
     places = new[held["places"]]
     rows = (places >= 0).nonzero().flatten()
     taken = module.take_rows(view_of(part), rows) if len(rows) else {}
-    totals = {TOTALS: part[TOTALS]} if TOTALS in part else {}
-    return {**taken, **totals, HELD: {**held, "of": len(numbers), "places": places[rows]}}
+    return {**taken, **_totals(part), HELD: {**held, "of": len(numbers), "places": places[rows]}}
+
+
+def _totals(part: Batch) -> Batch:
+    return {TOTALS: part[TOTALS]} if TOTALS in part else {}
 
 
 def _shifted(part: Batch, by: int) -> Batch:
@@ -100,8 +103,7 @@ def _packed(module: BilevelModule, parts: Sequence[Batch]) -> list[Batch]:
             packed.append(part)
             continue
         places = torch.cat([last["places"], part[HELD]["places"]])
-        totals = {TOTALS: part[TOTALS]} if TOTALS in part else {}
-        packed[-1] = {**joined, **totals, HELD: {**last, "places": places}}
+        packed[-1] = {**joined, **_totals(part), HELD: {**last, "places": places}}
     return packed
 
 
