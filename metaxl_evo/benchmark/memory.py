@@ -33,7 +33,8 @@ class PeakMemory(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
+                for holder in _holders(leaf):
+                    self._see(holder)
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -65,10 +66,20 @@ class CudaPeakMemory:
 
 
 def live_tensors() -> Iterator[Tensor]:
-    """Every tensor that Python knows, and the gradients, which autograd may hold alone."""
+    """Every tensor that Python knows, and the gradients, which autograd may hold alone; of sparse ones the parts.
+
+    What only has a shape is left out: tensors on the meta device, and the fake ones that a compilation leaves behind.
+    """
     gc.collect()
     for thing in gc.get_objects():
         if issubclass(type(thing), Tensor):
-            yield thing
+            yield from _holders(thing)
             if thing.is_leaf and thing.grad is not None:
-                yield thing.grad
+                yield from _holders(thing.grad)
+
+
+def _holders(tensor: Tensor) -> Iterator[Tensor]:
+    if tensor.is_sparse:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.untyped_storage().device.type != "meta":
+        yield tensor

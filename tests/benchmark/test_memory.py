@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from metaxl_evo.benchmark.memory import PeakMemory, live_tensors
 
@@ -108,3 +110,17 @@ def test_live_tensors_forgets_garbage_in_cycles() -> None:
         assert live(8888) == 0
     finally:
         gc.enable()
+
+
+def test_live_tensors_are_those_that_hold_memory() -> None:
+    """A compilation leaves fake ones behind, with symbols for sizes; a sparse one holds its parts."""
+    fake = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.ones(6, 11))
+    sparse = torch.ones(9999).to_sparse()
+    assert not any(tensor is fake or tensor is sparse for tensor in live_tensors())
+    assert live(9999) == 2  # its values, its indices
+    with PeakMemory(live_tensors()) as memory:
+        start = memory.live
+        more = torch.ones(9999).to_sparse()
+    assert type(start) is int
+    assert memory.live - start == 9999 * (4 + 8)
+    del more
