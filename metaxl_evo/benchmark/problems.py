@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +15,15 @@ from transformers import PrinterCallback, XLMRobertaConfig, XLMRobertaForTokenCl
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.rows import Row
-from metaxl_evo.bilevel import SGD, BilevelProblem, Counts, Hypergradient, Tree
+from metaxl_evo.bilevel import SGD, BilevelProblem, Tree
 from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.pretrained import add_lora
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.base_optimizer import BaseOptimizer
 from metaxl_evo.training.cli import make_settings
-from metaxl_evo.training.episodes import Episodes
+from metaxl_evo.training.meta_level import MetaLevel
 from metaxl_evo.training.trainer import MetaTrainer
 
 FOREVER = 10**9  # steps; whoever measures ends the training
@@ -77,15 +79,14 @@ def regression(settings: BenchmarkArguments, horizon: int) -> Episode:
 
 
 class MeasuredTrainer(MetaTrainer):
-    """A MetaTrainer whose estimator can be changed between steps, and which tells the passes of its last meta step.
+    """A MetaTrainer whose estimator can be changed between the steps of a training.
 
     Attributes:
         switch: turns the task's meta network on and off.
-        counts: of the last meta step since the change, if there was one.
     """
 
     switch: Callable[[bool], None]
-    counts: Counts | None = None
+    _level: MetaLevel
 
     def use(self, row: Row | None) -> None:
         """Go on with the estimator and order of `row`; with None as a plain Trainer without meta network.
@@ -93,18 +94,15 @@ class MeasuredTrainer(MetaTrainer):
         Raises:
             ValueError: where the estimator cannot serve the task, its optimiser or the trainer's arguments.
         """
-        self.estimator = self.episodes = self.counts = None
+        if self.meta_level is not None:
+            self._level = self.meta_level
+        self.meta_level = None
         self.switch(row is not None)
         if row is not None:
-            self.args.estimator, self.args.meta_order = row.estimator, row.order
-            estimator = row.make()
-            problem = self._problem(self._update_rule(estimator)[0])
-            estimator.check(problem, self.model.base_parameters(), self.model.meta_parameters())
-            self.estimator, self.episodes = estimator, Episodes(estimator, self.args)
-
-    def _apply(self, result: Hypergradient) -> None:
-        self.counts = result.counts
-        super()._apply(result)
+            args = copy.copy(self.args)
+            args.estimator, args.meta_order = row.estimator, row.order
+            self._level.use(row.make(), args, BaseOptimizer(self.optimizer, self.model, args))
+            self.meta_level = self._level
 
 
 def tagger(settings: BenchmarkArguments, rtn_layer: int) -> MeasuredTrainer:

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
-from transformers import TrainerCallback
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.meter import Meter, judge
 from metaxl_evo.benchmark.problems import MeasuredTrainer, tagger
 from metaxl_evo.benchmark.rows import Row, standing
 from metaxl_evo.benchmark.vision import weight_net
-from metaxl_evo.bilevel import Hypergradient, tree
+from metaxl_evo.bilevel import Counts, Hypergradient, tree
 from metaxl_evo.estimators import Estimator, OneStep
+from metaxl_evo.training.callbacks import MetaCallback
 
 EXACT = OneStep("double_backward")
 NO_META_STEP = (
@@ -71,21 +71,26 @@ def measure_task(settings: BenchmarkArguments, trainer: MeasuredTrainer, case: d
     return rows
 
 
-class _Rotation(TrainerCallback):
+class _Rotation(MetaCallback):
     """Puts the next row of the plan into the trainer and measures its step, or the steps of its episode."""
 
     def __init__(self, trainer: MeasuredTrainer, meter: Meter, bar: Any) -> None:
         self.trainer, self.meter, self.bar = trainer, meter, bar
         self.row: Row | None = None
+        self._counts: Counts | None = None  # of the row's last meta step
         self._steps_left = 0
         self._run = ExitStack()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._steps_left == 0:
             self.row, measure = self.meter.next()
+            self._counts = None
             self.trainer.use(self.row)
             self._steps_left = args.episode_length or 1
             self._run.enter_context(self.meter.measuring(self.row, measure))
+
+    def on_meta_step(self, args: Any, state: Any, control: Any, hypergradient: Any, *more: Any, **kwargs: Any) -> None:
+        self._counts = hypergradient.counts
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps_left -= 1
@@ -98,10 +103,10 @@ class _Rotation(TrainerCallback):
 
     def _note_counts(self, row: Row) -> None:
         """A run without a meta step would be a plain one that looks cheap."""
-        if self.trainer.counts is None:
+        if self._counts is None:
             row.fail(ValueError(NO_META_STEP))
         else:
-            row.counts = self.trainer.counts.as_dict()
+            row.counts = self._counts.as_dict()
 
     def fail(self, error: Exception) -> None:
         """Drop the row whose step raised; an error of the yardstick's is the benchmark's own."""

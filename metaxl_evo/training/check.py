@@ -233,7 +233,8 @@ class _FewSteps(TrainerCallback):
     @property
     def seconds_per_step(self) -> float:
         """The median over the periods of their mean step, without the first one and those that are diagnosed."""
-        estimator, diagnostics, last = self.trainer.estimator, self.trainer.diagnostics, len(self._seconds)
+        level, last = self.trainer.meta_level, len(self._seconds)
+        estimator, diagnostics = (None, None) if level is None else (level.estimator, level.diagnostics)
         ends = range(last - (_cycles(estimator) * CYCLE - 2) * self.period, last + 1, self.period)
         timed = [end for end in ends if diagnostics is None or not diagnostics.is_due(end - 1)]
         return statistics.median(statistics.fmean(self._seconds[end - self.period : end]) for end in timed)
@@ -384,8 +385,9 @@ def _judge_hypergradients(run: _FewSteps, estimator: Estimator, report: CheckRep
     if estimator.exact != "always" and estimator.remembers == "nothing" and unsolved is None:
         factor = found.get("meta_norm_by_one_step" if further else "meta_norm_by_exact", 1.0)
         _judge_size(factor, run.trainer.meta_optimizer, report)
-    if run.trainer.diagnostics is not None:
-        report.warnings += run.trainer.diagnostics.warned.values()
+    level = run.trainer.meta_level
+    if level is not None and level.diagnostics is not None:
+        report.warnings += level.diagnostics.warned.values()
 
 
 def _judge_size(factor: float, optimizer: Any, report: CheckReport) -> None:

@@ -10,8 +10,11 @@ from accelerate.utils import send_to_device
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.passes import PassContext
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators import Estimator
+from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.training.arguments import MetaTrainingArguments
 
 
@@ -28,11 +31,12 @@ class Episodes:
         _refuse(estimator, args)
         self.estimator = estimator
         self.length, self.reset, self.rate = args.episode_length, args.episode_reset, args.episode_reptile_rate
-        self.every = args.meta_every
+        self.every, self.name = args.meta_every, args.estimator
         self.state: Any = None
         self._is_open = False
         self._learned: Any = None
         self._start: Tree | None = None
+        self._trained: frozenset[str] | None = None  # the base parameters at the start of the episode
 
     @property
     def remembers(self) -> bool:
@@ -55,28 +59,54 @@ class Episodes:
         return (step + 1) % self.every == 0 if self.estimator.online else self.ends(step)
 
     def begin_step(
-        self, step: int, weights: Tree, optimizer: torch.optim.Optimizer, init: Callable[[Any], Any]
+        self,
+        number: int,
+        model: BilevelModule,
+        optimizer: torch.optim.Optimizer,
+        problem: Callable[[], BilevelProblem],
     ) -> None:
-        """Before a base step: where an episode begins, reset the base and make the estimator's state by `init`."""
-        begins = self.length is not None and step % self.length == 0
+        """Before a base step: where an episode begins, reset the base and make the estimator's state for `problem`."""
+        weights = model.base_parameters()
+        begins = self.length is not None and number % self.length == 0
         if self.reset != "continue":
             if self._start is None:
                 self._start = tree.clone(weights)
-            elif begins and step:
-                self._back_to_start(weights, optimizer)
+            elif begins and number:
+                self._back_to_start(self._start, weights, optimizer)
         if begins:
             self._is_open = False
         if self.remembers and not self._is_open:
-            self.state, self._is_open = init(self._learned), True
+            self._trained, self._is_open = frozenset(weights), True
+            self.state = self.estimator.init(problem(), weights, model.meta_parameters(), self._learned)
             if self.length is None and self.suspended:
                 raise ValueError(
                     f"{self.estimator} fits in an episode of its own, while the meta parameters stand still: set "
                     "episode_length, the number of base steps in one, or an estimator setting that needs no fit"
                 )
 
-    def end(self, learned: Any) -> None:
-        """After an episode's last step; `learned` is what the next one may know."""
-        self.state, self._is_open, self._learned = None, False, learned
+    def observe(self, passes: PassContext, step: InnerStep) -> None:
+        """Behind a base step: remember it.
+
+        Raises:
+            ValueError: where a weight was a constant at one step of an episode, and is none at another.
+        """
+        if self.remembers:
+            self._refuse_other_parameters(frozenset(step.current))
+            self.state = self.estimator.observe(passes, step, self.state)
+
+    def end_step(self, number: int, passes: PassContext, step: InnerStep) -> None:
+        """Behind a base step and its meta step: where an episode ends, keep what the next one may know."""
+        if self.ends(number):
+            self._learned = self.estimator.end_episode(passes, step, self.state)
+            self.state, self._is_open = None, False
+
+    def _refuse_other_parameters(self, now: frozenset[str]) -> None:
+        if self._trained is None or self._trained == now or self.estimator.remembers == "meta":
+            return
+        raise ValueError(
+            f"{min(self._trained ^ now)!r} was frozen, or set free, within an episode, whose weights the estimator "
+            f"{self.name!r} remembers: do it between episodes (episode_length), or use one_step or greedy"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What resume needs; a trajectory is not saved, so that a run cut off within one begins a new episode."""
@@ -105,12 +135,11 @@ class Episodes:
         )
 
     @torch.no_grad()
-    def _back_to_start(self, weights: Tree, optimizer: torch.optim.Optimizer) -> None:
-        assert self._start is not None
+    def _back_to_start(self, start: Tree, weights: Tree, optimizer: torch.optim.Optimizer) -> None:
         for name, weight in weights.items():
             if self.reset == "reptile":
-                self._start[name].lerp_(weight, self.rate)
-            weight.copy_(self._start[name])
+                start[name].lerp_(weight, self.rate)
+            weight.copy_(start[name])
         optimizer.state.clear()
 
 

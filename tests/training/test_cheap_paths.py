@@ -26,7 +26,7 @@ from metaxl_evo.estimators import make_estimator
 from metaxl_evo.estimators import noise as noise_module
 from metaxl_evo.models.bilevel_module import TOTALS, Batch
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
-from metaxl_evo.training import trainer as trainer_module
+from metaxl_evo.training import meta_level
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.tiny import (
     ESTIMATES,
@@ -241,7 +241,7 @@ def spied(look: Callable[[PassContext, InnerStep], Any]) -> Iterator[None]:
         return estimate(passes, estimator, step, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "estimate", spy)
+        patch.setattr(meta_level, "estimate", spy)
         yield
 
 

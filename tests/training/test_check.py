@@ -155,9 +155,9 @@ def test_a_meta_network_that_hardly_moves_is_a_warning(tmp_path: Path) -> None:
 
 def test_what_the_diagnostics_warn_of_is_found(tmp_path: Path) -> None:
     found, trainer = checked(tmp_path, estimator="evograd", estimator_kwargs={"sigma": 1.0}, meta_adam_epsilon=1e3)
-    assert trainer.diagnostics is not None
-    assert {"regime", "epsilon"} <= trainer.diagnostics.warned.keys()
-    assert set(trainer.diagnostics.warned.values()) <= set(found["warnings"])
+    warned = trainer.meta_level.diagnostics.warned  # type: ignore[union-attr]
+    assert {"regime", "epsilon"} <= warned.keys()
+    assert set(warned.values()) <= set(found["warnings"])
     assert found["meta_effective_copies"] < 1.1
     assert found["meta_noise_scale"] > 10
 
@@ -236,7 +236,8 @@ def test_steps_that_are_diagnosed_and_the_first_period_are_not_timed() -> None:
     args = SimpleNamespace(meta_every=2, episode_length=None)
     seconds = [[50, 50], [1, 3], [90, 90], [2, 4], [3, 5], [90, 90], [4, 6], [50, 0], [90, 90]]
     run._seconds = [float(second) for pair in seconds for second in pair]
-    run.trainer = SimpleNamespace(args=args, estimator=OneStep(), diagnostics=Diagnostics(OneStep(), 6))  # type: ignore[assignment]
+    level = SimpleNamespace(estimator=OneStep(), diagnostics=Diagnostics(OneStep(), 6))
+    run.trainer = SimpleNamespace(args=args, estimator=OneStep(), meta_level=level)  # type: ignore[assignment]
     assert run.seconds_per_step == 4.0  # the median of 2, 3, 4, 5 and 25
 
 

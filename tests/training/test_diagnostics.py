@@ -17,7 +17,7 @@ from metaxl_evo.bilevel.problem import Hypergradient, InnerStep, estimate, look_
 from metaxl_evo.estimators import ESTIMATORS, EvoGrad, OneStep, make_estimator
 from metaxl_evo.ner.tagger import CrossLingualTagger
 from metaxl_evo.training import diagnostics as diagnostics_module
-from metaxl_evo.training import trainer as trainer_module
+from metaxl_evo.training import meta_level
 from metaxl_evo.training.diagnostics import (
     IN_A_ROW,
     Diagnostics,
@@ -193,7 +193,7 @@ def test_they_change_nothing(
             seen.append((context.seed, result.counts.as_dict()))
             return result
 
-        monkeypatch.setattr(trainer_module, "estimate", spy)
+        monkeypatch.setattr(meta_level, "estimate", spy)
         settings = {"max_steps": 4, "meta_order": order, "meta_diagnostics_every": every, "estimator": name}
         settings |= {"meta_dropout": dropout, "meta_learning_rate": 0.1}
         trainer = tiny_trainer(tmp_path, tagger=tiny_tagger(dropout=dropout), **settings | RUNS[name])
@@ -389,8 +389,7 @@ def test_a_run_warns_once_of_each_with_advice(
     assert len(said) == 1
     assert advice in said[0]
     assert "\n" not in said[0]
-    assert trainer.diagnostics is not None
-    assert list(trainer.diagnostics.warned.values()) == said
+    assert list(trainer.meta_level.diagnostics.warned.values()) == said  # type: ignore[union-attr]
     if what == "one-hot":
         assert min(logged(trainer, "meta_noise_scale")) > 10
         assert max(logged(trainer, "meta_effective_copies")) < 1.1

@@ -48,9 +48,9 @@ class Seen(TrainerCallback):
         self.rows: list[int] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for window, seen in zip(self.trainer._window, (self.train, self.meta), strict=True):
+        for window, seen in zip(self.trainer.window, (self.train, self.meta), strict=True):
             seen.append(sorted({int(epoch) for batch in window for epoch in batch["epoch"]}))
-        self.rows += [int(row) for batch in self.trainer._window[0] for row in batch["row"]]
+        self.rows += [int(row) for batch in self.trainer.window[0] for row in batch["row"]]
 
 
 def trainer_of(folder: Path, *, train: Any = None, meta: Any = None, **fields: Any) -> tuple[MetaTrainer, Seen]:

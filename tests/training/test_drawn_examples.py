@@ -34,7 +34,7 @@ class Watch(TrainerCallback):
         self.sizes: list[int] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        held = self.trainer.episodes.state["batch"]
+        held = self.trainer.meta_level.episodes.state["batch"]
         self.drawn.append(sorted(torch.cat([part["number"] for part in held]).tolist()))
         self.sizes.append(max(len(part["number"]) for part in held))
 

@@ -16,7 +16,7 @@ from metaxl_evo.bilevel import SGD, Tree, run_episode
 from metaxl_evo.bilevel.update import AdamW, UpdateRule
 from metaxl_evo.estimators import ESTIMATORS, make_estimator
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
-from metaxl_evo.training import trainer as trainer_module
+from metaxl_evo.training import meta_level
 from metaxl_evo.training.arguments import EPISODE_RESETS
 from metaxl_evo.training.episodes import Episodes
 from metaxl_evo.training.trainer import MetaTrainer
@@ -106,7 +106,7 @@ class Watch(TrainerCallback):
             self.steps[-1] |= {"at": self._levels(), "state": state, "lr": optimizer.param_groups[0]["lr"]}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps[-1] |= {"after": self._levels(), "window": self.trainer._window}
+        self.steps[-1] |= {"after": self._levels(), "window": self.trainer.window}
 
     @property
     def moves(self) -> list[bool]:
@@ -314,7 +314,7 @@ def test_an_episode_is_that_of_run_episode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any], optimizer: str, reset: str
 ) -> None:
     """From the weights and over the batches of each episode that begins with a fresh optimiser."""
-    monkeypatch.setattr(trainer_module, "examples_of", lambda *of: None)  # they would be drawn by another seed
+    monkeypatch.setattr(meta_level, "examples_of", lambda *of: None)  # they would be drawn by another seed
     fields, rule = OPTIMIZERS[optimizer]
     estimator = make_estimator(name, **settings)
     watch = watched(
@@ -338,7 +338,7 @@ def test_hyperdistill_fits_in_an_episode_that_leaves_lam_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
     """Every other episode; what it learns is used in the next one."""
-    monkeypatch.setattr(trainer_module, "examples_of", lambda *of: None)  # they would be drawn by another seed
+    monkeypatch.setattr(meta_level, "examples_of", lambda *of: None)  # they would be drawn by another seed
     settings = {"decay": 0.9, "fit_every": 2}
     watch = watched(
         tmp_path, estimator="hyperdistill", estimator_kwargs=settings, meta_every=3, meta_order=order, max_steps=12,

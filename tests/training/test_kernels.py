@@ -18,12 +18,14 @@ from metaxl_evo.estimators import ESTIMATORS, make_estimator
 from metaxl_evo.models.bilevel_module import Batch
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.tagger import CrossLingualTagger
+from metaxl_evo.training.meta_level import MetaLevel
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.tiny import (
     LAYERS,
     NO_DROPOUT,
     ORDERS,
     PAD,
+    Hypergradients,
     base_weights,
     close,
     collate,
@@ -76,22 +78,17 @@ class Judged(CrossLingualTagger):
 
 
 class Recorded(MetaTrainer):
-    """Keeps every hypergradient and all counts, and says when the base step's own forward runs."""
+    """Keeps every hypergradient, and says when the base step's own forward runs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.results: list[Hypergradient] = []
-        self.all_counts: list[Counts] = []
+        self.noted = Hypergradients()
+        self.add_callback(self.noted)
         self.in_base_step = False
 
-    def _apply(self, result: Hypergradient) -> None:
-        self.results.append(result)
-        super()._apply(result)
-
-    def _new_passes(self, problem: Any) -> PassContext:
-        context = super()._new_passes(problem)
-        self.all_counts.append(context.counts)
-        return context
+    @property
+    def results(self) -> list[Hypergradient]:
+        return self.noted.results
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         self.in_base_step = True
@@ -214,6 +211,15 @@ class Attention:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.trainer: Any = None
         self.free, self.confined, self.confined_in_base = 0, 0, 0
+        self.counts: list[Counts] = []  # of all passes
+        plain_passes = MetaLevel.passes
+
+        def passes(*args: Any) -> PassContext:
+            context = plain_passes(*args)
+            self.counts.append(context.counts)
+            return context
+
+        monkeypatch.setattr(MetaLevel, "passes", passes)
         plain: Callable[..., Tensor] = F.scaled_dot_product_attention
 
         def attend(*args: Any, **kwargs: Any) -> Tensor:
@@ -241,10 +247,10 @@ def test_stock_attention_gives_the_numbers_of_eager(
     stock.train()
     assert stock.model.attention_kernel == "sdpa"
     calls = attention.free + attention.confined
+    second_order = sum(counts.hvps + counts.jvps for counts in attention.counts)
     eager = run(tmp_path, tagger_of(one[0], torch.float64, dropout=True, attn_implementation="eager"), *one)
     assert attention.free + attention.confined == calls  # eager attention does not come by
     same_run(stock, eager, tolerance(*one, torch.float64))
-    second_order = sum(counts.hvps + counts.jvps for counts in stock.all_counts)
     assert (second_order == 0) == (one in FIRST_ORDER)
     looks = 8 if one[0] == "hyperdistill" else 4  # whose drawn batches are of another kind
     assert 0 <= attention.confined - LAYERS * second_order <= LAYERS * (looks if second_order else 0)

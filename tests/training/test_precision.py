@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.problem import Hypergradient
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.tagger import CrossLingualTagger
-from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.training import meta_level
 from tests.training.tiny import (
     ESTIMATES,
     LABELS,
     PAD,
+    Hypergradients,
     base_weights,
     logged,
     meta_weights,
@@ -88,37 +88,20 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 SUBTRACTING = ("finite_difference", "evograd", "sama")  # differences of losses or gradients magnify their rounding
 
 
-class Catching(MetaTrainer):
-    """Keeps the last hypergradient."""
-
-    def _apply(self, result: Hypergradient) -> None:
-        self.caught = tree.clone(result.grads)
-        super()._apply(result)
-
-
-class UnderAutocast(Catching):
-    """With the base step's autocast around the meta step."""
-
-    def _meta_step(self, *arguments: Any) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            super()._meta_step(*arguments)
-
-
 def hypergradient_of_first_step(
-    folder: Path, case: str, tagger: CrossLingualTagger | None = None, cls: type[Catching] = Catching, **fields: Any
+    folder: Path, case: str, tagger: CrossLingualTagger | None = None, **fields: Any
 ) -> Tree:
-    trainer: Any = tiny_trainer(
+    noted = Hypergradients()
+    tiny_trainer(
         folder,
         tagger=tiny_tagger(dropout=False) if tagger is None else tagger,
-        trainer_class=cls,
+        trainer={"callbacks": [noted]},
         optimizer_class="SGD",
         learning_rate=1e-2,
         max_steps=1,
         **ESTIMATORS[case] | fields,
-    )
-    trainer.train()
-    caught: Tree = trainer.caught
-    return caught
+    ).train()
+    return noted.grads[-1]
 
 
 def relative_error(found: Tree, expected: Tree) -> float:
@@ -138,9 +121,13 @@ def test_hypergradients_of_bf16_steps(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("order", ["after_step", "lookahead"])
 @pytest.mark.parametrize("case", SUBTRACTING)
-def test_autocast_around_the_meta_passes_is_switched_off(tmp_path: Path, case: str, order: str) -> None:
+def test_autocast_around_the_meta_passes_is_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, order: str
+) -> None:
+    """The base step's."""
     plain = hypergradient_of_first_step(tmp_path, case, meta_order=order, bf16=True)
-    around = hypergradient_of_first_step(tmp_path, case, cls=UnderAutocast, meta_order=order, bf16=True)
+    monkeypatch.setattr(meta_level, "estimate", torch.autocast("cpu", torch.bfloat16)(meta_level.estimate))
+    around = hypergradient_of_first_step(tmp_path, case, meta_order=order, bf16=True)
     assert relative_error(around, plain) == 0
 
 

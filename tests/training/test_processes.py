@@ -32,6 +32,7 @@ from tests.training.test_tuned_optimizer import trainer_of as tuned_trainer
 from tests.training.tiny import (
     ESTIMATES,
     ORDERS,
+    Hypergradients,
     base_weights,
     final_state,
     logged,
@@ -82,17 +83,11 @@ Record = dict[str, Any]
 
 def noted(trainer: MetaTrainer) -> Record:
     """Train, and note every hypergradient on the way."""
-    hypergradients: list[Tree] = []
-    apply = trainer._apply
-
-    def note(result: Any) -> None:
-        hypergradients.append(tree.clone(result.grads))
-        apply(result)
-
-    trainer._apply = note  # type: ignore[method-assign]
+    noted = Hypergradients()
+    trainer.add_callback(noted)
     trainer.train()
     return {
-        "hypergradients": hypergradients,
+        "hypergradients": noted.grads,
         "logs": {key: logged(trainer, key) for key in LOGGED},
         "state": {name: held for name, held in final_state(trainer).items() if name != "random"},
         "weights": {**base_weights(trainer), **meta_weights(trainer)},

@@ -16,7 +16,8 @@ from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from metaxl_evo.estimators import EvoGrad, OneStep, takes_any_optimizer
 from metaxl_evo.ner.tagger import CrossLingualTagger
-from metaxl_evo.training.trainer import MetaTrainer, may_step_in_two
+from metaxl_evo.training.base_optimizer import may_step_in_two
+from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.tiny import (
     ESTIMATES,
     base_weights,

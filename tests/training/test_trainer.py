@@ -30,13 +30,15 @@ from metaxl_evo.bilevel.problem import estimate
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.synthetic import SyntheticFamily, build_tagger
 from metaxl_evo.ner.tagger import IGNORED, TARGET, CrossLingualTagger
-from metaxl_evo.training import trainer as trainer_module
+from metaxl_evo.training import meta_level
+from metaxl_evo.training.base_optimizer import unwrapped
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.tiny import (
     ESTIMATES,
     NO_DROPOUT,
     ORDERS,
     PAD,
+    Hypergradients,
     base_weights,
     close,
     collate,
@@ -135,7 +137,7 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         after = {"w": base_weights(self.trainer), "lam": meta_weights(self.trainer)}
-        self.steps[-1] |= {"after": after, "window": self.trainer._window}
+        self.steps[-1] |= {"after": after, "window": self.trainer.window}
 
 
 class ByHand:
@@ -341,7 +343,7 @@ def test_evograd_is_the_derivative_of_its_copies(
         here = [{key: eps[rows[key]] if key in rows else eps for key, eps in one.items()} for one in noise]
         return estimate(replace(passes, noise=here), *args)
 
-    monkeypatch.setattr(trainer_module, "estimate", injected)
+    monkeypatch.setattr(meta_level, "estimate", injected)
     settings = OPTIMIZERS["adamw"][1]
     recorder = recorded_run(tmp_path, meta_order=order, **settings, **ESTIMATES[name])
     first, *others = recorder.steps
@@ -358,7 +360,7 @@ def test_each_step_draws_its_own_noise_from_the_meta_seed(tmp_path: Path, monkey
         seeds.append(passes.seed)
         return estimate(passes, *args)
 
-    monkeypatch.setattr(trainer_module, "estimate", spy)
+    monkeypatch.setattr(meta_level, "estimate", spy)
     for meta_seed in (5, 5, 6):
         tiny_trainer(tmp_path, meta_seed=meta_seed, **ESTIMATES["evograd_head"]).train()
     assert len(set(seeds[:3])) == 3
@@ -395,7 +397,7 @@ def test_the_windows_hold_the_meta_rows_in_their_two_parts(tmp_path: Path) -> No
 
 
 def everything(trainer: MetaTrainer) -> dict[str, Any]:
-    model, optimizer = trainer.model, trainer_module._plain(trainer.optimizer)
+    model, optimizer = trainer.model, unwrapped(trainer.optimizer)
     return copy.deepcopy(
         {
             "values": dict(model.state_dict()),
@@ -424,7 +426,7 @@ def test_estimating_changes_nothing_but_the_meta_parameters(
         calls.append({key: same(before[key], after[key]) for key in before})
         return result
 
-    monkeypatch.setattr(trainer_module, "estimate", watched)
+    monkeypatch.setattr(meta_level, "estimate", watched)
     settings: dict[str, Any] = {"max_steps": 5, "meta_order": order, "meta_dropout": dropout, "warmup_steps": 1}
     trainer = tiny_trainer(tmp_path, meta_learning_rate=0.0, **settings, **ESTIMATES[name])
     trainer.train()
@@ -538,12 +540,11 @@ def test_the_meta_optimiser_has_its_further_settings(tmp_path: Path) -> None:
         meta_weight_decay=0.1,
         meta_lr_scheduler_type="constant",
     )
-    hypergradients: list[Tree] = []
-    apply = trainer._apply
-    trainer._apply = lambda result: (hypergradients.append(result.grads), apply(result))  # type: ignore[method-assign]
+    noted = Hypergradients()
+    trainer.add_callback(noted)
     trainer.train()
     buffers = {name: torch.zeros_like(leaf) for name, leaf in recorder.steps[0]["lam"].items()}
-    for record, found in zip(recorder.steps, hypergradients, strict=True):
+    for record, found in zip(recorder.steps, noted.grads, strict=True):
         decayed = {name: found[name] + 0.1 * leaf for name, leaf in record["lam"].items()}
         buffers = {name: 0.9 * buffers[name] + g for name, g in decayed.items()}
         expected = {name: 0.5 * (g + 0.9 * buffers[name]) for name, g in decayed.items()}
@@ -606,7 +607,7 @@ def test_meta_parameters_stay_out_of_the_base_level(tmp_path: Path, optimizer: s
 def test_weight_decay_of_a_named_optimiser_class_is_on_every_parameter(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, optimizer_class="Adam", weight_decay=0.1, adam_epsilon=1e-7)
     trainer.train()
-    optimizer = trainer_module._plain(trainer.optimizer)
+    optimizer = unwrapped(trainer.optimizer)
     assert type(optimizer) is torch.optim.Adam
     (group,) = optimizer.param_groups
     assert (group["weight_decay"], group["eps"]) == (0.1, 1e-7)
@@ -640,7 +641,7 @@ def exploding(bad: Callable[[int], bool]) -> Exploding:
 def test_an_infinite_hypergradient_skips_the_update(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, order: str
 ) -> None:
-    with caplog.at_level(logging.WARNING, logger=trainer_module.__name__):
+    with caplog.at_level(logging.WARNING, logger=meta_level.__name__):
         trainer, moves = meta_moves(
             tmp_path,
             tagger=exploding(lambda index: index in (1, 2, 4)),

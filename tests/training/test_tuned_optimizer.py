@@ -65,7 +65,7 @@ class Recorder(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         group = self.trainer.optimizer.optimizer.param_groups[0]
         self.numbers.append({key: group[key] for key in ("lr", "momentum", "weight_decay")})
-        self.windows.append(self.trainer._window)
+        self.windows.append(self.trainer.window)
 
 
 def rows(count: int, seed: int) -> list[dict[str, Tensor]]:
@@ -277,7 +277,7 @@ def test_the_hypergradient_of_a_rate_for_each_parameter(tmp_path: Path) -> None:
     }  # fmt: skip
     trainer = layered(tmp_path, **settings)
     estimated = trainer.estimate(make_estimator("one_step")).grads
-    (train,), (judge,) = trainer._window
+    (train,), (judge,) = trainer.window
     base, lam = trainer.model.base, {n: p.detach().clone() for n, p in trainer.model.meta_parameters().items()}
     w = {name: p.detach().clone().requires_grad_() for name, p in base.named_parameters()}
     rates = {"0.weight": lam["first"].requires_grad_(), "2.weight": lam["last"].requires_grad_(), "0.bias": 0.07}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import XLMRobertaConfig, XLMRobertaForTokenClassification
 
+from metaxl_evo.bilevel import Hypergradient, Tree, tree
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.tagger import IGNORED, TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.callbacks import MetaCallback
 from metaxl_evo.training.checkpoint import MANIFEST, seal
 from metaxl_evo.training.trainer import MetaTrainer
 
@@ -150,6 +153,22 @@ def tiny_trainer(
     )
 
 
+class Hypergradients(MetaCallback):
+    """Keeps every hypergradient of a run."""
+
+    def __init__(self) -> None:
+        self.results: list[Hypergradient] = []
+
+    def on_meta_step(
+        self, args: Any, state: Any, control: Any, hypergradient: Hypergradient, *rest: Any, **kw: Any
+    ) -> None:
+        self.results.append(replace(hypergradient, grads=tree.clone(hypergradient.grads)))
+
+    @property
+    def grads(self) -> list[Tree]:
+        return [result.grads for result in self.results]
+
+
 def base_weights(trainer: MetaTrainer) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainer.model.base.named_parameters()}
 
@@ -207,7 +226,7 @@ def final_state(trainer: Any) -> dict[str, Any]:
         "scheduler": trainer.lr_scheduler.state_dict(),
         "meta scheduler": None if trainer.meta_scheduler is None else trainer.meta_scheduler.state_dict(),
         "rows": trainer.meta_rows.state_dict() if trainer.meta_rows is not None else None,
-        "episodes": None if trainer.episodes is None else trainer.episodes.state_dict(),
+        "episodes": None if trainer.meta_level is None else trainer.meta_level.episodes.state_dict(),
         "skipped": trainer.skipped_meta_steps,
         "random": [torch.random.get_rng_state(), np.random.get_state(), random.getstate()],  # noqa: NPY002
     }

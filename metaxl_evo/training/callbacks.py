@@ -1,0 +1,90 @@
+"""The events of a MetaTrainer, for those who watch it and for itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from metaxl_evo.bilevel.problem import Hypergradient
+from metaxl_evo.training.base_optimizer import BaseOptimizer
+from metaxl_evo.training.meta_rows import tell_epoch
+from metaxl_evo.training.meta_step import Window
+from metaxl_evo.training.synchrony import require_synchrony
+from metaxl_evo.training.tuned import put_numbers
+
+if TYPE_CHECKING:
+    from metaxl_evo.training.trainer import MetaTrainer
+
+
+class MetaCallback(TrainerCallback):
+    """A callback that also sees the meta steps of a MetaTrainer."""
+
+    def on_meta_step(
+        self, args: Any, state: Any, control: Any, hypergradient: Hypergradient, window: Window, **kwargs: Any
+    ) -> None:
+        """Between a finite hypergradient, estimated over the batches of `window`, and the step that lam makes by it.
+
+        Args:
+            kwargs: `model`, the task.
+        """
+
+
+class LevelEvents(TrainerCallback):
+    """Calls the meta level around `optimizer.step()`, which no method of the Trainer surrounds."""
+
+    def __init__(self, trainer: MetaTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The number of whole epochs made, also within one: the last step of epoch k sets it to k + n/n. The Trainer
+        # makes its iterator, and the workers their copies of the data set, after this.
+        tell_epoch(self.trainer.train_dataset, int(state.epoch))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.model.tuned_optimizer:
+            base = BaseOptimizer(trainer.optimizer, trainer.model, args)
+            steps = base.steps_before(state.global_step)
+            trainer.learned_numbers = put_numbers(base.torch_optimizer, trainer.model, steps)
+        if trainer.meta_level is not None:
+            trainer.meta_level.before_update()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.meta_level is not None:
+            self.trainer.meta_level.after_update()
+
+
+class LastLog(TrainerCallback):
+    """Logs what the last steps of a training have done, which may be fewer than logging_steps.
+
+    The Trainer logs no step twice.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log_the_rest(args, state, control)  # before a checkpoint of the last step is written
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log_the_rest(args, state, control)  # an evaluation may have ended the training
+
+    def _log_the_rest(self, args: Any, state: Any, control: Any) -> None:
+        ends = control.should_training_stop or state.global_step >= state.max_steps
+        control.should_log |= ends and args.logging_strategy != IntervalStrategy.NO
+
+
+class Synchrony(TrainerCallback):
+    """Requires the same weights on all processes, at the start and with every checkpoint."""
+
+    def __init__(self, trainer: MetaTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._require(args, "before the first step")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._require(args, f"after step {state.global_step}")
+
+    def _require(self, args: Any, when: str) -> None:
+        if args.world_size > 1:
+            require_synchrony(self.trainer.model, when)

@@ -1,0 +1,148 @@
+"""The meta level's part of one optimizer step."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather, pad_across_processes
+from torch import Tensor
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.passes import PassContext
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, StepMade
+from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, map_trees
+from metaxl_evo.estimators import Estimator
+from metaxl_evo.models.bilevel_module import Batch
+from metaxl_evo.training.base_optimizer import BaseOptimizer, gathered
+
+if TYPE_CHECKING:
+    from metaxl_evo.training.meta_level import MetaLevel
+
+
+class Window(NamedTuple):
+    """The micro-batches of one optimizer step on this process, and those of the meta rows that judge it."""
+
+    train: list[Batch]
+    meta: list[Batch]
+
+
+class MetaStep:
+    """What the meta level does around one optimizer step; made before its first forward, and dropped behind it.
+
+    Args:
+        level: whose step it is.
+        base: the optimiser that will make the base step.
+        window: the batches of the step.
+        number: of the base step, from 0.
+
+    Attributes:
+        micro_batch: the number, from 0, of the one whose forward is running.
+        grad_norm: of the base gradients before clipping; zero until they are clipped.
+    """
+
+    def __init__(self, level: MetaLevel, base: BaseOptimizer, window: Window, number: int):
+        self.level, self.base, self.window, self.number = level, base, window, number
+        self.micro_batch, self.grad_norm = 0, 0.0
+        self._recorded: PassContext | None = None  # where the base step's own forward serves the meta passes
+        self._before: InnerStep | None = None  # the step, as far as it is kept until it is made
+        self._stepped: dict[str, Tensor | None] = {}  # gradients of embeddings that were stepped ahead of the rest
+
+    def begin(self) -> None:
+        """Before the base step: begin an episode where one is due, look ahead where the order says so."""
+        level = self.level
+        level.episodes.begin_step(self.number, level.model, self.base.torch_optimizer, self._problem)
+        level.look_at_losses(self)
+        if level.args.meta_order == "lookahead" and level.answers(self):
+            self._look_ahead()
+        elif level.follows(self) and self._forward_is_of_use():
+            self._recorded = level.passes(level.problem(SGD(0.0)), self.number)
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Around the base step's forward of a micro-batch: what the meta passes can take over of it is kept."""
+        return nullcontext() if self._recorded is None else self._recorded.recording(self.micro_batch)
+
+    def before_update(self) -> None:
+        """Behind the backward: keep the weights, and the optimiser's state, that are needed from before the step."""
+        level = self.level
+        if not level.follows(self):
+            return
+        state = None
+        if level.estimator.needs_state_before or level.model.tuned_optimizer or self.base.reads_who_was_new():
+            state = map_trees(tree.clone, self._update_rule(level.estimator)[1])
+        w = self.weights()
+        if any(one.evaluated_at == "previous" for one in level.estimators_at(self.number)):
+            self._stepped = self.base.step_embeddings(self.rows)
+            w = {name: leaf if name in self.rows else leaf.clone() for name, leaf in w.items()}
+        self._before = self._inner_step(w, state)
+
+    def after_update(self) -> None:
+        """Behind the base step: observe it, and take its hypergradient where one is due."""
+        if self._before is None:
+            return
+        level, before, recorded = self.level, self._before, self._recorded
+        self._before = self._recorded = None
+        rule, made = self._made()
+        step = replace(before, w=made.w) if level.estimator.evaluated_at == "current" else before
+        if level.estimator.needs_update_rule:
+            step = replace(step, made=made)
+        problem = level.problem(rule, self.rows)
+        passes = level.passes(problem, self.number) if recorded is None else replace(recorded, problem=problem)
+        level.episodes.observe(passes, step)
+        if level.args.meta_order == "after_step" and level.answers(self):
+            level.move(passes, step, replace(before, made=made), self)
+        level.episodes.end_step(self.number, passes, step)
+
+    @cached_property
+    def rows(self) -> tree.Tree:
+        """The embedding rows that the window reads, on any process; none where whole weights outlive the step."""
+        if self.level.estimator.remembers not in ("nothing", "meta"):
+            return {}
+        touched = self.level.model.touched_rows([*self.window.train, *self.window.meta])
+        return {name: _on_all_processes(rows) for name, rows in touched.items()}
+
+    def weights(self) -> tree.Tree:
+        """The base weights now, of the embeddings the touched rows."""
+        return gathered(self.level.model.base_parameters(), self.rows)
+
+    def _look_ahead(self) -> None:
+        level = self.level
+        rule, state = self._update_rule(level.estimators_at(self.number)[-1])
+        step = self._inner_step(self.weights(), state)
+        level.move(level.passes(level.problem(rule, self.rows), self.number), step, step, self)
+
+    def _made(self) -> tuple[UpdateRule, StepMade]:
+        """The rule of the step that was made, and the step; nobody else holds its gradient, so it can be freed."""
+        estimator = self.level.estimators_at(self.number)[-1]
+        rule, state = self._update_rule(estimator, made=True)
+        now = self.weights()
+        taken = self.base.take_gradients(self.rows, self._stepped, self.grad_norm)
+        self._stepped = {}
+        return rule, StepMade(now, taken if estimator.needs_update_rule else {}, state)
+
+    def _update_rule(self, estimator: Estimator, *, made: bool = False) -> tuple[UpdateRule, UpdateState]:
+        return self.base.update_rule(estimator, self.base.steps_before(self.number) + made, self.rows)
+
+    def _problem(self) -> BilevelProblem:
+        """On whole weights, as an episode begins with them."""
+        rule, _ = self.base.update_rule(self.level.estimator, self.base.steps_before(self.number))
+        return self.level.problem(rule)
+
+    def _inner_step(self, w: tree.Tree, state: UpdateState | None) -> InnerStep:
+        lam = self.level.model.meta_parameters()
+        return InnerStep(w, lam, self.window.train, state, None, self.window.meta)
+
+    def _forward_is_of_use(self) -> bool:
+        """Whether the base step's forward computes what the meta passes would: no dropout masks, no autocast."""
+        plain = AcceleratorState().mixed_precision == "no" and not self.level.args.torch_compile
+        return plain and self.level.estimator.evaluated_at == "previous" and not self.level.model.has_dropout
+
+
+def _on_all_processes(rows: Tensor) -> Tensor:
+    """The sorted row numbers that any process has; they are padded to one length by row 0, which all have."""
+    if AcceleratorState().num_processes == 1:
+        return rows
+    return gather(pad_across_processes(rows, pad_index=0)).unique()
