@@ -14,7 +14,8 @@ from metaxl_evo.benchmark.meter import Meter, judge
 from metaxl_evo.benchmark.problems import Episode, regression
 from metaxl_evo.benchmark.rows import Row, standing
 from metaxl_evo.bilevel import Hypergradient, PassContext, Tree, run_episode, tree
-from metaxl_evo.bilevel.problem import InnerStep, look_ahead
+from metaxl_evo.bilevel.hypergradients import look_ahead
+from metaxl_evo.bilevel.problem import InnerStep
 
 AFTER = "after_step"  # the order of an episode
 Run = Callable[[int], Hypergradient]  # seed -> estimate at the end of an episode that it runs

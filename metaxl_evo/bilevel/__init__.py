@@ -1,17 +1,8 @@
 """Bilevel problems in plain torch: trees, update rules, passes, mixed products, hypergradients."""
 
+from metaxl_evo.bilevel.hypergradients import Hypergradient, hypergradient, run_episode
 from metaxl_evo.bilevel.passes import Counts, PassContext
-from metaxl_evo.bilevel.problem import (
-    BilevelProblem,
-    Examples,
-    Hypergradient,
-    InnerStep,
-    Response,
-    Split,
-    StepMade,
-    hypergradient,
-    run_episode,
-)
+from metaxl_evo.bilevel.problem import BilevelProblem, Examples, InnerStep, Response, Split, StepMade
 from metaxl_evo.bilevel.processes import Processes, Traffic
 from metaxl_evo.bilevel.replay import Facts, stop_gradient
 from metaxl_evo.bilevel.tree import Tree

@@ -1,7 +1,7 @@
 """What stands still in passes at perturbed weights: inputs that are recorded once and replayed.
 
 `stop_gradient` says so by name. A plain `Tensor.detach` means the same, and is replayed likewise where the value test
-(`bilevel.gate`) has found that it has to be, and that it works.
+(`bilevel.value_test`) has found that it has to be, and that it works.
 """
 
 from __future__ import annotations

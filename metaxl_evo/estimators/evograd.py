@@ -179,7 +179,9 @@ class _FullPasses:
             return found
 
         names = config._perturbed(w)
-        found = passes.perturbed(w, lam, batch, copies, names) if config.share_meta_inputs else copies(Inputs.LIVE)
+        found = (
+            gate.perturbed(passes, w, lam, batch, copies, names) if config.share_meta_inputs else copies(Inputs.LIVE)
+        )
         self.losses = passes.total(torch.stack([loss for loss, _ in found]))
         self.gradients = [gradient for _, gradient in found]
         self.lam = lam

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.passes import PassContext
-from metaxl_evo.bilevel.problem import BilevelProblem, Examples, InnerStep, Response, look_ahead
+from metaxl_evo.bilevel.problem import BilevelProblem, Examples, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import otherwise, require_double_backward
 from metaxl_evo.bilevel.randomness import mix_seed

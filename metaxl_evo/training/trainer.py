@@ -28,16 +28,9 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import IntervalStrategy
 
 from metaxl_evo.bilevel import gate, tree
+from metaxl_evo.bilevel.hypergradients import Hypergradient, estimate, hypergradient, why_zero
 from metaxl_evo.bilevel.passes import PassContext
-from metaxl_evo.bilevel.problem import (
-    BilevelProblem,
-    Hypergradient,
-    InnerStep,
-    StepMade,
-    estimate,
-    hypergradient,
-    why_zero,
-)
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, StepMade
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.randomness import devices_of, mix_seed
 from metaxl_evo.bilevel.replay import Facts

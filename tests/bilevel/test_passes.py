@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from metaxl_evo.bilevel import SGD, BilevelProblem, PassContext, Tree, hypergradient, run_episode, stop_gradient, tree
+from metaxl_evo.bilevel import (
+    SGD,
+    BilevelProblem,
+    PassContext,
+    Tree,
+    gate,
+    hypergradient,
+    run_episode,
+    stop_gradient,
+    tree,
+)
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.replay import Facts, Inputs, for_this_pass, kind_of
 from metaxl_evo.estimators import Estimator, EvoGrad, OneStep
@@ -424,10 +434,10 @@ def test_recording_happens_once_and_only_where_there_are_stop_gradients() -> Non
     toy = network(torch.float64)
     context = PassContext(toy.problem)
     for _ in range(2):
-        assert context.record(toy.w, toy.lam, toy.train) is Inputs.REPLAY
+        assert gate.record(context, toy.w, toy.lam, toy.train) is Inputs.REPLAY
     assert context.counts.forwards == 1
     plain = PassContext(replace(toy.problem, stop_gradients=False))
-    assert plain.record(toy.w, toy.lam, toy.train) is Inputs.LIVE
+    assert gate.record(plain, toy.w, toy.lam, toy.train) is Inputs.LIVE
     assert plain.counts.forwards == 0
 
 
@@ -440,7 +450,7 @@ def test_nothing_is_kept_of_a_forward_with_random_numbers_of_its_own(draw: Any) 
         toy.problem.inner_loss(toy.w, toy.lam, toy.train)
         if draw is not None:
             draw(*[1] * (draw is torch.rand))
-    context.record(toy.w, toy.lam, toy.train)
+    gate.record(context, toy.w, toy.lam, toy.train)
     assert context.counts.forwards == (draw is not None)
 
 

@@ -27,7 +27,7 @@ from metaxl_evo.bilevel import (
     tree,
 )
 from metaxl_evo.bilevel import processes as processes_module
-from metaxl_evo.bilevel.problem import NO_DIRECT_TERM
+from metaxl_evo.bilevel.hypergradients import NO_DIRECT_TERM
 from metaxl_evo.bilevel.processes import Processes, Traffic
 from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder
 from tests.estimators.problems import TOYS, Toy

@@ -26,7 +26,7 @@ from metaxl_evo.bilevel import (
     run_episode,
     tree,
 )
-from metaxl_evo.bilevel.problem import estimate, look_ahead
+from metaxl_evo.bilevel.hypergradients import estimate, look_ahead
 from metaxl_evo.bilevel.update import UpdateRule
 from metaxl_evo.estimators import DrMAD, Estimator, OneStep, Unroll
 from tests.estimators.problems import (

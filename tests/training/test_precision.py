@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.problem import Hypergradient
+from metaxl_evo.bilevel.hypergradients import Hypergradient
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.tagger import CrossLingualTagger

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from metaxl_evo.bilevel import PassContext, Tree
-from metaxl_evo.bilevel.problem import estimate
+from metaxl_evo.bilevel.hypergradients import estimate
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.synthetic import SyntheticFamily, build_tagger
 from metaxl_evo.ner.tagger import IGNORED, TARGET, CrossLingualTagger
