@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,20 @@ def test_imports_only_go_down():
         for violation in violations(module_name(file), file.read_text(encoding="utf-8"), file.name == "__init__.py")
     ]
     assert not found, "\n".join(found)
+
+
+def test_files_do_not_import_each_other_in_a_circle():
+    """Whatever hides an import: a function, or TYPE_CHECKING."""
+    files = {module_name(file): file for file in sources() if module_name(file) != LAZY_ROOT}
+    known: dict[str, set[str]] = {}
+    for module, file in files.items():
+        names = imports(module, file.read_text(encoding="utf-8"), file.name == "__init__.py")
+        found = {name if name in files else name.rpartition(".")[0] for name in names}
+        known[module] = found & files.keys() - {module}
+        if room_of(module) == "metaxl_evo.training":  # not yet free of circles
+            known[module] = {name for name in known[module] if room_of(name) != "metaxl_evo.training"}
+    assert sum(map(len, known.values())) > len(files)
+    TopologicalSorter(known).prepare()  # raises where there is one, and shows it
 
 
 def test_every_third_party_import_is_declared():

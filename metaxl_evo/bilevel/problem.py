@@ -79,7 +79,8 @@ class BilevelProblem:
         stop_gradients: whether the inner loss calls `stop_gradient`, so that perturbed passes have inputs to replay;
             None where that is to be found out.
         straight_through: accept an inner loss whose gradient is not its slope (values that were taken out of the graph
-            and move with the weights), which estimators that perturb the weights refuse otherwise (`bilevel.value_test`).
+            and move with the weights), which estimators that perturb the weights refuse otherwise
+            (`bilevel.value_test`).
         direct_term: whether `outer_loss` reads lam; None where that is not known beforehand.
         reads_lam: the rows of a part through which its inner loss reads lam; the others add nothing to d_lam. It makes
             the same `stop_gradient` calls on them as the whole part does.

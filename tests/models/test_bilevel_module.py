@@ -32,7 +32,8 @@ from metaxl_evo.estimators import (
     Sama,
     Unroll,
 )
-from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule, places_of, swapped, totals_of
+from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule, totals_of
+from metaxl_evo.models.parameters import places_of, swapped
 from tests.training.tiny import NO_DROPOUT, collate, different, random_rows, tiny_base, tiny_tagger
 
 

@@ -17,7 +17,8 @@ from metaxl_evo.ner import synthetic
 from metaxl_evo.ner.data import load_ner_dataset
 from metaxl_evo.ner.encoding import encode
 from metaxl_evo.ner.metrics import entity_scores, word_predictions
-from metaxl_evo.ner.synthetic import LABELS, Lexicon, SyntheticFamily, build_tagger, train_tokenizer
+from metaxl_evo.ner.synthetic import LABELS, Lexicon, SyntheticFamily
+from metaxl_evo.ner.synthetic_tagger import build_tagger, train_tokenizer
 
 SMALL = SyntheticFamily(train_size=60, target_train_size=20, dev_size=10, test_size=30)
 

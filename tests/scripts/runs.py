@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from metaxl_evo.ner.synthetic import SyntheticFamily, build_tagger
+from metaxl_evo.ner.synthetic import SyntheticFamily
+from metaxl_evo.ner.synthetic_tagger import build_tagger
 from scripts.train_ner import main
 
 FAMILY = SyntheticFamily(train_size=40, target_train_size=16, dev_size=10, test_size=30, words=20, names=20)

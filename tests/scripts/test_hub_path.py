@@ -13,7 +13,8 @@ from safetensors import safe_open
 from transformers import XLMRobertaForMaskedLM
 
 from metaxl_evo.ner.pretrained import load_classifier
-from metaxl_evo.ner.synthetic import SyntheticFamily, build_tagger
+from metaxl_evo.ner.synthetic import SyntheticFamily
+from metaxl_evo.ner.synthetic_tagger import build_tagger
 from tests.attack import WRAPS
 from tests.hub_cache import NAMES, REPOSITORY, Sentence, prepare_dataset_cache, prepare_model_cache, run_in_home
 from tests.scripts.runs import FAMILY

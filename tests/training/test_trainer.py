@@ -28,7 +28,8 @@ from transformers import (
 from metaxl_evo.bilevel import PassContext, Tree
 from metaxl_evo.bilevel.hypergradients import estimate
 from metaxl_evo.models.rtn import RepresentationTransform
-from metaxl_evo.ner.synthetic import SyntheticFamily, build_tagger
+from metaxl_evo.ner.synthetic import SyntheticFamily
+from metaxl_evo.ner.synthetic_tagger import build_tagger
 from metaxl_evo.ner.tagger import IGNORED, TARGET, CrossLingualTagger
 from metaxl_evo.training import trainer as trainer_module
 from metaxl_evo.training.trainer import MetaTrainer
