@@ -173,7 +173,7 @@ class CrossDomainFewShot(BilevelModule):
     outer loss = mean over the episodes of a *pseudo-unseen* domain, in evaluation mode (the running statistics of
     batch norm), without the transform.
 
-    Batches are collated episodes (`vision_tasks.episodes`): `support` (E, way, shot, ch, H, W), `query`
+    Batches are collated episodes (`vision_tasks.fewshot_episodes`): `support` (E, way, shot, ch, H, W), `query`
     (E, way, queries, ch, H, W), `labels` (E, way * queries), `noise_seed` (E,) and, where there is an auxiliary
     classifier, `aux_images` (E, A, ch, H, W), `aux_labels` (E, A), `aux_weight` (E,).
 

@@ -28,10 +28,10 @@ from vision_tasks.augmentation import EvaluationTransform, TrainTransform
 from vision_tasks.classification import accuracy
 from vision_tasks.domains import SYNTHETIC as GENERATED
 from vision_tasks.domains import name_of, parse_source, read_domain
-from vision_tasks.episodes import Auxiliary, Domain, Episodes, EpisodeSize
 from vision_tasks.experiment import VisionTask
 from vision_tasks.feature_transform import NOISES, SHARPNESS, SUBFOLDER, FeatureTransform
 from vision_tasks.fewshot import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, CrossDomainFewShot, FewShotModel
+from vision_tasks.fewshot_episodes import Auxiliary, Domain, Episodes, EpisodeSize
 from vision_tasks.heads import HEADS
 from vision_tasks.images import SYNTHETIC
 from vision_tasks.pretraining import ClassifierRows, EncoderPretraining, load_encoder

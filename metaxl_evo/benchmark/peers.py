@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
-from metaxl_evo.benchmark.episodes import AFTER, Run, estimator_run, measure_runs
 from metaxl_evo.benchmark.problems import Episode
 from metaxl_evo.benchmark.rows import Row
+from metaxl_evo.benchmark.trajectories import AFTER, Estimate, estimator_run, measure_runs
 from metaxl_evo.benchmark.vision import EPOCH, noisy_images, weighted_classifier
 from metaxl_evo.bilevel import SGD, Hypergradient
 from metaxl_evo.estimators import ESTIMATORS
@@ -37,7 +37,7 @@ def measure_peers(settings: BenchmarkArguments) -> Iterator[list[Row]]:
     module, episode = weighted_step(settings)
     (train,), val = episode.train, episode.val
 
-    def prepare(row: Row) -> Run:
+    def prepare(row: Row) -> Estimate:
         if row.estimator in ESTIMATORS:
             return estimator_run(episode, row)
         return PEERS[row.estimator](trainable(module), settings.learning_rate, train, val, **row.settings)
@@ -74,7 +74,7 @@ def plain_step(module: WeightedClassifier, lr: float, train: Batch) -> Callable[
     return step
 
 
-def higher_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch) -> Run:
+def higher_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch) -> Estimate:
     """A patched copy of the base, which takes a differentiable step (Grefenstette et al., 2019)."""
     higher: Any = _import("higher")
     base = module.base
@@ -90,7 +90,7 @@ def higher_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch) 
     return run
 
 
-def torchopt_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch) -> Run:
+def torchopt_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch) -> Estimate:
     """A differentiable optimiser that puts the base's next weights in place (Ren et al., JMLR 2023)."""
     torchopt: Any = _import("torchopt")
     optimizer = torchopt.MetaSGD(module.base, lr=lr)
@@ -106,7 +106,7 @@ def torchopt_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch
     return run
 
 
-def betty_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch, *, type: str) -> Run:
+def betty_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch, *, type: str) -> Estimate:
     """Two problems in an engine, the lower one's config names the estimator (Choe et al., ICLR 2023)."""
     problems, engine, configs = (_import(f"betty.{part}") for part in ("problems", "engine", "configs"))
     start = [parameter.detach().clone() for parameter in module.base.parameters()]
@@ -144,7 +144,7 @@ def betty_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch, *
     return run
 
 
-PEERS: dict[str, Callable[..., Run]] = {"higher": higher_run, "torchopt": torchopt_run, "betty": betty_run}
+PEERS: dict[str, Callable[..., Estimate]] = {"higher": higher_run, "torchopt": torchopt_run, "betty": betty_run}
 
 
 def trainable(module: WeightedClassifier) -> WeightedClassifier:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
-from metaxl_evo.benchmark.episodes import estimator_run, through_all_steps
 from metaxl_evo.benchmark.memory import PeakMemory, live_tensors
 from metaxl_evo.benchmark.peers import INSTALL, PEERS, trainable, weighted_step
 from metaxl_evo.benchmark.problems import Episode
 from metaxl_evo.benchmark.rows import Row
+from metaxl_evo.benchmark.trajectories import estimator_run, through_all_steps
 from metaxl_evo.bilevel import Hypergradient, tree
 from scripts.benchmark_estimators import main
 from vision_tasks.weight_net import WeightedClassifier

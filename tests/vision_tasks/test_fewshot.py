@@ -22,7 +22,6 @@ from metaxl_evo.models.bilevel_module import TOTALS
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.tiny import close, different, final_state, logged, same, tiny_arguments
 from vision_tasks.augmentation import to_float
-from vision_tasks.episodes import Auxiliary, Domain, Episodes, EpisodeSize, whole
 from vision_tasks.feature_transform import FeatureTransform
 from vision_tasks.fewshot import (
     BACKBONES,
@@ -34,6 +33,7 @@ from vision_tasks.fewshot import (
     backbone_config,
     evaluating,
 )
+from vision_tasks.fewshot_episodes import Auxiliary, Domain, Episodes, EpisodeSize, whole
 from vision_tasks.symbols import LOOKS, draw_symbols
 
 Batch = dict[str, Any]

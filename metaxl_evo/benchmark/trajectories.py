@@ -18,7 +18,7 @@ from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.problem import InnerStep
 
 AFTER = "after_step"  # the order of an episode
-Run = Callable[[int], Hypergradient]  # seed -> estimate at the end of an episode that it runs
+Estimate = Callable[[int], Hypergradient]  # seed -> estimate at the end of an episode that it runs
 
 
 def measure_regression(settings: BenchmarkArguments) -> Iterator[list[Row]]:
@@ -33,7 +33,7 @@ def measure_regression(settings: BenchmarkArguments) -> Iterator[list[Row]]:
 def measure_runs(
     settings: BenchmarkArguments,
     rows: Sequence[Row],
-    prepare: Callable[[Row], Run],
+    prepare: Callable[[Row], Estimate],
     yardstick: Callable[[], object],
     episode: Episode,
 ) -> None:
@@ -55,7 +55,7 @@ def measure_runs(
     meter.fill(resident=sum(leaf.nbytes for leaf in [*episode.w.values(), *episode.lam.values()]))
 
 
-def estimator_run(episode: Episode, row: Row) -> Run:
+def estimator_run(episode: Episode, row: Row) -> Estimate:
     """The episode with the row's estimator beside it."""
     estimator = row.make()
 
