@@ -2,7 +2,7 @@
 
 from metaxl_evo.bilevel.hypergradients import Hypergradient, hypergradient, run_episode
 from metaxl_evo.bilevel.passes import Counts, PassContext
-from metaxl_evo.bilevel.problem import BilevelProblem, Examples, InnerStep, Response, Split, StepMade
+from metaxl_evo.bilevel.problem import BilevelProblem, Cut, Examples, InnerStep, Response, StepMade
 from metaxl_evo.bilevel.processes import Processes, Traffic
 from metaxl_evo.bilevel.replay import Facts, stop_gradient
 from metaxl_evo.bilevel.tree import Tree
@@ -14,6 +14,7 @@ __all__ = [
     "AdamW",
     "BilevelProblem",
     "Counts",
+    "Cut",
     "Examples",
     "Facts",
     "Hypergradient",
@@ -21,7 +22,6 @@ __all__ = [
     "PassContext",
     "Processes",
     "Response",
-    "Split",
     "StepMade",
     "Traffic",
     "Tree",

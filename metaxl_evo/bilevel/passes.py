@@ -30,7 +30,7 @@ class Counts:
     """Work of one hypergradient, in passes over one part of a batch.
 
     `forwards` and `backwards` are of whole losses, `hvps` are double backwards, `jvps` forward-mode products through a
-    gradient (each of these two includes its own forward and backward), `suffixes` are evaluations of a split's suffix,
+    gradient (each of these two includes its own forward and backward), `suffixes` are evaluations of a cut's suffix,
     `reduced` are the numbers that were summed over several processes.
     """
 
@@ -152,16 +152,16 @@ class PassContext:
         return self.problem.processes.once(whole)
 
     def prefix(self, w: Tree, part: int, batch: Any) -> Tensor | None:
-        """The hidden states that a split's prefix gives for one part: those kept, or computed now without a graph."""
-        split = self.problem.split
-        if split is None or split.prefix is None:
+        """The hidden states that a cut's prefix gives for one part: those kept, or computed now without a graph."""
+        cut = self.problem.cut
+        if cut is None or cut.prefix is None:
             return None
         tape = self._tapes.get(part)
         if tape is not None and tape.kept is not None:
             return tape.kept
         self.counts.forwards += 1
         with self.scope(part), torch.no_grad():
-            return split.prefix(tree.detach(w), batch)
+            return cut.prefix(tree.detach(w), batch)
 
     def has_recorded(self, batch: Any) -> bool:
         """Whether the stop-gradient inputs of every part of `batch` are on tape, as they are recorded by now."""

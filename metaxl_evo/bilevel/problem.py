@@ -21,18 +21,24 @@ Loss = Callable[[Tree, Tree, Any], Tensor]
 
 
 @dataclass(frozen=True)
-class Split:
-    """The inner loss cut in pieces: `loss(w, hidden(w, lam, below, batch), batch)`, below = `prefix(w, batch)`.
+class Cut:
+    """The inner loss in two: a way to hidden states, and a suffix `loss`, which alone reads the parameters `names`.
 
-    Only `loss` reads the parameters `names`, and no others, so copies that perturb only those share one pass of the
-    rest. `prefix` reads neither them nor lam: what the base step's own forward handed to `keep` serves in its place.
-    Without it, `below` is None and `hidden` runs from the start.
+    Copies that perturb only those share one pass of the rest. In a `BilevelModule` the parameters are swapped in, and
+    each function lacks its leading arguments w and lam.
+
+    Args:
+        names: the parameters that the suffix reads, and no others.
+        hidden: (w, lam, below, batch) -> the states between the pieces; from the start where `below` is None.
+        loss: (w, states, batch) -> the inner loss.
+        prefix: (w, batch) -> `below`, by neither `names` nor lam, so that what the base step's own forward handed to
+            `keep` serves in its place. None where there is no such piece.
     """
 
     names: frozenset[str]
-    hidden: Callable[[Tree, Tree, Tensor | None, Any], Tensor]
-    loss: Callable[[Tree, Tensor, Any], Tensor]
-    prefix: Callable[[Tree, Any], Tensor] | None = None
+    hidden: Callable[..., Tensor]
+    loss: Callable[..., Any]
+    prefix: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class BilevelProblem:
         update: the inner optimiser's step.
         parts: the micro-batches whose losses add up to the loss of a batch (default: the batch itself).
         scope: a context manager around every pass (frozen buffers, dropout off).
-        split: the cheap form of the inner loss, where only a suffix of the base is perturbed.
+        cut: the cheap form of the inner loss, where only a suffix of the base is perturbed.
         second_order: whether the losses can be differentiated twice and in forward mode.
         stop_gradients: whether the inner loss calls `stop_gradient`, so that perturbed passes have inputs to replay;
             None where that is to be found out.
@@ -97,7 +103,7 @@ class BilevelProblem:
     update: UpdateRule
     parts: Callable[[Any], Sequence[Any]] = _whole
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
-    split: Split | None = None
+    cut: Cut | None = None
     second_order: bool = True
     stop_gradients: bool | None = None
     straight_through: bool = False

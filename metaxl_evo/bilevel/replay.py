@@ -200,7 +200,7 @@ def plain_detaches() -> Iterator[None]:
 
 
 def keep(x: Tensor) -> None:
-    """Offer the hidden states that a split's prefix would compute; a recording pass keeps them."""
+    """Offer the hidden states that a cut's prefix would compute; a recording pass keeps them."""
     current = _CURRENT.get()
     if current is not None and current.inputs is Inputs.RECORD:
         current.tape.kept = _detached(x)

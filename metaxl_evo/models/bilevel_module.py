@@ -7,13 +7,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metaxl_evo.bilevel.problem import BilevelProblem, Split
+from metaxl_evo.bilevel.problem import BilevelProblem, Cut
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.replay import for_this_pass
 from metaxl_evo.bilevel.tree import Tree
@@ -41,15 +41,6 @@ from metaxl_evo.models.parameters import places_of, swapped
 __all__ = ["TOTALS", "Batch", "BilevelModule", "Cut", "totals_of"]
 
 META = "meta"  # where the default `save_meta` writes
-
-
-class Cut(NamedTuple):
-    """How a task's inner loss comes apart (`bilevel.Split`), at the parameters that are swapped in."""
-
-    names: frozenset[str]
-    hidden: Callable[[Tensor | None, Batch], Tensor]
-    loss: Callable[[Tensor, Batch], Losses]
-    prefix: Callable[[Batch], Tensor] | None = None
 
 
 class BilevelModule(nn.Module, ABC):
@@ -277,7 +268,7 @@ class BilevelModule(nn.Module, ABC):
             update=update,
             parts=partial(as_window, self),
             scope=lambda: frozen(self, self.base, dropout=dropout, embeddings=embeddings),
-            split=self._split(at) if obstacle is None else None,
+            cut=self._cut_at(at) if obstacle is None else None,
             second_order=obstacle is None,
             stop_gradients=self.stop_gradients,
             straight_through=self.straight_through,
@@ -296,7 +287,7 @@ class BilevelModule(nn.Module, ABC):
         totals = part[TOTALS] if TOTALS in part else counts_of(self, view)
         return {**fewer, TOTALS: totals, MICRO_BATCHES: part.get(MICRO_BATCHES, 1)}
 
-    def _split(self, at: Callable[..., Callable[..., Tensor]]) -> Split | None:
+    def _cut_at(self, at: Callable[..., Callable[..., Tensor]]) -> Cut | None:
         """The pieces as functions of the parameters; a suffix and a prefix read no meta parameters."""
         cut = self.cut()
         if cut is None:
@@ -304,7 +295,7 @@ class BilevelModule(nn.Module, ABC):
         hidden = at(lambda below, batch: cut.hidden(below, view_of(batch)))
         loss = at(lambda states, batch: mean_share(self, "cut().loss", cut.loss, batch, states))
         prefix = None if cut.prefix is None else at(lambda batch: cut.prefix(view_of(batch)))
-        return Split(
+        return Cut(
             cut.names,
             hidden,
             lambda w, states, batch: loss({name: w[name] for name in cut.names}, {}, states, batch),

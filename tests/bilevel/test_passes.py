@@ -29,7 +29,7 @@ from metaxl_evo.bilevel import (
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.replay import Facts, Inputs, for_this_pass, kind_of
 from metaxl_evo.estimators import Estimator, EvoGrad, OneStep
-from tests.estimators.problems import network, quadratic, relative_error, split_network
+from tests.estimators.problems import cut_network, network, quadratic, relative_error
 
 ESTIMATES: dict[str, Estimator] = {
     "double_backward": OneStep("double_backward"),
@@ -293,12 +293,12 @@ def test_forward_and_backward_lie_in_one_scope_a_pass(name: str, gradients: bool
     assert watch.outside == 0
 
 
-def test_the_shared_pass_of_a_split_runs_its_backward_inside_a_scope() -> None:
+def test_the_shared_pass_of_a_cut_runs_its_backward_inside_a_scope() -> None:
     """Swapped-in meta weights and checkpointed layers are only right inside."""
-    toy, watch = split_network(torch.float64), Watch()
-    split = toy.problem.split
-    assert split is not None
-    problem = replace(toy.problem, scope=watch.scope, split=replace(split, hidden=watch.watched(split.hidden)))
+    toy, watch = cut_network(torch.float64), Watch()
+    cut = toy.problem.cut
+    assert cut is not None
+    problem = replace(toy.problem, scope=watch.scope, cut=replace(cut, hidden=watch.watched(cut.hidden)))
     estimator = EvoGrad(parameters="head")
     assert hypergradient(problem, estimator, toy.w, toy.lam, toy.train, toy.val).counts.suffixes > 0
     assert watch.outside == 0

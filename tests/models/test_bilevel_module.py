@@ -404,7 +404,7 @@ def test_second_order_obstacles() -> None:
     assert "activation_checkpointing" in str(tagger.second_order_obstacle)
     problem = tagger.problem(SGD(0.1))
     assert not problem.second_order
-    assert problem.split is None  # its backward would leave the pass that holds the weights
+    assert problem.cut is None  # its backward would leave the pass that holds the weights
 
 
 # Files
