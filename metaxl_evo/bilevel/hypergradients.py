@@ -17,7 +17,7 @@ from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response, Step
 from metaxl_evo.bilevel.randomness import devices_of, kept, mix_seed
 from metaxl_evo.bilevel.replay import Inputs
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import UpdateState
+from metaxl_evo.bilevel.update_state import UpdateState
 
 logger = logging.getLogger(__name__)
 

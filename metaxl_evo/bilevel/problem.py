@@ -15,7 +15,8 @@ from metaxl_evo.bilevel.initial import Initial
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.replay import Facts
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import UpdateRule, UpdateState
+from metaxl_evo.bilevel.update import UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState
 
 Loss = Callable[[Tree, Tree, Any], Tensor]
 

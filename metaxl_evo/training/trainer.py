@@ -34,7 +34,9 @@ from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, StepMade
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.randomness import devices_of, mix_seed
 from metaxl_evo.bilevel.replay import Facts
-from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, from_optimizer, map_trees, optimizer_rule
+from metaxl_evo.bilevel.torch_optimizers import from_optimizer, optimizer_rule
+from metaxl_evo.bilevel.update import SGD, UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState, map_trees
 from metaxl_evo.estimators import Estimator, takes_any_optimizer
 from metaxl_evo.estimators.local import EngineEstimator
 from metaxl_evo.messages import unknown

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from metaxl_evo.bilevel import SGD, Adam, BilevelProblem, Cut, Tree, stop_gradient
 from metaxl_evo.bilevel.replay import Facts, Tested
-from metaxl_evo.bilevel.update import UpdateRule, UpdateState
+from metaxl_evo.bilevel.update import UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState
 
 
 @dataclass(frozen=True)

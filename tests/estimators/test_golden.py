@@ -27,7 +27,8 @@ from metaxl_evo.bilevel import (
     tree,
 )
 from metaxl_evo.bilevel.products import mixed_product
-from metaxl_evo.bilevel.update import UpdateState, from_optimizer
+from metaxl_evo.bilevel.torch_optimizers import from_optimizer
+from metaxl_evo.bilevel.update_state import UpdateState
 from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder, OneStep
 from tests.estimators.problems import (
     Quadratic,

@@ -28,7 +28,8 @@ from metaxl_evo.bilevel import (
 )
 from metaxl_evo.bilevel.hypergradients import estimate as estimate_step
 from metaxl_evo.bilevel.hypergradients import look_ahead
-from metaxl_evo.bilevel.update import UpdateRule, UpdateState
+from metaxl_evo.bilevel.update import UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState
 from metaxl_evo.estimators import ConjugateGradient, Estimator, Neumann, OneStep, Sama
 from tests.estimators.problems import (
     TOYS,
