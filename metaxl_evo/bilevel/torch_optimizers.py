@@ -42,8 +42,10 @@ def from_optimizer(
         "max_grad_norm": max_grad_norm,
     }
     held = {name: optimizer.state.get(p, {}) for p, name in names.items()}
-    read = _sgd if cls is SGD else _adam
-    return read(cls, common, groups, held, names, steps)
+    if cls is SGD:
+        return _sgd(common, groups, held, names, steps)
+    assert issubclass(cls, Adam)
+    return _adam(cls, common, groups, held, names, steps)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,6 @@ def _groups(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> _G
 
 
 def _sgd(
-    cls: type[Any],
     common: Mapping[str, Any],
     groups: _Groups,
     held: Mapping[str, Mapping[str, Any]],
@@ -89,7 +90,7 @@ def _sgd(
     dampening, momentum = groups.shared("dampening"), groups.by_name("momentum")
     if dampening and steps is None:
         raise ValueError("torch's SGD keeps no step count, which dampening needs: give steps, or set dampening=0")
-    rule = cls(**common, momentum=momentum, dampening=dampening, nesterov=groups.shared("nesterov"))
+    rule = SGD(**common, momentum=momentum, dampening=dampening, nesterov=groups.shared("nesterov"))
     with_buffer = {p: n for p, n in names.items() if not hyper.is_zero(momentum, n)}
     found = {n: held[n]["momentum_buffer"] for n in with_buffer.values() if _has(held[n], "momentum_buffer")}
     step = int(bool(found)) if steps is None else steps
@@ -103,7 +104,7 @@ def _sgd(
 
 
 def _adam(
-    cls: type[Any],
+    cls: type[Adam],
     common: Mapping[str, Any],
     groups: _Groups,
     held: Mapping[str, Mapping[str, Any]],
