@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from metaxl_evo.benchmark.rows import Row, Spread
+from metaxl_evo.training.figures import pyplot
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "estimator": lambda row: row.estimator,
@@ -156,10 +157,7 @@ def _label(estimator: str, settings: dict[str, Any]) -> str:
 
 def _draw(file: Path, panels: Sequence[_Panel]) -> Path:
     """The panels side by side, with one legend; a label has its colour in all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import FixedLocator, LogLocator
 
     inches = (8 + 3 * (len(panels) - 1), 4.5)

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from metaxl_evo.training.figures import pyplot
 from metaxl_evo.training.statistics import Interval, paired_difference, spread
 
 RunKey = tuple[str, str, int]  # method, language, seed
@@ -72,11 +73,7 @@ class Comparison:
         Raises:
             ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
         """
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
+        plt = pyplot()
         columns = [*self.languages, "average"]
         figure, axes = plt.subplots(
             1, len(columns), figsize=(2.6 * len(columns), 3.6), sharex=True, layout="constrained"

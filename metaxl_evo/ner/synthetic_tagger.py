@@ -12,7 +12,7 @@ from transformers import XLMRobertaConfig, XLMRobertaForTokenClassification, XLM
 from metaxl_evo.ner.synthetic import LABELS, SyntheticFamily
 
 
-def build_tagger(
+def make_synthetic_tagger(
     family: SyntheticFamily,
     *,
     layers: int = 2,

@@ -8,6 +8,20 @@ from pathlib import Path
 from typing import Any
 
 
+def pyplot() -> Any:
+    """matplotlib's pyplot, which draws into files alone.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
 @contextmanager
 def figure(file: Path, columns: int = 1, size: tuple[float, float] = (6.4, 4.0)) -> Iterator[list[Any]]:
     """Axes side by side to draw on, saved at the end.
@@ -18,11 +32,7 @@ def figure(file: Path, columns: int = 1, size: tuple[float, float] = (6.4, 4.0))
     Raises:
         ImportError: without matplotlib.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     made, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
     yield list(axes[0])
     made.savefig(file, dpi=120)

@@ -28,11 +28,9 @@ from vision_tasks.domains import name_of, read_domain
 from vision_tasks.experiment import plan
 from vision_tasks.feature_transform import FeatureTransform
 from vision_tasks.fewshot import CrossDomainFewShot, FewShotModel
+from vision_tasks.fewshot_arguments import METHODS, EpisodicTrainingArguments, FewShotArguments
 from vision_tasks.fewshot_episodes import Auxiliary, Domain, Episodes
 from vision_tasks.fewshot_experiment import (
-    METHODS,
-    EpisodicTrainingArguments,
-    FewShotArguments,
     FewShotData,
     FewShotTask,
     epochs_of,
