@@ -10,6 +10,8 @@ TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 WORKERS ?= -n 2 --dist worksteal
 PYTEST_FLAGS ?= $(WORKERS) -m "not slow"
+SKIP ?=
+DOCS_TESTS := tests/test_docs.py tests/test_estimator_docs.py
 DATA ?= ../shared
 PROBLEM ?= toy
 
@@ -39,7 +41,7 @@ quickstart: $(VENV)/.installed-base
 
 # One thread a worker: two workers on two cores beat one worker with two threads.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(addprefix --ignore=,$(SKIP))
 
 test-all: PYTEST_FLAGS = $(WORKERS)
 test-all: test
@@ -59,7 +61,7 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-test
 	$(BIN)/python -m metaxl_evo.estimators.table README.md docs/estimators.md
-	$(BIN)/python -m pytest tests/test_docs.py tests/test_estimator_docs.py
+	$(BIN)/python -m pytest $(DOCS_TESTS)
 
 reproduce-ner-cpu: $(VENV)/.installed-base
 	$(BIN)/python scripts/reproduce_ner_cpu.py --data $(DATA)

@@ -75,14 +75,19 @@ def sources() -> list[Path]:
     return sorted(file for room in ("metaxl_evo", "vision_tasks", "scripts") for file in (ROOT / room).rglob("*.py"))
 
 
-def declared() -> set[str]:
-    """The distributions that setup.py names, extras included."""
-    keywords = {
+def setup_keywords() -> dict[str | None, ast.expr]:
+    """What setup.py hands to `setup`, unevaluated."""
+    return {
         keyword.arg: keyword.value
         for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
         if isinstance(node, ast.Call)
         for keyword in node.keywords
     }
+
+
+def declared() -> set[str]:
+    """The distributions that setup.py names, extras included."""
+    keywords = setup_keywords()
     extras = ast.literal_eval(keywords["extras_require"]).values()
     requirements = [*ast.literal_eval(keywords["install_requires"]), *(one for extra in extras for one in extra)]
     return {re.split(r"[<>=!~\[; ]", requirement)[0].lower() for requirement in requirements}
@@ -126,6 +131,12 @@ def test_every_third_party_import_is_declared():
     third_party = {DISTRIBUTIONS.get(top, top) for top in found - sys.stdlib_module_names - ours}
     assert "torch" in third_party
     assert third_party <= declared()
+
+
+def test_the_packages_say_that_they_are_typed():
+    packages = {room.split(".")[0] for room in FLOORS} - {"scripts"}
+    assert all((ROOT / package / "py.typed").is_file() for package in packages)
+    assert ast.literal_eval(setup_keywords()["package_data"]) == {package: ["py.typed"] for package in packages}
 
 
 @pytest.mark.parametrize(
