@@ -25,7 +25,6 @@ BACKBONES = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3,
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 METHODS = ("learned", "fixed", "none")
-PERTURBED = r"^(encoder|head)\."  # what the paper's EvoGrad perturbs: `estimator_kwargs: {parameters: ...}`
 
 
 class FewShotConfig(PreTrainedConfig):

@@ -26,7 +26,6 @@ from vision_tasks.feature_transform import FeatureTransform
 from vision_tasks.fewshot import (
     BACKBONES,
     METHODS,
-    PERTURBED,
     CrossDomainFewShot,
     FewShotConfig,
     FewShotModel,
@@ -40,6 +39,7 @@ Batch = dict[str, Any]
 
 WAY, SHOT, QUERIES, SIDE, AUX, CLASSES = 3, 2, 2, 16, 4, 5
 LR = 0.1
+PERTURBED = r"^(encoder|head)\."  # what the EvoGrad of the paper perturbs
 ENGINES: dict[str, Estimator] = {
     "double_backward": OneStep("double_backward"),
     "jvp": OneStep("jvp"),
