@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -97,6 +98,7 @@ class BilevelProblem:
         initial: how the first weights depend on lam, where they do; `hypergradient` and `run_episode` find it out.
         cast: dtype -> a context manager in which what the losses read besides w, lam and batch is of that dtype.
         facts: what was found out about the inner loss, for problems that are made anew at every step.
+        split: `cut` by its name up to 0.1; goes after the next release.
     """
 
     inner_loss: Loss
@@ -116,8 +118,13 @@ class BilevelProblem:
     initial: Initial | None = None
     cast: Callable[[torch.dtype], AbstractContextManager[Any]] = _as_it_is
     facts: Facts = field(default_factory=Facts, compare=False)
+    split: Cut | None = None
 
     def __post_init__(self) -> None:
+        if self.split is not None:
+            warnings.warn("BilevelProblem(split=...) is cut=... now", FutureWarning, stacklevel=3)
+            object.__setattr__(self, "cut", self.split)
+            object.__setattr__(self, "split", None)
         loss = inspect.unwrap(self.inner_loss)
         if self.facts.loss is None:
             self.facts.loss = loss

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from metaxl_evo import bilevel
 from metaxl_evo.bilevel import (
     SGD,
     BilevelProblem,
@@ -291,6 +292,16 @@ def test_forward_and_backward_lie_in_one_scope_a_pass(name: str, gradients: bool
     counts = hypergradient(problem, ESTIMATES[name], toy.w, toy.lam, toy.train, toy.val).counts
     assert watch.entered == counts.forwards + counts.hvps
     assert watch.outside == 0
+
+
+def test_a_cut_is_still_known_by_its_old_name() -> None:
+    toy = cut_network(torch.float64)
+    with pytest.warns(FutureWarning, match="cut=... now"):
+        problem = replace(toy.problem, cut=None, split=toy.problem.cut)
+    assert problem.cut is toy.problem.cut
+    assert replace(problem, rows={}).cut is toy.problem.cut  # and no second warning
+    with pytest.warns(FutureWarning, match="Cut now"):
+        assert bilevel.Split is bilevel.Cut
 
 
 def test_the_shared_pass_of_a_cut_runs_its_backward_inside_a_scope() -> None:
