@@ -10,10 +10,10 @@ TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 WORKERS ?= -n 2 --dist worksteal
 PYTEST_FLAGS ?= $(WORKERS) -m "not slow"
-SKIP ?=
-DOCS_TESTS := tests/test_docs.py tests/test_estimator_docs.py
 DATA ?= ../shared
 PROBLEM ?= toy
+SKIP ?=
+DOCS_TESTS := tests/test_docs.py tests/test_estimator_docs.py
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot, which draws into files alone.
+@contextmanager
+def figure(
+    file: Path, columns: int = 1, size: tuple[float, float] = (6.4, 4.0), *, rows: int = 1, dpi: int = 120
+) -> Iterator[list[Any]]:
+    """Axes to draw on, row by row, saved at the end.
+
+    Args:
+        size: of the whole, in inches.
 
     Raises:
         ImportError: without matplotlib.
@@ -19,21 +25,7 @@ def pyplot() -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    return plt
-
-
-@contextmanager
-def figure(file: Path, columns: int = 1, size: tuple[float, float] = (6.4, 4.0)) -> Iterator[list[Any]]:
-    """Axes side by side to draw on, saved at the end.
-
-    Args:
-        size: of the whole, in inches.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    plt = pyplot()
-    made, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
-    yield list(axes[0])
-    made.savefig(file, dpi=120)
+    made, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    yield list(axes.flat)
+    made.savefig(file, dpi=dpi)
     plt.close(made)
