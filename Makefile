@@ -12,6 +12,8 @@ WORKERS ?= -n 2 --dist worksteal
 PYTEST_FLAGS ?= $(WORKERS) -m "not slow"
 DATA ?= ../shared
 PROBLEM ?= toy
+SKIP ?=
+DOCS_TESTS := tests/test_docs.py tests/test_estimator_docs.py
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,7 +41,7 @@ quickstart: $(VENV)/.installed-base
 
 # One thread a worker: two workers on two cores beat one worker with two threads.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(addprefix --ignore=,$(SKIP))
 
 test-all: PYTEST_FLAGS = $(WORKERS)
 test-all: test
@@ -59,7 +61,7 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-test
 	$(BIN)/python -m metaxl_evo.estimators.table README.md docs/estimators.md
-	$(BIN)/python -m pytest tests/test_docs.py tests/test_estimator_docs.py
+	$(BIN)/python -m pytest $(DOCS_TESTS)
 
 reproduce-ner-cpu: $(VENV)/.installed-base
 	$(BIN)/python scripts/reproduce_ner_cpu.py --data $(DATA)

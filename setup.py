@@ -10,12 +10,12 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "."},  # an editable install then puts this folder on the path: packages added later are found too
     packages=find_packages(include=["metaxl_evo", "metaxl_evo.*", "vision_tasks", "vision_tasks.*"]),
+    package_data={"metaxl_evo": ["py.typed"], "vision_tasks": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.23,<6",
         "accelerate>=1.10,<2",
         "datasets>=4.0,<6",
-        "evaluate>=0.4.2",
         "seqeval>=1.2.2",
         "safetensors>=0.4.3",
         "huggingface_hub>=1.0,<3",

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
-from vision_tasks.illustration import IllustrationArguments, run_illustration
+from vision_tasks.illustration import IllustrationArguments
+from vision_tasks.illustration_report import run_illustration
 
 
 @ends_with_one_line

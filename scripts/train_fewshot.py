@@ -11,7 +11,8 @@ from typing import Any
 
 from metaxl_evo.training.cli import ends_with_one_line
 from vision_tasks.experiment import run_command
-from vision_tasks.fewshot_experiment import FewShotArguments, FewShotTask
+from vision_tasks.fewshot_arguments import FewShotArguments
+from vision_tasks.fewshot_experiment import FewShotTask
 
 
 @ends_with_one_line

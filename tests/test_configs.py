@@ -17,7 +17,8 @@ from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.cli import parse_arguments
 from vision_tasks.experiment import plan
 from vision_tasks.fewshot import PERTURBED
-from vision_tasks.fewshot_experiment import EpisodicTrainingArguments, FewShotArguments, FewShotTask
+from vision_tasks.fewshot_arguments import EpisodicTrainingArguments, FewShotArguments
+from vision_tasks.fewshot_experiment import FewShotTask
 from vision_tasks.noisy_labels_experiment import NoisyLabelsArguments, NoisyLabelsTask
 from vision_tasks.rotation_experiment import RotationArguments, RotationTask
 

@@ -1,1 +1,1 @@
-"""Vision tasks on the same trainer: learned feature-wise transformation, Meta-Weight-Net (not built yet)."""
+"""Vision tasks on the same trainer: Meta-Weight-Net, learned feature-wise transformation, the rotation transformer."""

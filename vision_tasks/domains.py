@@ -38,7 +38,7 @@ from PIL import Image
 
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.hub import Instead, load_from_hub, require_reachable
-from vision_tasks.episodes import SPLITS, Domain, interleaved, whole
+from vision_tasks.fewshot_episodes import SPLITS, Domain, interleaved, whole
 from vision_tasks.images import IMAGE_COLUMNS, LABEL_COLUMNS, as_array, read_npz, require_mode
 from vision_tasks.symbols import LOOKS, draw_symbols
 

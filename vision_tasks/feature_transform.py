@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from transformers.models.resnet.modeling_resnet import ResNetShortCut
 
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.messages import unknown
+from metaxl_evo.models.hooks import HookedTransform
 from metaxl_evo.models.network_files import CONFIG_FILE, load_network, save_network
 
 SUBFOLDER = "feature_transform"
@@ -73,19 +73,7 @@ class ChannelAffine(nn.Module):
         return (scale[:, None, None] * x + shift[:, None, None]).to(x.dtype)
 
 
-@dataclass(eq=False)
-class _NormHook:
-    """The forward hook of one batch norm; an object, so that deep copies of model and transform stay paired."""
-
-    transform: FeatureTransform
-    name: str
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        """The transformed output; None, which keeps it, while the transform is off."""
-        return self.transform.apply_layer(output, self.name)
-
-
-class FeatureTransform(nn.Module):
+class FeatureTransform(HookedTransform):
     """One pair of (gamma, beta) for each transformed batch norm of an encoder.
 
     Meant to be used through `attach` and `active`:
@@ -132,9 +120,7 @@ class FeatureTransform(nn.Module):
         return {"channels": self.channels, "noise": self.noise}
 
     def attach(self, encoder: nn.Module) -> list[RemovableHandle]:
-        """Hook the batch norms of `encoder`; returns the handles. Attaching again replaces the hooks.
-
-        Nothing is registered in `encoder`: its state dict and saved files do not change.
+        """Hook the batch norms of `encoder`; returns the handles, `detach` removes them as well.
 
         Raises:
             ValueError: for an encoder with other blocks or widths.
@@ -147,15 +133,7 @@ class FeatureTransform(nn.Module):
                 f"the feature-wise transform has {self.channels.get(differs)} channels at {differs}, the encoder "
                 f"{found.get(differs)}: build it by FeatureTransform.for_encoder"
             )
-        self.detach(encoder)
-        return [norm.register_forward_hook(_NormHook(self, name)) for name, norm in norms.items()]
-
-    def detach(self, encoder: nn.Module) -> None:
-        """Remove this transform's hooks from `encoder`; nothing happens where there are none."""
-        for module in encoder.modules():
-            hooks = module._forward_hooks
-            for key in [k for k, hook in hooks.items() if isinstance(hook, _NormHook) and hook.transform is self]:
-                del hooks[key]
+        return self._hook(encoder, norms)
 
     @contextmanager
     def active(self, seed: int) -> Iterator[None]:
@@ -169,11 +147,11 @@ class FeatureTransform(nn.Module):
         finally:
             self._seed = previous
 
-    def apply_layer(self, x: Tensor, name: str) -> Tensor | None:
-        """The output (B, C, H, W) of the batch norm `name` transformed; None while the transform is off."""
+    def apply_layer(self, output: Tensor, layer: str) -> Tensor | None:
+        """The output (B, C, H, W) of the batch norm `layer` transformed; None while the transform is off."""
         if self._seed is None:
             return None
-        return self.layers[name](x, self._draw(name, self._seed))
+        return self.layers[layer](output, self._draw(layer, self._seed))
 
     def _draw(self, name: str, seed: int) -> Tensor:
         """The noise of one layer, (2, C); drawn on the CPU, so that it is the same on every device."""

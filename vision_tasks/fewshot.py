@@ -25,7 +25,6 @@ BACKBONES = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3,
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 METHODS = ("learned", "fixed", "none")
-PERTURBED = r"^(encoder|head)\."  # what the paper's EvoGrad perturbs: `estimator_kwargs: {parameters: ...}`
 
 
 class FewShotConfig(PreTrainedConfig):
@@ -173,7 +172,7 @@ class CrossDomainFewShot(BilevelModule):
     outer loss = mean over the episodes of a *pseudo-unseen* domain, in evaluation mode (the running statistics of
     batch norm), without the transform.
 
-    Batches are collated episodes (`vision_tasks.episodes`): `support` (E, way, shot, ch, H, W), `query`
+    Batches are collated episodes (`vision_tasks.fewshot_episodes`): `support` (E, way, shot, ch, H, W), `query`
     (E, way, queries, ch, H, W), `labels` (E, way * queries), `noise_seed` (E,) and, where there is an auxiliary
     classifier, `aux_images` (E, A, ch, H, W), `aux_labels` (E, A), `aux_weight` (E,).
 

@@ -16,9 +16,9 @@ from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.messages import one_line
 from metaxl_evo.models.bilevel_module import Batch
 from vision_tasks.augmentation import Transform
-from vision_tasks.episodes import Auxiliary
 from vision_tasks.feature_transform import FeatureTransform
 from vision_tasks.fewshot import CrossDomainFewShot, FewShotModel
+from vision_tasks.fewshot_episodes import Auxiliary
 
 
 class EncoderPretraining(CrossDomainFewShot):

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
-from metaxl_evo.benchmark.episodes import measure_regression
 from metaxl_evo.benchmark.peers import measure_peers
 from metaxl_evo.benchmark.report import write_report
 from metaxl_evo.benchmark.rows import Row
 from metaxl_evo.benchmark.steps import measure_tagger, measure_weight_net, measure_widths
+from metaxl_evo.benchmark.trajectories import measure_regression
 from metaxl_evo.benchmark.vision import fewshot, rotation
 
 MEASURES: dict[str, Callable[[BenchmarkArguments], Iterator[list[Row]]]] = {

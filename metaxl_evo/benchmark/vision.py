@@ -16,9 +16,9 @@ from metaxl_evo.training.arguments import MetaTrainingArguments
 from vision_tasks.augmentation import EvaluationTransform
 from vision_tasks.classification import make_classifier
 from vision_tasks.domains import SYNTHETIC, read_domain
-from vision_tasks.episodes import Episodes, EpisodeSize
 from vision_tasks.feature_transform import FeatureTransform
 from vision_tasks.fewshot import CrossDomainFewShot, FewShotModel, backbone_config
+from vision_tasks.fewshot_episodes import Episodes, EpisodeSize
 from vision_tasks.images import ImageRows, ImageSet, drawn
 from vision_tasks.noisy_labels import NoisyLabels, make_noisy
 from vision_tasks.rotation import RotatedClassifier, Rotation, rotated

@@ -1,17 +1,11 @@
 """Bilevel problems in plain torch: trees, update rules, passes, mixed products, hypergradients."""
 
+import warnings
+from typing import Any
+
+from metaxl_evo.bilevel.hypergradients import Hypergradient, hypergradient, run_episode
 from metaxl_evo.bilevel.passes import Counts, PassContext
-from metaxl_evo.bilevel.problem import (
-    BilevelProblem,
-    Examples,
-    Hypergradient,
-    InnerStep,
-    Response,
-    Split,
-    StepMade,
-    hypergradient,
-    run_episode,
-)
+from metaxl_evo.bilevel.problem import BilevelProblem, Cut, Examples, InnerStep, Response, StepMade
 from metaxl_evo.bilevel.processes import Processes, Traffic
 from metaxl_evo.bilevel.replay import Facts, stop_gradient
 from metaxl_evo.bilevel.tree import Tree
@@ -23,6 +17,7 @@ __all__ = [
     "AdamW",
     "BilevelProblem",
     "Counts",
+    "Cut",
     "Examples",
     "Facts",
     "Hypergradient",
@@ -30,7 +25,6 @@ __all__ = [
     "PassContext",
     "Processes",
     "Response",
-    "Split",
     "StepMade",
     "Traffic",
     "Tree",
@@ -40,3 +34,10 @@ __all__ = [
     "run_episode",
     "stop_gradient",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Split":  # up to 0.1
+        warnings.warn("metaxl_evo.bilevel.Split is Cut now", FutureWarning, stacklevel=2)
+        return Cut
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,55 +1,50 @@
-"""The value test: whether passes at perturbed weights see the function that autograd differentiates.
-
-Finite differences and EvoGrad move the weights and read what the inner loss becomes. Something that depends on the
-weights and was taken out of the graph (`detach`, `.data`, `no_grad`, `.tolist()`, a straight-through estimator) then
-moves along, which exact differentiation does not see. So before anything is estimated that way, the slope of the loss
-along random directions, as autograd has it, is compared with central differences: of the loss itself, and of its
-change between two values of lam, which a hypergradient is made of. Both are taken at weights beside those at which the
-inputs of `stop_gradient` were recorded, which shows as well whether they are replayed wherever they are computed.
-"""
+"""The way to passes at perturbed weights: the value test comes first, and what has to stand still is recorded."""
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import wraps
-from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_any, tree_map
-
-from metaxl_evo.bilevel.randomness import mix_seed
-from metaxl_evo.bilevel.replay import Inputs, Tested, kind_of, plain_detaches
-from metaxl_evo.bilevel.severed import culprit
+from metaxl_evo.bilevel.passes import PassContext
+from metaxl_evo.bilevel.replay import Inputs, Unrecorded
+from metaxl_evo.bilevel.samples import alone, first_part, untested
 from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.bilevel.value_test import Trial, trials
 from metaxl_evo.messages import first_line
 
-if TYPE_CHECKING:
-    from metaxl_evo.bilevel.passes import PassContext
-
 logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
-ROWS = 8  # of a part are enough
-STEPS = (1e-5, 8e-5, 6.4e-4, 5.12e-3, 4.096e-2)  # of the central differences, relative to the size of the weights
-FIRST = (1, 2)  # those that will do for a loss in float64
-DIRECTIONS = 3
-LAM_MOVES = (0.1, 1e-3, 0.0)  # relative to its size, until the loss is finite there
-W_MOVES = (0.03, 3e-3)
-TOLERANCE = 1e-5  # of a slope, relative to its size
-CLEAR = 0.02  # a comparison that is no better than this says nothing
-REPEATED = 2e-6  # what sums in another order may change
-_LESS = (torch.float32, torch.float16, torch.bfloat16)  # than float64
-NOTHING = 1e-8  # of the slope of the loss: what its change with lam is where it does not read lam
-_STREAM = 0x6A7E
 
-ALLOW = "or allow a straight-through estimate by straight_through = True"
+def perturbed(
+    passes: PassContext,
+    w: Tree,
+    lam: Tree,
+    batch: Any,
+    run: Callable[[Inputs], Found],
+    names: Iterable[str] | None = None,
+) -> Found:
+    """`run`, given the mode of its passes at weights near `w`, where only `names` (default: all) are moved."""
+    try:
+        return run(record(passes, w, lam, batch, names))
+    except Unrecorded:  # these are the first rows for which the loss calls stop_gradient
+        return run(record(passes, w, lam, batch, names))
+
+
+def record(passes: PassContext, w: Tree, lam: Tree, batch: Any, names: Iterable[str] | None = None) -> Inputs:
+    """Make sure that the stop-gradient inputs at `w` are on tape; returns the mode for perturbed passes.
+
+    Raises:
+        ValueError: where a perturbed pass would not be what autograd differentiates (`require`).
+    """
+    problem, facts = passes.problem, passes.problem.facts
+    require(passes, w, lam, batch, frozenset(w if names is None else names))
+    if problem.stop_gradients is False:
+        return Inputs.LIVE
+    if not passes.has_recorded(batch) and (problem.stop_gradients or facts.stop_gradients or facts.replay_detach):
+        passes.inner_value(w, lam, batch, inputs=Inputs.RECORD)
+    return Inputs.REPLAY
 
 
 def require(passes: PassContext, w: Tree, lam: Tree, batch: Any, names: frozenset[str]) -> None:
@@ -86,461 +81,9 @@ def require(passes: PassContext, w: Tree, lam: Tree, batch: Any, names: frozense
             known.note(kind, names, True)
 
 
-def untested(
-    passes: PassContext, batch: Any, known: Tested, names: frozenset[Any]
-) -> Iterator[tuple[Hashable, Any, int | None]]:
-    """Parts of kinds that `known` does not cover, and their numbers of rows; of each those that read lam, if any do.
-
-    They come until one of a kind has shown something; parts where nothing reads lam come last.
-    """
-    due = [part for part in passes.problem.parts(batch) if not known.covers(kind_of(part), names)]
-    reading = [(kind_of(part), part, passes.problem.reads_lam(part)) for part in due]
-    some = [(kind, read, _rows(read)) for kind, _, read in reading]
-    rest = [
-        (kind, part, _rows(part)) for (kind, part, _), (_, _, size) in zip(reading, some, strict=True) if size == 0
-    ]
-    for kind, part, size in (*some, *rest):
-        if size != 0 and not known.covers(kind, names):
-            yield kind, part, size
-
-
 def evaluate(passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
     """Evaluate the inner loss of one part, once a run: its own errors are not to be taken for those of a test."""
     facts, found = passes.problem.facts, first_part(passes, batch)
     if found is not None and not facts.evaluated:
         alone(passes).inner_value(w, lam, found[0])
         facts.evaluated = True
-
-
-def differs(first: float, second: float) -> bool:
-    """Whether two numbers are further apart than their rounding."""
-    return abs(first - second) > REPEATED * max(abs(first), abs(second))
-
-
-def alone(passes: PassContext) -> PassContext:
-    """A context for single parts, whose passes are not counted."""
-    problem = replace(passes.problem, parts=lambda part: (part,), reads_lam=lambda part: part)
-    return replace(passes.elsewhere(), problem=problem, counts=type(passes.counts)())
-
-
-def first_part(passes: PassContext, batch: Any) -> tuple[Any, int | None] | None:
-    """The first part that has rows which read lam (else any rows), and their number where that is known."""
-    parts = passes.problem.parts(batch)
-    for part in (*map(passes.problem.reads_lam, parts), *parts):
-        size = _rows(part)
-        if size != 0:
-            return part, size
-    return None
-
-
-def smaller(part: Any, size: int | None) -> list[Any]:
-    """A few rows spread over a part, where it can be cut, and the part."""
-    if size is None or size <= ROWS:
-        return [part]
-    places = torch.linspace(0, size - 1, ROWS).long()
-    return [_mapped(lambda x: x[places.to(x.device)] if x.dim() else x, part), part]
-
-
-class _Fault(Exception):
-    """What is wrong with a loss, in words."""
-
-
-class Trial:
-    """The inner loss on one part, at one precision, at weights and meta parameters of its own.
-
-    Args:
-        passes: a context for single parts.
-        dtype: None leaves everything as it is.
-        names: the weights that are moved.
-
-    Attributes:
-        error: what an attempt ended with.
-        showed: the loss, and its change with lam, moved with the weights at all.
-    """
-
-    def __init__(
-        self, passes: PassContext, w: Tree, lam: Tree, part: Any, names: frozenset[str], dtype: torch.dtype | None
-    ):
-        self.passes, self.dtype, self.names = passes, dtype, sorted(names)
-        self.facts = passes.problem.facts
-        self.start, self.lam, self.part = w, lam, part
-        self.w: Tree = {}
-        self.signs: Sequence[int] = ()
-        self.clear = True  # as far as the precision goes
-        self.showed = False
-        self.moves = torch.zeros(1)  # the largest slopes and differences that were seen, of the quantities
-        self.error: Exception | None = None
-
-    def attempt(self) -> str | None:
-        """What is wrong, empty if nothing is; None where this trial cannot tell."""
-        manager = nullcontext() if self.dtype is None else self.passes.problem.cast(self.dtype)
-        try:
-            with manager, torch.no_grad():
-                good = self._passes()
-                if good is False and not self.facts.replay_detach:
-                    good = self._passes_replayed()
-                if good and not self.clear:
-                    good = self._passes_by_looking()
-                if good is False:
-                    return self._explained(culprit(self, detaches=False), culprit(self, detaches=True))
-                return "" if good else None
-        except _Fault as fault:
-            return str(fault)
-        except Exception as error:  # of the loss, at another precision, of fewer rows or beside its parameters
-            self.error = error
-            return None
-        finally:
-            self.w = {}
-
-    def _passes_by_looking(self) -> bool:
-        """Where numbers of few digits show nothing clearly: whether the loss reads no value that left the graph."""
-        if culprit(self, detaches=False) is not None:
-            return False
-        if culprit(self, detaches=True) is not None and not self.facts.replay_detach:
-            logger.warning("that it is right to replay detach in passes at perturbed weights was tested roughly only")
-            return self._passes_replayed()
-        return True
-
-    def _passes_replayed(self) -> bool:
-        """Whether all is well once plain detaches are replayed, which they then are from here on."""
-        self.facts.replay_detach, good = True, None
-        try:
-            good = self._passes()
-        except RuntimeError as error:  # a backward that computes again has seen others than were replayed
-            logger.debug("plain detach cannot be replayed: %s", error)
-        finally:
-            self.facts.replay_detach = bool(good)
-        if good:
-            logger.info("plain detach is replayed in passes at perturbed weights (%s)", culprit(self, detaches=True))
-        return bool(good)
-
-    def _passes(self) -> bool | None:
-        """Whether autograd's slopes are the loss's; None where it is not finite."""
-        for lam_move, w_move in product(LAM_MOVES, W_MOVES):
-            self.signs = (1, -1) if lam_move else (1,)
-            self._place(lam_move)
-            self._refuse(*(float(self._recorded(1)) for _ in range(2)))
-            agrees = self._agrees_beside(w_move)
-            self.showed = bool((self.moves > NOTHING * self.moves[0]).all())
-            if agrees and (self.facts.stop_gradients or self.facts.replay_detach):
-                return self._replays_for_lam(lam_move, w_move)
-            if agrees is not None:
-                return agrees
-        return None
-
-    def _agrees_beside(self, w_move: float, of_lam: bool = False) -> bool | None:
-        """Whether the slopes are right beside the weights at which the inputs of `stop_gradient` were recorded."""
-        for sign in self.signs:
-            self._recorded(sign, keep=True)
-        self._vary(self.w, self.names)
-        self._move(DIRECTIONS, w_move)
-        if of_lam:
-            self._vary(self.metas[1], list(self.lam))
-        return self._agrees()
-
-    def _replays_for_lam(self, lam_move: float, w_move: float) -> bool:
-        """Whether the gradient to lam sees the replayed inputs too, where a backward computes them again.
-
-        It does not if it is right at the recorded weights and wrong beside them. What is kept out of its graph for a
-        reason of its own is wrong at both, and none of a hypergradient's business.
-        """
-        self.signs, found = (1,), []
-        for move in (w_move, 0.0):
-            self._place(lam_move)
-            found.append(self._agrees_beside(move, of_lam=True))
-            if found[0] is not False:
-                return True
-        return found[1] is False
-
-    def _refuse(self, first: float, second: float) -> None:
-        """Refuse what the recorded pass shows by itself."""
-        if math.isfinite(first) and math.isfinite(second) and differs(first, second):
-            raise _Fault(
-                f"the same pass of the inner loss gave {first:.6g} and {second:.6g}: it draws random numbers that no "
-                "seed of ours reaches, and differences of passes would be noise: draw them from torch's, numpy's or "
-                "Python's global generators, or take an exact engine (engine: double_backward)"
-            )
-        if self.facts.stop_gradients and self.passes.problem.stop_gradients is False:
-            raise _Fault(
-                "the inner loss calls stop_gradient, and stop_gradients = False says that it does not: leave the "
-                f"flag out, {ALLOW}"
-            )
-
-    def _explained(self, other: str | None, detach: str | None) -> str:
-        place, again = other or detach, other is None and detach is not None
-        found = f"{place} takes something that depends on the base weights out of the graph" if place else (
-            "the gradient of the inner loss is not its slope (a straight-through estimator, or a function with a "
-            "backward of its own)"
-        )  # fmt: skip
-        put = "stop_gradient(x, key=...), a key for each call since the backward computes it again," if again else (
-            "stop_gradient(x)"
-        )  # fmt: skip
-        return (
-            f"{found}, so that passes at perturbed weights (finite differences, evograd) would be wrong without a "
-            f"word: put metaxl_evo.bilevel.{put} in its place, take an exact engine (engine: double_backward), {ALLOW}"
-        )
-
-    # ---- where the loss is evaluated
-
-    def _place(self, lam_move: float) -> None:
-        """The weights as they were given, and lam moved to either side."""
-        self.w = {}
-        for name, leaf in self.start.items():
-            self.w[name] = leaf.detach().to(self._dtype(leaf), copy=name in self.names)
-        self.metas: dict[int, Tree] = {}
-        self.batch = _mapped(lambda x: x.to(self._dtype(x)) if x.is_floating_point() else x, self.part)
-        lam = {name: leaf.detach().to(self._dtype(leaf)) for name, leaf in self.lam.items()}
-        for sign in self.signs:
-            self.metas[sign] = moved(lam, sign * lam_move)
-        self.contexts = {sign: self.passes.elsewhere() for sign in self.signs}
-
-    def _dtype(self, leaf: Tensor) -> torch.dtype:
-        return leaf.dtype if self.dtype is None else self.dtype
-
-    def _along(self, direction: int) -> dict[str, Callable[[], Tensor]]:
-        """A direction, its leaves made when they are asked for: two copies of the weights would be too many."""
-
-        def leaf(index: int, name: str) -> Callable[[], Tensor]:
-            return lambda: _random(self.varied[name], direction * len(self.varied) + index, self.sizes[name])
-
-        return {name: leaf(index, name) for index, name in enumerate(self.varied)}
-
-    def _vary(self, leaves: Tree, names: Sequence[str]) -> None:
-        """Move these, of w or of lam, from here on."""
-        self.varied = {name: leaves[name] for name in names}
-        self.sizes = _sizes(self.varied)
-
-    def _move(self, direction: int, amount: float) -> None:
-        for name, leaf in self._along(direction).items():
-            self.varied[name].add_(leaf(), alpha=amount)
-
-    def _recorded(self, sign: int, keep: bool = False) -> Tensor:
-        context = self.contexts[sign] if keep else self.passes.elsewhere()
-        return context.inner_value(self.w, self.metas[sign], self.batch, inputs=Inputs.RECORD)
-
-    # ---- the comparison
-
-    def _agrees(self) -> bool | None:
-        """Whether slopes and differences agree, of the loss and of its change with lam; None if they are not finite.
-
-        All directions have to disagree (two where the precision shows them clearly, and none agrees): a kink may lie
-        between the two points of a difference.
-        """
-        slopes = self._combined({sign: self._slopes(sign) for sign in self.signs})  # (quantities, DIRECTIONS)
-        if not bool(slopes.isfinite().all()):
-            return None
-        failed, clearly, passed = [0] * len(slopes), [0] * len(slopes), [False] * len(slopes)
-        self.moves = slopes.abs().amax(1)
-        for direction in range(DIRECTIONS):
-            found: dict[int, Tensor] = {}
-            for steps in (FIRST, range(len(STEPS))):
-                for k in steps:
-                    if k not in found:
-                        found[k] = self._difference(direction, STEPS[k])
-                if not all(bool(one.isfinite().all()) for one in found.values()):
-                    return None
-                self.moves = torch.stack([self.moves, *(one.abs() for one in found.values())]).amax(0)
-                judged = [_judge(found, q, float(slopes[q, direction]), self._noise) for q in range(len(slopes))]
-                if all(error <= bound <= 1e-4 for error, bound in judged):
-                    break
-            for q, (error, bound) in enumerate(judged):
-                passed[q] |= error <= bound <= CLEAR
-                failed[q] += error > bound
-                clearly[q] += error > bound and bound <= CLEAR
-            if all(passed):
-                return True
-        self.clear = passed[0] or clearly[0] > 1 or failed[0] == DIRECTIONS
-        wrong = [one == DIRECTIONS or two > 1 for one, two in zip(failed, clearly, strict=True)]
-        return not any(bad and not good for bad, good in zip(wrong, passed, strict=True))
-
-    def _slopes(self, sign: int) -> Tensor:
-        """Autograd's slopes of the loss along the directions, float64 (DIRECTIONS,)."""
-        problem, slopes = self.passes.problem, torch.zeros(DIRECTIONS, dtype=torch.float64, requires_grad=True)
-        directions = [self._along(direction) for direction in range(DIRECTIONS)]
-
-        def live(leaves: Tree) -> Tree:
-            return {
-                name: _Slopes.apply(slopes, leaf, [along[name] for along in directions])
-                if leaf is self.varied.get(name)
-                else leaf
-                for name, leaf in leaves.items()
-            }
-
-        with self.contexts[sign].scope(0, inputs=Inputs.REPLAY):
-            w, lam = live(self.w), live(self.metas[sign])
-            with plain_detaches():
-                loss = problem.inner_loss(w, lam, self.batch)
-            if not loss.requires_grad:
-                return torch.zeros(DIRECTIONS, dtype=torch.float64)
-            (found,) = torch.autograd.grad(loss, slopes, allow_unused=True, materialize_grads=True)
-        return found.detach()
-
-    def _difference(self, direction: int, step: float) -> Tensor:
-        """The central differences, float64 (quantities,)."""
-        sides = []
-        for move in (step, -2 * step):
-            self._move(direction, move)
-            sides.append(
-                {
-                    sign: self.contexts[sign]
-                    .inner_value(self.w, self.metas[sign], self.batch, inputs=Inputs.REPLAY)
-                    .double()
-                    .cpu()
-                    for sign in self.signs
-                }
-            )
-        self._move(direction, step)
-        self._largest = max(abs(float(value)) for side in sides for value in side.values())
-        return self._combined({sign: (sides[0][sign] - sides[1][sign]) / (2 * step) for sign in self.signs})
-
-    def _noise(self, step: float) -> float:
-        """What the rounding of the loss makes of a difference."""
-        dtype = self.dtype or next(iter(self.w.values())).dtype
-        return 8 * torch.finfo(dtype).eps * self._largest / step
-
-    def _combined(self, of: dict[int, Tensor]) -> Tensor:
-        return torch.stack([of[1]] if len(of) == 1 else [of[1], of[1] - of[-1]])
-
-
-class _Slopes(torch.autograd.Function):
-    """A leaf as it is; its gradient is taken along directions and given to their slopes, and never kept."""
-
-    @staticmethod
-    def forward(ctx: Any, slopes: Tensor, leaf: Tensor, directions: Sequence[Callable[[], Tensor]]) -> Tensor:
-        ctx.directions = directions
-        return leaf.data
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        along = [(gradient * direction()).sum(dtype=torch.float64).cpu() for direction in ctx.directions]
-        return torch.stack(along), None, None
-
-
-def trials(passes: PassContext, w: Tree, lam: Tree, part: Any, size: int | None, names: frozenset[str]) -> list[Trial]:
-    """The same test on a few rows in float64, on all rows of a part, and as the loss itself computes.
-
-    What a backward computes again does not know of the casts that are left out, so that they are left in then.
-    """
-    here = alone(passes)
-
-    def promoted(casts: bool) -> PassContext:
-        return replace(here, problem=replace(here.problem, inner_loss=_promoted(here.problem.inner_loss, casts)))
-
-    return [
-        Trial(promoted(casts), w, lam, one, names, torch.float64)
-        for one in smaller(part, size)
-        for casts in (True, False)
-    ] + [Trial(here, w, lam, part, names, None)]
-
-
-def _promoted(loss: Callable[..., Tensor], casts: bool) -> Callable[..., Tensor]:
-    """A loss in float64 that brings constants of other dtypes along; with `casts` also one that casts on its way."""
-
-    @wraps(loss)
-    def run(*arguments: Any) -> Tensor:
-        with _Promotes(casts):
-            return loss(*arguments)
-
-    return run
-
-
-class _Promotes(TorchFunctionMode):
-    """Takes every floating-point argument for float64 where one is; casts to less (of an RMS norm) are left out."""
-
-    def __init__(self, casts: bool):
-        super().__init__()
-        self.casts = casts
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if tree_any(lambda x: isinstance(x, Tensor) and x.dtype is torch.float64, (args, kwargs)):
-            args, kwargs = tree_map(self._in_float64, (args, kwargs))
-            func = Tensor.double if self.casts and func in (Tensor.float, Tensor.half, Tensor.bfloat16) else func
-        return func(*args, **kwargs)
-
-    def _in_float64(self, x: Any) -> Any:
-        if isinstance(x, torch.dtype):
-            return torch.float64 if self.casts and x in _LESS else x
-        return x.double() if isinstance(x, Tensor) and x.dtype in _LESS else x
-
-
-def _judge(found: Mapping[int, Tensor], q: int, slope: float, noise: Callable[[float], float]) -> tuple[float, float]:
-    """Error of the best difference against a slope, and its bound, both relative to the larger of the two.
-
-    Two neighbouring steps show the error of the smaller: that of the rule shrinks with the step, that of rounding
-    grows, so that finer steps tell it too.
-    """
-    best, seen = (math.inf, math.inf), 0.0
-    for k, following in pairwise(sorted(found)):
-        quotient, step = float(found[k][q]), STEPS[k]
-        seen = max(seen, step * abs(quotient - float(found[following][q])))
-        scale = max(abs(slope), abs(quotient))
-        bound = max(10 * seen / step, noise(step), TOLERANCE * scale)
-        one = (abs(slope - quotient) / scale, bound / scale) if scale else (0.0, 0.0)
-        best = min(best, one, key=lambda pair: pair[1])
-    return best
-
-
-def moved(leaves: Tree, amount: float) -> Tree:
-    """The leaves, each beside itself by so much of its size at random (a leaf of zeros as if its size were 1).
-
-    A last layer that begins at zero hides what leads through it.
-    """
-    return {
-        name: leaf.detach() + amount * _random(leaf, number, _size(leaf) or 1.0).to(leaf.dtype)
-        for number, (name, leaf) in enumerate(leaves.items())
-    }
-
-
-def _random(leaf: Tensor, number: int, size: float) -> Tensor:
-    """A random tensor like `leaf`, float32, of mean square `size`^2; the same for a number."""
-    generator = torch.Generator(leaf.device).manual_seed(mix_seed(_STREAM, number))
-    drawn = torch.empty(leaf.shape, dtype=torch.float32, device=leaf.device)
-    return drawn.uniform_(-1, 1, generator=generator).mul_(3**0.5 * size)
-
-
-def _sizes(w: Tree) -> dict[str, float]:
-    """The root mean squares of the leaves; a leaf of zeros is moved like the others."""
-    sizes = {name: _size(leaf) for name, leaf in w.items()}
-    others = [size for size in sizes.values() if size]
-    default = min(0.1, sum(others) / len(others)) if others else 0.1
-    return {name: size or default for name, size in sizes.items()}
-
-
-def _size(leaf: Tensor) -> float:
-    return float(torch.linalg.vector_norm(leaf.detach(), dtype=torch.float64)) / max(leaf.numel(), 1) ** 0.5
-
-
-def _mapped(fn: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """A batch with `fn` of its tensors."""
-    if isinstance(batch, Tensor):
-        return fn(batch)
-    if isinstance(batch, Mapping):
-        changed: Any = copy.copy(batch)
-        for key, value in batch.items():
-            changed[key] = _mapped(fn, value)
-        return changed
-    if isinstance(batch, (list, tuple)):
-        items = [_mapped(fn, one) for one in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
-
-
-def _rows(batch: Any) -> int | None:
-    """The number of rows that all tensors of a batch lead with; None where they do not, or something is no tensor."""
-    sizes: set[int | None] = set()
-
-    def look(held: Any) -> None:
-        if isinstance(held, Tensor):
-            sizes.update(held.shape[:1])
-        elif isinstance(held, Mapping):
-            for one in held.values():
-                look(one)
-        elif isinstance(held, (list, tuple)) and any(isinstance(one, (Tensor, Mapping, list, tuple)) for one in held):
-            for one in held:
-                look(one)
-        elif not isinstance(held, (int, float, str, type(None))):
-            sizes.add(None)
-
-    look(batch)
-    return sizes.pop() if len(sizes) == 1 else None

@@ -9,24 +9,20 @@ into a module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metaxl_evo.bilevel import gate, tree
+from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.problem import BilevelProblem, Loss
 from metaxl_evo.bilevel.randomness import mix_seed, random_state, seed_all, seeded
-from metaxl_evo.bilevel.replay import Inputs, Tape, Unrecorded, plain_detaches, running
+from metaxl_evo.bilevel.replay import Inputs, Tape, plain_detaches, running
 from metaxl_evo.bilevel.tree import Tree
-
-if TYPE_CHECKING:
-    from metaxl_evo.bilevel.problem import BilevelProblem
-
-LossFn = Any  # (w, lam, batch) -> 0-d Tensor
 
 
 @dataclass
@@ -34,7 +30,7 @@ class Counts:
     """Work of one hypergradient, in passes over one part of a batch.
 
     `forwards` and `backwards` are of whole losses, `hvps` are double backwards, `jvps` forward-mode products through a
-    gradient (each of these two includes its own forward and backward), `suffixes` are evaluations of a split's suffix,
+    gradient (each of these two includes its own forward and backward), `suffixes` are evaluations of a cut's suffix,
     `reduced` are the numbers that were summed over several processes.
     """
 
@@ -156,42 +152,23 @@ class PassContext:
         return self.problem.processes.once(whole)
 
     def prefix(self, w: Tree, part: int, batch: Any) -> Tensor | None:
-        """The hidden states that a split's prefix gives for one part: those kept, or computed now without a graph."""
-        split = self.problem.split
-        if split is None or split.prefix is None:
+        """The hidden states that a cut's prefix gives for one part: those kept, or computed now without a graph."""
+        cut = self.problem.cut
+        if cut is None or cut.prefix is None:
             return None
         tape = self._tapes.get(part)
         if tape is not None and tape.kept is not None:
             return tape.kept
         self.counts.forwards += 1
         with self.scope(part), torch.no_grad():
-            return split.prefix(tree.detach(w), batch)
+            return cut.prefix(tree.detach(w), batch)
 
-    def perturbed(
-        self, w: Tree, lam: Tree, batch: Any, run: Callable[[Inputs], Any], names: Iterable[str] | None = None
-    ) -> Any:
-        """`run`, given the mode of its passes at weights near `w`, where only `names` (default: all) are moved."""
-        try:
-            return run(self.record(w, lam, batch, names))
-        except Unrecorded:  # these are the first rows for which the loss calls stop_gradient
-            return run(self.record(w, lam, batch, names))
-
-    def record(self, w: Tree, lam: Tree, batch: Any, names: Iterable[str] | None = None) -> Inputs:
-        """Make sure that the stop-gradient inputs at `w` are on tape; returns the mode for perturbed passes.
-
-        Raises:
-            ValueError: where a perturbed pass would not be what autograd differentiates (`gate.require`).
-        """
-        problem, facts = self.problem, self.problem.facts
-        gate.require(self, w, lam, batch, frozenset(w if names is None else names))
-        if problem.stop_gradients is False:
-            return Inputs.LIVE
-        on_tape = len(self._tapes) >= max(len(problem.parts(batch)), 1) and all(
+    def has_recorded(self, batch: Any) -> bool:
+        """Whether the stop-gradient inputs of every part of `batch` are on tape, as they are recorded by now."""
+        parts, facts = self.problem.parts(batch), self.problem.facts
+        return len(self._tapes) >= max(len(parts), 1) and all(
             tape.detaches == facts.replay_detach for tape in self._tapes.values()
         )
-        if not on_tape and (problem.stop_gradients or facts.stop_gradients or facts.replay_detach):
-            self.inner_value(w, lam, batch, inputs=Inputs.RECORD)
-        return Inputs.REPLAY
 
     def inner_value(self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE, stream: int = 0) -> Tensor:
         """Inner loss without a graph, a 0-d tensor."""
@@ -243,7 +220,7 @@ class PassContext:
 
     def _grad(
         self,
-        loss_fn: LossFn,
+        loss_fn: Loss,
         w: Tree,
         lam: Tree,
         parts: Sequence[tuple[int, Any]],

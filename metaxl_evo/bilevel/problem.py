@@ -1,44 +1,46 @@
-"""The bilevel problem, the response of an estimator, and the one formula that makes a hypergradient of it."""
+"""The bilevel problem, one step of its inner optimiser, and the response of an estimator to it."""
 
 from __future__ import annotations
 
 import inspect
-import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaxl_evo.bilevel import gate, tree
-from metaxl_evo.bilevel.initial import Initial, initial_of
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.initial import Initial
 from metaxl_evo.bilevel.processes import Processes
-from metaxl_evo.bilevel.randomness import devices_of, kept, mix_seed
-from metaxl_evo.bilevel.replay import Facts, Inputs
+from metaxl_evo.bilevel.replay import Facts
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import UpdateRule, UpdateState
-
-logger = logging.getLogger(__name__)
+from metaxl_evo.bilevel.update import UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState
 
 Loss = Callable[[Tree, Tree, Any], Tensor]
 
 
 @dataclass(frozen=True)
-class Split:
-    """The inner loss cut in pieces: `loss(w, hidden(w, lam, below, batch), batch)`, below = `prefix(w, batch)`.
+class Cut:
+    """The inner loss in two: a way to hidden states, and a suffix `loss`, which alone reads the parameters `names`.
 
-    Only `loss` reads the parameters `names`, and no others, so copies that perturb only those share one pass of the
-    rest. `prefix` reads neither them nor lam: what the base step's own forward handed to `keep` serves in its place.
-    Without it, `below` is None and `hidden` runs from the start.
+    Copies that perturb only those share one pass of the rest. In a `BilevelModule` the parameters are swapped in, and
+    each function lacks its leading arguments w and lam.
+
+    Args:
+        names: the parameters that the suffix reads, and no others.
+        hidden: (w, lam, below, batch) -> the states between the pieces; from the start where `below` is None.
+        loss: (w, states, batch) -> the inner loss.
+        prefix: (w, batch) -> `below`, by neither `names` nor lam, so that what the base step's own forward handed to
+            `keep` serves in its place. None where there is no such piece.
     """
 
     names: frozenset[str]
-    hidden: Callable[[Tree, Tree, Tensor | None, Any], Tensor]
-    loss: Callable[[Tree, Tensor, Any], Tensor]
-    prefix: Callable[[Tree, Any], Tensor] | None = None
+    hidden: Callable[..., Tensor]
+    loss: Callable[..., Any]
+    prefix: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,13 @@ class BilevelProblem:
         update: the inner optimiser's step.
         parts: the micro-batches whose losses add up to the loss of a batch (default: the batch itself).
         scope: a context manager around every pass (frozen buffers, dropout off).
-        split: the cheap form of the inner loss, where only a suffix of the base is perturbed.
+        cut: the cheap form of the inner loss, where only a suffix of the base is perturbed.
         second_order: whether the losses can be differentiated twice and in forward mode.
         stop_gradients: whether the inner loss calls `stop_gradient`, so that perturbed passes have inputs to replay;
             None where that is to be found out.
         straight_through: accept an inner loss whose gradient is not its slope (values that were taken out of the graph
-            and move with the weights), which estimators that perturb the weights refuse otherwise (`bilevel.gate`).
+            and move with the weights), which estimators that perturb the weights refuse otherwise
+            (`bilevel.value_test`).
         direct_term: whether `outer_loss` reads lam; None where that is not known beforehand.
         reads_lam: the rows of a part through which its inner loss reads lam; the others add nothing to d_lam. It makes
             the same `stop_gradient` calls on them as the whole part does.
@@ -95,6 +98,7 @@ class BilevelProblem:
         initial: how the first weights depend on lam, where they do; `hypergradient` and `run_episode` find it out.
         cast: dtype -> a context manager in which what the losses read besides w, lam and batch is of that dtype.
         facts: what was found out about the inner loss, for problems that are made anew at every step.
+        split: `cut` by its name up to 0.1; goes after the next release.
     """
 
     inner_loss: Loss
@@ -102,7 +106,7 @@ class BilevelProblem:
     update: UpdateRule
     parts: Callable[[Any], Sequence[Any]] = _whole
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
-    split: Split | None = None
+    cut: Cut | None = None
     second_order: bool = True
     stop_gradients: bool | None = None
     straight_through: bool = False
@@ -114,8 +118,13 @@ class BilevelProblem:
     initial: Initial | None = None
     cast: Callable[[torch.dtype], AbstractContextManager[Any]] = _as_it_is
     facts: Facts = field(default_factory=Facts, compare=False)
+    split: Cut | None = None
 
     def __post_init__(self) -> None:
+        if self.split is not None:
+            warnings.warn("BilevelProblem(split=...) is cut=... now", FutureWarning, stacklevel=3)
+            object.__setattr__(self, "cut", self.split)
+            object.__setattr__(self, "split", None)
         loss = inspect.unwrap(self.inner_loss)
         if self.facts.loss is None:
             self.facts.loss = loss
@@ -168,262 +177,3 @@ class Response:
     vjp: Callable[[Tree], Tree]
     offset: Tree | None = None
     wrt: Iterable[str] | None = None
-
-
-class HypergradientEstimator(Protocol):
-    """What this floor needs of an estimator (the family itself lives in `metaxl_evo.estimators`)."""
-
-    @property
-    def requires_direct_term(self) -> bool: ...
-
-    @property
-    def stochastic(self) -> bool: ...
-
-    @property
-    def needs_state_before(self) -> bool: ...
-
-    def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None: ...
-
-    def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None: ...
-
-    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Any: ...
-
-    def observe(self, passes: PassContext, step: InnerStep, state: Any) -> Any: ...
-
-    def suspended(self, state: Any) -> bool: ...
-
-    def end_episode(self, passes: PassContext, step: InnerStep, state: Any) -> Any: ...
-
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response: ...
-
-
-@dataclass(frozen=True)
-class Hypergradient:
-    """An estimate of d outer_loss / d lam.
-
-    Args:
-        grads: like lam, at true scale.
-        outer_loss: the outer loss where it was judged, a 0-d tensor.
-        diagnostics: the estimator's own numbers (effective sample size, perturbation length, ...).
-        counts: the passes that it took.
-        w: the base weights at the end, where an episode was run.
-    """
-
-    grads: Tree
-    outer_loss: Tensor
-    diagnostics: dict[str, float] = field(default_factory=dict)
-    counts: Counts = field(default_factory=Counts)
-    w: Tree | None = None
-
-
-def hypergradient(
-    problem: BilevelProblem,
-    estimator: HypergradientEstimator,
-    w: Tree,
-    lam: Tree,
-    train_batch: Any,
-    val_batch: Any,
-    *,
-    state: Any = None,
-    generator: torch.Generator | None = None,
-    noise: Sequence[Tree] | None = None,
-    update_state: UpdateState | None = None,
-    made: StepMade | None = None,
-) -> Hypergradient:
-    """Estimate the hypergradient of one inner step.
-
-    Args:
-        w, lam: base and meta parameters before the step, dicts of tensors; left as they are, like the global random
-            state. Where w is an entry of lam or was computed from some, that is differentiated too, or refused.
-        train_batch, val_batch: the batches of the inner and the outer loss.
-        state: the estimator's state, which has observed the step where `made` is given (default: a fresh one, which
-            observes it now).
-        generator: where the randomness of this estimate is drawn from (default: the same on every call).
-        noise: perturbations to use in place of drawn ones, a sequence of trees at true scale (EvoGrad).
-        update_state: the inner optimiser's state before the step (default: that before a first step).
-        made: the step, where it was made already; the estimate is then of that very step.
-
-    Raises:
-        ValueError: where the estimator cannot serve this problem, with the reason.
-    """
-    problem, w, lam = _bound(problem, w, lam)
-    if problem.initial is not None and (state is not None or made is not None):
-        raise ValueError(
-            f"w[{problem.initial.first!r}] is a meta parameter or computed from one, in the middle of an episode, "
-            "whose first weights alone may be: give a detached clone, or let run_episode make the steps"
-        )
-    estimator.check(problem, w, lam)
-    if noise is not None and not estimator.stochastic:
-        raise ValueError(f"{type(estimator).__name__} draws no noise: leave `noise` out")
-    if made is not None:
-        if update_state is None and (problem.update.may_read_lam or estimator.needs_state_before):
-            if made.update_state["step"] > 1:
-                raise ValueError("a step that was made needs `update_state`, the optimiser's state before it")
-            update_state = problem.update.init(w)
-        made = StepMade(tree.detach(made.w), tree.detach(made.grad), made.update_state)
-    passes = PassContext(problem, seed=_draw_seed(generator), noise=noise, devices=devices_of(w, lam))
-    estimator.prepare(passes, w, lam, train_batch)
-    step = InnerStep(w, lam, train_batch, update_state, made, val_batch)
-    if state is None:
-        state = estimator.init(problem, w, lam)
-        if made is not None:
-            state = estimator.observe(passes, step, state)
-    return _said_if_zero(passes, step, estimate(passes, estimator, step, state))
-
-
-def estimate(passes: PassContext, estimator: HypergradientEstimator, step: InnerStep, state: Any) -> Hypergradient:
-    """The one formula: direct term + pulled-back cotangent + offset.
-
-    For callers that run the inner steps themselves, with passes that may have recorded the step's own forward. The
-    gradient of a step that was made is taken over (`step.made.grad` may be emptied), to free its memory early.
-    """
-    lam, diagnostics = step.lam, dict[str, float]()
-    with kept():
-        response = estimator.respond(passes, step, state, diagnostics)
-        wrt = tuple(step.w) if response.wrt is None else tuple(response.wrt)
-        outer_loss, cotangent, direct, reads_lam = passes.outer_grad(
-            response.value, lam, step.val_batch, wrt_w=wrt, wrt_lam=lam
-        )
-        grads = passes.whole(tree.add(direct, response.vjp(cotangent)))
-    if estimator.requires_direct_term and not reads_lam and tree.norm(grads) == 0:  # rows elsewhere may read it
-        raise ValueError(NO_DIRECT_TERM)
-    outer_loss = passes.total(outer_loss)
-    if response.offset is not None:
-        grads = tree.add(grads, response.offset)
-    return Hypergradient(grads, outer_loss, diagnostics, passes.counts)
-
-
-NO_DIRECT_TERM = (
-    "first_order keeps only the direct term, and this outer loss does not read the meta parameters, so every "
-    "hypergradient would be zero: choose an estimator that differentiates the inner step (one_step, evograd)"
-)
-
-
-def run_episode(
-    problem: BilevelProblem,
-    estimator: HypergradientEstimator,
-    w0: Tree,
-    lam: Tree,
-    train_batches: Sequence[Any],
-    val_batch: Any,
-    *,
-    generator: torch.Generator | None = None,
-) -> Hypergradient:
-    """Run the inner steps from `w0` with lam held fixed and estimate the hypergradient at the end, without a Trainer.
-
-    Where leaves of `w0` are entries of lam, or were computed from entries that require a gradient, the initialisation
-    is learned (MAML): the derivative through `w0` is part of the hypergradient. `unroll` and `forward_mode` can do it.
-    An estimator that asks for an episode of its own first (HyperDistill's fit) gets one over the same batches. The
-    result's `w` holds the weights after the last step; its counts are of the estimator's work alone, over all steps.
-
-    Raises:
-        ValueError: for an empty sequence of batches, or where the estimator cannot serve this problem.
-    """
-    if len(train_batches) == 0:
-        raise ValueError("run_episode needs at least one train batch")
-    problem, w0, lam = _bound(problem, w0, lam)
-    estimator.check(problem, w0, lam)
-    seed, devices, counts = _draw_seed(generator), devices_of(w0, lam), Counts()
-    first = PassContext(problem, seed=seed, devices=devices)
-    gate.evaluate(first, w0, lam, train_batches[0])
-    estimator.prepare(first, w0, lam, train_batches[0])
-
-    def run(state: Any) -> tuple[PassContext, InnerStep, Any]:
-        w, update_state = w0, problem.update.init(w0)
-        for index, batch in enumerate(train_batches):
-            passes = PassContext(problem, seed=mix_seed(seed, index), devices=devices)  # one randomness a step
-            step = look_ahead(passes, InnerStep(w, lam, batch, update_state, val_batch=val_batch))
-            assert step.made is not None
-            passes.counts = counts  # the step itself is not the estimator's work
-            state = estimator.observe(passes, step, state)
-            w, update_state = step.current, step.made.update_state
-        return passes, step, state
-
-    passes, step, state = run(estimator.init(problem, w0, lam))
-    if estimator.suspended(state):
-        learned = estimator.end_episode(passes, step, state)
-        passes, step, state = run(estimator.init(problem, w0, lam, previous=learned))
-    result = _said_if_zero(passes, step, estimate(passes, estimator, step, state))
-    return Hypergradient(result.grads, result.outer_loss, result.diagnostics, counts, step.current)
-
-
-def look_ahead(passes: PassContext, step: InnerStep) -> InnerStep:
-    """The step with what the optimiser makes of it; its pass records the stop-gradient inputs on the way."""
-    rule = passes.problem.update
-    inputs = Inputs.LIVE if passes.problem.stop_gradients is False else Inputs.RECORD
-    grad = passes.step_grad(step.w, step.lam, step.batch, inputs=inputs)
-    before = step.update_state if step.update_state is not None else rule.init(step.w)
-    with torch.no_grad():
-        after, after_state = rule(step.w, before, grad, tree.detach(step.lam))
-    return replace(step, update_state=before, made=StepMade(after, grad, after_state))
-
-
-def _draw_seed(generator: torch.Generator | None) -> int:
-    if generator is None:
-        return torch.initial_seed()
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-
-
-def _said_if_zero(passes: PassContext, step: InnerStep, result: Hypergradient) -> Hypergradient:
-    deaf = [name for name, leaf in result.grads.items() if not leaf.any()]
-    if len(deaf) == len(result.grads):
-        logger.warning("%s", why_zero(passes, step))
-    elif deaf and passes.problem.update.has_tensors:  # a lam of new tensors, which the rule's are no entries of
-        logger.warning(
-            "the hypergradient of lam[%r] is exactly zero, and the update rule holds a tensor that is no entry of "
-            "this lam and so a constant: if that entry is meant give its name, as in SGD(lr='name')",
-            deaf[0],
-        )
-    return result
-
-
-def why_zero(passes: PassContext, step: InnerStep) -> str:
-    """Which level a hypergradient of exactly zero comes from, in one line; at the price of a pass of each loss."""
-    passes = replace(passes.elsewhere(), counts=Counts())
-    _, to_w, _, _ = passes.outer_grad(step.current, step.lam, step.val_batch, wrt_w=step.w, wrt_lam=())
-    _, _, to_lam = passes.inner_grad(step.w, step.lam, step.batch, wrt_lam=step.lam)
-    reason = "the inner loss reads lam and the outer loss the weights, but the step between them carries nothing over"
-    if tree.norm(passes.whole(to_lam)) == 0 and not passes.problem.update.reads(step.w, step.lam):
-        reason = "the inner loss does not depend on lam, nor are first weights computed from what requires a gradient"
-    if tree.norm(passes.whole(to_w)) == 0:
-        reason = "the outer loss does not depend on the base weights"
-    return f"the hypergradient is exactly zero: {reason}"
-
-
-def _bound(problem: BilevelProblem, w: Any, lam: Any) -> tuple[BilevelProblem, Tree, Tree]:
-    """The problem with what the caller's own tensors tell (which of them are entries of lam), and they outside of any
-    graph."""
-    _refuse("w", w)
-    _refuse("lam", lam)
-    problem = replace(problem, update=problem.update.bound(lam), initial=initial_of(w, lam))
-    return problem, tree.detach(w), tree.detach(lam)
-
-
-def _refuse(what: str, given: Any) -> None:
-    """Refuse what is no dict of parameters.
-
-    Raises:
-        ValueError: with the way out.
-    """
-    if isinstance(given, torch.nn.Module):
-        raise ValueError(f"{what} is a {type(given).__name__}: give its parameters, dict(module.named_parameters())")
-    if not isinstance(given, Mapping):
-        raise ValueError(
-            f"{what} is a {type(given).__name__}, and has to be a dict of tensors by name: {{'name': tensor}}, of a "
-            "module dict(module.named_parameters())"
-        )
-    if not given:
-        raise ValueError(f"{what} is empty: there is nothing to differentiate")
-    for name, leaf in given.items():
-        if isinstance(leaf, (Mapping, torch.nn.Module)):
-            raise ValueError(
-                f"{what}[{name!r}] is a {type(leaf).__name__}: give one flat dict, {{'{name}.key': tensor}}, "
-                "of a module dict(module.named_parameters())"
-            )
-        if not isinstance(leaf, Tensor) or not isinstance(name, str):
-            kind = f"{type(name).__name__} -> {type(leaf).__name__}"
-            raise ValueError(
-                f"{what}[{name!r}] is {kind}: give tensors by name, such as {{'name': torch.tensor(0.1)}}"
-            )
-        if not leaf.is_floating_point():
-            raise ValueError(f"{what}[{name!r}] has dtype {leaf.dtype}: parameters must be floating point")

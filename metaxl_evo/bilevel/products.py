@@ -23,9 +23,12 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import gate, tree
+from metaxl_evo.bilevel.directions import moved
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.replay import Inputs
+from metaxl_evo.bilevel.samples import alone, first_part, smaller, untested
 from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.bilevel.value_test import LAM_MOVES
 from metaxl_evo.messages import first_line, unknown
 
 logger = logging.getLogger(__name__)
@@ -205,10 +208,10 @@ def require_forward_ad(passes: PassContext, w: Tree, lam: Tree, batch: object, w
         NoDerivative: where the two disagree.
         RuntimeError, ValueError: where forward mode is missing, or nothing can be compared with it.
     """
-    known, here, names = passes.problem.facts.forward_ad, gate.alone(passes), frozenset(wrt)
-    for kind, part, size in gate.untested(passes, batch, known, names):
+    known, here, names = passes.problem.facts.forward_ad, alone(passes), frozenset(wrt)
+    for kind, part, size in untested(passes, batch, known, names):
         failed, showed = None, None
-        for one in gate.smaller(part, size):
+        for one in smaller(part, size):
             try:
                 showed = _forward_agrees(here, w, lam, one, wrt)
             except NoDerivative:
@@ -232,9 +235,9 @@ def _forward_agrees(here: PassContext, w: Tree, lam: Tree, part: object, wrt: Se
     Raises:
         NoDerivative: where the two disagree.
     """
-    v = gate.moved(tree.zeros_like(w), 1.0)
-    for amount in gate.LAM_MOVES:
-        point = gate.moved(lam, amount)
+    v = moved(tree.zeros_like(w), 1.0)
+    for amount in LAM_MOVES:
+        point = moved(lam, amount)
         with here.scope(0, second_order=True):
             forward = [_jvp(here, w, point, part, v, one) for one in wrt]
         if all(map(tree.all_finite, forward)):
@@ -265,8 +268,8 @@ def _forward_agrees(here: PassContext, w: Tree, lam: Tree, part: object, wrt: Se
 
 def _samples(passes: PassContext, batch: object) -> list[tuple[PassContext, object]]:
     """Contexts for a few rows of a part and for that part; none where this process has no rows."""
-    found = gate.first_part(passes, batch)
-    return [] if found is None else [(gate.alone(passes), part) for part in gate.smaller(*found)]
+    found = first_part(passes, batch)
+    return [] if found is None else [(alone(passes), part) for part in smaller(*found)]
 
 
 def _is_memory(error: Exception) -> bool:
@@ -342,5 +345,4 @@ def _finite_difference(passes: PassContext, w: Tree, lam: Tree, batch: object, v
         minus = gradient(point)
         return tree.tree_map(lambda p, m: (p - m) / (2 * step), plus, minus)
 
-    found: Tree = passes.perturbed(w, lam, batch, difference)
-    return found
+    return gate.perturbed(passes, w, lam, batch, difference)

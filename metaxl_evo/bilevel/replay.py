@@ -1,7 +1,7 @@
 """What stands still in passes at perturbed weights: inputs that are recorded once and replayed.
 
 `stop_gradient` says so by name. A plain `Tensor.detach` means the same, and is replayed likewise where the value test
-(`bilevel.gate`) has found that it has to be, and that it works.
+(`bilevel.value_test`) has found that it has to be, and that it works.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def plain_detaches() -> Iterator[None]:
 
 
 def keep(x: Tensor) -> None:
-    """Offer the hidden states that a split's prefix would compute; a recording pass keeps them."""
+    """Offer the hidden states that a cut's prefix would compute; a recording pass keeps them."""
     current = _CURRENT.get()
     if current is not None and current.inputs is Inputs.RECORD:
         current.tape.kept = _detached(x)

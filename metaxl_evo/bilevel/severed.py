@@ -1,18 +1,16 @@
-"""Finds the line of a loss that takes a value out of the graph which depends on the weights, and reads it."""
+"""The line of a loss that takes a value out of the graph which depends on the weights, and reads it; its refusal."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map
-
-if TYPE_CHECKING:
-    from metaxl_evo.bilevel.gate import Trial
 
 DETACHES = {Tensor.detach: "detach", torch.detach: "detach"}
 OTHERS = {
@@ -29,27 +27,42 @@ APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-def
 MOST = 200  # places that are tried
 MOVED = 1.01
 
+ALLOW = "or allow a straight-through estimate by straight_through = True"
 
-def culprit(trial: Trial, detaches: bool) -> str | None:
+
+def culprit(value: Callable[[TorchFunctionMode], float], detaches: bool) -> str | None:
     """`file:line (what)` of the first place whose value the loss reads: moving that value alone moves the loss.
 
     Args:
+        value: the loss, evaluated under a mode.
         detaches: look at plain detaches, or at everything else.
     """
     watch = _Watch(detaches)
-    before = _value(trial, watch)
+    before = value(watch)
     for number, place in enumerate(watch.places[:MOST]):
-        if _value(trial, _Watch(detaches, moved=number)) != before:
+        if value(_Watch(detaches, moved=number)) != before:
             return place
     return None
 
 
-def _value(trial: Trial, watch: _Watch) -> float:
-    w = {name: leaf.detach().requires_grad_(name in trial.names) for name, leaf in trial.w.items()}
-    with trial.passes.elsewhere().scope(0):
-        with watch:
-            loss = trial.passes.problem.inner_loss(w, trial.metas[1], trial.batch)
-        return float(loss.detach())
+def refusal(other: str | None, detach: str | None) -> str:
+    """Why passes at perturbed weights would be wrong, and what to do, in one line.
+
+    Args:
+        other, detach: the culprit among everything but plain detaches, and among these.
+    """
+    place, again = other or detach, other is None and detach is not None
+    found = f"{place} takes something that depends on the base weights out of the graph" if place else (
+        "the gradient of the inner loss is not its slope (a straight-through estimator, or a function with a "
+        "backward of its own)"
+    )  # fmt: skip
+    put = "stop_gradient(x, key=...), a key for each call since the backward computes it again," if again else (
+        "stop_gradient(x)"
+    )  # fmt: skip
+    return (
+        f"{found}, so that passes at perturbed weights (finite differences, evograd) would be wrong without a "
+        f"word: put metaxl_evo.bilevel.{put} in its place, take an exact engine (engine: double_backward), {ALLOW}"
+    )
 
 
 class _Watch(TorchFunctionMode):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,39 +25,7 @@ from metaxl_evo.bilevel import hyper, tree
 from metaxl_evo.bilevel.hyper import Hyper
 from metaxl_evo.bilevel.hyper import Windowed as Windowed
 from metaxl_evo.bilevel.tree import Tree
-
-# {"step": int, "exp_avg": Tree, ...}; where parameters sat steps out, "missed": {name: how many of them} as well
-UpdateState = dict[str, Any]
-
-_MISSED = "missed"
-
-
-def trees(state: UpdateState) -> dict[str, Tree]:
-    """The tensors of an optimiser's state: its entries that are trees."""
-    return {key: held for key, held in state.items() if key != _MISSED and isinstance(held, dict)}
-
-
-def map_trees(fn: Callable[[Tree], Tree], state: UpdateState) -> UpdateState:
-    """The state with `fn` of each of its trees."""
-    return state | {key: fn(held) for key, held in trees(state).items()}
-
-
-def own_steps(state: UpdateState, name: str) -> int:
-    """How many steps a parameter has made: all but those in which it had no gradient."""
-    return state["step"] - state.get(_MISSED, {}).get(name, 0)
-
-
-def counts_before(after: UpdateState, stepped: Iterable[str]) -> UpdateState:
-    """The counts of a state as they were before its last step, which moved the parameters `stepped`."""
-    had = frozenset(stepped)
-    missed = {name: count - (name not in had) for name, count in after.get(_MISSED, {}).items()}
-    return _counts(after["step"] - 1, missed)
-
-
-def _counts(step: int, missed: Mapping[str, int]) -> UpdateState:
-    missed = {name: count for name, count in missed.items() if count}
-    return {"step": step, _MISSED: missed} if missed else {"step": step}
-
+from metaxl_evo.bilevel.update_state import MISSED, UpdateState, counted, map_trees, own_steps, trees
 
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by (norm + 1e-6)
 
@@ -130,7 +98,7 @@ class UpdateRule(ABC):
 
         A parameter that `grad` lacks stays as it is, its state too.
         """
-        lam, missed, own = self._acting(lam, state["step"]), state.get(_MISSED, {}), state
+        lam, missed, own = self._acting(lam, state["step"]), state.get(MISSED, {}), state
         moved, after = dict[str, Tensor](), {"step": state["step"] + 1}
         if grad.keys() != w.keys():
             missed = {name: missed.get(name, 0) + (name not in grad) for name in w}
@@ -140,7 +108,7 @@ class UpdateRule(ABC):
         if own is not state:
             moved = w | moved
             after |= {key: held | after.get(key, {}) for key, held in trees(state).items()}
-        return moved, after | _counts(after["step"], missed)
+        return moved, after | counted(after["step"], missed)
 
     def grad_vjp(
         self, v: Tree, w: Tree, grad: Tree, state: UpdateState, lam: Tree, *, before: UpdateState | None = None
@@ -422,110 +390,3 @@ def _over_root(m: Tensor, s: Tensor, eps: float) -> Tensor:
     """m / (sqrt(s) + eps), a constant where s = 0 (see `Adam`)."""
     seen = s > 0
     return torch.where(seen, m / (torch.where(seen, s, 1.0).sqrt() + eps), (m / eps).detach())
-
-
-def from_optimizer(
-    optimizer: torch.optim.Optimizer,
-    names: Mapping[Tensor, str],
-    max_grad_norm: float | None = None,
-    *,
-    steps: int | None = None,
-) -> tuple[UpdateRule, UpdateState]:
-    """Read the rule and the current state off a torch optimiser (the state's tensors are shared, not copied).
-
-    Args:
-        optimizer: SGD, Adam or AdamW (fused and foreach variants included).
-        names: the name of each base parameter.
-        max_grad_norm: clipping that is applied before the optimiser sees the gradient.
-        steps: how many steps it has made (default: as many as the parameter with the most; SGD keeps no count).
-
-    Raises:
-        ValueError: for an optimiser, or an option of one, that has no rule here.
-    """
-    cls = optimizer_rule(optimizer)
-    held_here = {p for group in optimizer.param_groups for p in group["params"]}
-    strangers = [name for p, name in names.items() if p not in held_here]
-    if strangers or not names:
-        raise ValueError(f"the optimizer does not hold the base parameters {strangers}: name only those that it steps")
-    groups = [(group, [p for p in group["params"] if p in names]) for group in optimizer.param_groups]
-    groups = [(group, params) for group, params in groups if params]
-
-    def per_name(key: str) -> Hyper:
-        values = {names[p]: float(group[key]) for group, params in groups for p in params}
-        return values if len(set(values.values())) > 1 else next(iter(values.values()))
-
-    def shared(key: str) -> Any:
-        values = {group[key] for group, _ in groups}
-        if len(values) > 1:
-            raise ValueError(f"parameter groups differ in {key!r} ({sorted(values)}): give every group the same value")
-        return values.pop()
-
-    common: dict[str, Any] = {
-        "lr": per_name("lr"),
-        "weight_decay": per_name("weight_decay"),
-        "max_grad_norm": max_grad_norm,
-    }
-    held = {name: optimizer.state.get(p, {}) for p, name in names.items()}
-    if cls is SGD:
-        if shared("dampening") and steps is None:
-            raise ValueError("torch's SGD keeps no step count, which dampening needs: give steps, or set dampening=0")
-        momentum, dampening = per_name("momentum"), shared("dampening")
-        rule: UpdateRule = SGD(**common, momentum=momentum, dampening=dampening, nesterov=shared("nesterov"))
-        with_buffer = {p: n for p, n in names.items() if not hyper.is_zero(momentum, n)}
-        found = {n: held[n]["momentum_buffer"] for n in with_buffer.values() if _has(held[n], "momentum_buffer")}
-        step = int(bool(found)) if steps is None else steps
-        missed = {n: step for n in with_buffer.values() if n not in found}  # no buffer: no step yet
-        if step and missed and dampening:
-            raise ValueError(
-                f"{min(missed)!r} had no gradient in a step, and torch's SGD does not tell when it gets its first "
-                "one, which dampening spares: set dampening=0, or leave out the parameters that are not used"
-            )
-        trees_held = {"momentum_buffer": _with_zeros(found, with_buffer)}
-    else:
-        assert issubclass(cls, Adam)
-        rule = cls(**common, betas=tuple(shared("betas")), eps=shared("eps"))
-        made = {n: int(s["step"]) if _has(s, "step") else 0 for n, s in held.items()}
-        step = max(made.values()) if steps is None else steps
-        missed = {n: step - count for n, count in made.items()}
-        trees_held = {
-            key: _with_zeros({n: s[key] for n, s in held.items() if _has(s, key)}, names)
-            for key in ("exp_avg", "exp_avg_sq")
-        }
-    return rule, _counts(step, missed) | trees_held
-
-
-def _has(held: Mapping[str, Any], key: str) -> bool:
-    return held.get(key) is not None
-
-
-def optimizer_rule(optimizer: torch.optim.Optimizer) -> type[UpdateRule]:
-    """The rule class of a torch optimiser.
-
-    Raises:
-        ValueError: naming the optimisers that have one.
-    """
-    for kind, rule in ((torch.optim.AdamW, AdamW), (torch.optim.Adam, Adam), (torch.optim.SGD, SGD)):
-        if type(optimizer) is kind:
-            for group in optimizer.param_groups:
-                for option in ("amsgrad", "maximize"):
-                    if group.get(option):
-                        raise ValueError(
-                            f"{kind.__name__}({option}=True) has no differentiable rule: set {option}=False"
-                        )
-            decoupled = {bool(group.get("decoupled_weight_decay")) for group in optimizer.param_groups}
-            if rule is Adam and True in decoupled:
-                if False in decoupled:
-                    raise ValueError("parameter groups differ in 'decoupled_weight_decay': give all the same value")
-                return AdamW
-            return rule
-    raise ValueError(
-        f"the estimator has to differentiate the inner optimiser, and {type(optimizer).__name__} has no rule: "
-        "use torch's SGD, Adam or AdamW (optim: sgd, adamw_torch, adamw_torch_fused)"
-    )
-
-
-def _with_zeros(found: Tree, names: Mapping[Tensor, str]) -> Tree:
-    """State tensors by name; zeros for parameters that were never stepped."""
-    return {
-        name: found[name] if name in found else torch.zeros_like(p, requires_grad=False) for p, name in names.items()
-    }

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.hypergradients import NO_DIRECT_TERM, look_ahead
 from metaxl_evo.bilevel.passes import Counts, PassContext
-from metaxl_evo.bilevel.problem import NO_DIRECT_TERM, BilevelProblem, InnerStep, Response, look_ahead
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import SGD

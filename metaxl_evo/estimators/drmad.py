@@ -12,7 +12,7 @@ from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import otherwise, require_double_backward
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import counts_before
+from metaxl_evo.bilevel.update_state import counts_before
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
 from metaxl_evo.estimators.trajectory import TWICE, Visit, check_straight_line, straight_line, walk_back, walk_traffic
 

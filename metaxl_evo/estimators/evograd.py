@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaxl_evo.bilevel import gate, tree
 from metaxl_evo.bilevel.passes import Counts, PassContext
-from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response, Split
+from metaxl_evo.bilevel.problem import BilevelProblem, Cut, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.replay import Inputs
 from metaxl_evo.bilevel.tree import Tree
@@ -29,7 +29,7 @@ class EvoGrad(Estimator):
 
     vjp(v) = sum_k a_k d_lam l_k with a_k = -(w_k / temperature) (s_k - sum_j w_j s_j), s_k = <v, eps_k>. One forward a
     copy yields its loss and its lambda-gradient; noise is regenerated from seeds and one graph is alive at a time, so
-    the memory is a constant plus `copies` gradients of the size of lam. Where only the suffix of a split is
+    the memory is a constant plus `copies` gradients of the size of lam. Where only the suffix of a cut is
     perturbed, the encoder runs once for all copies and a single backward reaches lam.
 
     Args:
@@ -110,7 +110,7 @@ class EvoGrad(Estimator):
             gate.require(passes, w, lam, batch, self._perturbed(w))
 
     def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
-        w, names, split = step.w, self._perturbed(step.w), passes.problem.split
+        w, names, cut = step.w, self._perturbed(step.w), passes.problem.cut
         noise = Perturbations(
             {name: w[name] for name in w if name in names},
             passes.seed,
@@ -122,10 +122,8 @@ class EvoGrad(Estimator):
             injected=passes.noise,
         )
         self.prepare(passes, w, step.lam, step.batch)
-        shared = split is not None and self.share_randomness and names <= split.names
-        copies = (
-            _SharedPass(passes, step, noise, split) if shared and split else _FullPasses(self, passes, step, noise)
-        )
+        shared = cut is not None and self.share_randomness and names <= cut.names
+        copies = _SharedPass(passes, step, noise, cut) if shared and cut else _FullPasses(self, passes, step, noise)
         weights = torch.softmax(-copies.losses / self.temperature, dim=0)
         diagnostics["effective_copies"] = float(1 / weights.square().sum())
         diagnostics["loss_spread"] = float(copies.losses.std() / self.temperature)
@@ -179,7 +177,9 @@ class _FullPasses:
             return found
 
         names = config._perturbed(w)
-        found = passes.perturbed(w, lam, batch, copies, names) if config.share_meta_inputs else copies(Inputs.LIVE)
+        found = (
+            gate.perturbed(passes, w, lam, batch, copies, names) if config.share_meta_inputs else copies(Inputs.LIVE)
+        )
         self.losses = passes.total(torch.stack([loss for loss, _ in found]))
         self.gradients = [gradient for _, gradient in found]
         self.lam = lam
@@ -198,8 +198,8 @@ class _SharedPass:
     One graph at a time: that of a single part waits for the cotangent, those of several are made anew.
     """
 
-    def __init__(self, passes: PassContext, step: InnerStep, noise: Perturbations, split: Split) -> None:
-        self.passes, self.step, self.noise, self.split = passes, step, noise, split
+    def __init__(self, passes: PassContext, step: InnerStep, noise: Perturbations, cut: Cut) -> None:
+        self.passes, self.step, self.noise, self.cut = passes, step, noise, cut
         self.lam, self.w = tree.leaves(step.lam, step.lam), tree.detach(step.w)
         parts = passes.parts(step.batch)
         self.below = [passes.prefix(step.w, index, part) for index, part in parts]
@@ -240,9 +240,9 @@ class _SharedPass:
             self.passes.counts.forwards += 1
         else:
             self.passes.counts.suffixes += 1
-        return self.split.hidden(self.w, self.lam, below, part)
+        return self.cut.hidden(self.w, self.lam, below, part)
 
     def _suffix(self, k: int, hidden: Tensor, index: int, part: Any) -> Tensor:
         self.passes.counts.suffixes += 1
         self.passes.reseed(index)
-        return self.split.loss(self.noise.perturbed(self.w, k), hidden, part)
+        return self.cut.loss(self.noise.perturbed(self.w, k), hidden, part)

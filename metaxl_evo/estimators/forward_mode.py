@@ -14,7 +14,8 @@ from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import LAM, W, otherwise, require_forward_ad
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import UpdateRule, trees
+from metaxl_evo.bilevel.update import UpdateRule
+from metaxl_evo.bilevel.update_state import trees
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
 
 Columns = dict[str, Tree]  # of the weights ("w") and of each tensor of the optimiser's state, by its key there

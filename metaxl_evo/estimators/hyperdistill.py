@@ -9,13 +9,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.passes import PassContext
-from metaxl_evo.bilevel.problem import BilevelProblem, Examples, InnerStep, Response, look_ahead
+from metaxl_evo.bilevel.problem import BilevelProblem, Examples, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import otherwise, require_double_backward
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import counts_before
+from metaxl_evo.bilevel.update_state import counts_before
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
 from metaxl_evo.estimators.local import LocalEstimator
 from metaxl_evo.estimators.trajectory import Visit, check_straight_line, straight_line, walk_back

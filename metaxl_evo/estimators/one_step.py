@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.passes import PassContext
-from metaxl_evo.bilevel.problem import InnerStep, Response, look_ahead
+from metaxl_evo.bilevel.problem import InnerStep, Response
 from metaxl_evo.estimators.base import Exactness
 from metaxl_evo.estimators.local import LocalEstimator
 

@@ -19,7 +19,8 @@ from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import LAM, W, double_backward, otherwise
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, map_trees, trees
+from metaxl_evo.bilevel.update import SGD, UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState, map_trees, trees
 
 TWICE = "use one_step, whose engine auto finds another way, or evograd"  # where the walk back cannot
 

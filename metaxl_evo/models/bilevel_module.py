@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from metaxl_evo.bilevel.problem import BilevelProblem, Split
+from metaxl_evo.bilevel.problem import BilevelProblem, Cut
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.replay import for_this_pass
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule, Windowed
-from metaxl_evo.messages import first_line, one_line
 from metaxl_evo.models.adapters import ADAPTER, is_adapted, load_adapter, merged, plain_model, save_adapter
 from metaxl_evo.models.examples import examples_of, join_rows, take_rows
+from metaxl_evo.models.frozen import frozen
 from metaxl_evo.models.heads import columns_of, labelled_tokens, row_losses, token_losses, token_rows
 from metaxl_evo.models.losses import (
     MICRO_BATCHES,
@@ -42,23 +34,13 @@ from metaxl_evo.models.losses import (
     totals_of,
     view_of,
 )
-from metaxl_evo.models.network_files import WEIGHTS_FILE
-from metaxl_evo.models.norms import cast, normalises_batches, without_update
+from metaxl_evo.models.network_files import load_pretrained_weights, load_state, save_state
+from metaxl_evo.models.norms import cast
+from metaxl_evo.models.parameters import places_of, swapped
 
-Places = Mapping[str, Sequence[tuple[Any, str]]]  # a parameter's name -> the modules that hold it, and their names
-
-__all__ = ["TOTALS", "Batch", "BilevelModule", "Cut", "places_of", "swapped", "totals_of"]
+__all__ = ["TOTALS", "Batch", "BilevelModule", "Cut", "totals_of"]
 
 META = "meta"  # where the default `save_meta` writes
-
-
-class Cut(NamedTuple):
-    """How a task's inner loss comes apart (`bilevel.Split`), at the parameters that are swapped in."""
-
-    names: frozenset[str]
-    hidden: Callable[[Tensor | None, Batch], Tensor]
-    loss: Callable[[Tensor, Batch], Losses]
-    prefix: Callable[[Batch], Tensor] | None = None
 
 
 class BilevelModule(nn.Module, ABC):
@@ -285,8 +267,8 @@ class BilevelModule(nn.Module, ABC):
             outer_loss=at(self.mean_outer_loss),
             update=update,
             parts=partial(as_window, self),
-            scope=lambda: self._frozen(dropout, embeddings),
-            split=self._split(at) if obstacle is None else None,
+            scope=lambda: frozen(self, self.base, dropout=dropout, embeddings=embeddings),
+            cut=self._cut_at(at) if obstacle is None else None,
             second_order=obstacle is None,
             stop_gradients=self.stop_gradients,
             straight_through=self.straight_through,
@@ -305,7 +287,7 @@ class BilevelModule(nn.Module, ABC):
         totals = part[TOTALS] if TOTALS in part else counts_of(self, view)
         return {**fewer, TOTALS: totals, MICRO_BATCHES: part.get(MICRO_BATCHES, 1)}
 
-    def _split(self, at: Callable[..., Callable[..., Tensor]]) -> Split | None:
+    def _cut_at(self, at: Callable[..., Callable[..., Tensor]]) -> Cut | None:
         """The pieces as functions of the parameters; a suffix and a prefix read no meta parameters."""
         cut = self.cut()
         if cut is None:
@@ -313,7 +295,7 @@ class BilevelModule(nn.Module, ABC):
         hidden = at(lambda below, batch: cut.hidden(below, view_of(batch)))
         loss = at(lambda states, batch: mean_share(self, "cut().loss", cut.loss, batch, states))
         prefix = None if cut.prefix is None else at(lambda batch: cut.prefix(view_of(batch)))
-        return Split(
+        return Cut(
             cut.names,
             hidden,
             lambda w, states, batch: loss({name: w[name] for name in cut.names}, {}, states, batch),
@@ -322,7 +304,7 @@ class BilevelModule(nn.Module, ABC):
 
     def save_meta(self, folder: str | Path) -> None:
         """Write the meta network into its own subfolder of `folder`: `meta`, by its own `save_pretrained` if any."""
-        _save_network(self.meta, Path(folder) / META)
+        save_state(self.meta, Path(folder) / META)
 
     def load_meta(self, folder: str | Path) -> None:
         """Read back what `save_meta` wrote.
@@ -330,7 +312,7 @@ class BilevelModule(nn.Module, ABC):
         Raises:
             ValueError: for a file that is missing, damaged or of another network, named.
         """
-        _load_network(self.meta, Path(folder) / META)
+        load_state(self.meta, Path(folder) / META)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """The base as a plain Hugging Face folder, the meta network in its own subfolder.
@@ -340,7 +322,7 @@ class BilevelModule(nn.Module, ABC):
         if is_adapted(self.base):
             save_adapter(self.base, Path(folder) / ADAPTER)
         else:
-            _save_network(self.base, Path(folder))
+            save_state(self.base, Path(folder))
         self.save_meta(folder)
 
     def save_merged(self, folder: str | Path) -> None:
@@ -356,148 +338,14 @@ class BilevelModule(nn.Module, ABC):
         if is_adapted(self.base):
             load_adapter(self.base, Path(folder) / ADAPTER)
         elif isinstance(self.base, PreTrainedModel):
-            self._load_base(Path(folder))
+            load_pretrained_weights(self.base, Path(folder))
         else:
-            _load_network(self.base, Path(folder))
+            load_state(self.base, Path(folder))
         self.load_meta(folder)
-
-    def _load_base(self, folder: Path) -> None:
-        file = folder / "model.safetensors"
-        dtype = next(self.base.parameters()).dtype
-        try:
-            saved, report = type(self.base).from_pretrained(
-                folder, config=copy.deepcopy(self.base.config), dtype=dtype, output_loading_info=True
-            )
-        except pickle.UnpicklingError as error:  # of a pytorch_model.bin; its text advises to run what it refused
-            raise ValueError(
-                f"{file} is missing, and the weights beside it are more than tensors: use another checkpoint"
-            ) from error
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read ({first_line(error)}): use another checkpoint") from error
-        if report["missing_keys"]:
-            raise ValueError(f"{file} has no {sorted(report['missing_keys'])[0]}: use another checkpoint")
-        self.base.load_state_dict(saved.state_dict())
-
-    @contextmanager
-    def _frozen(self, dropout: bool, embeddings: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[None]:
-        """Dropout off unless asked for, running statistics without a memory, buffers on copies that are thrown away.
-
-        Embeddings that hold some rows only are looked up by their place among these. Layers still checkpoint.
-        """
-        modes = [(module, module.training) for module in self.modules()]
-        recomputed = [module for module, training in modes if training and not dropout and _is_checkpointed(module)]
-        norms = [module for module in self.modules() if normalises_batches(module)]
-        tracking = [(norm, norm.track_running_stats) for norm in norms if isinstance(norm, _BatchNorm)]
-        buffers = [(m, key, b) for m in self.modules() for key, b in m._buffers.items() if b is not None]
-        hooks = [module.register_forward_pre_hook(_renumber(rows)) for module, rows in embeddings]
-        hooks += [hook for norm in norms if isinstance(norm, _InstanceNorm) for hook in without_update(norm)]
-        try:
-            for owner, key, buffer in buffers:
-                owner._buffers[key] = buffer.clone()
-            for module in self.base.modules():
-                if module not in norms:
-                    module.training = dropout and module.training
-            for norm, _ in tracking:  # an update in place is beyond torch.func, even on a copy
-                norm.track_running_stats = False
-            with _recomputing(recomputed):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for owner, key, buffer in buffers:
-                owner._buffers[key] = buffer
-            for module, mode in modes:
-                module.training = mode
-            for norm, tracked in tracking:
-                norm.track_running_stats = tracked
-
-
-def _is_checkpointed(module: nn.Module) -> bool:
-    return isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
-
-
-@contextmanager
-def _recomputing(layers: Sequence[Any]) -> Iterator[None]:
-    """Let these layers of transformers checkpoint their activations in evaluation mode.
-
-    They do so only while their own `training` is on, which some of them (BART's) read for dropout as well: it is off
-    again wherever their forward runs.
-    """
-    before = [(layer, layer._gradient_checkpointing_func) for layer in layers]
-    try:
-        for layer, checkpointed in before:
-            layer.training, layer._gradient_checkpointing_func = True, _in_evaluation(layer, checkpointed)
-        yield
-    finally:
-        for layer, checkpointed in before:
-            layer.training, layer._gradient_checkpointing_func = False, checkpointed
-
-
-def _in_evaluation(layer: nn.Module, checkpointed: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's checkpointing function that takes its `training` back for each run of its forward."""
-
-    def run(forward: Callable[..., Any], *args: Any) -> Any:
-        def evaluated(*args: Any) -> Any:
-            layer.training = False
-            try:
-                return forward(*args)
-            finally:
-                layer.training = True
-
-        return checkpointed(evaluated, *args)
-
-    return run
 
 
 def _same(batch: Batch) -> Batch:
     return batch
-
-
-def _renumber(rows: Tensor) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
-    """A hook that turns the row numbers an embedding is asked for into their places among `rows`."""
-    return lambda module, inputs: torch.searchsorted(rows, inputs[0])
-
-
-def places_of(module: nn.Module) -> Places:
-    """Where each parameter of `module` is held; tied ones in several places under one name."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    places: dict[str, list[tuple[Any, str]]] = defaultdict(list)
-    for owner in module.modules():
-        for key, parameter in owner._parameters.items():
-            if parameter is not None:
-                places[names[id(parameter)]].append((owner, key))
-    return places
-
-
-@contextmanager
-def swapped(places: Places, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Evaluate a module at other parameter values: pointers are swapped, nothing is copied, tied weights stay tied.
-
-    Unlike `torch.func.functional_call` the swap can outlast the forward, so that a backward that recomputes it
-    (activation checkpointing) sees the same weights.
-
-    Args:
-        places: `places_of` the module.
-        tensors: values by parameter name.
-
-    Raises:
-        ValueError: for a name that the module does not have.
-    """
-    missing = tensors.keys() - places.keys()
-    if missing:
-        raise ValueError(f"the module has no parameter {sorted(missing)[0]!r}")
-    before = [
-        (owner._parameters, key, owner._parameters[key], tensor)
-        for name, tensor in tensors.items()
-        for owner, key in places[name]
-    ]
-    for held, key, _, tensor in before:
-        held[key] = tensor
-    try:
-        yield
-    finally:
-        for held, key, parameter, _ in before:
-            held[key] = parameter
 
 
 def _refuse_shared(base: nn.Module, meta: nn.Module) -> None:
@@ -508,20 +356,3 @@ def _refuse_shared(base: nn.Module, meta: nn.Module) -> None:
             f"base.{shared[0][0]} is meta.{shared[0][1]} ({len(shared)} parameters in all), and only one level can "
             "learn it: give the meta network a copy (copy.deepcopy), or hand it what the base computes"
         )
-
-
-def _save_network(network: Any, folder: Path) -> None:
-    """By the network's own `save_pretrained` where it has one, else its state as `model.safetensors`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if callable(getattr(network, "save_pretrained", None)):
-        network.save_pretrained(folder)
-    else:
-        save_model(network, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
-
-
-def _load_network(network: nn.Module, folder: Path) -> None:
-    file = folder / WEIGHTS_FILE
-    try:
-        load_model(network, file, strict=True, device="cpu")
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read ({one_line(error)}): use another checkpoint") from error

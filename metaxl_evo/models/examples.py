@@ -6,23 +6,30 @@ processes draw what one draws: the first micro-batch of every process comes befo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel.problem import Examples
 from metaxl_evo.bilevel.processes import Processes
-from metaxl_evo.models.losses import HELD, MICRO_BATCHES, TOTALS, Batch, rows_of, set_totals, view_of
-
-if TYPE_CHECKING:
-    from metaxl_evo.models.bilevel_module import BilevelModule
+from metaxl_evo.models.losses import HELD, MICRO_BATCHES, TOTALS, Batch, HasCounts, rows_of, set_totals, view_of
 
 
-def examples_of(module: BilevelModule, processes: Processes) -> Examples:
+class HasRows(HasCounts, Protocol):
+    """What is needed of a task (a `BilevelModule`) besides, whose batches are taken apart and put together."""
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+    def take_rows(self, batch: Batch, rows: Tensor) -> Batch: ...
+
+    def join(self, batch: Batch, extra: Batch) -> Batch: ...
+
+
+def examples_of(task: HasRows, processes: Processes) -> Examples:
     """How the windows of a task are taken apart, by its `take_rows`, and put together, by its `join` where it can."""
-    device = next(module.parameters()).device
+    device = next(task.parameters()).device
 
     def summed(numbers: list[int]) -> list[Tensor]:
         return list(processes.whole({"": torch.tensor(numbers, device=device)})[""].unbind())
@@ -48,7 +55,7 @@ def examples_of(module: BilevelModule, processes: Processes) -> Examples:
         return int(placed(window)[0][HELD]["of"])
 
     def take(window: Any, numbers: Tensor) -> list[Batch]:
-        return [_taken(module, part, numbers) for part in placed(window)]
+        return [_taken(task, part, numbers) for part in placed(window)]
 
     def concat(windows: Sequence[Any]) -> list[Batch]:
         parts, of = [], 0
@@ -59,9 +66,9 @@ def examples_of(module: BilevelModule, processes: Processes) -> Examples:
         names = tuple(parts[0][TOTALS]) if TOTALS in parts[0] else None
         for part in parts:
             part[HELD]["of"] = of
-        full = _packed(module, [part for part in parts if len(part[HELD]["places"])])
+        full = _packed(task, [part for part in parts if len(part[HELD]["places"])])
         if names is not None:
-            set_totals(module, full, names, summed)
+            set_totals(task, full, names, summed)
         return full or [_without_rows(parts[0])]
 
     return Examples(size, take, concat)
@@ -71,13 +78,13 @@ def _after(processes: Processes) -> int:
     return processes.size - processes.rank - 1
 
 
-def _taken(module: BilevelModule, part: Batch, numbers: Tensor) -> Batch:
+def _taken(task: HasRows, part: Batch, numbers: Tensor) -> Batch:
     held = part[HELD]
     new = torch.full((held["of"],), -1)
     new[numbers] = torch.arange(len(numbers))
     places = new[held["places"]]
     rows = (places >= 0).nonzero().flatten()
-    taken = module.take_rows(view_of(part), rows) if len(rows) else {}
+    taken = task.take_rows(view_of(part), rows) if len(rows) else {}
     return {**taken, **_totals(part), HELD: {**held, "of": len(numbers), "places": places[rows]}}
 
 
@@ -89,7 +96,7 @@ def _shifted(part: Batch, by: int) -> Batch:
     return {**part, HELD: {**part[HELD], "places": part[HELD]["places"] + by}}
 
 
-def _packed(module: BilevelModule, parts: Sequence[Batch]) -> list[Batch]:
+def _packed(task: HasRows, parts: Sequence[Batch]) -> list[Batch]:
     """Pieces joined as far as they fit a micro-batch, and as far as the task can join them."""
     packed: list[Batch] = []
     for part in parts:
@@ -98,7 +105,7 @@ def _packed(module: BilevelModule, parts: Sequence[Batch]) -> list[Batch]:
             packed.append(part)
             continue
         try:
-            joined = module.join(view_of(packed[-1]), view_of(part))
+            joined = task.join(view_of(packed[-1]), view_of(part))
         except ValueError:
             packed.append(part)
             continue

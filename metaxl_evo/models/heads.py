@@ -34,7 +34,7 @@ def row_losses(model: nn.Module, base: nn.Module, batch: dict[str, Any]) -> Tens
     Raises:
         ValueError: for a head whose losses are not known, or a row without a labelled token.
     """
-    if _reads_tokens(model, batch):
+    if _reads_tokens(model):
         losses, labelled = _of_tokens(model, base, batch)
         found = labelled.sum(1)  # (B,)
         if not bool(found.all()):
@@ -60,7 +60,7 @@ def token_losses(model: nn.Module, base: nn.Module, batch: dict[str, Any]) -> Te
     Raises:
         ValueError: for a head that is not one of tokens.
     """
-    if not _reads_tokens(model, batch):
+    if not _reads_tokens(model):
         raise ValueError(f"{type(model).__name__} has one loss a row: leave tokens=True out")
     losses, labelled = _of_tokens(model, base, batch)
     return losses[labelled]
@@ -105,7 +105,7 @@ def _labels(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return labels[:, 1:] if _is_causal(model) else labels
 
 
-def _reads_tokens(model: nn.Module, batch: dict[str, Any]) -> bool:
+def _reads_tokens(model: nn.Module) -> bool:
     kind = getattr(model, "loss_type", None)
     if getattr(getattr(model, "config", None), "output_router_logits", False):
         raise ValueError(

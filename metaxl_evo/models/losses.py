@@ -10,20 +10,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel.replay import plain_detaches
 
-if TYPE_CHECKING:
-    from metaxl_evo.models.bilevel_module import BilevelModule
-
 Batch = dict[str, Any]
 Items = Tensor | tuple[Tensor, Tensor]  # the losses of items, or losses and a mask of those that count
 Losses = Items | Mapping[str, Items]
-Counts = dict[str, int]
+ItemCounts = dict[str, int]
 
 TOTALS = "totals"  # batch key: the counts of the whole accumulation window, over all ranks
 MICRO_BATCHES = "micro_batches"  # batch key: their number in the window, over all ranks
@@ -31,6 +28,17 @@ HELD = "held"  # batch key: where these rows stand among those of a batch that w
 ITEMS = "items"  # the one mean of a task that names none
 
 _KEPT = (TOTALS, MICRO_BATCHES, HELD)
+
+
+class HasCounts(Protocol):
+    """What the loss contract needs of a task (a `BilevelModule`)."""
+
+    base: Any
+
+    @property
+    def counts_rows(self) -> bool: ...
+
+    def counts(self, batch: Batch) -> int | dict[str, int]: ...
 
 
 @dataclass
@@ -65,7 +73,7 @@ def view_of(batch: Any) -> Any:
     return view
 
 
-def totals_of(module: BilevelModule, batch: Batch) -> Mapping[str, Any]:
+def totals_of(task: HasCounts, batch: Batch) -> Mapping[str, Any]:
     """The totals of the window of `batch`, or its own counts. Deprecated: return losses of items instead.
 
     A loss that returns a 0-d tensor and has read its totals is taken for a sum divided by them, as it was up to 0.1.
@@ -78,12 +86,12 @@ def totals_of(module: BilevelModule, batch: Batch) -> Mapping[str, Any]:
     if running is not None:
         return running.totals
     held = batch.totals if isinstance(batch, LossBatch) else None
-    return counts_of(module, batch) if held is None else held
+    return counts_of(task, batch) if held is None else held
 
 
-def counts_of(module: BilevelModule, batch: Batch) -> Counts:
+def counts_of(task: HasCounts, batch: Batch) -> ItemCounts:
     """The numbers of items of a micro-batch, by the names of their means."""
-    counts = module.counts(batch)
+    counts = task.counts(batch)
     named = counts if isinstance(counts, Mapping) else {ITEMS: counts}
     return {name: int(count) for name, count in named.items()}
 
@@ -107,7 +115,7 @@ def rows_of(batch: Mapping[str, Any]) -> int:
 
 
 def set_totals(
-    module: BilevelModule,
+    task: HasCounts,
     window: Sequence[Any],
     names: Sequence[str],
     over_processes: Callable[[list[int]], Sequence[Any]] = list,
@@ -118,25 +126,25 @@ def set_totals(
         names: of the means.
         over_processes: sums numbers over the processes.
     """
-    counts = [counts_of(module, view_of(batch)) for batch in window]
+    counts = [counts_of(task, view_of(batch)) for batch in window]
     *totals, micro_batches = over_processes([*(sum(count[name] for count in counts) for name in names), len(window)])
     for batch in window:
         batch[TOTALS] = dict(zip(names, totals, strict=True))
         batch[MICRO_BATCHES] = int(micro_batches)
 
 
-def as_window(module: BilevelModule, batch: Any) -> Sequence[Any]:
+def as_window(task: HasCounts, batch: Any) -> Sequence[Any]:
     """A batch as micro-batches with totals: those that they have, or their own."""
     parts = batch if isinstance(batch, (list, tuple)) else (batch,)
     parts = [part for part in parts if not (isinstance(part, Mapping) and HELD in part) or len(part[HELD]["places"])]
     if len(parts) < 2 or any(not isinstance(part, Mapping) or TOTALS in part for part in parts):
         return parts
     window = [dict(part) for part in parts]
-    set_totals(module, window, tuple(counts_of(module, view_of(window[0]))))
+    set_totals(task, window, tuple(counts_of(task, view_of(window[0]))))
     return window
 
 
-def mean_share(module: BilevelModule, name: str, loss: Callable[..., Losses], batch: Any, *before: Any) -> Tensor:
+def mean_share(task: HasCounts, name: str, loss: Callable[..., Losses], batch: Any, *before: Any) -> Tensor:
     """What a micro-batch adds to the window's mean, a 0-d tensor: of `loss(*before, batch)` by the loss contract.
 
     Args:
@@ -147,7 +155,7 @@ def mean_share(module: BilevelModule, name: str, loss: Callable[..., Losses], ba
             loss that changes its batch.
     """
     held = batch if isinstance(batch, Mapping) else {}
-    view, counts = view_of(batch), counts_of(module, view_of(batch))
+    view, counts = view_of(batch), counts_of(task, view_of(batch))
     evaluation = _Evaluation(held.get(TOTALS, counts))
     versions = [(tensor, tensor._version) for tensor in _tensors(view) if not tensor.is_inference()]
     token = _RUNNING.set(evaluation)
@@ -156,7 +164,7 @@ def mean_share(module: BilevelModule, name: str, loss: Callable[..., Losses], ba
             found = loss(*before, view)
     finally:
         _RUNNING.reset(token)
-    called = f"{type(module).__name__}.{name}"
+    called = f"{type(task).__name__}.{name}"
     if any(tensor._version != version for tensor, version in versions):
         raise ValueError(f"{called} changes a tensor of its batch in place, which other passes read: clone it first")
     if evaluation.read and not (isinstance(found, Tensor) and found.dim() == 0):
@@ -168,16 +176,16 @@ def mean_share(module: BilevelModule, name: str, loss: Callable[..., Losses], ba
         return _sum_of_means(called, found, counts, evaluation.totals)
     if isinstance(found, Tensor) and found.dim() == 0:
         if evaluation.read:
-            _warn_of_sums(type(module))
+            _warn_of_sums(type(task))
             return found
-        return _scalar(module, called, found, counts, evaluation.totals, held.get(MICRO_BATCHES, 1))
+        return _scalar(task, called, found, counts, evaluation.totals, held.get(MICRO_BATCHES, 1))
     if len(counts) > 1:
         raise ValueError(f"{called} returned losses of one mean, and counts are of {sorted(counts)}: return a dict")
-    return _sum_of_means(called, {next(iter(counts)): found}, counts, evaluation.totals, module.counts_rows)
+    return _sum_of_means(called, {next(iter(counts)): found}, counts, evaluation.totals, task.counts_rows)
 
 
 def _sum_of_means(
-    called: str, losses: Mapping[str, Items], counts: Counts, totals: Mapping[str, Any], rows: bool = False
+    called: str, losses: Mapping[str, Items], counts: ItemCounts, totals: Mapping[str, Any], rows: bool = False
 ) -> Tensor:
     shares = []
     for name, found in losses.items():
@@ -207,13 +215,13 @@ def _mismatch(called: str, name: str, items: Any, count: int, rows: bool) -> str
 
 
 def _scalar(
-    module: BilevelModule, called: str, mean: Tensor, counts: Counts, totals: Mapping[str, Any], micro_batches: int
+    task: HasCounts, called: str, mean: Tensor, counts: ItemCounts, totals: Mapping[str, Any], micro_batches: int
 ) -> Tensor:
     """A mean that the loss took itself: over `counts` where the task has one, else of the one micro-batch there is."""
-    if len(counts) == 1 and not module.counts_rows:
+    if len(counts) == 1 and not task.counts_rows:
         ((name, count),) = counts.items()
         if count == 0:  # the mean of nothing is not a number; every parameter takes part, as DDP asks
-            firsts = [p.flatten()[:1].sum().to(mean) for p in module.base.parameters()]
+            firsts = [p.flatten()[:1].sum().to(mean) for p in task.base.parameters()]
             return torch.stack(firsts).sum() * 0.0
         return mean * (count / totals[name])
     if micro_batches > 1:
@@ -227,11 +235,11 @@ def _scalar(
 _WARNED: set[type] = set()
 
 
-def _warn_of_sums(task: type) -> None:
-    if task not in _WARNED:
-        _WARNED.add(task)
+def _warn_of_sums(kind: type) -> None:
+    if kind not in _WARNED:
+        _WARNED.add(kind)
         warnings.warn(
-            f"{task.__name__} divides its losses by totals_of, which goes after the next release: return the losses "
+            f"{kind.__name__} divides its losses by totals_of, which goes after the next release: return the losses "
             "of the items (docs/adding_a_task.md)",
             FutureWarning,
             stacklevel=2,

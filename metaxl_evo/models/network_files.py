@@ -1,17 +1,19 @@
-"""A small network as two files, as transformers' own models are: `config.json` and `model.safetensors`."""
+"""Networks as files, as transformers' own models are: `model.safetensors`, of our small networks `config.json` too."""
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from metaxl_evo.messages import one_line
+from metaxl_evo.messages import first_line, one_line
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -53,3 +55,48 @@ def load_network(folder: str | Path, model_type: str, make: Callable[..., Networ
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{weights_file} cannot be read ({one_line(error)}): use another checkpoint") from error
     return network
+
+
+def save_state(network: Any, folder: Path) -> None:
+    """By the network's own `save_pretrained` where it has one, else its state as `model.safetensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if callable(getattr(network, "save_pretrained", None)):
+        network.save_pretrained(folder)
+    else:
+        save_model(network, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+
+
+def load_state(network: nn.Module, folder: Path) -> None:
+    """Read back what `save_state` wrote, by safetensors.
+
+    Raises:
+        ValueError: for a file that is missing, damaged or of another network, named.
+    """
+    file = folder / WEIGHTS_FILE
+    try:
+        load_model(network, file, strict=True, device="cpu")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read ({one_line(error)}): use another checkpoint") from error
+
+
+def load_pretrained_weights(base: Any, folder: Path) -> None:
+    """Read the weights of a transformers model, in its own dtype, from what its `save_pretrained` wrote.
+
+    Raises:
+        ValueError: for a file that is missing, damaged or incomplete, named.
+    """
+    file = folder / WEIGHTS_FILE
+    dtype = next(base.parameters()).dtype
+    try:
+        saved, report = type(base).from_pretrained(
+            folder, config=copy.deepcopy(base.config), dtype=dtype, output_loading_info=True
+        )
+    except pickle.UnpicklingError as error:  # of a pytorch_model.bin; its text advises to run what it refused
+        raise ValueError(
+            f"{file} is missing, and the weights beside it are more than tensors: use another checkpoint"
+        ) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read ({first_line(error)}): use another checkpoint") from error
+    if report["missing_keys"]:
+        raise ValueError(f"{file} has no {sorted(report['missing_keys'])[0]}: use another checkpoint")
+    base.load_state_dict(saved.state_dict())

@@ -1,21 +1,19 @@
-"""Representation transformation networks, and the forward hooks that put them into an encoder.
+"""The representation transformation network (RTN) of MetaXL.
 
 MetaXL (Xia et al., NAACL 2021; Bohdal et al., NeurIPS 2021, section 4.5) reshapes the hidden states of *source*
 sentences, h' = h + RTN(stop_gradient(h)), so that what the encoder learns from them carries over to a target language.
-The network belongs to training alone: its hooks do nothing outside `RepresentationTransform.active`.
+The networks are in `rtn_networks`, what puts them into an encoder is in `hooks`: it does nothing outside of `active`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -23,177 +21,19 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from metaxl_evo.bilevel.replay import keep, stop_gradient
 from metaxl_evo.messages import first_line, one_line, unknown
+from metaxl_evo.models.hooks import HookedTransform, RowRoute, encoder_layers
 from metaxl_evo.models.network_files import CONFIG_FILE, WEIGHTS_FILE, save_network
+from metaxl_evo.models.rtn_networks import KINDS, initialise
 
 SUBFOLDER = "rtn"
 MODEL_TYPE = "metaxl_rtn"
 
-LAYER_PATHS = ("encoder.layer", "layers", "encoder.layers", "transformer.layer", "h")
 
-
-class Network(nn.Module, ABC):
-    """One transformation network, (B, T, H) -> (B, T, H); `bottleneck_ratio` x H is its default inner width."""
-
-    bottleneck_ratio: ClassVar[float]
-
-    @abstractmethod
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Transformed `hidden` (B, T, H), without the residual; `attention_mask` (B, T) is 1 at real tokens."""
-
-
-def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs))
-
-
-class GatedTied(Network):
-    """A two-layer network whose last output is the gate of the others (MetaXL's `perceptron` with tied weights)."""
-
-    bottleneck_ratio = 0.5
-
-    def __init__(self, hidden_size: int, bottleneck: int, num_attention_heads: int):
-        super().__init__()
-        self.net = _mlp(hidden_size, bottleneck, hidden_size + 1)
-
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        out = self.net(hidden)  # (B, T, H + 1)
-        return torch.sigmoid(out[..., -1:]) * out[..., :-1]
-
-
-class GatedUntied(Network):
-    """Two networks, one for the representation and one for its gate; every language and layer has both to itself."""
-
-    bottleneck_ratio = 0.5
-
-    def __init__(self, hidden_size: int, bottleneck: int, num_attention_heads: int):
-        super().__init__()
-        self.net = _mlp(hidden_size, bottleneck, hidden_size)
-        self.gate = _mlp(hidden_size, bottleneck, 1)
-
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return torch.sigmoid(self.gate(hidden)) * self.net(hidden)  # (B, T, 1) * (B, T, H)
-
-
-class Perceptron(Network):
-    """A two-layer network without a gate."""
-
-    bottleneck_ratio = 0.25
-
-    def __init__(self, hidden_size: int, bottleneck: int, num_attention_heads: int):
-        super().__init__()
-        self.net = _mlp(hidden_size, bottleneck, hidden_size)
-
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return self.net(hidden)
-
-
-class TransformerLayer(Network):
-    """One post-norm transformer encoder layer without dropout; the bottleneck is its feed-forward width.
-
-    The attention is written out: fused kernels lack second derivatives and forward-mode rules.
-    """
-
-    bottleneck_ratio = 4.0
-
-    def __init__(self, hidden_size: int, bottleneck: int, num_attention_heads: int):
-        super().__init__()
-        self.heads = num_attention_heads
-        self.query, self.key, self.value, self.output = (nn.Linear(hidden_size, hidden_size) for _ in range(4))
-        self.up, self.down = nn.Linear(hidden_size, bottleneck), nn.Linear(bottleneck, hidden_size)
-        self.norm_attention, self.norm_output = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
-
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        hidden = self.norm_attention(hidden + self.output(self._attend(hidden, attention_mask)))
-        return self.norm_output(hidden + self.down(F.gelu(self.up(hidden))))
-
-    def _attend(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Multi-head self-attention, (B, T, H) -> (B, T, H)."""
-        query, key, value = (self._split(linear(hidden)) for linear in (self.query, self.key, self.value))
-        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, N, T, T)
-        if attention_mask is not None:
-            padding = attention_mask.to(scores.device)[:, None, None, :] == 0  # (B, 1, 1, T)
-            scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
-        return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, T, H / N)
-
-
-KINDS: dict[str, type[Network]] = {
-    "gated_tied": GatedTied,
-    "gated_untied": GatedUntied,
-    "perceptron": Perceptron,
-    "transformer": TransformerLayer,
-}
-
-
-def _initialise(module: nn.Module) -> None:
-    """Xavier-normal weights and zero biases: a gate starts at one half, and the transform is not zero."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_normal_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
-@dataclass(frozen=True, eq=False)
-class RowRoute:
-    """Which network each row of a batch meets.
-
-    `languages` (B,) indexes the transform's languages, -1 leaves the row alone; `layers` (B,) indexes its layers, one
-    a row: several layers work on copies of the row. `attention_mask` (B, T) is read by attention networks only. The
-    two index tensors live on the CPU, so that no layer waits for the device.
-    """
-
-    languages: Tensor
-    layers: Tensor
-    attention_mask: Tensor | None = None
-
-    def rows(self, layer: int) -> Tensor:
-        """Row numbers (N,) that are transformed at the layer with index `layer`."""
-        return ((self.languages >= 0) & (self.layers == layer)).nonzero().squeeze(1)
-
-
-@dataclass(eq=False)
-class _LayerHook:
-    """The forward hook of one encoder layer; an object, so that deep copies of model and transform stay paired."""
-
-    transform: RepresentationTransform
-    layer: int
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The layer's output with the routed rows transformed; None, which keeps it, while the transform is off.
-
-        Layers return a tensor in transformers 5 and a tuple in 4.
-        """
-        hidden = output if isinstance(output, Tensor) else output[0]
-        changed = self.transform.apply_route(hidden, self.layer)
-        return changed if changed is None or isinstance(output, Tensor) else (changed, *output[1:])
-
-
-def encoder_layers(model: nn.Module, module_path: str | None = None) -> nn.ModuleList:
-    """The encoder layers of `model`: at `module_path`, or else at the first of LAYER_PATHS below its base model.
-
-    Raises ValueError where there is no such list.
-    """
-    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    root, paths = (base, LAYER_PATHS) if module_path is None else (model, (module_path,))
-    for path in paths:
-        try:
-            found = root.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(found, nn.ModuleList) and len(found):
-            return found
-    raise ValueError(
-        f"{type(model).__name__} has no encoder layers to hook at {', '.join(paths)}: "
-        "name its list of layers by module_path (rtn_module_path)"
-    )
-
-
-class RepresentationTransform(nn.Module):
+class RepresentationTransform(HookedTransform):
     """One transformation network a source language and encoder layer, with the mixing weights of the layers.
 
     `layers` count from 1, the output of the first encoder layer (`hidden_states[l]` in transformers); `languages` are
@@ -236,7 +76,7 @@ class RepresentationTransform(nn.Module):
             nn.ModuleList(network(hidden_size, self.bottleneck, self.num_attention_heads) for _ in self.layers)
             for _ in self.languages
         )
-        self.nets.apply(_initialise)
+        self.nets.apply(initialise)
         logits = nn.Parameter(torch.zeros(len(self.languages), len(self.layers)))
         self.register_parameter("mixing_logits", logits if len(self.layers) > 1 else None)
         self._route: RowRoute | None = None
@@ -284,24 +124,24 @@ class RepresentationTransform(nn.Module):
                 change = change.index_copy(0, rows, net(frozen[rows], mask).to(change.dtype))
         return hidden + change
 
-    def apply_route(self, hidden: Tensor, layer: int) -> Tensor | None:
-        """`hidden` (B, T, H) with the rows that the active route sends to `layer` transformed; None if there are none.
+    def apply_layer(self, output: Tensor, layer: int) -> Tensor | None:
+        """`output` (B, T, H) with the rows that the active route sends to `layer` transformed; None if there are none.
 
         Raises ValueError if batch or hidden size are not those of the route and of the networks.
         """
         route = self._route
         if route is None:
             return None
-        if hidden.shape[0] != len(route.languages):
-            raise ValueError(f"the active RTN routes {len(route.languages)} rows, the encoder runs {hidden.shape[0]}")
-        self._check_hidden_size(hidden.shape[-1])
-        keep(hidden)
+        if output.shape[0] != len(route.languages):
+            raise ValueError(f"the active RTN routes {len(route.languages)} rows, the encoder runs {output.shape[0]}")
+        self._check_hidden_size(output.shape[-1])
+        keep(output)
         rows = route.rows(layer)
         if not len(rows):
             return None
         mask = None if route.attention_mask is None else route.attention_mask[rows.to(route.attention_mask.device)]
-        languages, rows = route.languages[rows], rows.to(hidden.device)
-        return hidden.index_copy(0, rows, self.transform(hidden[rows], layer, languages, mask))
+        languages, rows = route.languages[rows], rows.to(output.device)
+        return output.index_copy(0, rows, self.transform(output[rows], layer, languages, mask))
 
     @contextmanager
     def active(
@@ -315,36 +155,15 @@ class RepresentationTransform(nn.Module):
         The previous state, normally off, comes back on leaving, also by an exception. Raises ValueError for indices
         out of range, lengths that differ, and `layers` left out where there are several.
         """
-        previous, self._route = self._route, self._make_route(languages, layers, attention_mask)
+        sizes = {"n_languages": len(self.languages), "n_layers": len(self.layers)}
+        previous, self._route = self._route, RowRoute.make(languages, layers, attention_mask, **sizes)
         try:
             yield
         finally:
             self._route = previous
 
-    def _make_route(
-        self,
-        languages: Tensor | Sequence[int],
-        layers: Tensor | Sequence[int] | None,
-        attention_mask: Tensor | None,
-    ) -> RowRoute:
-        if layers is None and len(self.layers) > 1:
-            raise ValueError(f"the RTN has {len(self.layers)} layers: give active() the layer index of each row")
-        by_language = torch.as_tensor(languages, device="cpu")
-        by_layer = torch.zeros_like(by_language) if layers is None else torch.as_tensor(layers, device="cpu")
-        _check_indices("languages", by_language, -1, len(self.languages))
-        _check_indices("layers", by_layer, 0, len(self.layers))
-        lengths = {len(by_language), len(by_layer)} | ({len(attention_mask)} if attention_mask is not None else set())
-        if len(lengths) > 1:
-            raise ValueError(f"languages, layers and attention_mask of the RTN differ in rows: {sorted(lengths)}")
-        return RowRoute(by_language, by_layer, attention_mask)
-
     def attach(self, model: nn.Module, module_path: str | None = None) -> list[RemovableHandle]:
         """Hook the encoder layers of `model`; returns the handles, `detach` removes them as well.
-
-        The hooks come first among a layer's hooks, so that `output_hidden_states` shows the transformed states.
-        Nothing is registered in `model`: its state dict and saved files do not change, and a deep copy of it alone
-        carries an idle transform of its own. Attaching again replaces the hooks. Attach before compiling: compiled
-        code does not see later hooks.
 
         Raises ValueError for a layer out of range, a model without a list of encoder layers and another hidden size.
         """
@@ -356,18 +175,7 @@ class RepresentationTransform(nn.Module):
                     "(l is the output of encoder layer l; 0, the embeddings, is not supported)"
                 )
         self._check_hidden_size(getattr(getattr(model, "config", None), "hidden_size", None))
-        self.detach(model)
-        return [
-            layers[layer - 1].register_forward_hook(_LayerHook(self, index), prepend=True)
-            for index, layer in enumerate(self.layers)
-        ]
-
-    def detach(self, model: nn.Module) -> None:
-        """Remove this transform's hooks from `model`; nothing happens where there are none."""
-        for module in model.modules():
-            hooks = module._forward_hooks
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _LayerHook) and hook.transform is self]:
-                del hooks[key]
+        return self._hook(model, {index: layers[layer - 1] for index, layer in enumerate(self.layers)})
 
     def _check_hidden_size(self, found: int | None) -> None:
         if found is not None and found != self.hidden_size:
@@ -466,15 +274,6 @@ def _attention_heads(hidden_size: int, heads: int | None) -> int:
     if heads < 1 or hidden_size % heads:
         raise ValueError(f"num_attention_heads of the RTN must divide its hidden size {hidden_size}, got {heads}")
     return heads
-
-
-def _check_indices(name: str, indices: Tensor, low: int, stop: int) -> None:
-    """ValueError unless `indices` is one-dimensional, of whole numbers in [low, stop)."""
-    whole = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
-    if indices.dim() != 1 or not whole or bool(((indices < low) | (indices >= stop)).any()):
-        raise ValueError(
-            f"{name} of active() must be one whole number a row, from {low} to {stop - 1}, got {indices.tolist()}"
-        )
 
 
 def _local_folder(folder_or_hub_id: str | Path, hub_options: Mapping[str, Any]) -> Path:

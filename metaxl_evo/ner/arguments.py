@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_peft_available
 
 from metaxl_evo.messages import unknown
-from metaxl_evo.models.rtn import KINDS
+from metaxl_evo.models.rtn_networks import KINDS
 from metaxl_evo.training.arguments import MetaTrainingArguments
 
 PAPER_LANGUAGES = ("qu", "cdo", "ilo", "xmf", "mhr", "mi", "tk", "gn")

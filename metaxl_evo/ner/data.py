@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features
 
 from metaxl_evo.messages import unknown
+from metaxl_evo.ner.labels import label_names, ner_features
 from metaxl_evo.ner.sources import SPLITS, Corpus, Sentences, read_folder, read_hub, read_table
-
-if TYPE_CHECKING:
-    from metaxl_evo.ner.synthetic import SyntheticFamily
+from metaxl_evo.ner.synthetic import SyntheticFamily
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +68,6 @@ def load_ner_dataset(
     }
 
 
-def ner_features(names: Sequence[str]) -> Features:
-    """The columns of every NER data set here."""
-    return Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=list(names)))})
-
-
-def label_names(types: Iterable[str]) -> list[str]:
-    """The canonical label order: O, then B- and I- of each entity type, the types in alphabetical order."""
-    return ["O", *(f"{position}-{kind}" for kind in sorted(types) for position in "BI")]
-
-
 def sample(dataset: Dataset, size: int | None, seed: int, *, name: str = "the data set") -> Dataset:
     """Draw `size` sentences without replacement (None: all). Of one seed, a small sample is the start of a larger.
 
@@ -106,8 +94,6 @@ def _to_dataset(part: Sentences, features: Features) -> Dataset:
 
 
 def _read_synthetic(family: SyntheticFamily | None, languages: Sequence[str], splits: Sequence[str]) -> Corpus:
-    from metaxl_evo.ner.synthetic import SyntheticFamily  # not above: that module builds on this one
-
     family = family or SyntheticFamily()
     loaded = {language: family.load(language) for language in languages}
     return {

@@ -19,7 +19,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from metaxl_evo.bilevel import tree
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.models.adapters import ADAPTER
-from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform, encoder_layers
+from metaxl_evo.models.hooks import encoder_layers
+from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
 from metaxl_evo.ner.arguments import NerArguments, refuse_fields, steps_of
 from metaxl_evo.ner.card import card_sections
 from metaxl_evo.ner.data import load_ner_dataset, overlap, sample

@@ -27,6 +27,8 @@ from metaxl_evo.messages import first_line
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.rtn import SUBFOLDER
 from metaxl_evo.ner.arguments import SHORTEST
+from metaxl_evo.ner.synthetic import SyntheticFamily
+from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
 from metaxl_evo.training.hub import HUB_TIMEOUT
 
 SYNTHETIC = "synthetic"
@@ -81,9 +83,7 @@ def load_classifier(
         ValueError: for a model that cannot be had or read, or whose trained head has other labels.
     """
     if model == SYNTHETIC:
-        from metaxl_evo.ner.synthetic import SyntheticFamily, build_tagger
-
-        return build_tagger(SyntheticFamily())
+        return make_synthetic_tagger(SyntheticFamily())
     trained = trained_labels(model)
     if trained is not None and trained != list(names):
         raise ValueError(

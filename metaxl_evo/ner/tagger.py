@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule, Cut
-from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform, encoder_layers
+from metaxl_evo.models.hooks import encoder_layers
+from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
 
 IGNORED = -100
 TARGET = -1  # the `language` of a row that no network transforms
@@ -152,7 +153,7 @@ class CrossLingualTagger(BilevelModule):
         if below is None:
             return self._encode(batch, self.plain_base.base_model).last_hidden_state
         with self.meta.active(batch["language"], attention_mask=batch["attention_mask"]):
-            changed = self.meta.apply_route(below, 0)
+            changed = self.meta.apply_layer(below, 0)
         return below if changed is None else changed
 
     def _untransformed(self, batch: Batch) -> Tensor:

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, from_optimizer, map_trees, optimizer_rule
+from metaxl_evo.bilevel.torch_optimizers import from_optimizer, optimizer_rule
+from metaxl_evo.bilevel.update import SGD, UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState, map_trees
 from metaxl_evo.estimators import Estimator, takes_any_optimizer
 from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.training.arguments import MetaTrainingArguments

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from metaxl_evo.bilevel.problem import Hypergradient
+from metaxl_evo.bilevel.hypergradients import Hypergradient
 from metaxl_evo.training.base_optimizer import BaseOptimizer
 from metaxl_evo.training.meta_rows import tell_epoch
 from metaxl_evo.training.meta_step import Window

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.hypergradients import Hypergradient, estimate, look_ahead
 from metaxl_evo.bilevel.passes import Counts, PassContext
-from metaxl_evo.bilevel.problem import Hypergradient, InnerStep, estimate, look_ahead
+from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators import Estimator, OneStep
 from metaxl_evo.estimators.local import EngineEstimator

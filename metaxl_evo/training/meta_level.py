@@ -15,8 +15,9 @@ import torch
 from transformers import get_scheduler
 
 from metaxl_evo.bilevel import gate, tree
+from metaxl_evo.bilevel.hypergradients import Hypergradient, estimate, why_zero
 from metaxl_evo.bilevel.passes import PassContext
-from metaxl_evo.bilevel.problem import BilevelProblem, Hypergradient, InnerStep, estimate, why_zero
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.randomness import devices_of, mix_seed
 from metaxl_evo.bilevel.replay import Facts

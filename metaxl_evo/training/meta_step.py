@@ -14,7 +14,8 @@ from torch import Tensor
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, StepMade
-from metaxl_evo.bilevel.update import SGD, UpdateRule, UpdateState, map_trees
+from metaxl_evo.bilevel.update import SGD, UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState, map_trees
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.models.bilevel_module import Batch
 from metaxl_evo.training.base_optimizer import BaseOptimizer, gathered

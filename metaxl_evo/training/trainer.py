@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from metaxl_evo.bilevel.problem import Hypergradient, hypergradient
+from metaxl_evo.bilevel.hypergradients import Hypergradient, hypergradient
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.replay import Facts
 from metaxl_evo.estimators import Estimator

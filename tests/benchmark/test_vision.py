@@ -18,7 +18,7 @@ from metaxl_evo.benchmark.rows import Row
 from metaxl_evo.benchmark.steps import measure_weight_net
 from metaxl_evo.benchmark.vision import fewshot, noisy_images, rotation, weight_net
 from metaxl_evo.bilevel import SGD
-from metaxl_evo.bilevel.problem import hypergradient
+from metaxl_evo.bilevel.hypergradients import hypergradient
 from metaxl_evo.estimators import Estimator, EvoGrad, OneStep
 from vision_tasks.images import ImageRows
 

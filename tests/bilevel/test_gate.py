@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from metaxl_evo.bilevel import SGD, BilevelProblem, PassContext, Tree, hypergradient, run_episode, stop_gradient
-from metaxl_evo.bilevel.gate import differs
+from metaxl_evo.bilevel import SGD, BilevelProblem, PassContext, Tree, gate, hypergradient, run_episode, stop_gradient
 from metaxl_evo.bilevel.replay import IDLE, Facts
+from metaxl_evo.bilevel.value_test import differs
 from metaxl_evo.estimators import Estimator, EvoGrad, Greedy, Neumann, OneStep, Sama, make_estimator
 from tests.estimators.problems import relative_error
 
@@ -288,9 +288,9 @@ def test_what_never_shows_anything_is_tested_a_few_times_only() -> None:
 
     problem = BilevelProblem(inner, lambda w, lam, batch: costs(w, batch).mean(), SGD(RATE))
     for _ in range(IDLE):
-        PassContext(problem).record(W, LAM, BATCH)
+        gate.record(PassContext(problem), W, LAM, BATCH)
     tested = len(calls)
-    PassContext(problem).record(W, LAM, BATCH)
+    gate.record(PassContext(problem), W, LAM, BATCH)
     assert len(calls) == tested
 
 
@@ -422,12 +422,12 @@ def test_the_test_leaves_the_world_as_it_was_and_runs_once() -> None:
     problem = weight_net(lambda x: calls.append(1) or x.detach())  # type: ignore[func-returns-value]
     before = torch.get_rng_state(), {name: leaf.clone() for name, leaf in (W | LAM).items()}
     passes = PassContext(problem)
-    passes.record(W, LAM, BATCH)
+    gate.record(passes, W, LAM, BATCH)
     once = len(calls)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert all(torch.equal(leaf, before[1][name]) for name, leaf in (W | LAM).items())
     assert passes.counts.forwards == 1  # that of the recorded inputs
-    PassContext(problem).record(W, LAM, BATCH)
+    gate.record(PassContext(problem), W, LAM, BATCH)
     assert len(calls) == once + 1
 
 

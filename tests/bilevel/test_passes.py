@@ -15,11 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from metaxl_evo.bilevel import SGD, BilevelProblem, PassContext, Tree, hypergradient, run_episode, stop_gradient, tree
+from metaxl_evo import bilevel
+from metaxl_evo.bilevel import (
+    SGD,
+    BilevelProblem,
+    PassContext,
+    Tree,
+    gate,
+    hypergradient,
+    run_episode,
+    stop_gradient,
+    tree,
+)
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.replay import Facts, Inputs, for_this_pass, kind_of
 from metaxl_evo.estimators import Estimator, EvoGrad, OneStep
-from tests.estimators.problems import network, quadratic, relative_error, split_network
+from tests.estimators.problems import cut_network, network, quadratic, relative_error
 
 ESTIMATES: dict[str, Estimator] = {
     "double_backward": OneStep("double_backward"),
@@ -283,12 +294,22 @@ def test_forward_and_backward_lie_in_one_scope_a_pass(name: str, gradients: bool
     assert watch.outside == 0
 
 
-def test_the_shared_pass_of_a_split_runs_its_backward_inside_a_scope() -> None:
+def test_a_cut_is_still_known_by_its_old_name() -> None:
+    toy = cut_network(torch.float64)
+    with pytest.warns(FutureWarning, match="cut=... now"):
+        problem = replace(toy.problem, cut=None, split=toy.problem.cut)
+    assert problem.cut is toy.problem.cut
+    assert replace(problem, rows={}).cut is toy.problem.cut  # and no second warning
+    with pytest.warns(FutureWarning, match="Cut now"):
+        assert bilevel.Split is bilevel.Cut
+
+
+def test_the_shared_pass_of_a_cut_runs_its_backward_inside_a_scope() -> None:
     """Swapped-in meta weights and checkpointed layers are only right inside."""
-    toy, watch = split_network(torch.float64), Watch()
-    split = toy.problem.split
-    assert split is not None
-    problem = replace(toy.problem, scope=watch.scope, split=replace(split, hidden=watch.watched(split.hidden)))
+    toy, watch = cut_network(torch.float64), Watch()
+    cut = toy.problem.cut
+    assert cut is not None
+    problem = replace(toy.problem, scope=watch.scope, cut=replace(cut, hidden=watch.watched(cut.hidden)))
     estimator = EvoGrad(parameters="head")
     assert hypergradient(problem, estimator, toy.w, toy.lam, toy.train, toy.val).counts.suffixes > 0
     assert watch.outside == 0
@@ -424,10 +445,10 @@ def test_recording_happens_once_and_only_where_there_are_stop_gradients() -> Non
     toy = network(torch.float64)
     context = PassContext(toy.problem)
     for _ in range(2):
-        assert context.record(toy.w, toy.lam, toy.train) is Inputs.REPLAY
+        assert gate.record(context, toy.w, toy.lam, toy.train) is Inputs.REPLAY
     assert context.counts.forwards == 1
     plain = PassContext(replace(toy.problem, stop_gradients=False))
-    assert plain.record(toy.w, toy.lam, toy.train) is Inputs.LIVE
+    assert gate.record(plain, toy.w, toy.lam, toy.train) is Inputs.LIVE
     assert plain.counts.forwards == 0
 
 
@@ -440,7 +461,7 @@ def test_nothing_is_kept_of_a_forward_with_random_numbers_of_its_own(draw: Any) 
         toy.problem.inner_loss(toy.w, toy.lam, toy.train)
         if draw is not None:
             draw(*[1] * (draw is torch.rand))
-    context.record(toy.w, toy.lam, toy.train)
+    gate.record(context, toy.w, toy.lam, toy.train)
     assert context.counts.forwards == (draw is not None)
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import SGD, Adam, AdamW, Tree, Windowed, tree
-from metaxl_evo.bilevel.update import UpdateRule, UpdateState, from_optimizer
+from metaxl_evo.bilevel.torch_optimizers import from_optimizer
+from metaxl_evo.bilevel.update import UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState
 
 LRS = {"a": 0.1, "b": 0.03}
 DECAYS = {"a": 0.2, "b": 0.0}

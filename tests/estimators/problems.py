@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metaxl_evo.bilevel import SGD, Adam, BilevelProblem, Split, Tree, stop_gradient
+from metaxl_evo.bilevel import SGD, Adam, BilevelProblem, Cut, Tree, stop_gradient
 from metaxl_evo.bilevel.replay import Facts, Tested
-from metaxl_evo.bilevel.update import UpdateRule, UpdateState
+from metaxl_evo.bilevel.update import UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ def once_differentiable(problem: BilevelProblem) -> BilevelProblem:
     def behind(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda w, *rest: OnlyOnce.apply(loss({n: OnlyOnce.apply(x) for n, x in w.items()}, *rest))
 
-    split = problem.split
-    if split is not None:
-        prefix = split.prefix and behind(split.prefix)
-        split = Split(split.names, behind(split.hidden), behind(split.loss), prefix)
-    return replace(problem, inner_loss=behind(problem.inner_loss), outer_loss=behind(problem.outer_loss), split=split)
+    cut = problem.cut
+    if cut is not None:
+        prefix = cut.prefix and behind(cut.prefix)
+        cut = Cut(cut.names, behind(cut.hidden), behind(cut.loss), prefix)
+    return replace(problem, inner_loss=behind(problem.inner_loss), outer_loss=behind(problem.outer_loss), cut=cut)
 
 
 def _random(seed: int, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
@@ -228,8 +229,8 @@ def network(dtype: torch.dtype) -> Toy:
     return Toy(problem, w, lam, train, val, direct=False, unused=frozenset({"unused"}), update_state=state)
 
 
-def split_network(dtype: torch.dtype) -> Toy:
-    """The meta net just below the head, offered as a split; the outer loss passes through it too (a direct term)."""
+def cut_network(dtype: torch.dtype) -> Toy:
+    """The meta net just below the head, offered as a cut; the outer loss passes through it too (a direct term)."""
 
     def prefix(w: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
         return _body(w, batch[0])
@@ -243,8 +244,8 @@ def split_network(dtype: torch.dtype) -> Toy:
 
     w, lam = _network_weights(dtype)
     train, val = _batches(dtype)
-    split = Split(frozenset({"head.weight", "head.bias"}), hidden, _head, prefix)
-    problem = BilevelProblem(inner, inner, SGD(lr=0.1, momentum=0.9), split=split, direct_term=True)
+    cut = Cut(frozenset({"head.weight", "head.bias"}), hidden, _head, prefix)
+    problem = BilevelProblem(inner, inner, SGD(lr=0.1, momentum=0.9), cut=cut, direct_term=True)
     return Toy(problem, w, lam, train, val, direct=True, unused=frozenset({"unused"}))
 
 
@@ -298,7 +299,7 @@ TOYS: dict[str, Callable[[torch.dtype], Toy]] = {
     "one_dimensional": one_dimensional,
     "golden": golden,
     "network": network,
-    "split_network": split_network,
+    "cut_network": cut_network,
 }
 
 

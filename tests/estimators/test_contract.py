@@ -15,11 +15,11 @@ from torch import Tensor
 from metaxl_evo.bilevel import (
     SGD,
     BilevelProblem,
+    Cut,
     Hypergradient,
     InnerStep,
     PassContext,
     Response,
-    Split,
     StepMade,
     Tree,
     hypergradient,
@@ -29,6 +29,7 @@ from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
 from tests.estimators.problems import (
     TOYS,
     Toy,
+    cut_network,
     logged,
     network,
     numerical_error,
@@ -36,7 +37,6 @@ from tests.estimators.problems import (
     quadratic,
     random_like,
     relative_error,
-    split_network,
 )
 
 # The settings that the suite runs. Finite differences at a small radius, EvoGrad at a noise that numerical
@@ -390,7 +390,7 @@ def test_after_the_step_it_judges_the_point_it_says(name: str, settings: dict[st
 @pytest.mark.parametrize("made", [False, True], ids=["lookahead", "step_made"])
 def test_declared_cost_is_the_counted_cost(name: str, settings: dict[str, Any], toy_name: str, made: bool) -> None:
     toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
-    plain = replace(toy, problem=replace(toy.problem, stop_gradients=False, straight_through=True, split=None))
+    plain = replace(toy, problem=replace(toy.problem, stop_gradients=False, straight_through=True, cut=None))
     options: dict[str, Any] = {"made": step_made(toy)} if made else {}
     declared = estimator.cost(step_made=made)
     if estimator.max_meta_size is not None:  # its products are those of one meta parameter
@@ -406,14 +406,14 @@ def test_declared_cost_is_the_counted_cost(name: str, settings: dict[str, Any], 
 
 @on_pairs
 def test_counts_are_the_calls_of_the_losses(name: str, settings: dict[str, Any], toy_name: str) -> None:
-    """Each forward, double backward, jvp and suffix is one evaluation of a loss or of a split's half."""
+    """Each forward, double backward, jvp and suffix is one evaluation of a loss or of a cut's half."""
     toy, calls = TOYS[toy_name](torch.float64), list[Any]()
-    problem, split = toy.problem, toy.problem.split
+    problem, cut = toy.problem, toy.problem.cut
     watched = replace(
         problem,
         inner_loss=logged(problem.inner_loss, calls),
         outer_loss=logged(problem.outer_loss, calls),
-        split=split and split_logged(split, calls),
+        cut=cut and cut_logged(cut, calls),
     )
     estimate(build(name, settings), replace(toy, problem=watched))  # which finds out what is to be known of the losses
     calls.clear()
@@ -421,10 +421,10 @@ def test_counts_are_the_calls_of_the_losses(name: str, settings: dict[str, Any],
     assert counts.forwards + counts.hvps + counts.jvps + counts.suffixes == len(calls)
 
 
-def split_logged(split: Split, calls: list[Any]) -> Split:
-    assert split.prefix is not None
-    pieces = {name: logged(getattr(split, name), calls) for name in ("prefix", "hidden", "loss")}
-    return replace(split, **pieces)
+def cut_logged(cut: Cut, calls: list[Any]) -> Cut:
+    assert cut.prefix is not None
+    pieces = {name: logged(getattr(cut, name), calls) for name in ("prefix", "hidden", "loss")}
+    return replace(cut, **pieces)
 
 
 @on_pairs
@@ -607,7 +607,7 @@ def test_evograd_pattern_that_finds_nothing_shows_the_names() -> None:
 
 
 def test_injected_noise_must_be_a_sample() -> None:
-    toy = split_network(torch.float64)
+    toy = cut_network(torch.float64)
     with pytest.raises(ValueError, match="at least 2"):
         estimate(make_estimator("evograd"), toy, noise=[toy.w])
 

@@ -27,7 +27,7 @@ from metaxl_evo.bilevel import (
     run_episode,
     tree,
 )
-from metaxl_evo.bilevel.problem import estimate, look_ahead
+from metaxl_evo.bilevel.hypergradients import estimate, look_ahead
 from metaxl_evo.bilevel.replay import Facts, kind_of
 from metaxl_evo.estimators import Estimator, Greedy, HyperDistill, OneStep
 from metaxl_evo.estimators.trajectory import Visit

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from metaxl_evo.bilevel import SGD, Adam, AdamW, BilevelProblem, Tree, hypergradient, run_episode, tree
-from metaxl_evo.bilevel.problem import InnerStep, PassContext, look_ahead
+from metaxl_evo.bilevel.hypergradients import look_ahead
+from metaxl_evo.bilevel.passes import PassContext
+from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.update import UpdateRule
 from metaxl_evo.estimators import ESTIMATORS, ForwardMode, OneStep, Unroll, make_estimator, takes_any_optimizer
 from tests.estimators.test_learned_steps import (

@@ -27,7 +27,7 @@ from metaxl_evo.bilevel import (
     run_episode,
     tree,
 )
-from metaxl_evo.bilevel.problem import look_ahead
+from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.update import UpdateRule
 from metaxl_evo.estimators import ForwardMode
 from metaxl_evo.training.sign_halving import SignHalving

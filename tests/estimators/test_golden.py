@@ -17,9 +17,9 @@ from metaxl_evo.bilevel import (
     SGD,
     BilevelProblem,
     Counts,
+    Cut,
     Hypergradient,
     PassContext,
-    Split,
     StepMade,
     Tree,
     hypergradient,
@@ -27,11 +27,13 @@ from metaxl_evo.bilevel import (
     tree,
 )
 from metaxl_evo.bilevel.products import mixed_product
-from metaxl_evo.bilevel.update import UpdateState, from_optimizer
+from metaxl_evo.bilevel.torch_optimizers import from_optimizer
+from metaxl_evo.bilevel.update_state import UpdateState
 from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder, OneStep
 from tests.estimators.problems import (
     Quadratic,
     Toy,
+    cut_network,
     golden,
     known,
     logged,
@@ -40,7 +42,6 @@ from tests.estimators.problems import (
     quadratic,
     random_like,
     relative_error,
-    split_network,
     tagger,
 )
 
@@ -248,7 +249,7 @@ def by_autograd(toy: Toy, noise: list[Tree], tau: float, copies_form: bool) -> T
     return dict(zip(lam, found, strict=True))
 
 
-@pytest.mark.parametrize("make", [quadratic, golden, split_network], ids=["quadratic", "golden", "split_network"])
+@pytest.mark.parametrize("make", [quadratic, golden, cut_network], ids=["quadratic", "golden", "cut_network"])
 @pytest.mark.parametrize("copies", [2, 5])
 @pytest.mark.parametrize("sigma", [1e-3, 0.1])
 def test_evograd_is_autograd_over_all_copies(make: Callable[[torch.dtype], Toy], copies: int, sigma: float) -> None:
@@ -266,14 +267,14 @@ HEAD: dict[str, Any] = {"parameters": r"^head\.", "sigma": 0.05, "temperature": 
     "settings", [{"copies": 2}, {"copies": 5, "noise": "gaussian"}, {"copies": 4, "antithetic": True}]
 )
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "two_parts"])
-def test_the_split_path_is_the_full_path(settings: dict[str, Any], parts: bool) -> None:
-    toy = split_network(torch.float64)
+def test_the_cut_path_is_the_full_path(settings: dict[str, Any], parts: bool) -> None:
+    toy = cut_network(torch.float64)
     if parts:
         x, y = toy.train
         halves = [(x[:3], y[:3]), (x[3:], y[3:])]
         toy = replace(toy, train=halves, val=[toy.val], problem=replace(toy.problem, parts=lambda batch: batch))
     estimator = EvoGrad(**HEAD, **settings)
-    full = replace(toy, problem=replace(toy.problem, split=None))
+    full = replace(toy, problem=replace(toy.problem, cut=None))
     cheap, whole = (estimate(one, estimator, generator=seeded(3)) for one in (toy, full))
     assert relative_error(cheap.grads, whole.grads) < 1e-10
     torch.testing.assert_close(cheap.outer_loss, whole.outer_loss, rtol=1e-13, atol=0)
@@ -284,14 +285,14 @@ def test_the_split_path_is_the_full_path(settings: dict[str, Any], parts: bool) 
 
 
 @pytest.mark.parametrize("settings", [{"share_randomness": False}, {"parameters": "weight"}])
-def test_the_split_is_left_alone_where_it_does_not_fit(settings: dict[str, Any]) -> None:
-    toy = split_network(torch.float64)
+def test_the_cut_is_left_alone_where_it_does_not_fit(settings: dict[str, Any]) -> None:
+    toy = cut_network(torch.float64)
     counts = estimate(toy, EvoGrad(**(HEAD | settings))).counts
     assert (counts.forwards, counts.suffixes) == (3, 0)
 
 
 def test_head_only_noise_moves_the_head_only() -> None:
-    toy = split_network(torch.float64)
+    toy = cut_network(torch.float64)
     estimator = EvoGrad(**HEAD)
     calls: list[Any] = []
     problem = replace(toy.problem, outer_loss=logged(toy.problem.outer_loss, calls))
@@ -311,11 +312,11 @@ def test_seeds_of_the_generator_are_the_seeds_of_the_estimate() -> None:
 
 @pytest.mark.parametrize("noise", ["sign", "gaussian"])
 def test_copies_differ_and_antithetic_ones_mirror_each_other(noise: Any) -> None:
-    toy = split_network(torch.float64)
+    toy = cut_network(torch.float64)
     calls: list[Any] = []
     problem = replace(
         toy.problem,
-        split=None,
+        cut=None,
         inner_loss=logged(toy.problem.inner_loss, calls),
         facts=known(),
     )
@@ -336,7 +337,7 @@ def test_copies_differ_and_antithetic_ones_mirror_each_other(noise: Any) -> None
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
-def wide_problem(split: bool) -> tuple[Toy, int]:
+def wide_problem(cut: bool) -> tuple[Toy, int]:
     """A body far larger than lam, and lam far larger than a number. -> (problem, bytes of lam)"""
     w = {
         "body": torch.randn(64, 256, generator=seeded(1)) / 8,
@@ -351,12 +352,12 @@ def wide_problem(split: bool) -> tuple[Toy, int]:
     def loss(w: Tree, h: Tensor, x: Tensor) -> Tensor:
         return torch.tanh(h @ w["head"]).square().mean()
 
-    cut = Split(frozenset({"head"}), hidden, loss) if split else None
+    pieces = Cut(frozenset({"head"}), hidden, loss) if cut else None
     problem = BilevelProblem(
         lambda w, lam, x: loss(w, hidden(w, lam, None, x), x),
         lambda w, lam, x: (torch.tanh(torch.tanh(x @ w["body"]) @ w["head"]) - 1).square().mean(),
         SGD(0.1),
-        split=cut,
+        cut=pieces,
     )
     return Toy(problem, w, lam, batch, batch, direct=False), 4 * tree.size(lam)
 
@@ -367,18 +368,18 @@ def peak(toy: Toy, estimator: Estimator) -> int:
     return memory.peak
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["full", "split"])
-def test_memory_is_flat_in_the_number_of_copies(split: bool) -> None:
-    toy, lam_bytes = wide_problem(split)
-    settings: dict[str, Any] = {"parameters": "head"} if split else {}
+@pytest.mark.parametrize("cut", [False, True], ids=["full", "cut"])
+def test_memory_is_flat_in_the_number_of_copies(cut: bool) -> None:
+    toy, lam_bytes = wide_problem(cut)
+    settings: dict[str, Any] = {"parameters": "head"} if cut else {}
     few, many = (peak(toy, EvoGrad(copies=copies, **settings)) for copies in (4, 32))
     small = 4 * 1024
     assert few > 4 * tree.size(toy.w), "the counter must see at least one perturbed copy"
-    assert many - few <= (0 if split else 28) * lam_bytes + small
+    assert many - few <= (0 if cut else 28) * lam_bytes + small
 
 
 def test_the_counter_would_see_a_graph_for_every_copy() -> None:
-    toy, lam_bytes = wide_problem(split=False)
+    toy, lam_bytes = wide_problem(cut=False)
 
     def all_at_once(copies: int) -> int:
         noise = [random_like(toy.w, k) for k in range(copies)]

@@ -21,13 +21,15 @@ from metaxl_evo.bilevel import (
     PassContext,
     StepMade,
     Tree,
+    gate,
     hypergradient,
     run_episode,
     tree,
 )
-from metaxl_evo.bilevel.problem import estimate as estimate_step
-from metaxl_evo.bilevel.problem import look_ahead
-from metaxl_evo.bilevel.update import UpdateRule, UpdateState
+from metaxl_evo.bilevel.hypergradients import estimate as estimate_step
+from metaxl_evo.bilevel.hypergradients import look_ahead
+from metaxl_evo.bilevel.update import UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState
 from metaxl_evo.estimators import ConjugateGradient, Estimator, Neumann, OneStep, Sama
 from tests.estimators.problems import (
     TOYS,
@@ -306,7 +308,7 @@ def test_inputs_recorded_before_the_step_are_not_replayed_after_it(estimator: An
     toy = network(torch.float64)
     estimator = replace(estimator, engine="finite_difference")
     recorded, fresh = PassContext(toy.problem), PassContext(toy.problem)
-    recorded.record(toy.w, toy.lam, toy.train)
+    gate.record(recorded, toy.w, toy.lam, toy.train)
     one, other = (estimate_step(passes, estimator, step_of(toy), None).grads for passes in (recorded, fresh))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

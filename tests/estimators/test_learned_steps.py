@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from metaxl_evo.bilevel import SGD, Adam, AdamW, BilevelProblem, Tree, Windowed, hypergradient, run_episode, tree
 from metaxl_evo.bilevel.processes import Processes
-from metaxl_evo.bilevel.update import UpdateRule, UpdateState
+from metaxl_evo.bilevel.update import UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState
 from metaxl_evo.estimators import ESTIMATORS, Estimator, ForwardMode, OneStep, Unroll, make_estimator
 from tests.processes import on_processes
 

@@ -19,15 +19,15 @@ from torch import distributed as dist
 from metaxl_evo.bilevel import (
     SGD,
     BilevelProblem,
+    Cut,
     Hypergradient,
     PassContext,
-    Split,
     hypergradient,
     run_episode,
     tree,
 )
 from metaxl_evo.bilevel import processes as processes_module
-from metaxl_evo.bilevel.problem import NO_DIRECT_TERM
+from metaxl_evo.bilevel.hypergradients import NO_DIRECT_TERM
 from metaxl_evo.bilevel.processes import Processes, Traffic
 from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder
 from tests.estimators.problems import TOYS, Toy
@@ -61,12 +61,12 @@ def cut(batch: Any, shares: Sequence[float]) -> list[Part]:
     ]
 
 
-def of_parts(split: Split) -> Split:
-    prefix = split.prefix
-    return Split(
-        split.names,
-        lambda w, lam, below, part: split.hidden(w, lam, below, part.rows),
-        lambda w, hidden, part: part.weight * split.loss(w, hidden, part.rows),
+def of_parts(whole: Cut) -> Cut:
+    prefix = whole.prefix
+    return Cut(
+        whole.names,
+        lambda w, lam, below, part: whole.hidden(w, lam, below, part.rows),
+        lambda w, hidden, part: part.weight * whole.loss(w, hidden, part.rows),
         None if prefix is None else lambda w, part: prefix(w, part.rows),
     )
 
@@ -82,7 +82,7 @@ def spread(toy: Toy, processes: Processes) -> tuple[BilevelProblem, list[Part], 
         plain,
         inner_loss=weighted(plain.inner_loss),
         outer_loss=weighted(plain.outer_loss),
-        split=None if plain.split is None else of_parts(plain.split),
+        cut=None if plain.cut is None else of_parts(plain.cut),
         parts=lambda batch: batch,
         processes=processes,
     )

@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import SGD, Adam, AdamW, BilevelProblem, Tree, hypergradient, run_episode, tree
-from metaxl_evo.bilevel.problem import InnerStep, PassContext, look_ahead
+from metaxl_evo.bilevel.hypergradients import look_ahead
+from metaxl_evo.bilevel.passes import PassContext
+from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.processes import Processes
-from metaxl_evo.bilevel.update import UpdateRule, from_optimizer, own_steps
+from metaxl_evo.bilevel.torch_optimizers import from_optimizer
+from metaxl_evo.bilevel.update import UpdateRule
+from metaxl_evo.bilevel.update_state import own_steps
 from metaxl_evo.estimators import DrMAD, Estimator, EvoGrad, ForwardMode, OneStep, Unroll
 from tests.processes import on_processes
 

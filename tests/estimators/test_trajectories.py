@@ -26,12 +26,13 @@ from metaxl_evo.bilevel import (
     run_episode,
     tree,
 )
-from metaxl_evo.bilevel.problem import estimate, look_ahead
+from metaxl_evo.bilevel.hypergradients import estimate, look_ahead
 from metaxl_evo.bilevel.update import UpdateRule
 from metaxl_evo.estimators import DrMAD, Estimator, OneStep, Unroll
 from tests.estimators.problems import (
     Quadratic,
     Toy,
+    cut_network,
     flat,
     golden,
     logged,
@@ -40,7 +41,6 @@ from tests.estimators.problems import (
     quadratic,
     random_like,
     relative_error,
-    split_network,
     tagger,
     unflat,
 )
@@ -345,7 +345,7 @@ ONE_STEP: dict[str, tuple[Estimator, Callable[[torch.dtype], Toy]]] = {
     "unroll": (Unroll(), network),
     "unroll, horizon 1": (Unroll(horizon=1), network),
     "unroll, horizon 3": (Unroll(horizon=3), network),
-    "drmad": (DrMAD(), split_network),
+    "drmad": (DrMAD(), cut_network),
 }
 
 

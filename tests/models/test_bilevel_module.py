@@ -32,7 +32,8 @@ from metaxl_evo.estimators import (
     Sama,
     Unroll,
 )
-from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule, places_of, swapped, totals_of
+from metaxl_evo.models.bilevel_module import TOTALS, Batch, BilevelModule, totals_of
+from metaxl_evo.models.parameters import places_of, swapped
 from tests.training.tiny import NO_DROPOUT, collate, different, random_rows, tiny_base, tiny_tagger
 
 
@@ -403,7 +404,7 @@ def test_second_order_obstacles() -> None:
     assert "activation_checkpointing" in str(tagger.second_order_obstacle)
     problem = tagger.problem(SGD(0.1))
     assert not problem.second_order
-    assert problem.split is None  # its backward would leave the pass that holds the weights
+    assert problem.cut is None  # its backward would leave the pass that holds the weights
 
 
 # Files

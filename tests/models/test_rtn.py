@@ -16,7 +16,9 @@ from torch.func import functional_call
 from transformers import AutoModelForTokenClassification, XLMRobertaConfig, XLMRobertaForTokenClassification
 
 from metaxl_evo.models import rtn
-from metaxl_evo.models.rtn import KINDS, RepresentationTransform, encoder_layers
+from metaxl_evo.models.hooks import encoder_layers
+from metaxl_evo.models.rtn import RepresentationTransform
+from metaxl_evo.models.rtn_networks import KINDS
 
 HIDDEN = 32
 ROWS = [0, -1, 0, -1]

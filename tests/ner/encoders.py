@@ -13,7 +13,7 @@ from seqeval.metrics import f1_score, precision_score, recall_score
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from metaxl_evo.ner.data import label_names
+from metaxl_evo.ner.labels import label_names
 
 NAMES = label_names(("LOC", "PER"))
 SENTENCES = [

@@ -17,7 +17,8 @@ from metaxl_evo.ner import synthetic
 from metaxl_evo.ner.data import load_ner_dataset
 from metaxl_evo.ner.encoding import encode
 from metaxl_evo.ner.metrics import entity_scores, word_predictions
-from metaxl_evo.ner.synthetic import LABELS, Lexicon, SyntheticFamily, build_tagger, train_tokenizer
+from metaxl_evo.ner.synthetic import LABELS, Lexicon, SyntheticFamily
+from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger, train_tokenizer
 
 SMALL = SyntheticFamily(train_size=60, target_train_size=20, dev_size=10, test_size=30)
 
@@ -145,9 +146,9 @@ def test_knobs_out_of_range(knobs: dict[str, float], message: str) -> None:
 
 def test_tagger_saves_loads_and_runs_in_a_pipeline(tmp_path: Path) -> None:
     state = torch.random.get_rng_state()
-    model, tokenizer = build_tagger(SMALL, layers=1, hidden_size=16, heads=2, vocab_size=300)
+    model, tokenizer = make_synthetic_tagger(SMALL, layers=1, hidden_size=16, heads=2, vocab_size=300)
     assert torch.equal(torch.random.get_rng_state(), state)
-    again, _ = build_tagger(SMALL, layers=1, hidden_size=16, heads=2, vocab_size=300)
+    again, _ = make_synthetic_tagger(SMALL, layers=1, hidden_size=16, heads=2, vocab_size=300)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]) == [0, 1, 2, 3, 299]
     assert len(tokenizer) == model.config.vocab_size == 300
@@ -168,7 +169,7 @@ def test_tagger_saves_loads_and_runs_in_a_pipeline(tmp_path: Path) -> None:
 def test_a_tagger_learns_the_source_and_transfers_a_little() -> None:
     """A smoke test of learnability: 150 small steps on the source reach what chance and the target alone do not."""
     family = SyntheticFamily(train_size=1000, test_size=150)
-    model, tokenizer = build_tagger(family, layers=1)
+    model, tokenizer = make_synthetic_tagger(family, layers=1)
     pad = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
     rows = list(encode(family.load("aru")["train"], tokenizer, 64))
 

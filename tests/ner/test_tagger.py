@@ -189,7 +189,7 @@ def test_the_means_divide_by_exact_counts_under_autocast() -> None:
     torch.testing.assert_close(one / 711, many, rtol=1e-6, atol=0.0)  # 1/711 in bfloat16 is off by 1e-3
 
 
-# The split
+# The cut
 
 
 class Whole(CrossLingualTagger):
@@ -219,24 +219,24 @@ def gradients_of_base(loss: Tensor, tagger: CrossLingualTagger) -> Tree:
     return dict(zip(named, torch.autograd.grad(loss, list(named.values()), materialize_grads=True), strict=True))
 
 
-def test_the_split_of_the_problem_is_the_inner_loss() -> None:
+def test_the_cut_of_the_problem_is_the_inner_loss() -> None:
     tagger, batch = exact_tagger(), batch_of(6, [0, TARGET])
     problem = tagger.problem(SGD(0.1))
-    assert problem.split is not None
-    assert problem.split.names == {"classifier.weight", "classifier.bias"}
+    assert problem.cut is not None
+    assert problem.cut.names == {"classifier.weight", "classifier.bias"}
     w, lam = perturbed(tagger.base_parameters(), 1), perturbed(tagger.meta_parameters(), 2)
     passes = PassContext(problem)
     below = passes.prefix(w, 0, batch)
     with passes.scope(0):
-        hidden = problem.split.hidden(w, lam, below, batch)
+        hidden = problem.cut.hidden(w, lam, below, batch)
     assert hidden.shape == (*batch["input_ids"].shape, HIDDEN)
     with passes.scope(0):
-        found = problem.split.loss(w, hidden, batch)
+        found = problem.cut.loss(w, hidden, batch)
     with passes.scope(0):
         assert torch.equal(found, problem.inner_loss(w, lam, batch))
 
 
-def test_there_is_no_split_where_the_suffix_would_read_meta_parameters() -> None:
+def test_there_is_no_cut_where_the_suffix_would_read_meta_parameters() -> None:
     assert tiny_tagger(layers=[1, 2]).cut() is None
     assert tiny_tagger(layers=[1, 2], transform=False).cut() is not None
     assert whole(tiny_tagger()).cut() is None
@@ -251,15 +251,15 @@ def test_what_is_below_the_transform_is_shared_where_nothing_is_above_it() -> No
     for tagger, shared in [(exact_tagger(layers=[2]), True), (exact_tagger(layers=[1]), False), (extra, False)]:
         problem, batch = tagger.train().problem(SGD(0.1)), batch_of(6, [0, TARGET])
         w, lam = tagger.base_parameters(), tagger.meta_parameters()
-        assert problem.split is not None
-        assert (problem.split.prefix is not None) == shared
+        assert problem.cut is not None
+        assert (problem.cut.prefix is not None) == shared
         recorded = PassContext(problem)
         with recorded.recording(0):
             tagger.mean_inner_loss(batch)
         for passes in (recorded, PassContext(problem)):
             below = passes.prefix(w, 0, batch)
             with passes.scope(0):
-                found = problem.split.loss(w, problem.split.hidden(w, lam, below, batch), batch)
+                found = problem.cut.loss(w, problem.cut.hidden(w, lam, below, batch), batch)
                 expected = problem.inner_loss(w, lam, batch)
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 

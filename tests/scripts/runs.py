@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from metaxl_evo.ner.synthetic import SyntheticFamily, build_tagger
+from metaxl_evo.ner.synthetic import SyntheticFamily
+from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
 from scripts.train_ner import main
 
 FAMILY = SyntheticFamily(train_size=40, target_train_size=16, dev_size=10, test_size=30, words=20, names=20)
@@ -60,7 +61,7 @@ def write_data(
 
 def write_model(folder: Path, **sizes: Any) -> Path:
     """A model without a trained head (the base model alone) and its tokenizer."""
-    tagger, tokenizer = build_tagger(FAMILY, **{"hidden_size": 32, "heads": 2, "vocab_size": 400} | sizes)
+    tagger, tokenizer = make_synthetic_tagger(FAMILY, **{"hidden_size": 32, "heads": 2, "vocab_size": 400} | sizes)
     tagger.base_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

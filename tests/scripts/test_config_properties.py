@@ -30,7 +30,7 @@ from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
 from scripts import train_ner
 from tests.scripts.refusals import assert_is_one_line, yaml_of
 from tests.scripts.runs import TINY, argv
-from vision_tasks.fewshot_experiment import FewShotArguments
+from vision_tasks.fewshot_arguments import FewShotArguments
 from vision_tasks.illustration import IllustrationArguments
 from vision_tasks.noisy_labels_experiment import NoisyLabelsArguments
 from vision_tasks.rotation_experiment import RotationArguments

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from transformers import XLMRobertaForMaskedLM
 
 from metaxl_evo.ner.pretrained import load_classifier
-from metaxl_evo.ner.synthetic import SyntheticFamily, build_tagger
+from metaxl_evo.ner.synthetic import SyntheticFamily
+from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
 from tests.attack import WRAPS
 from tests.hub_cache import NAMES, REPOSITORY, Sentence, prepare_dataset_cache, prepare_model_cache, run_in_home
 from tests.scripts.runs import FAMILY
@@ -46,7 +47,7 @@ def sentences(family: SyntheticFamily, language: str) -> dict[str, list[Sentence
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face home with a tiny XLM-R in half precision, as pretrained, and two configurations of WikiAnn."""
     home = tmp_path_factory.mktemp("home")
-    tagger, tokenizer = build_tagger(FAMILY, hidden_size=32, heads=2, vocab_size=400)
+    tagger, tokenizer = make_synthetic_tagger(FAMILY, hidden_size=32, heads=2, vocab_size=400)
     pretrained = XLMRobertaForMaskedLM(tagger.config).half()
     snapshot = prepare_model_cache(home, MODEL, pretrained, tokenizer)
     config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))

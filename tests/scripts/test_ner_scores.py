@@ -19,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from metaxl_evo.ner.synthetic import train_tokenizer
+from metaxl_evo.ner.synthetic_tagger import train_tokenizer
 from scripts.evaluate_ner import main as evaluate_ner
 from tests.ner.encoders import KINDS, SENTENCES, SMALL, scores_by_hand, write_encoder
 from tests.scripts.runs import FAMILY, argv, train

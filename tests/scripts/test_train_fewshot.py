@@ -25,9 +25,9 @@ from tests.vision_tasks.small import pack
 from vision_tasks import domains
 from vision_tasks.augmentation import EvaluationTransform
 from vision_tasks.domains import read_domain
-from vision_tasks.episodes import Episodes, EpisodeSize
 from vision_tasks.feature_transform import FeatureTransform
 from vision_tasks.fewshot import FewShotModel
+from vision_tasks.fewshot_episodes import Episodes, EpisodeSize
 
 CONFIGS = Path(__file__).parents[2] / "configs/vision"
 RUNS = {"none": {"method": "none"}, "evo": {"estimator": "evograd", "estimator_kwargs": {"copies": 4}}}

@@ -18,10 +18,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from metaxl_evo.benchmark.memory import PeakMemory, live_tensors
-from metaxl_evo.bilevel import SGD, BilevelProblem, Hypergradient, PassContext, Tree, hypergradient
-from metaxl_evo.bilevel.problem import InnerStep, estimate
+from metaxl_evo.bilevel import SGD, BilevelProblem, Hypergradient, PassContext, Tree, gate, hypergradient
+from metaxl_evo.bilevel.hypergradients import estimate
+from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.products import ENGINES, hessian_product, mixed_product
-from metaxl_evo.bilevel.update import AdamW, UpdateRule, UpdateState
+from metaxl_evo.bilevel.update import AdamW, UpdateRule
+from metaxl_evo.bilevel.update_state import UpdateState
 from metaxl_evo.estimators import make_estimator
 from metaxl_evo.estimators import noise as noise_module
 from metaxl_evo.models.bilevel_module import TOTALS, Batch
@@ -463,11 +465,11 @@ def test_the_mixed_product_runs_them_alone(engine: str) -> None:
     tagger.base.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
 
     def products(problem: BilevelProblem, product: Any = mixed_product) -> Tree:
-        PassContext(problem).record(w, lam, [batch])  # which find out what is to be known of the loss
+        gate.record(PassContext(problem), w, lam, [batch])  # which find out what is to be known of the loss
         product(PassContext(problem), engine, w, lam, [batch], v)
         rows.clear()
         passes = PassContext(problem)
-        passes.record(w, lam, [batch])
+        gate.record(passes, w, lam, [batch])
         return product(passes, engine, w, lam, [batch], v, radius=1e-3)
 
     problem, passes = tagger.problem(SGD(0.1)), 2 if engine == "finite_difference" else 1

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metaxl_evo.bilevel import PassContext, Tree
-from metaxl_evo.bilevel.problem import Hypergradient, InnerStep, estimate, look_ahead
+from metaxl_evo.bilevel.hypergradients import Hypergradient, estimate, look_ahead
+from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.estimators import ESTIMATORS, EvoGrad, OneStep, make_estimator
 from metaxl_evo.ner.tagger import CrossLingualTagger
 from metaxl_evo.training import diagnostics as diagnostics_module

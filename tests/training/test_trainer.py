@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from metaxl_evo.bilevel import PassContext, Tree
-from metaxl_evo.bilevel.problem import estimate
+from metaxl_evo.bilevel.hypergradients import estimate
 from metaxl_evo.models.rtn import RepresentationTransform
-from metaxl_evo.ner.synthetic import SyntheticFamily, build_tagger
+from metaxl_evo.ner.synthetic import SyntheticFamily
+from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
 from metaxl_evo.ner.tagger import IGNORED, TARGET, CrossLingualTagger
 from metaxl_evo.training import meta_level
 from metaxl_evo.training.base_optimizer import unwrapped
@@ -683,7 +684,7 @@ def test_training_twice_starts_the_meta_rows_anew(tmp_path: Path) -> None:
 
 
 def test_the_saved_folder_is_a_plain_model_with_its_transform_beside(tmp_path: Path) -> None:
-    model, tokenizer = build_tagger(SyntheticFamily())
+    model, tokenizer = make_synthetic_tagger(SyntheticFamily())
     rtn = RepresentationTransform(model.config.hidden_size, layers=[1])
     tagger = CrossLingualTagger(model, rtn, pad_token_id=tokenizer.pad_token_id)
     trainer = tiny_trainer(tmp_path, tagger=tagger, trainer={"processing_class": tokenizer})
@@ -691,7 +692,7 @@ def test_the_saved_folder_is_a_plain_model_with_its_transform_beside(tmp_path: P
     trainer.save_model()
     loaded = AutoModelForTokenClassification.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
-    assert loaded.state_dict().keys() == build_tagger(SyntheticFamily())[0].state_dict().keys()
+    assert loaded.state_dict().keys() == make_synthetic_tagger(SyntheticFamily())[0].state_dict().keys()
     assert different(dict(loaded.state_dict()), dict(model.cpu().state_dict())) == []
     assert loaded.config.id2label == model.config.id2label
     transform = RepresentationTransform.from_pretrained(tmp_path)

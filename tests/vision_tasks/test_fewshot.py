@@ -22,24 +22,24 @@ from metaxl_evo.models.bilevel_module import TOTALS
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.tiny import close, different, final_state, logged, same, tiny_arguments
 from vision_tasks.augmentation import to_float
-from vision_tasks.episodes import Auxiliary, Domain, Episodes, EpisodeSize, whole
 from vision_tasks.feature_transform import FeatureTransform
 from vision_tasks.fewshot import (
     BACKBONES,
     METHODS,
-    PERTURBED,
     CrossDomainFewShot,
     FewShotConfig,
     FewShotModel,
     backbone_config,
     evaluating,
 )
+from vision_tasks.fewshot_episodes import Auxiliary, Domain, Episodes, EpisodeSize, whole
 from vision_tasks.symbols import LOOKS, draw_symbols
 
 Batch = dict[str, Any]
 
 WAY, SHOT, QUERIES, SIDE, AUX, CLASSES = 3, 2, 2, 16, 4, 5
 LR = 0.1
+PERTURBED = r"^(encoder|head)\."  # what the EvoGrad of the paper perturbs
 ENGINES: dict[str, Estimator] = {
     "double_backward": OneStep("double_backward"),
     "jvp": OneStep("jvp"),

@@ -25,14 +25,12 @@ from tests.training.tiny import base_weights, different, meta_weights, tiny_argu
 from tests.vision_tasks.small import random_images
 from vision_tasks.augmentation import EvaluationTransform
 from vision_tasks.domains import name_of, read_domain
-from vision_tasks.episodes import Auxiliary, Domain, Episodes
 from vision_tasks.experiment import plan
 from vision_tasks.feature_transform import FeatureTransform
 from vision_tasks.fewshot import CrossDomainFewShot, FewShotModel
+from vision_tasks.fewshot_arguments import METHODS, EpisodicTrainingArguments, FewShotArguments
+from vision_tasks.fewshot_episodes import Auxiliary, Domain, Episodes
 from vision_tasks.fewshot_experiment import (
-    METHODS,
-    EpisodicTrainingArguments,
-    FewShotArguments,
     FewShotData,
     FewShotTask,
     epochs_of,

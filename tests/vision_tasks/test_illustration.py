@@ -16,7 +16,7 @@ from metaxl_evo.estimators import ESTIMATORS, EvoGrad, make_estimator
 from metaxl_evo.training.cli import parse_arguments
 from scripts.illustrate import main
 from tests.scripts.refusals import assert_refused
-from vision_tasks import illustration
+from vision_tasks import illustration_report
 from vision_tasks.illustration import (
     FILES,
     STARTS,
@@ -82,7 +82,7 @@ def by_the_estimator(estimator: EvoGrad, x: float, lam: float, noise: Tensor) ->
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if matplotlib were not installed."""
-    monkeypatch.setattr(illustration, "find_spec", lambda name: None)
+    monkeypatch.setattr(illustration_report, "find_spec", lambda name: None)
 
 
 # --- the problem and the estimates -----------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from metaxl_evo.training.synchrony import different
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
 from vision_tasks.backbones import BACKBONES
-from vision_tasks.fewshot_experiment import EpisodicTrainingArguments, FewShotArguments, FewShotTask
+from vision_tasks.fewshot_arguments import EpisodicTrainingArguments, FewShotArguments
+from vision_tasks.fewshot_experiment import FewShotTask
 from vision_tasks.images import ImageRows, drawn
 from vision_tasks.rotation import RotatedClassifier, Rotation
 from vision_tasks.weight_net import WeightedClassifier

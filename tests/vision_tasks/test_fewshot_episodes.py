@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from torch.utils.data import default_collate
 
 from vision_tasks.augmentation import EvaluationTransform, TrainTransform, to_float
-from vision_tasks.episodes import SPLITS, Auxiliary, Domain, Episodes, EpisodeSize, interleaved, whole
+from vision_tasks.fewshot_episodes import SPLITS, Auxiliary, Domain, Episodes, EpisodeSize, interleaved, whole
 
 SIZE = EpisodeSize(way=3, shot=2, queries=4)
 

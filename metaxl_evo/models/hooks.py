@@ -1,0 +1,130 @@
+"""How a meta network enters a model: forward hooks on its layers, which do nothing while the network is off."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+LAYER_PATHS = ("encoder.layer", "layers", "encoder.layers", "transformer.layer", "h")
+
+
+class HookedTransform(nn.Module, ABC):
+    """A meta network that changes what layers of a model return, and is no part of that model.
+
+    Nothing is registered in the model: its state dict and saved files do not change, and a deep copy of it alone
+    carries an idle transform of its own. Attach before compiling: compiled code does not see later hooks.
+    """
+
+    @abstractmethod
+    def apply_layer(self, output: Tensor, layer: Any) -> Tensor | None:
+        """The output of a hooked layer changed; None, which keeps it, while the transform is off."""
+
+    def _hook(self, model: nn.Module, layers: Mapping[Any, nn.Module]) -> list[RemovableHandle]:
+        """Hook these layers of `model`, by the names that `apply_layer` knows them by, in place of former hooks.
+
+        The hooks come first among a layer's hooks, so that `output_hidden_states` shows the changed states.
+        """
+        self.detach(model)
+        return [layer.register_forward_hook(_LayerHook(self, name), prepend=True) for name, layer in layers.items()]
+
+    def detach(self, model: nn.Module) -> None:
+        """Remove this transform's hooks from `model`; nothing happens where there are none."""
+        for module in model.modules():
+            hooks = module._forward_hooks
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _LayerHook) and hook.transform is self]:
+                del hooks[key]
+
+
+@dataclass(eq=False)
+class _LayerHook:
+    """The forward hook of one layer; an object, so that deep copies of model and transform stay paired."""
+
+    transform: HookedTransform
+    layer: Hashable
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The layer's output changed; None, which keeps it, while the transform is off.
+
+        Layers return a tensor in transformers 5 and a tuple in 4.
+        """
+        hidden = output if isinstance(output, Tensor) else output[0]
+        changed = self.transform.apply_layer(hidden, self.layer)
+        return changed if changed is None or isinstance(output, Tensor) else (changed, *output[1:])
+
+
+def encoder_layers(model: nn.Module, module_path: str | None = None) -> nn.ModuleList:
+    """The encoder layers of `model`: at `module_path`, or else at the first of LAYER_PATHS below its base model.
+
+    Raises ValueError where there is no such list.
+    """
+    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    root, paths = (base, LAYER_PATHS) if module_path is None else (model, (module_path,))
+    for path in paths:
+        try:
+            found = root.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(found, nn.ModuleList) and len(found):
+            return found
+    raise ValueError(
+        f"{type(model).__name__} has no encoder layers to hook at {', '.join(paths)}: "
+        "name its list of layers by module_path (rtn_module_path)"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class RowRoute:
+    """Which network each row of a batch meets.
+
+    `languages` (B,) indexes the transform's languages, -1 leaves the row alone; `layers` (B,) indexes its layers, one
+    a row: several layers work on copies of the row. `attention_mask` (B, T) is read by attention networks only. The
+    two index tensors live on the CPU, so that no layer waits for the device.
+    """
+
+    languages: Tensor
+    layers: Tensor
+    attention_mask: Tensor | None = None
+
+    @classmethod
+    def make(
+        cls,
+        languages: Tensor | Sequence[int],
+        layers: Tensor | Sequence[int] | None,
+        attention_mask: Tensor | None,
+        *,
+        n_languages: int,
+        n_layers: int,
+    ) -> RowRoute:
+        """The route of these values, checked against the sizes of the transform.
+
+        Raises ValueError for indices out of range, lengths that differ, and `layers` left out where there are several.
+        """
+        if layers is None and n_layers > 1:
+            raise ValueError(f"the RTN has {n_layers} layers: give active() the layer index of each row")
+        by_language = torch.as_tensor(languages, device="cpu")
+        by_layer = torch.zeros_like(by_language) if layers is None else torch.as_tensor(layers, device="cpu")
+        _check_indices("languages", by_language, -1, n_languages)
+        _check_indices("layers", by_layer, 0, n_layers)
+        lengths = {len(by_language), len(by_layer)} | ({len(attention_mask)} if attention_mask is not None else set())
+        if len(lengths) > 1:
+            raise ValueError(f"languages, layers and attention_mask of the RTN differ in rows: {sorted(lengths)}")
+        return cls(by_language, by_layer, attention_mask)
+
+    def rows(self, layer: int) -> Tensor:
+        """Row numbers (N,) that are transformed at the layer with index `layer`."""
+        return ((self.languages >= 0) & (self.layers == layer)).nonzero().squeeze(1)
+
+
+def _check_indices(name: str, indices: Tensor, low: int, stop: int) -> None:
+    """ValueError unless `indices` is one-dimensional, of whole numbers in [low, stop)."""
+    whole = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
+    if indices.dim() != 1 or not whole or bool(((indices < low) | (indices >= stop)).any()):
+        raise ValueError(
+            f"{name} of active() must be one whole number a row, from {low} to {stop - 1}, got {indices.tolist()}"
+        )
