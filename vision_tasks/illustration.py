@@ -31,6 +31,7 @@ from metaxl_evo.estimators import ESTIMATORS, Estimator, EvoGrad, make_estimator
 from metaxl_evo.estimators.noise import Perturbations
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.checkpoint import require_writable
+from metaxl_evo.training.figures import figure
 
 LAM_RANGE = (0.1, 2.0)  # of the grid, as in the published code; the text says 0 to 2
 STARTS = ((-1.8, 0.2), (-0.9, 1.2), (0.9, 0.8), (1.3, 0.2), (1.5, 1.7))  # (x, lam) of the published code
@@ -402,26 +403,19 @@ def draw_trajectories(file: Path, exact: Paths, panels: Sequence[Panel], refused
 @contextmanager
 def _figure(file: Path, panels: Sequence[Panel], refused: dict[str, str], x: str, y: str) -> Iterator[list[Any]]:
     """Axes for the panels, three in a row; saved at the end, with a legend above and the refusals below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     width = 1 + 3 * max(2, columns)  # inches; the legend needs two columns' worth
     notes = "\n".join(textwrap.fill(note, 13 * width) for note in _notes(refused))
     size = (width, 0.9 + 2.6 * rows + 0.2 * notes.count("\n"))
-    figure, grid = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
-    axes = list(grid.flat)
-    yield axes[: len(panels)]
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    figure.supxlabel(f"{x}\n{notes}".strip(), fontsize="medium")
-    figure.supylabel(y, fontsize="medium")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize="small")
-    figure.savefig(file, dpi=96)
-    plt.close(figure)
+    with figure(file, columns, size, rows=rows, dpi=96) as axes:
+        yield axes[: len(panels)]
+        for axis in axes[len(panels) :]:
+            axis.remove()
+        whole = axes[0].figure
+        whole.supxlabel(f"{x}\n{notes}".strip(), fontsize="medium")
+        whole.supylabel(y, fontsize="medium")
+        whole.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize="small")
 
 
 def _notes(refused: dict[str, str]) -> list[str]:

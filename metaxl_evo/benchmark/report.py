@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from metaxl_evo.benchmark.rows import Row, Spread
+from metaxl_evo.training.figures import figure
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "estimator": lambda row: row.estimator,
@@ -156,35 +157,33 @@ def _label(estimator: str, settings: dict[str, Any]) -> str:
 
 def _draw(file: Path, panels: Sequence[_Panel]) -> Path:
     """The panels side by side, with one legend; a label has its colour in all."""
-    import matplotlib
+    with figure(file, len(panels), (8 + 3 * (len(panels) - 1), 4.5)) as axes:
+        for axis, panel in zip(axes, panels, strict=True):
+            _draw_panel(axis, panel)
+        legend = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(*legend, loc="outside right upper", fontsize="small")
+    return file
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+
+def _draw_panel(axis: Any, panel: _Panel) -> None:
     from matplotlib.ticker import FixedLocator, LogLocator
 
-    inches = (8 + 3 * (len(panels) - 1), 4.5)
-    figure, axes = plt.subplots(1, len(panels), figsize=inches, layout="constrained", squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        for index, (label, values) in enumerate(panel.points.items()):
-            marker = "osD^v<>P*X"[index // 10 % 10]  # ten colours a marker
-            style, colour = ("--", "0.4") if label.startswith(PLAIN) else (marker + panel.line, f"C{index % 10}")
-            size = max(10 - index, 4) if panel.line else 6  # of lines that coincide the ones below stay visible
-            axis.plot(*zip(*values, strict=True), style, color=colour, label=label, markersize=size)
-        if panel.scale == "log":
-            axis.set_xscale("log", base=2)
-        if panel.line:
-            axis.xaxis.set_major_locator(FixedLocator(sorted({x for line in panel.points.values() for x, _ in line})))
-        else:
-            axis.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set(xlabel=panel.x, ylabel=panel.y)
-        axis.grid(alpha=0.25)
-        if panel.y != COSINE:
-            axis.set_ylim(bottom=0)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-    return file
+    for index, (label, values) in enumerate(panel.points.items()):
+        marker = "osD^v<>P*X"[index // 10 % 10]  # ten colours a marker
+        style, colour = ("--", "0.4") if label.startswith(PLAIN) else (marker + panel.line, f"C{index % 10}")
+        size = max(10 - index, 4) if panel.line else 6  # of lines that coincide the ones below stay visible
+        axis.plot(*zip(*values, strict=True), style, color=colour, label=label, markersize=size)
+    if panel.scale == "log":
+        axis.set_xscale("log", base=2)
+    if panel.line:
+        axis.xaxis.set_major_locator(FixedLocator(sorted({x for line in panel.points.values() for x, _ in line})))
+    else:
+        axis.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel=panel.x, ylabel=panel.y)
+    axis.grid(alpha=0.25)
+    if panel.y != COSINE:
+        axis.set_ylim(bottom=0)
 
 
 def _pairs(settings: dict[str, Any]) -> str:

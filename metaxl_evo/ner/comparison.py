@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from metaxl_evo.training.figures import figure
 from metaxl_evo.training.statistics import Interval, paired_difference, spread
 
 RunKey = tuple[str, str, int]  # method, language, seed
@@ -72,25 +73,17 @@ class Comparison:
         Raises:
             ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
         """
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
         columns = [*self.languages, "average"]
-        figure, axes = plt.subplots(
-            1, len(columns), figsize=(2.6 * len(columns), 3.6), sharex=True, layout="constrained"
-        )
-        for axis, column in zip(axes, columns, strict=True):
-            for row, method in enumerate(self.methods):
-                values = self.f1(method, column)
-                axis.plot(range(len(values)), values, "o", color=f"C{row}", alpha=0.6)
-                axis.axhline(fmean(values), color=f"C{row}", label=method)
-            axis.set(title=column, xlabel="seed", xticks=range(len(self.seeds)), xticklabels=self.seeds)
-        axes[0].set_ylabel("test F1, %")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        figure.savefig(file, dpi=120)
-        plt.close(figure)
+        with figure(file, len(columns), (2.6 * len(columns), 3.6)) as axes:
+            for axis, column in zip(axes, columns, strict=True):
+                for row, method in enumerate(self.methods):
+                    values = self.f1(method, column)
+                    axis.plot(range(len(values)), values, "o", color=f"C{row}", alpha=0.6)
+                    axis.axhline(fmean(values), color=f"C{row}", label=method)
+                axis.set(title=column, xlabel="seed", xticks=range(len(self.seeds)), xticklabels=self.seeds)
+            axes[0].set_ylabel("test F1, %")
+            legend = axes[0].get_legend_handles_labels()
+            axes[0].figure.legend(*legend, loc="outside lower center", ncols=3)
 
 
 def read_comparison(

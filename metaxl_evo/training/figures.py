@@ -9,8 +9,10 @@ from typing import Any
 
 
 @contextmanager
-def figure(file: Path, columns: int = 1, size: tuple[float, float] = (6.4, 4.0)) -> Iterator[list[Any]]:
-    """Axes side by side to draw on, saved at the end.
+def figure(
+    file: Path, columns: int = 1, size: tuple[float, float] = (6.4, 4.0), *, rows: int = 1, dpi: int = 120
+) -> Iterator[list[Any]]:
+    """Axes to draw on, row by row, saved at the end.
 
     Args:
         size: of the whole, in inches.
@@ -23,7 +25,7 @@ def figure(file: Path, columns: int = 1, size: tuple[float, float] = (6.4, 4.0))
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    made, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
-    yield list(axes[0])
-    made.savefig(file, dpi=120)
+    made, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    yield list(axes.flat)
+    made.savefig(file, dpi=dpi)
     plt.close(made)
