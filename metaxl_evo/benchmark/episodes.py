@@ -17,7 +17,7 @@ from metaxl_evo.bilevel import Hypergradient, PassContext, Tree, run_episode, tr
 from metaxl_evo.bilevel.problem import InnerStep, look_ahead
 
 AFTER = "after_step"  # the order of an episode
-Run = Callable[[int], Hypergradient]  # seed -> estimate at the end of an episode that it runs
+Estimation = Callable[[int], Hypergradient]  # seed -> estimate at the end of an episode that it runs
 
 
 def measure_regression(settings: BenchmarkArguments) -> Iterator[list[Row]]:
@@ -25,45 +25,45 @@ def measure_regression(settings: BenchmarkArguments) -> Iterator[list[Row]]:
     for horizon in settings.horizons:
         episode = regression(settings, horizon)
         rows = settings.rows([AFTER], horizon=horizon)
-        measure_runs(settings, rows, partial(estimator_run, episode), partial(train, episode), episode)
+        measure_estimations(settings, rows, partial(by_estimator, episode), partial(train, episode), episode)
         yield rows
 
 
-def measure_runs(
+def measure_estimations(
     settings: BenchmarkArguments,
     rows: Sequence[Row],
-    prepare: Callable[[Row], Run],
+    prepare: Callable[[Row], Estimation],
     yardstick: Callable[[], object],
     episode: Episode,
 ) -> None:
     """Judge and measure what `prepare` makes of each row; a row for which it raises has failed."""
     exact = through_all_steps(episode)
-    runs: dict[Row | None, Callable[[], object]] = {None: yardstick}
+    measured: dict[Row | None, Callable[[], object]] = {None: yardstick}
     for row in rows:
         with row.failing():
-            run = prepare(row)
-            judge(row, [run(seed) for seed in range(settings.draws(row))], exact)
-            runs[row] = partial(run, 0)
+            estimate = prepare(row)
+            judge(row, [estimate(seed) for seed in range(settings.draws(row))], exact)
+            measured[row] = partial(estimate, 0)
     meter = Meter(settings, standing(rows), torch.device("cpu"))
     with tqdm(total=len(meter.plan), desc=f"{settings.problem}, {len(episode.train)} steps") as bar:
         while not meter.done:
             which, measure = meter.next()
             with nullcontext() if which is None else which.failing(), meter.measuring(which, measure):
-                runs[which]()
+                measured[which]()
             bar.update()
     meter.fill(resident=sum(leaf.nbytes for leaf in [*episode.w.values(), *episode.lam.values()]))
 
 
-def estimator_run(episode: Episode, row: Row) -> Run:
+def by_estimator(episode: Episode, row: Row) -> Estimation:
     """The episode with the row's estimator beside it."""
     estimator = row.make()
 
-    def run(seed: int) -> Hypergradient:
+    def estimate(seed: int) -> Hypergradient:
         generator = torch.Generator().manual_seed(seed)
         where = (episode.w, episode.lam, episode.train, episode.val)
         return run_episode(episode.problem, estimator, *where, generator=generator)
 
-    return run
+    return estimate
 
 
 def train(episode: Episode) -> Tree:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
-from metaxl_evo.benchmark.episodes import AFTER, Run, estimator_run, measure_runs
+from metaxl_evo.benchmark.episodes import AFTER, Estimation, by_estimator, measure_estimations
 from metaxl_evo.benchmark.problems import Episode
 from metaxl_evo.benchmark.rows import Row
 from metaxl_evo.benchmark.vision import EPOCH, noisy_images, weighted_classifier
@@ -37,14 +37,14 @@ def measure_peers(settings: BenchmarkArguments) -> Iterator[list[Row]]:
     module, episode = weighted_step(settings)
     (train,), val = episode.train, episode.val
 
-    def prepare(row: Row) -> Run:
+    def prepare(row: Row) -> Estimation:
         if row.estimator in ESTIMATORS:
-            return estimator_run(episode, row)
+            return by_estimator(episode, row)
         return PEERS[row.estimator](trainable(module), settings.learning_rate, train, val, **row.settings)
 
     rows = [*settings.rows([AFTER]), Row("higher", {}, AFTER), Row("torchopt", {}, AFTER)]
     rows += [Row("betty", {"type": one}, AFTER) for one in ("darts", "sama")]
-    measure_runs(settings, rows, prepare, plain_step(trainable(module), settings.learning_rate, train), episode)
+    measure_estimations(settings, rows, prepare, plain_step(trainable(module), settings.learning_rate, train), episode)
     yield rows
 
 
@@ -74,39 +74,39 @@ def plain_step(module: WeightedClassifier, lr: float, train: Batch) -> Callable[
     return step
 
 
-def higher_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch) -> Run:
+def by_higher(module: WeightedClassifier, lr: float, train: Batch, val: Batch) -> Estimation:
     """A patched copy of the base, which takes a differentiable step (Grefenstette et al., 2019)."""
     higher: Any = _import("higher")
     base = module.base
     optimizer = torch.optim.SGD(base.parameters(), lr=lr)
 
-    def run(seed: int) -> Hypergradient:
+    def estimate(seed: int) -> Hypergradient:
         with higher.innerloop_ctx(base, optimizer) as (module.base, differentiable):
             differentiable.step(module.mean_inner_loss(train))
             found = _by_autograd(module, val)
         module.base = base
         return found
 
-    return run
+    return estimate
 
 
-def torchopt_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch) -> Run:
+def by_torchopt(module: WeightedClassifier, lr: float, train: Batch, val: Batch) -> Estimation:
     """A differentiable optimiser that puts the base's next weights in place (Ren et al., JMLR 2023)."""
     torchopt: Any = _import("torchopt")
     optimizer = torchopt.MetaSGD(module.base, lr=lr)
     start = [torchopt.extract_state_dict(one, by="reference") for one in (module.base, optimizer)]
 
-    def run(seed: int) -> Hypergradient:
+    def estimate(seed: int) -> Hypergradient:
         optimizer.step(module.mean_inner_loss(train))
         found = _by_autograd(module, val)
         for one, state in zip((module.base, optimizer), start, strict=True):
             torchopt.recover_state_dict(one, state)
         return found
 
-    return run
+    return estimate
 
 
-def betty_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch, *, type: str) -> Run:
+def by_betty(module: WeightedClassifier, lr: float, train: Batch, val: Batch, *, type: str) -> Estimation:
     """Two problems in an engine, the lower one's config names the estimator (Choe et al., ICLR 2023)."""
     problems, engine, configs = (_import(f"betty.{part}") for part in ("problems", "engine", "configs"))
     start = [parameter.detach().clone() for parameter in module.base.parameters()]
@@ -134,17 +134,17 @@ def betty_run(module: WeightedClassifier, lr: float, train: Batch, val: Batch, *
     dependencies = {"u2l": {upper: [lower]}, "l2u": {lower: [upper]}}
     loop = engine.Engine([upper, lower], configs.EngineConfig(train_iters=1), dependencies)
 
-    def run(seed: int) -> Hypergradient:
+    def estimate(seed: int) -> Hypergradient:
         with torch.no_grad():
             for parameter, value in zip(module.base.parameters(), start, strict=True):
                 parameter.copy_(value)
         loop.run()
         return Hypergradient(dict(zip(module.meta_parameters(), found, strict=True)), torch.zeros(()))
 
-    return run
+    return estimate
 
 
-PEERS: dict[str, Callable[..., Run]] = {"higher": higher_run, "torchopt": torchopt_run, "betty": betty_run}
+PEERS: dict[str, Callable[..., Estimation]] = {"higher": by_higher, "torchopt": by_torchopt, "betty": by_betty}
 
 
 def trainable(module: WeightedClassifier) -> WeightedClassifier:

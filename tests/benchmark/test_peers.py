@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
-from metaxl_evo.benchmark.episodes import estimator_run, through_all_steps
+from metaxl_evo.benchmark.episodes import by_estimator, through_all_steps
 from metaxl_evo.benchmark.memory import PeakMemory, live_tensors
 from metaxl_evo.benchmark.peers import INSTALL, PEERS, trainable, weighted_step
 from metaxl_evo.benchmark.problems import Episode
@@ -87,7 +87,7 @@ def test_differentiable_optimisers_agree(name: str, module: WeightedClassifier, 
 def test_betty_sees_the_costs_move(kind: str, radius: float, module: WeightedClassifier, episode: Episode) -> None:
     """Its finite differences are ours without the replay of what the weight net reads; with it they differ."""
     live = replace(episode, problem=replace(episode.problem, stop_gradients=False, straight_through=True))
-    ours = partial(estimator_run, row=Row("sama", {"radius": radius}, "after_step"))
+    ours = partial(by_estimator, row=Row("sama", {"radius": radius}, "after_step"))
     found = by_peer("betty", module, episode, type=kind)
     assert error(found, ours(live)(0)) < 1e-8
     assert error(found, ours(episode)(0)) > 1e-2

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from metaxl_evo.benchmark import arguments, run
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
-from metaxl_evo.benchmark.episodes import estimator_run, through_all_steps
+from metaxl_evo.benchmark.episodes import by_estimator, through_all_steps
 from metaxl_evo.benchmark.problems import Episode, regression, tagger
 from metaxl_evo.benchmark.rows import Row
 from metaxl_evo.benchmark.steps import NO_META_STEP, measure_task
@@ -109,7 +109,7 @@ def test_exact_is_what_central_differences_say() -> None:
     def outer(decay: torch.Tensor) -> float:
         lam = {"decay": decay}
         moved = Episode(episode.problem, episode.w, lam, episode.train, episode.val)
-        w = estimator_run(moved, Row("one_step", {}, "after_step"))(0).w
+        w = by_estimator(moved, Row("one_step", {}, "after_step"))(0).w
         assert w is not None
         return float(episode.problem.outer_loss(w, lam, episode.val))
 
