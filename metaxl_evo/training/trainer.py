@@ -85,7 +85,7 @@ from metaxl_evo.training.tuned import (
 )
 
 if TYPE_CHECKING:
-    from metaxl_evo.training.check import CheckReport
+    from metaxl_evo.training.check_report import CheckReport
 
 logger = logging.getLogger(__name__)
 
