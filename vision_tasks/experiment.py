@@ -20,7 +20,7 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 from metaxl_evo.training.check import check_training
 from metaxl_evo.training.checkpoint import LATEST
-from metaxl_evo.training.cli import make_settings, parse_arguments, typed
+from metaxl_evo.training.parser import make_settings, parse_arguments, typed
 from metaxl_evo.training.runs import (
     RESULTS,
     checkpoint_settings,

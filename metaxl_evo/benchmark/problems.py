@@ -20,8 +20,8 @@ from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.pretrained import add_lora
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.cli import make_settings
 from metaxl_evo.training.episodes import Episodes
+from metaxl_evo.training.parser import make_settings
 from metaxl_evo.training.trainer import MetaTrainer
 
 FOREVER = 10**9  # steps; whoever measures ends the training

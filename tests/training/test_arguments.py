@@ -14,7 +14,7 @@ from transformers.trainer_utils import SchedulerType
 
 from metaxl_evo.estimators import ESTIMATORS, EvoGrad, OneStep
 from metaxl_evo.training.arguments import META_SCHEDULES, MetaTrainingArguments, optimizer_class
-from metaxl_evo.training.cli import parse_arguments
+from metaxl_evo.training.parser import parse_arguments
 from tests.training.tiny import tiny_arguments
 
 NUMBER, COUNT = "must be a number of at least 0", "must be a whole number of at least 1"
