@@ -73,19 +73,7 @@ class Entry:
 
 def read_config(file: Path) -> dict[str, Entry]:
     """The top-level entries of a YAML or JSON settings file, each key once."""
-    if file.suffix not in SUFFIXES:
-        raise SettingsError(f"--config {file}: expected a file that ends in {', '.join(SUFFIXES)}")
-    try:
-        if file.exists() and not file.is_file():  # a pipe would be waited for
-            raise IsADirectoryError("it is not a file")
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        present = sorted(other.name for other in file.parent.glob("*") if other.suffix in SUFFIXES)
-        raise SettingsError(
-            f"--config {file}: {unknown('file', file.name, present) if present else 'no such file'}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--config {file}: cannot be read as UTF-8 text ({error})") from None
+    text = _text_of(file)
     try:
         # JSON is YAML's flow style, but for tabs between its tokens.
         root = yaml.compose(text.expandtabs(1) if file.suffix == ".json" else text, Loader=Loader)
@@ -99,6 +87,22 @@ def read_config(file: Path) -> dict[str, Entry]:
     except RecursionError:
         raise SettingsError(f"{file}: cannot be read: it is nested more than {DEEPEST} deep") from None
     return {str(key.value): Entry(value, file) for key, value in root.value}
+
+
+def _text_of(file: Path) -> str:
+    if file.suffix not in SUFFIXES:
+        raise SettingsError(f"--config {file}: expected a file that ends in {', '.join(SUFFIXES)}")
+    try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise IsADirectoryError("it is not a file")
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        present = sorted(other.name for other in file.parent.glob("*") if other.suffix in SUFFIXES)
+        raise SettingsError(
+            f"--config {file}: {unknown('file', file.name, present) if present else 'no such file'}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--config {file}: cannot be read as UTF-8 text ({error})") from None
 
 
 def _place(file: Path, node: yaml.Node) -> str:
