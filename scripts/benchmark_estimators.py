@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.rows import Row
 from metaxl_evo.benchmark.run import run_benchmark
-from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
+from metaxl_evo.training.cli import ends_with_one_line
+from metaxl_evo.training.parser import parse_arguments
 
 
 @ends_with_one_line

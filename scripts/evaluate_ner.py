@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from metaxl_evo.ner.evaluation import EvaluationArguments, evaluate_model
-from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
+from metaxl_evo.training.cli import ends_with_one_line
+from metaxl_evo.training.parser import parse_arguments
 
 
 @ends_with_one_line

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
+from metaxl_evo.training.cli import ends_with_one_line
+from metaxl_evo.training.parser import parse_arguments
 from vision_tasks.illustration import IllustrationArguments
 from vision_tasks.illustration_report import run_illustration
 

@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from metaxl_evo.ner.comparison import read_comparison, run_folder
-from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
+from metaxl_evo.training.cli import ends_with_one_line
+from metaxl_evo.training.parser import parse_arguments
 from metaxl_evo.training.reproduction import find, run_scripts
 from metaxl_evo.training.runs import RESULTS
 

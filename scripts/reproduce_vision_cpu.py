@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
+from metaxl_evo.training.cli import ends_with_one_line
+from metaxl_evo.training.parser import parse_arguments
 from metaxl_evo.training.reproduction import find, run_scripts
 from vision_tasks.comparison import page, plot_noise, plot_weight_curves, read_summary
 from vision_tasks.fewshot_experiment import FewShotTask

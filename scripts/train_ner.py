@@ -12,7 +12,8 @@ from typing import Any
 from metaxl_evo.ner.arguments import NerArguments, NerTrainingArguments
 from metaxl_evo.ner.check import check_experiment
 from metaxl_evo.ner.experiment import run_experiment
-from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
+from metaxl_evo.training.cli import ends_with_one_line
+from metaxl_evo.training.parser import parse_arguments
 
 
 @ends_with_one_line

@@ -14,7 +14,7 @@ from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.estimators import ESTIMATORS
 from metaxl_evo.ner.arguments import METHODS, NerArguments, NerTrainingArguments, steps_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.cli import parse_arguments
+from metaxl_evo.training.parser import parse_arguments
 from vision_tasks.experiment import plan
 from vision_tasks.fewshot import PERTURBED
 from vision_tasks.fewshot_arguments import EpisodicTrainingArguments, FewShotArguments

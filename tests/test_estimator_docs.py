@@ -17,8 +17,8 @@ import pytest
 from metaxl_evo.estimators import ESTIMATORS
 from metaxl_evo.estimators.table import ALSO, BLOCKS, MARKED, main, updated
 from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.cli import parse_arguments
 from metaxl_evo.training.episodes import Episodes
+from metaxl_evo.training.parser import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 CHOOSING = ROOT / "docs/estimators.md"
@@ -237,7 +237,7 @@ def test_the_page_on_adding_an_estimator_is_followed(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text(settings, "utf-8")
     (tmp_path / "settings.py").write_text(
         "from metaxl_evo import MetaTrainingArguments\n"
-        "from metaxl_evo.training.cli import parse_arguments\n"
+        "from metaxl_evo.training.parser import parse_arguments\n"
         "given = ['--config', 'settings.yaml', '--use_cpu', 'true']\n"
         "print(parse_arguments((MetaTrainingArguments,), given)[0].make_estimator())\n",
         "utf-8",

@@ -20,7 +20,8 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 from metaxl_evo.training.check import check_training
 from metaxl_evo.training.checkpoint import LATEST
-from metaxl_evo.training.cli import make_settings, parse_arguments, typed
+from metaxl_evo.training.dry_run import refuse_unusable
+from metaxl_evo.training.parser import make_settings, parse_arguments, typed
 from metaxl_evo.training.runs import (
     RESULTS,
     checkpoint_settings,
@@ -153,7 +154,9 @@ def _with(args: MetaTrainingArguments, changes: Mapping[str, Any]) -> MetaTraini
     values["accelerator_config"] = cast(Any, args.accelerator_config).to_dict() | launch
     if args.meta_seed == args.seed:
         values["meta_seed"] = None  # follows the seed
-    return make_settings(type(args), values | dict(changes))
+    made = make_settings(type(args), values | dict(changes))
+    refuse_unusable(made)
+    return made
 
 
 def run_experiment(task: VisionTask[Settings, Any], settings: Settings, args: MetaTrainingArguments) -> dict[str, Any]:

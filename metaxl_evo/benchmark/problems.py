@@ -22,8 +22,8 @@ from metaxl_evo.ner.pretrained import add_lora
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.base_optimizer import BaseOptimizer
-from metaxl_evo.training.cli import make_settings
 from metaxl_evo.training.meta_level import MetaLevel
+from metaxl_evo.training.parser import make_settings
 from metaxl_evo.training.trainer import MetaTrainer
 
 FOREVER = 10**9  # steps; whoever measures ends the training

@@ -24,6 +24,7 @@ from metaxl_evo.ner.experiment import (
 from metaxl_evo.ner.pretrained import longest_input, trained_labels
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.check import check_training
+from metaxl_evo.training.dry_run import refuse_unusable
 from metaxl_evo.training.runs import refuse_another_run
 from metaxl_evo.training.trainer import MetaTrainer
 
@@ -37,6 +38,7 @@ def check_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str
         ValueError: for what a run would refuse as well.
     """
     refuse_fields(args)
+    refuse_unusable(args)
     target = ner.target_languages[0]
     ner = replace(ner, target_languages=[target])
     data = load_target(ner, target, trained_labels(ner.model_name_or_path))

@@ -40,6 +40,7 @@ from metaxl_evo.ner.spacing import as_in_text
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 from metaxl_evo.training.checkpoint import LATEST
+from metaxl_evo.training.dry_run import refuse_unusable
 from metaxl_evo.training.meta_rows import MetaRows
 from metaxl_evo.training.runs import (
     RESULTS,
@@ -83,6 +84,7 @@ def run_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, 
         ValueError: before any training, for what cannot work or would overwrite another run.
     """
     refuse_fields(args)
+    refuse_unusable(args)
     targets = ner.target_languages
     folders = {t: Path(args.output_dir) / t if len(targets) > 1 else Path(args.output_dir) for t in targets}
     resuming = args.resume_from_checkpoint is not None

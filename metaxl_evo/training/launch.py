@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.trainer_utils import SaveStrategy
 
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.models.bilevel_module import BilevelModule
-
-if TYPE_CHECKING:
-    from metaxl_evo.training.arguments import MetaTrainingArguments
-
-Found = Iterator[tuple[str, str]]  # what cannot be, and why with the way out
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.distributed import Found, refuse, refuse_engines
+from metaxl_evo.training.dry_run import refuse_unusable
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
-_WHOLE = "use DDP (accelerate launch --multi_gpu) or one device"
 
 
 def refuse_launch(args: MetaTrainingArguments, model: nn.Module, estimator: Estimator | None) -> None:
-    """Refuse what would be silently wrong, by arguments, by accelerate's environment or by the model handed over.
+    """Refuse what would be silently wrong, or fail late: arguments, accelerate's environment, the model handed over.
 
     Without an estimator only what breaks the base step or its checkpoints is refused.
 
@@ -33,54 +27,12 @@ def refuse_launch(args: MetaTrainingArguments, model: nn.Module, estimator: Esti
         ValueError: one line with what was found, the reason and the way out.
     """
     refuse_engines(args)
-    _refuse(_launch(args))
-    _refuse(_model(model))
+    refuse(_launch(args))
+    refuse(_model(model))
+    refuse_unusable(args)
     if estimator is not None:
-        _refuse(_meta_launch(args, model))
+        refuse(_meta_launch(args, model))
         _refuse_second_derivatives(args, estimator)
-
-
-def refuse_engines(args: MetaTrainingArguments) -> None:
-    """Refuse engines that shard the weights or own the backward; the arguments do so before they ask for a package.
-
-    Raises:
-        ValueError: one line with what was found, the reason and the way out.
-    """
-    _refuse(_engines(args))
-
-
-def refuse_lost_processes(args: MetaTrainingArguments) -> None:
-    """Refuse processes that were started together and know nothing of each other: each would write the same files.
-
-    Raises:
-        ValueError: one line with the way out.
-    """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.world_size < started:
-        raise ValueError(
-            f"{started} processes were started, and each would train alone into the same folder: set use_cpu: true "
-            "where there are no GPUs, or start as many processes as there are GPUs"
-        )
-
-
-def _refuse(found: Found) -> None:
-    for what, reason in found:
-        raise ValueError(f"MetaTrainer does not run with {what}: {reason}")
-
-
-def _engines(args: MetaTrainingArguments) -> Found:
-    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        yield "fsdp", f"meta passes would see shards of the weights; {_WHOLE}"
-    if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        yield "deepspeed", f"its engine owns the backward and the step; {_WHOLE}"
-    if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
-        yield "Megatron-LM", f"its engine owns the backward and the step; {_WHOLE}"
-    config = args.parallelism_config
-    if config is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        config = ParallelismConfig()
-    for size in ("dp_shard_size", "tp_size", "cp_size", "sp_size"):
-        if getattr(config, size, 1) != 1:
-            yield f"parallelism_config {size}", f"meta passes would see shards of the weights or rows; {_WHOLE}"
 
 
 def _launch(args: MetaTrainingArguments) -> Found:

@@ -45,7 +45,7 @@ from metaxl_evo.training.task_trainer import TaskTrainer
 from metaxl_evo.training.tuned import fit_groups, learns_all_rates
 
 if TYPE_CHECKING:
-    from metaxl_evo.training.check import CheckReport
+    from metaxl_evo.training.check_report import CheckReport
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.estimators import ESTIMATORS
 from metaxl_evo.ner.arguments import NerArguments, NerTrainingArguments
 from metaxl_evo.ner.evaluation import EvaluationArguments
-from metaxl_evo.training.cli import ends_with_one_line, parse_arguments
+from metaxl_evo.training.cli import ends_with_one_line
+from metaxl_evo.training.parser import parse_arguments
 from scripts import train_ner
 from tests.scripts.refusals import assert_is_one_line, yaml_of
 from tests.scripts.runs import TINY, argv

@@ -550,7 +550,7 @@ def a_folder_for_a_config(place: Place) -> Settings:
 # Settings that only a library can judge
 
 CASES |= {
-    "optim_args": (lambda place: {"optim_args": "x"}, "optim_args x: cannot be used"),
+    "optim_args": (lambda place: {"optim_args": "x", "dataset": "/absent"}, "optim_args x: cannot be used"),
     "schedule_args": (lambda place: {"lr_scheduler_kwargs": '{"a": 1}'}, r"lr_scheduler_kwargs \{'a': 1\}: cannot be"),
     "schedule_type": (
         lambda place: {"lr_scheduler_type": "cosine_with_min_lr"},

@@ -422,6 +422,7 @@ OF_BOTH: list[tuple[Any, str]] = [
     ({"image_mean": "nan"}, "image_mean must be finite numbers"),
     ({"image_mean": "0.1,0.2"}, "image_mean has 2 numbers, .*random.npz, train 1 channels: one each"),
     ({"data": "/absent/images.npz"}, "/absent/images.npz cannot be read as .npz .*No such file"),
+    ({"data": "/absent/images.npz", "optim_args": "x"}, "optim_args x: cannot be used"),  # before data are read
     ({"data": "no-such-organisation-here/absent"}, HUB),
     ({"data": "mnist.py"}, "Dataset scripts are no longer supported: use .*or --data FILE.npz"),
     (lambda folder: {"data": folder}, "is a folder: give one of its files with --data FILE.npz, or a Hub id"),
@@ -502,7 +503,7 @@ def test_bad_input_is_one_line_before_any_step(
 
 
 def test_the_table_of_bad_input_is_whole() -> None:
-    assert (len(OF_BOTH), len(OF_ONE)) == (36, 23)
+    assert (len(OF_BOTH), len(OF_ONE)) == (37, 23)
 
 
 # The Hub

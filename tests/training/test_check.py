@@ -15,8 +15,10 @@ import torch
 
 from metaxl_evo.estimators import OneStep
 from metaxl_evo.ner.tagger import CrossLingualTagger
-from metaxl_evo.training.check import CheckReport, _FewSteps, check_training
+from metaxl_evo.training.check import check_training
+from metaxl_evo.training.check_report import CheckReport
 from metaxl_evo.training.diagnostics import Diagnostics
+from metaxl_evo.training.few_steps import FewSteps
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.test_diagnostics import once_differentiable_tagger
 from tests.training.test_trainer import exploding
@@ -232,7 +234,7 @@ def test_no_meta_step_at_all_is_a_problem(tmp_path: Path) -> None:
 
 
 def test_steps_that_are_diagnosed_and_the_first_period_are_not_timed() -> None:
-    run = object.__new__(_FewSteps)
+    run = object.__new__(FewSteps)
     args = SimpleNamespace(meta_every=2, episode_length=None)
     seconds = [[50, 50], [1, 3], [90, 90], [2, 4], [3, 5], [90, 90], [4, 6], [50, 0], [90, 90]]
     run._seconds = [float(second) for pair in seconds for second in pair]

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import pytest
 from transformers import TrainingArguments
 
-from metaxl_evo.training.cli import SettingsError, parse_arguments
+from metaxl_evo.training.cli import SettingsError
+from metaxl_evo.training.parser import parse_arguments
 
 
 @dataclass
@@ -286,6 +287,54 @@ def test_unreadable_files(config, tmp_path):
     assert "cannot be read" in complaint("--config", str(tmp_path / "control.yaml"))
 
 
+@dataclass
+class Judged:
+    """Settings that a library looks at, and does not name in its complaint."""
+
+    backend: str = "nccl"
+    timeout: int = 5
+    folder: str = "here"
+
+    def __post_init__(self) -> None:
+        MADE.append(self)
+        if self.timeout > 0 and self.backend == "gloo":
+            raise RuntimeError("no\nrendezvous")
+        if self.folder == "nowhere":
+            raise OSError("no such place")
+        if self.timeout < 0:
+            raise LookupError("at no fault of these")
+
+
+MADE: list[Judged] = []
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--timeout 3 --folder here --backend gloo", "backend: cannot be used (RuntimeError: no rendezvous)"),
+        ("--folder nowhere --backend gloo --timeout 0", "folder: cannot be used (OSError: no such place)"),
+        ("--timeout -1 --folder there", "timeout: cannot be used (LookupError: at no fault of these)"),
+    ],
+)
+def test_the_setting_to_blame_is_named(line, expected):
+    MADE.clear()
+    assert complaint(*line.split(" "), types=(Judged,)) == expected
+    assert len(MADE) <= 3  # however many settings there are
+
+
+@dataclass
+class Faultless:
+    name: str = "x"
+
+    def __post_init__(self) -> None:
+        if self.name:
+            raise RuntimeError("whatever it is")
+
+
+def test_where_no_setting_is_to_blame_the_class_is_named():
+    assert complaint("--name", "y", types=(Faultless,)) == "Faultless: cannot be used (RuntimeError: whatever it is)"
+
+
 def test_errors_of_post_init_pass_through():
     with pytest.raises(ValueError, match="steps: expected at least 0, found -1") as error:
         parse("--steps", "-1")
@@ -304,7 +353,7 @@ def test_help_lists_every_option_with_its_default(capsys):
 
 def test_uncaught_it_ends_a_script_with_one_line():
     code = (
-        "import dataclasses\nfrom metaxl_evo.training.cli import parse_arguments\n"
+        "import dataclasses\nfrom metaxl_evo.training.parser import parse_arguments\n"
         "A = dataclasses.make_dataclass('A', [('rate', float, 1.0)])\nparse_arguments((A,), ['--rats', '1'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

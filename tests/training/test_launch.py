@@ -20,7 +20,7 @@ from torch import nn
 
 from metaxl_evo.ner.tagger import CrossLingualTagger
 from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.launch import refuse_lost_processes
+from metaxl_evo.training.distributed import refuse_lost_processes
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.tiny import logged, random_rows, tiny_arguments, tiny_base, tiny_tagger, tiny_trainer
 

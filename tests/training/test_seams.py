@@ -246,7 +246,12 @@ def test_a_search_makes_the_meta_level_anew_in_each_trial(tmp_path: Path, monkey
 
 def test_a_trial_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Listed)
-    for params, what in (({"estimator": "nostep"}, "estimator 'nostep'"), ({"meta_portion": 3}, "meta_portion must")):
+    momentum = {"meta_optim": "SGD", "meta_optim_kwargs": {"momentum": -1}}
+    for params, what in (
+        ({"estimator": "nostep"}, "estimator 'nostep'"),
+        ({"meta_portion": 3}, "meta_portion must"),
+        (momentum, "meta_optim SGD.* cannot be used"),
+    ):
         with pytest.raises(ValueError, match=what):
             from_init(tmp_path, init).hyperparameter_search(
                 backend="optuna", n_trials=1, hp_space=lambda trial: trial.params, trials=[params]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metaxl_evo.training.arguments import optimizer_class
+from metaxl_evo.training.optimizers import optimizer_named
 from metaxl_evo.training.sign_halving import SignHalving
 from tests.training.tiny import meta_weights, tiny_arguments, tiny_trainer
 
@@ -122,11 +122,11 @@ def test_values_out_of_range_are_refused(settings: dict[str, Any], said: str) ->
 
 
 def test_it_is_a_meta_optimiser_beside_those_of_torch(tmp_path: Path) -> None:
-    assert optimizer_class("SignHalving", "meta_optim") is SignHalving
+    assert optimizer_named("SignHalving", "meta_optim") is SignHalving
     assert tiny_arguments(tmp_path, meta_optim="SignHalving").meta_optim == "SignHalving"
     for near in ("SignHalfing", "sign"):
         with pytest.raises(ValueError, match=r"unknown meta_optim.*Valid: SignHalving, .*AdamW"):
-            optimizer_class(near, "meta_optim")
+            optimizer_named(near, "meta_optim")
 
 
 def test_the_trainer_moves_every_meta_parameter_by_the_step(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
-from metaxl_evo.training.check import CheckReport, check_training
+from metaxl_evo.training.check import check_training
+from metaxl_evo.training.check_report import CheckReport
 from metaxl_evo.training.isolation import Snapshot
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.test_seams import Counting

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metaxl_evo.bilevel import hypergradient
 from metaxl_evo.estimators import ESTIMATORS, EvoGrad, make_estimator
-from metaxl_evo.training.cli import parse_arguments
+from metaxl_evo.training.parser import parse_arguments
 from scripts.illustrate import main
 from tests.scripts.refusals import assert_refused
 from vision_tasks import illustration_report
