@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from metaxl_evo.models.losses import counts_of, set_totals, view_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.base_optimizer import BaseOptimizer
 from metaxl_evo.training.callbacks import LastLog, LevelEvents, MetaCallback, Synchrony
+from metaxl_evo.training.check_report import CheckReport
 from metaxl_evo.training.checkpoint import (
     META_SHARE,
     META_STATE,
@@ -43,9 +44,6 @@ from metaxl_evo.training.schedules import with_drops
 from metaxl_evo.training.synchrony import average_statistics, synchronise
 from metaxl_evo.training.task_trainer import TaskTrainer
 from metaxl_evo.training.tuned import fit_groups, learns_all_rates
-
-if TYPE_CHECKING:
-    from metaxl_evo.training.check_report import CheckReport
 
 logger = logging.getLogger(__name__)
 
