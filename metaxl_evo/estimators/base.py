@@ -1,4 +1,4 @@
-"""The estimator protocol: a frozen dataclass that is its own configuration and says what it needs by properties."""
+"""The estimator protocol: a frozen dataclass that is its own configuration and states the facts that others need."""
 
 from __future__ import annotations
 
@@ -25,8 +25,21 @@ class Estimator(ABC):
     State is explicit, so that resume is saving it: `init` makes it at the start of an episode, `observe` returns the
     next one after every inner step, `respond` reads it, `end_episode` closes it. A state is a dict of tensors, numbers
     and such dicts or lists, and is never changed in place; trees in an `InnerStep` belong to the caller, so what is
-    kept is cloned. The properties tell the rest of the code what an *instance* needs; nobody asks for its name.
+    kept is cloned.
+
+    The facts, first in the class, tell the rest of the code what an *instance* needs; nobody asks for its name. A
+    subclass states one as a plain attribute (`exact = "never"`), or as a property where a field decides.
     """
+
+    @property
+    @abstractmethod
+    def citation(self) -> str:
+        """Where the method comes from."""
+
+    @property
+    @abstractmethod
+    def exact(self) -> Exactness:
+        """When the estimate is the derivative of the outer loss through the inner step."""
 
     @property
     def second_order(self) -> bool:
@@ -34,24 +47,9 @@ class Estimator(ABC):
         return False
 
     @property
-    def needs_forward_ad(self) -> bool:
-        """Whether the losses must support forward-mode differentiation."""
-        return False
-
-    @property
     def online(self) -> bool:
         """Whether it may answer at every inner step, and not only at the end of an episode."""
         return True
-
-    @property
-    def differentiates_value(self) -> bool:
-        """Whether `Response.vjp` is the derivative of `Response.value`."""
-        return True
-
-    @property
-    @abstractmethod
-    def exact(self) -> Exactness:
-        """When the estimate is the derivative of the outer loss through the inner step."""
 
     @property
     def evaluated_at(self) -> Literal["previous", "current"]:
@@ -79,11 +77,6 @@ class Estimator(ABC):
         return False
 
     @property
-    def tunes_optimizer(self) -> bool:
-        """Whether lam may hold the optimiser's own numbers (learning rate, momentum, weight decay)."""
-        return False
-
-    @property
     def learns_initial(self) -> bool:
         """Whether the first weights of an episode may be meta parameters, or computed from them."""
         return False
@@ -94,19 +87,17 @@ class Estimator(ABC):
         return False
 
     @property
-    def stochastic(self) -> bool:
-        """Whether it draws noise, which a caller may inject."""
-        return False
-
-    @property
     def max_meta_size(self) -> int | None:
         """The largest number of meta parameters it is meant for."""
         return None
 
     @property
-    @abstractmethod
-    def citation(self) -> str:
-        """Where the method comes from."""
+    def tunes_optimizer(self) -> bool:
+        """Whether lam may hold the optimiser's own numbers (learning rate, momentum, weight decay).
+
+        It follows: the optimiser's step is differentiated, and at the point that it was made from.
+        """
+        return self.needs_update_rule and self.evaluated_at == "previous"
 
     @abstractmethod
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
@@ -194,7 +185,7 @@ class Estimator(ABC):
                 "or computed from one: use run_episode with unroll (no horizon) or forward_mode (at most 64 numbers), "
                 "or give a detached clone if a constant is meant"
             )
-        if (self.second_order or self.needs_forward_ad) and not problem.second_order:
+        if self.second_order and not problem.second_order:
             raise ValueError(
                 f"{name} differentiates the inner loss twice, and this problem allows it once (attention kernel, "
                 "activation checkpointing or torch.compile): use one_step with engine finite_difference, or evograd"
@@ -217,13 +208,8 @@ class Estimator(ABC):
 class EpisodeEstimator(Estimator):
     """An estimator that answers from what it observed: a step still to come is looked ahead at and observed first."""
 
-    @property
-    def evaluated_at(self) -> Literal["previous", "current"]:
-        return "previous"
-
-    @property
-    def needs_update_rule(self) -> bool:
-        return True
+    evaluated_at = "previous"
+    needs_update_rule = True
 
     def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
         if step.made is None:

@@ -33,6 +33,8 @@ class ConjugateGradient(ImplicitEstimator):
         ValueError: for an unknown engine or values out of range.
     """
 
+    citation = "Pedregosa, Hyperparameter Optimization with Approximate Gradient, ICML 2016"
+
     damping: float = 1e-3
     iterations: int = 5
     tolerance: float = 1e-6
@@ -43,10 +45,6 @@ class ConjugateGradient(ImplicitEstimator):
             raise ValueError(f"conjugate_gradient: iterations must be an integer of at least 1, not {self.iterations}")
         if not (self.tolerance >= 0 and math.isfinite(self.tolerance)):
             raise ValueError(f"conjugate_gradient: tolerance must be a number of at least 0, not {self.tolerance}")
-
-    @property
-    def citation(self) -> str:
-        return "Pedregosa, Hyperparameter Optimization with Approximate Gradient, ICML 2016"
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         """The passes of a solve that does not end early."""

@@ -13,7 +13,7 @@ from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import otherwise, require_double_backward
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update_state import counts_before
-from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
+from metaxl_evo.estimators.base import EpisodeEstimator
 from metaxl_evo.estimators.trajectory import TWICE, Visit, check_straight_line, straight_line, walk_back, walk_traffic
 
 
@@ -32,37 +32,12 @@ class DrMAD(EpisodeEstimator):
         ValueError: for another inner optimiser, a clipped gradient, or a learned number that multiplies a buffer.
     """
 
-    @property
-    def second_order(self) -> bool:
-        return True
-
-    @property
-    def online(self) -> bool:
-        return False
-
-    @property
-    def differentiates_value(self) -> bool:
-        return False
-
-    @property
-    def exact(self) -> Exactness:
-        return "never"
-
-    @property
-    def remembers(self) -> Memory:
-        return "trajectory"
-
-    @property
-    def needs_sgd(self) -> bool:
-        return True
-
-    @property
-    def tunes_optimizer(self) -> bool:
-        return True
-
-    @property
-    def citation(self) -> str:
-        return "Fu et al., DrMAD: Distilling Reverse-Mode Automatic Differentiation, IJCAI 2016"
+    citation = "Fu et al., DrMAD: Distilling Reverse-Mode Automatic Differentiation, IJCAI 2016"
+    exact = "never"
+    second_order = True
+    online = False
+    remembers = "trajectory"
+    needs_sgd = True
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         return self._outer_cost(step_made) + Counts(hvps=steps)

@@ -16,7 +16,7 @@ from metaxl_evo.bilevel.problem import BilevelProblem, Cut, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.replay import Inputs
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.estimators.base import Estimator, Exactness
+from metaxl_evo.estimators.base import Estimator
 from metaxl_evo.estimators.noise import NOISES, Perturbations
 from metaxl_evo.messages import unknown
 
@@ -51,6 +51,10 @@ class EvoGrad(Estimator):
         ValueError: for values out of range, an unknown noise, or a pattern that finds no parameter.
     """
 
+    citation = "Bohdal et al., EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization, 2021"
+    exact = "in expectation"
+    evaluated_at = "previous"  # where the base step's own forward has left its activations
+
     copies: int = 2
     sigma: float = 1e-3
     temperature: float = 0.05
@@ -78,22 +82,6 @@ class EvoGrad(Estimator):
                 raise ValueError(
                     f"evograd: parameters={self.parameters!r} is not a regular expression: {error}"
                 ) from None
-
-    @property
-    def exact(self) -> Exactness:
-        return "in expectation"
-
-    @property
-    def evaluated_at(self) -> Literal["previous", "current"]:
-        return "previous"  # where the base step's own forward has left its activations
-
-    @property
-    def stochastic(self) -> bool:
-        return True
-
-    @property
-    def citation(self) -> str:
-        return "Bohdal et al., EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization, 2021"
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         return Counts(forwards=self.copies + 1, backwards=self.copies + 1)

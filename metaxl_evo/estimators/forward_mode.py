@@ -16,7 +16,7 @@ from metaxl_evo.bilevel.products import LAM, W, otherwise, require_forward_ad
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule
 from metaxl_evo.bilevel.update_state import trees
-from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
+from metaxl_evo.estimators.base import EpisodeEstimator, Exactness
 
 Columns = dict[str, Tree]  # of the weights ("w") and of each tensor of the optimiser's state, by its key there
 
@@ -45,6 +45,12 @@ class ForwardMode(EpisodeEstimator):
         ValueError: for values out of range, or a problem that does not fit `windows`.
     """
 
+    citation = "Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017"
+    second_order = True
+    remembers = "base"
+    needs_state_before = True
+    max_meta_size = 64
+
     windows: int | None = None
     clamp: float | None = None
 
@@ -55,44 +61,12 @@ class ForwardMode(EpisodeEstimator):
             raise ValueError(f"forward_mode: clamp must be a positive number, not {self.clamp}")
 
     @property
-    def second_order(self) -> bool:
-        return True
-
-    @property
-    def needs_forward_ad(self) -> bool:
-        return True
-
-    @property
-    def differentiates_value(self) -> bool:
-        return self.clamp is None
-
-    @property
     def exact(self) -> Exactness:
         return "always" if self.clamp is None else "never"
 
     @property
-    def remembers(self) -> Memory:
-        return "base"
-
-    @property
-    def needs_state_before(self) -> bool:
-        return True
-
-    @property
-    def tunes_optimizer(self) -> bool:
-        return True
-
-    @property
     def learns_initial(self) -> bool:
         return self.windows is None
-
-    @property
-    def max_meta_size(self) -> int | None:
-        return 64
-
-    @property
-    def citation(self) -> str:
-        return "Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017"
 
     @property
     def needs_sgd(self) -> bool:
@@ -110,9 +84,11 @@ class ForwardMode(EpisodeEstimator):
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)
-        if self.windows is None:
-            return
-        sizes = {hyper.name: list(lam[hyper.name].shape) for hyper in problem.update.windowed}
+        if self.windows is not None:
+            self._check_windows(problem.update, lam)
+
+    def _check_windows(self, rule: UpdateRule, lam: Tree) -> None:
+        sizes = {hyper.name: list(lam[hyper.name].shape) for hyper in rule.windowed}
         if not sizes or any(size != [self.windows] for size in sizes.values()):
             raise ValueError(
                 f"forward_mode: windows={self.windows} asks for Windowed hyperparameters of shape [{self.windows}], "

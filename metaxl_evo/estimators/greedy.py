@@ -10,7 +10,7 @@ from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
+from metaxl_evo.estimators.base import EpisodeEstimator
 from metaxl_evo.estimators.local import LocalEstimator
 
 
@@ -33,28 +33,16 @@ class Greedy(EpisodeEstimator, LocalEstimator):
         ValueError: for an unknown engine or values out of range.
     """
 
+    citation = "Generalized Greedy Gradient-Based Hyperparameter Optimization, ICLR 2025 submission 6297"
+    exact = "never"
+    remembers = "meta"
+
     decay: float = 0.9
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.decay <= 1:
             raise ValueError(f"greedy: decay must be between 0 and 1, not {self.decay}")
-
-    @property
-    def differentiates_value(self) -> bool:
-        return False
-
-    @property
-    def exact(self) -> Exactness:
-        return "never"
-
-    @property
-    def remembers(self) -> Memory:
-        return "meta"
-
-    @property
-    def citation(self) -> str:
-        return "Generalized Greedy Gradient-Based Hyperparameter Optimization, ICLR 2025 submission 6297"
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         """The passes where the outer loss reads lam; where it does not, the last outer pass has no backward."""

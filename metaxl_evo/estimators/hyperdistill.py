@@ -17,7 +17,7 @@ from metaxl_evo.bilevel.products import otherwise, require_double_backward
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update_state import counts_before
-from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
+from metaxl_evo.estimators.base import EpisodeEstimator, Memory
 from metaxl_evo.estimators.local import LocalEstimator
 from metaxl_evo.estimators.trajectory import Visit, check_straight_line, straight_line, walk_back
 from metaxl_evo.messages import unknown
@@ -55,6 +55,9 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         ValueError: for an unknown engine or scale, or values out of range; with `fit` for what DrMAD does not model.
     """
 
+    citation = "Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022"
+    exact = "never"
+
     decay: float = 0.99
     scale: Scale = "fit"
     fit_every: int = 50
@@ -76,24 +79,12 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         return super().second_order or self.scale == "fit"
 
     @property
-    def differentiates_value(self) -> bool:
-        return False
-
-    @property
-    def exact(self) -> Exactness:
-        return "never"
-
-    @property
     def remembers(self) -> Memory:
         return "trajectory" if self.scale == "fit" else "base"
 
     @property
     def needs_sgd(self) -> bool:
         return self.scale == "fit"
-
-    @property
-    def citation(self) -> str:
-        return "Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022"
 
     def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
         sent = super().traffic(step_made=step_made, steps=steps)

@@ -35,10 +35,6 @@ class EngineEstimator(Estimator):
     def second_order(self) -> bool:
         return self.engine in ("double_backward", "jvp")
 
-    @property
-    def needs_forward_ad(self) -> bool:
-        return self.engine == "jvp"
-
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
         prepare(passes, self._engine(passes.problem), w, lam, batch)
 
@@ -56,13 +52,7 @@ class EngineEstimator(Estimator):
 class LocalEstimator(EngineEstimator):
     """An estimator made of local terms d_lam <Phi(w, lam), v>."""
 
-    @property
-    def needs_update_rule(self) -> bool:
-        return True
-
-    @property
-    def tunes_optimizer(self) -> bool:
-        return True
+    needs_update_rule = True
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         return self._product_cost() + self._outer_cost(step_made)

@@ -35,6 +35,8 @@ class Neumann(ImplicitEstimator):
         ValueError: for an unknown engine or values out of range; where `step` has to be found and H + damping I is 0.
     """
 
+    citation = "Lorraine et al., Optimizing Millions of Hyperparameters by Implicit Differentiation, AISTATS 2020"
+
     terms: int = 3
     step: float | None = None
     power_iterations: int = 5
@@ -47,10 +49,6 @@ class Neumann(ImplicitEstimator):
                 raise ValueError(f"neumann: {field} must be an integer of at least {least}, not {value}")
         if self.step is not None and not (self.step > 0 and math.isfinite(self.step)):
             raise ValueError(f"neumann: step must be a positive number, or None, not {self.step}")
-
-    @property
-    def citation(self) -> str:
-        return "Lorraine et al., Optimizing Millions of Hyperparameters by Implicit Differentiation, AISTATS 2020"
 
     def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
         return self._product_cost() * (self._hessian_products + 1) + Counts(forwards=1, backwards=1)

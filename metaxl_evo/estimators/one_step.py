@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import InnerStep, Response
-from metaxl_evo.estimators.base import Exactness
 from metaxl_evo.estimators.local import LocalEstimator
 
 
@@ -31,19 +30,11 @@ class OneStep(LocalEstimator):
         ValueError: for an unknown engine or a radius that is not a positive number.
     """
 
-    @property
-    def exact(self) -> Exactness:
-        return "always"
-
-    @property
-    def evaluated_at(self) -> Literal["previous", "current"]:
-        return "previous"
-
-    @property
-    def citation(self) -> str:
-        return (
-            "Luketina et al., Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters, ICML 2016"
-        )
+    citation = (
+        "Luketina et al., Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters, ICML 2016"
+    )
+    exact = "always"
+    evaluated_at = "previous"
 
     def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
         step = step if step.made is not None else look_ahead(passes, step)

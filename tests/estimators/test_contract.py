@@ -91,6 +91,9 @@ SERVED_PAIRS = {  # counted by hand
     "conjugate_gradient": 12,
 }
 
+# Whose vjp is of something else than the derivative of their value: nothing, implicit, decayed, averaged.
+OF_SOMETHING_ELSE = {"first_order", "sama", "neumann", "conjugate_gradient", "drmad", "greedy", "hyperdistill"}
+
 
 def build(name: str, settings: dict[str, Any]) -> Estimator:
     return make_estimator(name, **settings)
@@ -212,7 +215,7 @@ def test_vjp_is_linear(name: str, settings: dict[str, Any], toy_name: str) -> No
 @on_pairs
 def test_vjp_is_the_derivative_of_value(name: str, settings: dict[str, Any], toy_name: str) -> None:
     toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
-    if not estimator.differentiates_value:
+    if name in OF_SOMETHING_ELSE:
         return
     u = random_like(toy.w, 300)
     found = respond(estimator, toy, toy.lam).vjp(dict(u))
@@ -232,7 +235,7 @@ def test_hypergradient_is_the_derivative_of_the_outer_loss_at_value(
     toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
 
     def outer(lam: Tree) -> float:
-        value = respond(estimator, toy, lam if estimator.differentiates_value else toy.lam).value
+        value = respond(estimator, toy, toy.lam if name in OF_SOMETHING_ELSE else lam).value
         return float(toy.problem.outer_loss(value, lam, toy.val))
 
     seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(9)))
@@ -240,8 +243,8 @@ def test_hypergradient_is_the_derivative_of_the_outer_loss_at_value(
     found = estimate(estimator, toy)
     torch.testing.assert_close(found.outer_loss, toy.problem.outer_loss(value, toy.lam, toy.val), rtol=1e-13, atol=0)
 
-    if not (estimator.differentiates_value or estimator.requires_direct_term):
-        return  # the vjp is of something else than value: implicit, decayed, averaged
+    if name in OF_SOMETHING_ELSE and not estimator.requires_direct_term:
+        return
     fixed = hypergradient_at_seed(estimator, toy)
     assert numerical_error(fixed, outer, toy.lam) < tolerance(estimator, 1e-6)
 
@@ -348,7 +351,7 @@ def test_float32_stays_float32_and_agrees(name: str, settings: dict[str, Any], t
 
 def estimate_with_noise(estimator: Estimator, toy: Toy) -> Hypergradient:
     """The same perturbations in every dtype, drawn here."""
-    if not estimator.stochastic:
+    if estimator.exact != "in expectation":
         return estimate(estimator, toy)
     wide = {n: x.double() for n, x in toy.w.items()}
     noise = [tree.scale(random_like(wide, 40 * (k + 1)), 0.05) for k in range(2)]
@@ -460,16 +463,16 @@ def test_estimator_is_its_own_configuration(name: str, settings: dict[str, Any])
 
 
 @on_instances
-def test_properties_have_the_promised_types(name: str, settings: dict[str, Any]) -> None:
+def test_facts_have_the_promised_types(name: str, settings: dict[str, Any]) -> None:
     estimator = build(name, settings)
     flags = (
-        estimator.second_order, estimator.needs_forward_ad, estimator.online, estimator.differentiates_value,
-        estimator.tunes_optimizer, estimator.needs_update_rule, estimator.needs_sgd, estimator.requires_direct_term,
-        estimator.stochastic,
+        estimator.second_order, estimator.online, estimator.needs_state_before, estimator.needs_update_rule,
+        estimator.needs_sgd, estimator.learns_initial, estimator.requires_direct_term,
     )  # fmt: skip
     assert all(isinstance(flag, bool) for flag in flags)
     assert estimator.exact in ("always", "at optimum", "in expectation", "never")
     assert estimator.evaluated_at in ("previous", "current")
+    assert estimator.remembers in ("nothing", "meta", "base", "trajectory")
     assert estimator.max_meta_size is None or estimator.max_meta_size > 0
 
 
@@ -481,11 +484,11 @@ def test_docstring_names_every_field(name: str, settings: dict[str, Any]) -> Non
 
 
 @on_pairs
-def test_noise_is_what_makes_an_estimator_stochastic(name: str, settings: dict[str, Any], toy_name: str) -> None:
+def test_noise_is_what_makes_it_exact_in_expectation(name: str, settings: dict[str, Any], toy_name: str) -> None:
     toy, estimator = TOYS[toy_name](torch.float64), build(name, settings)
     one, same, other = (estimate(estimator, toy, seed=seed).grads for seed in (9, 9, 12))
     assert all(torch.equal(one[n], same[n]) for n in one)
-    assert (relative_error(other, one) > 1e-9) is estimator.stochastic
+    assert (relative_error(other, one) > 1e-9) is (estimator.exact == "in expectation")
 
 
 @on_pairs
