@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.hypergradients import NO_DIRECT_TERM, look_ahead
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import SGD
 
@@ -98,23 +97,6 @@ class Estimator(ABC):
         It follows: the optimiser's step is differentiated, and at the point that it was made from.
         """
         return self.needs_update_rule and self.evaluated_at == "previous"
-
-    @abstractmethod
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        """The passes of one hypergradient after an episode of so many steps.
-
-        Of one part of a batch without stop-gradients, the outer pass included; of `observe` those of all the steps.
-        """
-
-    @staticmethod
-    def _outer_cost(step_made: bool) -> Counts:
-        """The outer pass, and that of the step where it is still to come."""
-        passes = 1 if step_made else 2
-        return Counts(forwards=passes, backwards=passes)
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        """What several processes sum for it, as `cost` counts: here the outer loss and the hypergradient itself."""
-        return Traffic(lam=1, scalars=1)
 
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:  # noqa: B027 (most need nothing)
         """Find out, early in a run, what is to be known of the losses; it is kept in the problem's `facts`.

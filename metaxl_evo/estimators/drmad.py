@@ -7,14 +7,13 @@ from functools import reduce
 from typing import Any
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import otherwise, require_double_backward
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update_state import counts_before
 from metaxl_evo.estimators.base import EpisodeEstimator
-from metaxl_evo.estimators.trajectory import TWICE, Visit, check_straight_line, straight_line, walk_back, walk_traffic
+from metaxl_evo.estimators.trajectory import TWICE, Visit, check_straight_line, straight_line, walk_back
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,6 @@ class DrMAD(EpisodeEstimator):
     online = False
     remembers = "trajectory"
     needs_sgd = True
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        return self._outer_cost(step_made) + Counts(hvps=steps)
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return walk_traffic(steps, step_made)
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import gate, tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, Cut, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.replay import Inputs
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import Estimator
@@ -82,12 +81,6 @@ class EvoGrad(Estimator):
                 raise ValueError(
                     f"evograd: parameters={self.parameters!r} is not a regular expression: {error}"
                 ) from None
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        return Counts(forwards=self.copies + 1, backwards=self.copies + 1)
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return Traffic(lam=1, scalars=2 * self.copies + 1)
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import InnerStep, Response
 from metaxl_evo.estimators.base import Estimator
 
@@ -24,9 +24,6 @@ class FirstOrder(Estimator):
     citation = "Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022 (row FO)"
     exact = "never"
     requires_direct_term = True
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        return Counts(forwards=1, backwards=1)
 
     def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
         return Response(step.current, lambda v: tree.zeros_like(step.lam), wrt=())

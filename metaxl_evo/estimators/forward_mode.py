@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import LAM, W, otherwise, require_forward_ad
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule
@@ -71,16 +70,6 @@ class ForwardMode(EpisodeEstimator):
     @property
     def needs_sgd(self) -> bool:
         return self.windows is not None  # FDS is a method for its rate, momentum and decay
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        """The passes for an entry of lam, or with `windows` for a schedule; each further one adds as many products."""
-        return self._outer_cost(step_made) + Counts(jvps=self._products(steps))
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return Traffic(w=self._products(steps) + (not step_made), lam=1, scalars=1)
-
-    def _products(self, steps: int) -> int:
-        return sum(1 if self.windows is None else step * self.windows // steps + 1 for step in range(steps))
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import EpisodeEstimator
 from metaxl_evo.estimators.local import LocalEstimator
@@ -43,13 +42,6 @@ class Greedy(EpisodeEstimator, LocalEstimator):
         super().__post_init__()
         if not 0 <= self.decay <= 1:
             raise ValueError(f"greedy: decay must be between 0 and 1, not {self.decay}")
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        """The passes where the outer loss reads lam; where it does not, the last outer pass has no backward."""
-        return (self._product_cost() + Counts(forwards=1, backwards=1)) * steps + self._outer_cost(step_made)
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return Traffic(w=steps if step_made else steps + 1, lam=steps + 1, scalars=1)
 
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Tree:
         return tree.zeros_like(lam)

@@ -12,7 +12,6 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, Examples, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import otherwise, require_double_backward
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.tree import Tree
@@ -46,7 +45,7 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
             term unit length, and vjp is then not linear.
         fit_every: with `fit`, the first of so many episodes leaves lam alone and learns theta: by least squares on the
             terms of all horizons within the episode, which one walk back along a straight line yields (DrMAD). That
-            episode keeps its trajectory, and its walk is not part of `cost`.
+            episode keeps its trajectory.
         theta: that of `fixed`, and of `fit` until there is another; it is logged, and may be negative.
 
     Source: Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022 (alg. 3, 4).
@@ -85,10 +84,6 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
     @property
     def needs_sgd(self) -> bool:
         return self.scale == "fit"
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        sent = super().traffic(step_made=step_made, steps=steps)
-        return replace(sent, lam=2) if self.scale == "normalize" else sent
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         if self.scale != "fit":

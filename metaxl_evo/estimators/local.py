@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import ENGINES, mixed_product, prepare
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import Estimator
@@ -38,12 +37,6 @@ class EngineEstimator(Estimator):
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
         prepare(passes, self._engine(passes.problem), w, lam, batch)
 
-    def _product_cost(self) -> Counts:
-        """The passes of one product, mixed or Hessian."""
-        if self.engine == "finite_difference":
-            return Counts(forwards=2, backwards=2)
-        return Counts(hvps=1) if self.engine == "double_backward" else Counts(jvps=1)
-
     def _engine(self, problem: BilevelProblem) -> str:
         return self.engine if self.engine != "auto" or problem.second_order else "finite_difference"
 
@@ -53,12 +46,6 @@ class LocalEstimator(EngineEstimator):
     """An estimator made of local terms d_lam <Phi(w, lam), v>."""
 
     needs_update_rule = True
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        return self._product_cost() + self._outer_cost(step_made)
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return Traffic(w=1 if step_made else 2, lam=1, scalars=1)
 
     def _pull_back(self, passes: PassContext, step: InnerStep, v: Tree, diagnostics: dict[str, float]) -> Tree:
         """d_lam <Phi(step.w, lam), v> of a step made, share for share; takes v and the step's gradient over."""

@@ -7,13 +7,12 @@ from functools import reduce
 from typing import Any
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import otherwise, require_double_backward
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import EpisodeEstimator
-from metaxl_evo.estimators.trajectory import TWICE, Visit, walk_back, walk_traffic
+from metaxl_evo.estimators.trajectory import TWICE, Visit, walk_back
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,6 @@ class Unroll(EpisodeEstimator):
     @property
     def learns_initial(self) -> bool:
         return self.horizon is None
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        return self._outer_cost(step_made) + Counts(hvps=min(steps, self.horizon or steps))
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return walk_traffic(min(steps, self.horizon or steps), step_made)
 
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
         with otherwise("unroll", TWICE):
