@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
-
-import torch
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.passes import PassContext
-from metaxl_evo.bilevel.problem import BilevelProblem, Examples, InnerStep, Response
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.products import otherwise, require_double_backward
-from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update_state import counts_before
 from metaxl_evo.estimators.base import EpisodeEstimator, Memory
+from metaxl_evo.estimators.distillation import Averages, fit_theta
 from metaxl_evo.estimators.local import LocalEstimator
-from metaxl_evo.estimators.trajectory import Visit, check_straight_line, straight_line, walk_back
+from metaxl_evo.estimators.trajectory import Visit, check_straight_line
 from metaxl_evo.messages import unknown
 
 Scale = Literal["fit", "fixed", "one", "normalize"]
-_STREAM = 0xD157  # keeps the seeds of the drawn examples apart from those of the passes
 
 
 @dataclass(frozen=True)
@@ -118,12 +116,9 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
 
     def observe(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> dict[str, Any]:
         assert step.made is not None
-        horizon, examples = 1 + self.decay * state["horizon"], passes.problem.examples
-        state = state | {
-            "horizon": horizon,
-            "w": _moved(state["w"], step.w, 1 / horizon),
-            "batch": _drawn(examples, state["batch"], step.batch, 1 / horizon, passes.seed),
-        }
+        horizon, averages = 1 + self.decay * state["horizon"], Averages(state["w"], state["batch"])
+        averages = averages.moved(step.w, step.batch, 1 / horizon, passes.problem.examples, passes.seed)
+        state = state | {"horizon": horizon, "w": averages.w, "batch": averages.batch}
         if not self.suspended(state):
             return state
         counts = counts_before(step.made.update_state, step.made.grad)
@@ -131,30 +126,17 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
 
     def end_episode(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> dict[str, Any]:
         """The number of the next episode, and theta."""
-        theta = self._fit(passes, step, state) if self.suspended(state) else state["theta"]
+        theta = state["theta"]
+        if self.suspended(state):
+            fitted = fit_theta(passes, step, state["visits"], self.decay, partial(self._kept_local, passes, step))
+            theta = fitted if math.isfinite(fitted) else theta  # a row that judges may be NaN: the next fit makes up
         return {"episode": state["episode"] + 1, "theta": theta}
 
-    def _fit(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> float:
-        """Least squares of <v_s / |v_s|, g_s> = theta n_s |v_s|, the last s steps giving v_s at (w*_s, D*_s) and g_s.
-
-        The walk back finds g_s, the indirect term of horizon s, on its way.
-        """
-        made, visits, horizon, weight = step.made, state["visits"], 0.0, 1.0
-        assert made is not None
-        _, alpha, _, _ = passes.outer_grad(step.current, step.lam, step.val_batch, wrt_w=step.w, wrt_lam=())
-        walk = walk_back(passes, straight_line(visits, visits[0].w, step.current), alpha)
-        found, w, batch, xy, xx = tree.zeros_like(step.lam), step.w, None, 0.0, 0.0
-        for visit, term in zip(reversed(visits), walk, strict=True):
-            found, horizon = tree.add(found, passes.whole(term)), horizon + weight
-            w = _moved(w, visit.w, weight / horizon)
-            batch = _drawn(passes.problem.examples, batch, visit.batch, weight / horizon, visit.seed)
-            last = replace(step, made=replace(made, grad=dict(made.grad)))  # it is emptied, like the cotangent
-            local = passes.whole(self._local(passes, last, w, batch, dict(alpha), {}))
-            xy += horizon * tree.dot(local, found).item()
-            xx += (horizon * tree.norm(local)) ** 2
-            weight *= self.decay
-        theta = xy / xx if xx else math.nan  # a row that judges may be NaN: the next fit makes up for it
-        return theta if math.isfinite(theta) else state["theta"]
+    def _kept_local(self, passes: PassContext, step: InnerStep, averages: Averages, v: Tree) -> Tree:
+        """The local term, the gradient of the step being kept for others."""
+        assert step.made is not None
+        step = replace(step, made=replace(step.made, grad=dict(step.made.grad)))
+        return self._local(passes, step, averages, v, {})
 
     def _answer(
         self, passes: PassContext, step: InnerStep, state: dict[str, Any], diagnostics: dict[str, float]
@@ -163,7 +145,7 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
             diagnostics["theta"] = state["theta"]
 
         def vjp(v: Tree) -> Tree:
-            local = self._local(passes, step, state["w"], state["batch"], v, diagnostics)
+            local = self._local(passes, step, Averages(state["w"], state["batch"]), v, diagnostics)
             if self.scale == "normalize":  # of the whole, whose length no share knows
                 return passes.once(_normalized(passes.whole(local)))
             return tree.scale(local, 1.0 if self.scale == "one" else state["theta"] * state["horizon"])
@@ -171,11 +153,11 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         return Response(step.current, vjp)
 
     def _local(
-        self, passes: PassContext, step: InnerStep, w: Tree, batch: Any, v: Tree, diagnostics: dict[str, float]
+        self, passes: PassContext, step: InnerStep, averages: Averages, v: Tree, diagnostics: dict[str, float]
     ) -> Tree:
         """The local term at (w*, D*), D* that of the step itself where none was drawn."""
         passes = passes.elsewhere()
-        step = replace(step, w=w, batch=step.batch if batch is None else batch)
+        step = replace(step, w=averages.w, batch=step.batch if averages.batch is None else averages.batch)
         if passes.problem.update.may_read_lam:
             step = look_ahead(passes, replace(step, made=None))
         return self._pull_back(passes, step, v, diagnostics)
@@ -185,21 +167,3 @@ def _normalized(term: Tree) -> Tree:
     """At unit length, where it has one."""
     norm = tree.norm(term)
     return tree.scale(term, 1 / norm if norm else 0.0)
-
-
-def _moved(mean: Tree, w: Tree, share: float) -> Tree:
-    """The mean weights with a share of new ones."""
-    return tree.tree_map(lambda old, new: torch.lerp(old, new.detach(), share), mean, w)
-
-
-def _drawn(examples: Examples | None, held: Any, batch: Any, share: float, seed: int) -> Any:
-    """What is held with a share of it replaced by as large a share of `batch`, at random; None without `examples`."""
-    if examples is None:
-        return None
-    if held is None:
-        return batch
-    generator = torch.Generator().manual_seed(mix_seed(seed, _STREAM))
-    chance = torch.rand((), generator=generator).item()
-    leave, enter = (int(examples.size(one) * share + chance) for one in (held, batch))
-    stay, come = (torch.randperm(examples.size(one), generator=generator) for one in (held, batch))
-    return examples.concat([examples.take(held, stay[leave:]), examples.take(batch, come[:enter])])
