@@ -15,6 +15,7 @@ from metaxl_evo.bilevel.update import SGD
 
 Exactness = Literal["always", "at optimum", "in expectation", "never"]
 Memory = Literal["nothing", "meta", "base", "trajectory"]
+State = Any  # a tree, a list or a TypedDict, each class's own, declared in its file; None for none
 
 
 @dataclass(frozen=True)
@@ -105,32 +106,32 @@ class Estimator(ABC):
             ValueError: for losses that the method cannot serve.
         """
 
-    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Any:
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> State:
         """The state at the start of an episode; `previous` is what `end_episode` returned for the one before."""
         return None
 
-    def observe(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
+    def observe(self, passes: PassContext, step: InnerStep, state: State) -> State:
         """The state after an inner step that was made (`step.made`)."""
         return state
 
-    def suspended(self, state: Any) -> bool:
+    def suspended(self, state: State) -> bool:
         """Whether lam stands still in this episode, which the estimator needs for itself."""
         return False
 
-    def end_episode(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
+    def end_episode(self, passes: PassContext, step: InnerStep, state: State) -> Any:
         """What the next episode may know of this one; `step` is its last, `step.val_batch` judges."""
         return state
 
-    def share(self, state: Any) -> Any:
+    def share(self, state: State) -> Any:
         """What of a state is of this process's own rows; None where all processes hold the same."""
         return None
 
-    def with_share(self, state: Any, share: Any) -> Any:
+    def with_share(self, state: State, share: Any) -> State:
         """The state of another process with this one's share."""
         return state
 
     @abstractmethod
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: State, diagnostics: dict[str, float]) -> Response:
         """Where the weights go and how a cotangent pulls back; numbers for the log go into `diagnostics`.
 
         A step that was made has been observed; one that was not (order `lookahead`) is still to come.
@@ -193,12 +194,12 @@ class EpisodeEstimator(Estimator):
     evaluated_at = "previous"
     needs_update_rule = True
 
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: State, diagnostics: dict[str, float]) -> Response:
         if step.made is None:
             step = look_ahead(passes, step)
             state = self.observe(passes, step, state)
         return self._answer(passes, step, state, diagnostics)
 
     @abstractmethod
-    def _answer(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def _answer(self, passes: PassContext, step: InnerStep, state: State, diagnostics: dict[str, float]) -> Response:
         """The response at a step that was made and observed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, TypedDict
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext
@@ -14,6 +14,13 @@ from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update_state import counts_before
 from metaxl_evo.estimators.base import EpisodeEstimator
 from metaxl_evo.estimators.trajectory import TWICE, Visit, check_straight_line, straight_line, walk_back
+
+
+class Trajectory(TypedDict):
+    """The state: the first weights, and the steps without theirs."""
+
+    start: Tree
+    steps: list[Visit]
 
 
 @dataclass(frozen=True)
@@ -46,22 +53,22 @@ class DrMAD(EpisodeEstimator):
         with otherwise("drmad", TWICE):
             require_double_backward(passes, w, lam, batch)
 
-    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> dict[str, Any]:
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Trajectory:
         return {"start": tree.clone(w), "steps": []}
 
-    def observe(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> dict[str, Any]:
+    def observe(self, passes: PassContext, step: InnerStep, state: Trajectory) -> Trajectory:
         assert step.made is not None
         stepped = frozenset(step.made.grad)
         counts = counts_before(step.made.update_state, stepped)
         rule, lam = passes.problem.update, step.lam  # lam stands still
         visit = Visit({}, lam, step.batch, counts, rule, passes.seed, stepped)
-        return state | {"steps": [*state["steps"], visit]}
+        return {"start": state["start"], "steps": [*state["steps"], visit]}
 
-    def end_episode(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> None:
+    def end_episode(self, passes: PassContext, step: InnerStep, state: Trajectory) -> None:
         return None
 
     def _answer(
-        self, passes: PassContext, step: InnerStep, state: dict[str, Any], diagnostics: dict[str, float]
+        self, passes: PassContext, step: InnerStep, state: Trajectory, diagnostics: dict[str, float]
     ) -> Response:
         visits = straight_line(state["steps"], state["start"], step.current)
         return Response(step.current, lambda v: reduce(tree.add, walk_back(passes, visits, v)))

@@ -90,7 +90,7 @@ class EvoGrad(Estimator):
         if self.share_meta_inputs:  # live ones are the published code's own choice
             gate.require(passes, w, lam, batch, self._perturbed(w))
 
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         w, names, cut = step.w, self._perturbed(step.w), passes.problem.cut
         noise = Perturbations(
             {name: w[name] for name in w if name in names},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext
@@ -25,5 +24,5 @@ class FirstOrder(Estimator):
     exact = "never"
     requires_direct_term = True
 
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         return Response(step.current, lambda v: tree.zeros_like(step.lam), wrt=())

@@ -17,7 +17,8 @@ from metaxl_evo.bilevel.update import UpdateRule
 from metaxl_evo.bilevel.update_state import trees
 from metaxl_evo.estimators.base import EpisodeEstimator, Exactness
 
-Columns = dict[str, Tree]  # of the weights ("w") and of each tensor of the optimiser's state, by its key there
+# The state: Z of the weights ("w") and of each tensor of the optimiser's state, by its key there.
+Columns = dict[str, Tree]
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ class ForwardMode(EpisodeEstimator):
                 f"and the update rule reads {sizes or 'none'}: change windows, or leave it out"
             )
 
-    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Any:
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Columns:
         def columns(like: Tree) -> Tree:
             return tree.tree_map(lambda leaf: leaf.detach().new_zeros((tree.size(lam), *leaf.shape)), like)
 
         of_state = {key: columns(held) for key, held in trees(problem.update.init(w)).items()}
         return {"w": columns(w) if problem.initial is None else problem.initial.columns(w)} | of_state
 
-    def observe(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
+    def observe(self, passes: PassContext, step: InnerStep, state: Columns) -> Columns:
         assert step.made is not None
         assert step.update_state is not None
         rule, before, lam = passes.problem.update, step.update_state, tree.detach(step.lam)
@@ -119,9 +120,8 @@ class ForwardMode(EpisodeEstimator):
         with otherwise("forward_mode", "use unroll"):
             require_forward_ad(passes, w, lam, batch, (LAM, W))
 
-    def end_episode(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
+    def end_episode(self, passes: PassContext, step: InnerStep, state: Columns) -> None:
         """Nothing: in a Trainer the next episode starts from weights that do not depend on lam."""
-        return None
 
     def _active(self, rule: UpdateRule, lam: Tree, step: int) -> list[int]:
         """The columns that are not known to stay zero in this step: with `windows`, those of windows that began."""
@@ -142,7 +142,7 @@ class ForwardMode(EpisodeEstimator):
         limit = self.clamp
         return total if limit is None else tree.tree_map(lambda leaf: leaf.clamp(-limit, limit), total)
 
-    def _answer(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def _answer(self, passes: PassContext, step: InnerStep, state: Columns, diagnostics: dict[str, float]) -> Response:
         assert step.made is not None
         passes.problem.update.check_state(step.made.update_state)
         diagnostics["tangent_norm"] = tree.norm(state["w"])

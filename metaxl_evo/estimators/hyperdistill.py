@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.hypergradients import look_ahead
@@ -21,6 +21,22 @@ from metaxl_evo.estimators.trajectory import Visit, check_straight_line
 from metaxl_evo.messages import unknown
 
 Scale = Literal["fit", "fixed", "one", "normalize"]
+
+
+class Learned(TypedDict):
+    """What an episode knows of those before: how many there were, and the theta of the last fit."""
+
+    episode: int
+    theta: float
+
+
+class Distilled(Learned):
+    """The state: n_t, w*, D* (None where batches cannot be taken apart), and the steps of an episode that fits."""
+
+    horizon: float
+    w: Tree
+    batch: Any
+    visits: NotRequired[list[Visit]]
 
 
 @dataclass(frozen=True)
@@ -99,35 +115,36 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
             with otherwise("hyperdistill's fit", "set scale to fixed, one or normalize"):
                 require_double_backward(passes, w, lam, batch)
 
-    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> dict[str, Any]:
-        learned = {"episode": 0, "theta": self.theta} if previous is None else previous
-        state = learned | {"horizon": 0.0, "w": tree.clone(w), "batch": None}
-        fits = self.scale == "fit" and learned["episode"] % self.fit_every == 0
-        return state | {"visits": []} if fits else state
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Learned | None = None) -> Distilled:
+        learned: Learned = {"episode": 0, "theta": self.theta} if previous is None else previous
+        state: Distilled = {**learned, "horizon": 0.0, "w": tree.clone(w), "batch": None}
+        if self.scale == "fit" and learned["episode"] % self.fit_every == 0:
+            state["visits"] = []
+        return state
 
-    def share(self, state: dict[str, Any]) -> Any:
+    def share(self, state: Distilled) -> Any:
         return state["batch"]
 
-    def with_share(self, state: dict[str, Any], share: Any) -> dict[str, Any]:
-        return state | {"batch": share}
+    def with_share(self, state: Distilled, share: Any) -> Distilled:
+        return {**state, "batch": share}
 
-    def suspended(self, state: dict[str, Any]) -> bool:
+    def suspended(self, state: Distilled) -> bool:
         return "visits" in state
 
-    def observe(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> dict[str, Any]:
+    def observe(self, passes: PassContext, step: InnerStep, state: Distilled) -> Distilled:
         assert step.made is not None
         horizon, averages = 1 + self.decay * state["horizon"], Averages(state["w"], state["batch"])
         averages = averages.moved(step.w, step.batch, 1 / horizon, passes.problem.examples, passes.seed)
-        state = state | {"horizon": horizon, "w": averages.w, "batch": averages.batch}
-        if not self.suspended(state):
-            return state
-        counts = counts_before(step.made.update_state, step.made.grad)
-        return state | {"visits": [*state["visits"], Visit.of(passes, replace(step, update_state=counts))]}
+        after: Distilled = {**state, "horizon": horizon, "w": averages.w, "batch": averages.batch}
+        if "visits" in state:
+            counts = counts_before(step.made.update_state, step.made.grad)
+            after["visits"] = [*state["visits"], Visit.of(passes, replace(step, update_state=counts))]
+        return after
 
-    def end_episode(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> dict[str, Any]:
+    def end_episode(self, passes: PassContext, step: InnerStep, state: Distilled) -> Learned:
         """The number of the next episode, and theta."""
         theta = state["theta"]
-        if self.suspended(state):
+        if "visits" in state:
             fitted = fit_theta(passes, step, state["visits"], self.decay, partial(self._kept_local, passes, step))
             theta = fitted if math.isfinite(fitted) else theta  # a row that judges may be NaN: the next fit makes up
         return {"episode": state["episode"] + 1, "theta": theta}
@@ -139,7 +156,7 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         return self._local(passes, step, averages, v, {})
 
     def _answer(
-        self, passes: PassContext, step: InnerStep, state: dict[str, Any], diagnostics: dict[str, float]
+        self, passes: PassContext, step: InnerStep, state: Distilled, diagnostics: dict[str, float]
     ) -> Response:
         if self.scale == "fit":
             diagnostics["theta"] = state["theta"]

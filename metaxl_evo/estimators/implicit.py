@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext
@@ -29,7 +28,7 @@ class ImplicitEstimator(EngineEstimator):
         if not (self.damping >= 0 and math.isfinite(self.damping)):
             raise ValueError(f"{type(self).__name__}: damping must be a number of at least 0, not {self.damping}")
 
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         w, lam, batch, engine = step.current, step.lam, step.batch, self._engine(passes.problem)
         here = passes if step.made is None else passes.elsewhere()  # its recorded inputs are those before the step
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.passes import PassContext
@@ -36,6 +35,6 @@ class OneStep(LocalEstimator):
     exact = "always"
     evaluated_at = "previous"
 
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         step = step if step.made is not None else look_ahead(passes, step)
         return Response(step.current, lambda v: self._pull_back(passes, step, v, diagnostics))
