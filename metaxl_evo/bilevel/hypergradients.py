@@ -127,7 +127,7 @@ def estimate(passes: PassContext, estimator: HypergradientEstimator, step: Inner
     """The one formula: direct term + pulled-back cotangent + offset.
 
     For callers that run the inner steps themselves, with passes that may have recorded the step's own forward. The
-    gradient of a step that was made is taken over (`step.made.grad` may be emptied), to free its memory early.
+    gradient of a step that was made may be taken over (`step.lent()` keeps it), to free its memory early.
     """
     lam, diagnostics = step.lam, dict[str, float]()
     with kept():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from metaxl_evo.bilevel import tree
@@ -47,10 +47,9 @@ class Greedy(EpisodeEstimator, LocalEstimator):
         return tree.zeros_like(lam)
 
     def observe(self, passes: PassContext, step: InnerStep, state: Tree) -> Tree:
-        assert step.made is not None
         _, cotangent, _, _ = passes.outer_grad(step.current, step.lam, step.val_batch, wrt_w=step.w, wrt_lam=())
-        step = replace(step, made=replace(step.made, grad=dict(step.made.grad)))  # the pullback empties it
-        term, decayed = passes.whole(self._pull_back(passes, step, cotangent, {})), tree.scale(state, self.decay)
+        term = passes.whole(self._pull_back(passes, step.lent(), cotangent, {}))
+        decayed = tree.scale(state, self.decay)
         return tree.add(term, decayed) if tree.all_finite(term) else decayed  # one NaN would stay for good
 
     def _answer(self, passes: PassContext, step: InnerStep, state: Tree, diagnostics: dict[str, float]) -> Response:

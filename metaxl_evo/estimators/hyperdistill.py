@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 from metaxl_evo.bilevel import tree
@@ -145,15 +144,11 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         """The number of the next episode, and theta."""
         theta = state["theta"]
         if "visits" in state:
-            fitted = fit_theta(passes, step, state["visits"], self.decay, partial(self._kept_local, passes, step))
+            fitted = fit_theta(
+                passes, step, state["visits"], self.decay, lambda at, v: self._local(passes, step.lent(), at, v, {})
+            )
             theta = fitted if math.isfinite(fitted) else theta  # a row that judges may be NaN: the next fit makes up
         return {"episode": state["episode"] + 1, "theta": theta}
-
-    def _kept_local(self, passes: PassContext, step: InnerStep, averages: Averages, v: Tree) -> Tree:
-        """The local term, the gradient of the step being kept for others."""
-        assert step.made is not None
-        step = replace(step, made=replace(step.made, grad=dict(step.made.grad)))
-        return self._local(passes, step, averages, v, {})
 
     def _answer(
         self, passes: PassContext, step: InnerStep, state: Distilled, diagnostics: dict[str, float]

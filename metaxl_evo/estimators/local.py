@@ -50,12 +50,10 @@ class LocalEstimator(EngineEstimator):
     def _pull_back(self, passes: PassContext, step: InnerStep, v: Tree, diagnostics: dict[str, float]) -> Tree:
         """d_lam <Phi(step.w, lam), v> of a step made, share for share; takes v and the step's gradient over."""
         assert step.made is not None
-        rule = passes.problem.update
-        through_rule = rule.lam_vjp(v, step.w, step.update_state, step.made.grad, step.lam)
-        direction = rule.grad_vjp(
-            v, step.w, step.made.grad, step.made.update_state, step.lam, before=step.update_state
-        )
-        step.made.grad.clear()
+        rule, grad = passes.problem.update, step.made.take_grad()
+        through_rule = rule.lam_vjp(v, step.w, step.update_state, grad, step.lam)
+        direction = rule.grad_vjp(v, step.w, grad, step.made.update_state, step.lam, before=step.update_state)
+        del grad  # its memory serves the product
         direction = passes.whole(direction)
         diagnostics["direction_norm"] = tree.norm(direction)
         mixed = mixed_product(

@@ -70,8 +70,7 @@ def walk(
 
 def answer(estimator: Estimator, passes: PassContext, step: InnerStep, state: Any) -> Hypergradient:
     """The estimate at a step, whose gradient is not taken over."""
-    assert step.made is not None
-    return estimate(passes, estimator, replace(step, made=replace(step.made, grad=dict(step.made.grad))), state)
+    return estimate(passes, estimator, step.lent(), state)
 
 
 def batches_of(toy: Toy, steps: int) -> list[Batch]:
