@@ -250,9 +250,9 @@ def test_the_page_on_adding_an_estimator_is_followed(tmp_path: Path) -> None:
     ("right", "wrong", "seen_by"),
     [
         ("radius=self.radius), -self.xi)", "radius=self.radius), self.xi)", "test_vjp_is_the_derivative_of_value"),
-        ("Counts(forwards=2, backwards=2)", "Counts(forwards=1, backwards=2)", "test_declared_cost_is_"),
+        ('"virtual_step": ("2F 2B 1J",', '"virtual_step": ("1F 2B 1J",', "test_passes_are_those_counted_by_hand"),
     ],
-    ids=["sign", "cost"],
+    ids=["sign", "passes"],
 )
 def test_a_broken_one_fails(right: str, wrong: str, seen_by: str, tmp_path: Path) -> None:
     text = ADDING.read_text("utf-8")
@@ -270,7 +270,7 @@ def test_blocks_know_their_files() -> None:
         ("python", "metaxl_evo/estimators/virtual_step.py"),
         ("diff", "metaxl_evo/estimators/__init__.py"),
         ("diff", "metaxl_evo/estimators/__init__.py"),
-        ("diff", "tests/estimators/test_contract.py"),
-        ("diff", "tests/estimators/test_contract.py"),
+        *[("diff", "tests/estimators/test_contract.py")] * 3,
+        ("diff", "tests/estimators/test_processes.py"),
         *((kind, "tests/estimators/test_virtual_step.py") for kind in ("python", "bash", "yaml")),
     ]

@@ -6,7 +6,7 @@ from typing import Any
 from metaxl_evo.bilevel.hypergradients import Hypergradient, hypergradient, run_episode
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, Cut, Examples, InnerStep, Response, StepMade
-from metaxl_evo.bilevel.processes import Processes, Traffic
+from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.replay import Facts, stop_gradient
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import SGD, Adam, AdamW, UpdateRule, Windowed
@@ -26,7 +26,6 @@ __all__ = [
     "Processes",
     "Response",
     "StepMade",
-    "Traffic",
     "Tree",
     "UpdateRule",
     "Windowed",

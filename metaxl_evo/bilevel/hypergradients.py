@@ -26,13 +26,13 @@ class HypergradientEstimator(Protocol):
     """What this floor needs of an estimator (the family itself lives in `metaxl_evo.estimators`)."""
 
     @property
-    def requires_direct_term(self) -> bool: ...
-
-    @property
-    def stochastic(self) -> bool: ...
+    def exact(self) -> str: ...
 
     @property
     def needs_state_before(self) -> bool: ...
+
+    @property
+    def requires_direct_term(self) -> bool: ...
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None: ...
 
@@ -105,7 +105,7 @@ def hypergradient(
             "whose first weights alone may be: give a detached clone, or let run_episode make the steps"
         )
     estimator.check(problem, w, lam)
-    if noise is not None and not estimator.stochastic:
+    if noise is not None and estimator.exact != "in expectation":
         raise ValueError(f"{type(estimator).__name__} draws no noise: leave `noise` out")
     if made is not None:
         if update_state is None and (problem.update.may_read_lam or estimator.needs_state_before):
@@ -127,7 +127,7 @@ def estimate(passes: PassContext, estimator: HypergradientEstimator, step: Inner
     """The one formula: direct term + pulled-back cotangent + offset.
 
     For callers that run the inner steps themselves, with passes that may have recorded the step's own forward. The
-    gradient of a step that was made is taken over (`step.made.grad` may be emptied), to free its memory early.
+    gradient of a step that was made may be taken over (`step.lent()` keeps it), to free its memory early.
     """
     lam, diagnostics = step.lam, dict[str, float]()
     with kept():

@@ -41,12 +41,6 @@ class Counts:
     suffixes: int = 0
     reduced: int = 0
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(**{name: count + getattr(other, name) for name, count in self.as_dict().items()})
-
-    def __mul__(self, times: int) -> Counts:
-        return Counts(**{name: count * times for name, count in self.as_dict().items()})
-
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
 

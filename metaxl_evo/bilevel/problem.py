@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -132,16 +132,23 @@ class BilevelProblem:
             object.__setattr__(self, "facts", Facts(loss))
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepMade:
     """An inner step that was really made: the weights after it, its gradient (before clipping), the state after it.
 
-    As with torch, the gradient lacks the parameters that the loss did not reach; the step passed them over.
+    As with torch, the gradient lacks the parameters that the loss did not reach; the step passed them over. Whoever
+    reads it last takes it over, so that its memory is free for the passes to come.
     """
 
     w: Tree
     grad: Tree
     update_state: UpdateState
+
+    def take_grad(self) -> Tree:
+        """The gradient, which is gone from here: reading `grad` again is an AttributeError."""
+        grad = self.grad
+        del self.grad
+        return grad
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,10 @@ class InnerStep:
     def current(self) -> Tree:
         """Where the weights are now."""
         return self.w if self.made is None else self.made.w
+
+    def lent(self) -> InnerStep:
+        """The same step; a gradient that is taken over from it stays here."""
+        return self if self.made is None else replace(self, made=replace(self.made))
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,6 @@ _BUCKET = 2**22  # numbers that are sent together: many small tensors cost one c
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """What a hypergradient sends through sums over the processes: trees like w, trees like lam, and single numbers."""
-
-    w: int = 0
-    lam: int = 0
-    scalars: int = 0
-
-    def numbers(self, w: Tree, lam: Tree) -> int:
-        """How many numbers that is."""
-        return self.w * tree.size(w) + self.lam * tree.size(lam) + self.scalars
-
-
-@dataclass(frozen=True)
 class Processes:
     """This process among those that share the rows of every batch; by default there is one, and nothing is sent.
 

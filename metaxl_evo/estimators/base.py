@@ -1,4 +1,4 @@
-"""The estimator protocol: a frozen dataclass that is its own configuration and says what it needs by properties."""
+"""The estimator protocol: a frozen dataclass that is its own configuration and states the facts that others need."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.hypergradients import NO_DIRECT_TERM, look_ahead
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import SGD
 
 Exactness = Literal["always", "at optimum", "in expectation", "never"]
 Memory = Literal["nothing", "meta", "base", "trajectory"]
+State = Any  # a tree, a list or a TypedDict, each class's own, declared in its file; None for none
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,21 @@ class Estimator(ABC):
     State is explicit, so that resume is saving it: `init` makes it at the start of an episode, `observe` returns the
     next one after every inner step, `respond` reads it, `end_episode` closes it. A state is a dict of tensors, numbers
     and such dicts or lists, and is never changed in place; trees in an `InnerStep` belong to the caller, so what is
-    kept is cloned. The properties tell the rest of the code what an *instance* needs; nobody asks for its name.
+    kept is cloned.
+
+    The facts, first in the class, tell the rest of the code what an *instance* needs; nobody asks for its name. A
+    subclass states one as a plain attribute (`exact = "never"`), or as a property where a field decides.
     """
+
+    @property
+    @abstractmethod
+    def citation(self) -> str:
+        """Where the method comes from."""
+
+    @property
+    @abstractmethod
+    def exact(self) -> Exactness:
+        """When the estimate is the derivative of the outer loss through the inner step."""
 
     @property
     def second_order(self) -> bool:
@@ -34,24 +47,9 @@ class Estimator(ABC):
         return False
 
     @property
-    def needs_forward_ad(self) -> bool:
-        """Whether the losses must support forward-mode differentiation."""
-        return False
-
-    @property
     def online(self) -> bool:
         """Whether it may answer at every inner step, and not only at the end of an episode."""
         return True
-
-    @property
-    def differentiates_value(self) -> bool:
-        """Whether `Response.vjp` is the derivative of `Response.value`."""
-        return True
-
-    @property
-    @abstractmethod
-    def exact(self) -> Exactness:
-        """When the estimate is the derivative of the outer loss through the inner step."""
 
     @property
     def evaluated_at(self) -> Literal["previous", "current"]:
@@ -79,11 +77,6 @@ class Estimator(ABC):
         return False
 
     @property
-    def tunes_optimizer(self) -> bool:
-        """Whether lam may hold the optimiser's own numbers (learning rate, momentum, weight decay)."""
-        return False
-
-    @property
     def learns_initial(self) -> bool:
         """Whether the first weights of an episode may be meta parameters, or computed from them."""
         return False
@@ -94,36 +87,17 @@ class Estimator(ABC):
         return False
 
     @property
-    def stochastic(self) -> bool:
-        """Whether it draws noise, which a caller may inject."""
-        return False
-
-    @property
     def max_meta_size(self) -> int | None:
         """The largest number of meta parameters it is meant for."""
         return None
 
     @property
-    @abstractmethod
-    def citation(self) -> str:
-        """Where the method comes from."""
+    def tunes_optimizer(self) -> bool:
+        """Whether lam may hold the optimiser's own numbers (learning rate, momentum, weight decay).
 
-    @abstractmethod
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        """The passes of one hypergradient after an episode of so many steps.
-
-        Of one part of a batch without stop-gradients, the outer pass included; of `observe` those of all the steps.
+        It follows: the optimiser's step is differentiated, and at the point that it was made from.
         """
-
-    @staticmethod
-    def _outer_cost(step_made: bool) -> Counts:
-        """The outer pass, and that of the step where it is still to come."""
-        passes = 1 if step_made else 2
-        return Counts(forwards=passes, backwards=passes)
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        """What several processes sum for it, as `cost` counts: here the outer loss and the hypergradient itself."""
-        return Traffic(lam=1, scalars=1)
+        return self.needs_update_rule and self.evaluated_at == "previous"
 
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:  # noqa: B027 (most need nothing)
         """Find out, early in a run, what is to be known of the losses; it is kept in the problem's `facts`.
@@ -132,32 +106,32 @@ class Estimator(ABC):
             ValueError: for losses that the method cannot serve.
         """
 
-    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Any:
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> State:
         """The state at the start of an episode; `previous` is what `end_episode` returned for the one before."""
         return None
 
-    def observe(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
+    def observe(self, passes: PassContext, step: InnerStep, state: State) -> State:
         """The state after an inner step that was made (`step.made`)."""
         return state
 
-    def suspended(self, state: Any) -> bool:
+    def suspended(self, state: State) -> bool:
         """Whether lam stands still in this episode, which the estimator needs for itself."""
         return False
 
-    def end_episode(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
+    def end_episode(self, passes: PassContext, step: InnerStep, state: State) -> Any:
         """What the next episode may know of this one; `step` is its last, `step.val_batch` judges."""
         return state
 
-    def share(self, state: Any) -> Any:
+    def share(self, state: State) -> Any:
         """What of a state is of this process's own rows; None where all processes hold the same."""
         return None
 
-    def with_share(self, state: Any, share: Any) -> Any:
+    def with_share(self, state: State, share: Any) -> State:
         """The state of another process with this one's share."""
         return state
 
     @abstractmethod
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: State, diagnostics: dict[str, float]) -> Response:
         """Where the weights go and how a cotangent pulls back; numbers for the log go into `diagnostics`.
 
         A step that was made has been observed; one that was not (order `lookahead`) is still to come.
@@ -194,7 +168,7 @@ class Estimator(ABC):
                 "or computed from one: use run_episode with unroll (no horizon) or forward_mode (at most 64 numbers), "
                 "or give a detached clone if a constant is meant"
             )
-        if (self.second_order or self.needs_forward_ad) and not problem.second_order:
+        if self.second_order and not problem.second_order:
             raise ValueError(
                 f"{name} differentiates the inner loss twice, and this problem allows it once (attention kernel, "
                 "activation checkpointing or torch.compile): use one_step with engine finite_difference, or evograd"
@@ -217,20 +191,15 @@ class Estimator(ABC):
 class EpisodeEstimator(Estimator):
     """An estimator that answers from what it observed: a step still to come is looked ahead at and observed first."""
 
-    @property
-    def evaluated_at(self) -> Literal["previous", "current"]:
-        return "previous"
+    evaluated_at = "previous"
+    needs_update_rule = True
 
-    @property
-    def needs_update_rule(self) -> bool:
-        return True
-
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: State, diagnostics: dict[str, float]) -> Response:
         if step.made is None:
             step = look_ahead(passes, step)
             state = self.observe(passes, step, state)
         return self._answer(passes, step, state, diagnostics)
 
     @abstractmethod
-    def _answer(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def _answer(self, passes: PassContext, step: InnerStep, state: State, diagnostics: dict[str, float]) -> Response:
         """The response at a step that was made and observed."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from metaxl_evo.bilevel.passes import Counts
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.solvers import Matvec, Solution, conjugate_gradients
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.implicit import ImplicitEstimator
@@ -33,6 +31,8 @@ class ConjugateGradient(ImplicitEstimator):
         ValueError: for an unknown engine or values out of range.
     """
 
+    citation = "Pedregosa, Hyperparameter Optimization with Approximate Gradient, ICML 2016"
+
     damping: float = 1e-3
     iterations: int = 5
     tolerance: float = 1e-6
@@ -43,17 +43,6 @@ class ConjugateGradient(ImplicitEstimator):
             raise ValueError(f"conjugate_gradient: iterations must be an integer of at least 1, not {self.iterations}")
         if not (self.tolerance >= 0 and math.isfinite(self.tolerance)):
             raise ValueError(f"conjugate_gradient: tolerance must be a number of at least 0, not {self.tolerance}")
-
-    @property
-    def citation(self) -> str:
-        return "Pedregosa, Hyperparameter Optimization with Approximate Gradient, ICML 2016"
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        """The passes of a solve that does not end early."""
-        return self._product_cost() * (self.iterations + 1) + Counts(forwards=1, backwards=1)
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return Traffic(w=self.iterations + 1, lam=1, scalars=1)
 
     def _solve(self, matvec: Matvec, v: Tree, diagnostics: dict[str, float]) -> Solution:
         return conjugate_gradients(matvec, v, iterations=self.iterations, tolerance=self.tolerance)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, TypedDict
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import otherwise, require_double_backward
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update_state import counts_before
-from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
-from metaxl_evo.estimators.trajectory import TWICE, Visit, check_straight_line, straight_line, walk_back, walk_traffic
+from metaxl_evo.estimators.base import EpisodeEstimator
+from metaxl_evo.estimators.trajectory import TWICE, Visit, check_straight_line, straight_line, walk_back
+
+
+class Trajectory(TypedDict):
+    """The state: the first weights, and the steps without theirs."""
+
+    start: Tree
+    steps: list[Visit]
 
 
 @dataclass(frozen=True)
@@ -32,43 +38,12 @@ class DrMAD(EpisodeEstimator):
         ValueError: for another inner optimiser, a clipped gradient, or a learned number that multiplies a buffer.
     """
 
-    @property
-    def second_order(self) -> bool:
-        return True
-
-    @property
-    def online(self) -> bool:
-        return False
-
-    @property
-    def differentiates_value(self) -> bool:
-        return False
-
-    @property
-    def exact(self) -> Exactness:
-        return "never"
-
-    @property
-    def remembers(self) -> Memory:
-        return "trajectory"
-
-    @property
-    def needs_sgd(self) -> bool:
-        return True
-
-    @property
-    def tunes_optimizer(self) -> bool:
-        return True
-
-    @property
-    def citation(self) -> str:
-        return "Fu et al., DrMAD: Distilling Reverse-Mode Automatic Differentiation, IJCAI 2016"
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        return self._outer_cost(step_made) + Counts(hvps=steps)
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return walk_traffic(steps, step_made)
+    citation = "Fu et al., DrMAD: Distilling Reverse-Mode Automatic Differentiation, IJCAI 2016"
+    exact = "never"
+    second_order = True
+    online = False
+    remembers = "trajectory"
+    needs_sgd = True
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)
@@ -78,22 +53,22 @@ class DrMAD(EpisodeEstimator):
         with otherwise("drmad", TWICE):
             require_double_backward(passes, w, lam, batch)
 
-    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> dict[str, Any]:
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Trajectory:
         return {"start": tree.clone(w), "steps": []}
 
-    def observe(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> dict[str, Any]:
+    def observe(self, passes: PassContext, step: InnerStep, state: Trajectory) -> Trajectory:
         assert step.made is not None
         stepped = frozenset(step.made.grad)
         counts = counts_before(step.made.update_state, stepped)
         rule, lam = passes.problem.update, step.lam  # lam stands still
         visit = Visit({}, lam, step.batch, counts, rule, passes.seed, stepped)
-        return state | {"steps": [*state["steps"], visit]}
+        return {"start": state["start"], "steps": [*state["steps"], visit]}
 
-    def end_episode(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> None:
+    def end_episode(self, passes: PassContext, step: InnerStep, state: Trajectory) -> None:
         return None
 
     def _answer(
-        self, passes: PassContext, step: InnerStep, state: dict[str, Any], diagnostics: dict[str, float]
+        self, passes: PassContext, step: InnerStep, state: Trajectory, diagnostics: dict[str, float]
     ) -> Response:
         visits = straight_line(state["steps"], state["start"], step.current)
         return Response(step.current, lambda v: reduce(tree.add, walk_back(passes, visits, v)))

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import gate, tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, Cut, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.replay import Inputs
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.estimators.base import Estimator, Exactness
+from metaxl_evo.estimators.base import Estimator
 from metaxl_evo.estimators.noise import NOISES, Perturbations
 from metaxl_evo.messages import unknown
 
@@ -51,6 +50,10 @@ class EvoGrad(Estimator):
         ValueError: for values out of range, an unknown noise, or a pattern that finds no parameter.
     """
 
+    citation = "Bohdal et al., EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization, 2021"
+    exact = "in expectation"
+    evaluated_at = "previous"  # where the base step's own forward has left its activations
+
     copies: int = 2
     sigma: float = 1e-3
     temperature: float = 0.05
@@ -79,28 +82,6 @@ class EvoGrad(Estimator):
                     f"evograd: parameters={self.parameters!r} is not a regular expression: {error}"
                 ) from None
 
-    @property
-    def exact(self) -> Exactness:
-        return "in expectation"
-
-    @property
-    def evaluated_at(self) -> Literal["previous", "current"]:
-        return "previous"  # where the base step's own forward has left its activations
-
-    @property
-    def stochastic(self) -> bool:
-        return True
-
-    @property
-    def citation(self) -> str:
-        return "Bohdal et al., EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization, 2021"
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        return Counts(forwards=self.copies + 1, backwards=self.copies + 1)
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return Traffic(lam=1, scalars=2 * self.copies + 1)
-
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)
         self._perturbed(w)
@@ -109,7 +90,7 @@ class EvoGrad(Estimator):
         if self.share_meta_inputs:  # live ones are the published code's own choice
             gate.require(passes, w, lam, batch, self._perturbed(w))
 
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         w, names, cut = step.w, self._perturbed(step.w), passes.problem.cut
         noise = Perturbations(
             {name: w[name] for name in w if name in names},

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import InnerStep, Response
-from metaxl_evo.estimators.base import Estimator, Exactness
+from metaxl_evo.estimators.base import Estimator
 
 
 @dataclass(frozen=True)
@@ -21,24 +20,9 @@ class FirstOrder(Estimator):
         ValueError: where the outer loss does not read lam, since every estimate would be zero.
     """
 
-    @property
-    def differentiates_value(self) -> bool:
-        return False
+    citation = "Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022 (row FO)"
+    exact = "never"
+    requires_direct_term = True
 
-    @property
-    def exact(self) -> Exactness:
-        return "never"
-
-    @property
-    def requires_direct_term(self) -> bool:
-        return True
-
-    @property
-    def citation(self) -> str:
-        return "Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022 (row FO)"
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        return Counts(forwards=1, backwards=1)
-
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         return Response(step.current, lambda v: tree.zeros_like(step.lam), wrt=())

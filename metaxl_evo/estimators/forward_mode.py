@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import LAM, W, otherwise, require_forward_ad
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import UpdateRule
 from metaxl_evo.bilevel.update_state import trees
-from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
+from metaxl_evo.estimators.base import EpisodeEstimator, Exactness
 
-Columns = dict[str, Tree]  # of the weights ("w") and of each tensor of the optimiser's state, by its key there
+# The state: Z of the weights ("w") and of each tensor of the optimiser's state, by its key there.
+Columns = dict[str, Tree]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ class ForwardMode(EpisodeEstimator):
         ValueError: for values out of range, or a problem that does not fit `windows`.
     """
 
+    citation = "Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017"
+    second_order = True
+    remembers = "base"
+    needs_state_before = True
+    max_meta_size = 64
+
     windows: int | None = None
     clamp: float | None = None
 
@@ -55,78 +61,38 @@ class ForwardMode(EpisodeEstimator):
             raise ValueError(f"forward_mode: clamp must be a positive number, not {self.clamp}")
 
     @property
-    def second_order(self) -> bool:
-        return True
-
-    @property
-    def needs_forward_ad(self) -> bool:
-        return True
-
-    @property
-    def differentiates_value(self) -> bool:
-        return self.clamp is None
-
-    @property
     def exact(self) -> Exactness:
         return "always" if self.clamp is None else "never"
-
-    @property
-    def remembers(self) -> Memory:
-        return "base"
-
-    @property
-    def needs_state_before(self) -> bool:
-        return True
-
-    @property
-    def tunes_optimizer(self) -> bool:
-        return True
 
     @property
     def learns_initial(self) -> bool:
         return self.windows is None
 
     @property
-    def max_meta_size(self) -> int | None:
-        return 64
-
-    @property
-    def citation(self) -> str:
-        return "Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017"
-
-    @property
     def needs_sgd(self) -> bool:
         return self.windows is not None  # FDS is a method for its rate, momentum and decay
 
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        """The passes for an entry of lam, or with `windows` for a schedule; each further one adds as many products."""
-        return self._outer_cost(step_made) + Counts(jvps=self._products(steps))
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return Traffic(w=self._products(steps) + (not step_made), lam=1, scalars=1)
-
-    def _products(self, steps: int) -> int:
-        return sum(1 if self.windows is None else step * self.windows // steps + 1 for step in range(steps))
-
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)
-        if self.windows is None:
-            return
-        sizes = {hyper.name: list(lam[hyper.name].shape) for hyper in problem.update.windowed}
+        if self.windows is not None:
+            self._check_windows(problem.update, lam)
+
+    def _check_windows(self, rule: UpdateRule, lam: Tree) -> None:
+        sizes = {hyper.name: list(lam[hyper.name].shape) for hyper in rule.windowed}
         if not sizes or any(size != [self.windows] for size in sizes.values()):
             raise ValueError(
                 f"forward_mode: windows={self.windows} asks for Windowed hyperparameters of shape [{self.windows}], "
                 f"and the update rule reads {sizes or 'none'}: change windows, or leave it out"
             )
 
-    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Any:
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Columns:
         def columns(like: Tree) -> Tree:
             return tree.tree_map(lambda leaf: leaf.detach().new_zeros((tree.size(lam), *leaf.shape)), like)
 
         of_state = {key: columns(held) for key, held in trees(problem.update.init(w)).items()}
         return {"w": columns(w) if problem.initial is None else problem.initial.columns(w)} | of_state
 
-    def observe(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
+    def observe(self, passes: PassContext, step: InnerStep, state: Columns) -> Columns:
         assert step.made is not None
         assert step.update_state is not None
         rule, before, lam = passes.problem.update, step.update_state, tree.detach(step.lam)
@@ -154,9 +120,8 @@ class ForwardMode(EpisodeEstimator):
         with otherwise("forward_mode", "use unroll"):
             require_forward_ad(passes, w, lam, batch, (LAM, W))
 
-    def end_episode(self, passes: PassContext, step: InnerStep, state: Any) -> Any:
+    def end_episode(self, passes: PassContext, step: InnerStep, state: Columns) -> None:
         """Nothing: in a Trainer the next episode starts from weights that do not depend on lam."""
-        return None
 
     def _active(self, rule: UpdateRule, lam: Tree, step: int) -> list[int]:
         """The columns that are not known to stay zero in this step: with `windows`, those of windows that began."""
@@ -177,7 +142,7 @@ class ForwardMode(EpisodeEstimator):
         limit = self.clamp
         return total if limit is None else tree.tree_map(lambda leaf: leaf.clamp(-limit, limit), total)
 
-    def _answer(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def _answer(self, passes: PassContext, step: InnerStep, state: Columns, diagnostics: dict[str, float]) -> Response:
         assert step.made is not None
         passes.problem.update.check_state(step.made.update_state)
         diagnostics["tangent_norm"] = tree.norm(state["w"])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
+from metaxl_evo.estimators.base import EpisodeEstimator
 from metaxl_evo.estimators.local import LocalEstimator
 
 
@@ -33,6 +32,10 @@ class Greedy(EpisodeEstimator, LocalEstimator):
         ValueError: for an unknown engine or values out of range.
     """
 
+    citation = "Generalized Greedy Gradient-Based Hyperparameter Optimization, ICLR 2025 submission 6297"
+    exact = "never"
+    remembers = "meta"
+
     decay: float = 0.9
 
     def __post_init__(self) -> None:
@@ -40,37 +43,13 @@ class Greedy(EpisodeEstimator, LocalEstimator):
         if not 0 <= self.decay <= 1:
             raise ValueError(f"greedy: decay must be between 0 and 1, not {self.decay}")
 
-    @property
-    def differentiates_value(self) -> bool:
-        return False
-
-    @property
-    def exact(self) -> Exactness:
-        return "never"
-
-    @property
-    def remembers(self) -> Memory:
-        return "meta"
-
-    @property
-    def citation(self) -> str:
-        return "Generalized Greedy Gradient-Based Hyperparameter Optimization, ICLR 2025 submission 6297"
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        """The passes where the outer loss reads lam; where it does not, the last outer pass has no backward."""
-        return (self._product_cost() + Counts(forwards=1, backwards=1)) * steps + self._outer_cost(step_made)
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return Traffic(w=steps if step_made else steps + 1, lam=steps + 1, scalars=1)
-
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Tree:
         return tree.zeros_like(lam)
 
     def observe(self, passes: PassContext, step: InnerStep, state: Tree) -> Tree:
-        assert step.made is not None
         _, cotangent, _, _ = passes.outer_grad(step.current, step.lam, step.val_batch, wrt_w=step.w, wrt_lam=())
-        step = replace(step, made=replace(step.made, grad=dict(step.made.grad)))  # the pullback empties it
-        term, decayed = passes.whole(self._pull_back(passes, step, cotangent, {})), tree.scale(state, self.decay)
+        term = passes.whole(self._pull_back(passes, step.lent(), cotangent, {}))
+        decayed = tree.scale(state, self.decay)
         return tree.add(term, decayed) if tree.all_finite(term) else decayed  # one NaN would stay for good
 
     def _answer(self, passes: PassContext, step: InnerStep, state: Tree, diagnostics: dict[str, float]) -> Response:

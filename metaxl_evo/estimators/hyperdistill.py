@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
-
-import torch
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.passes import PassContext
-from metaxl_evo.bilevel.problem import BilevelProblem, Examples, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.products import otherwise, require_double_backward
-from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update_state import counts_before
-from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
+from metaxl_evo.estimators.base import EpisodeEstimator, Memory
+from metaxl_evo.estimators.distillation import Averages, fit_theta
 from metaxl_evo.estimators.local import LocalEstimator
-from metaxl_evo.estimators.trajectory import Visit, check_straight_line, straight_line, walk_back
+from metaxl_evo.estimators.trajectory import Visit, check_straight_line
 from metaxl_evo.messages import unknown
 
 Scale = Literal["fit", "fixed", "one", "normalize"]
-_STREAM = 0xD157  # keeps the seeds of the drawn examples apart from those of the passes
+
+
+class Learned(TypedDict):
+    """What an episode knows of those before: how many there were, and the theta of the last fit."""
+
+    episode: int
+    theta: float
+
+
+class Distilled(Learned):
+    """The state: n_t, w*, D* (None where batches cannot be taken apart), and the steps of an episode that fits."""
+
+    horizon: float
+    w: Tree
+    batch: Any
+    visits: NotRequired[list[Visit]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
             term unit length, and vjp is then not linear.
         fit_every: with `fit`, the first of so many episodes leaves lam alone and learns theta: by least squares on the
             terms of all horizons within the episode, which one walk back along a straight line yields (DrMAD). That
-            episode keeps its trajectory, and its walk is not part of `cost`.
+            episode keeps its trajectory.
         theta: that of `fixed`, and of `fit` until there is another; it is logged, and may be negative.
 
     Source: Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022 (alg. 3, 4).
@@ -54,6 +66,9 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
     Raises:
         ValueError: for an unknown engine or scale, or values out of range; with `fit` for what DrMAD does not model.
     """
+
+    citation = "Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022"
+    exact = "never"
 
     decay: float = 0.99
     scale: Scale = "fit"
@@ -76,28 +91,12 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         return super().second_order or self.scale == "fit"
 
     @property
-    def differentiates_value(self) -> bool:
-        return False
-
-    @property
-    def exact(self) -> Exactness:
-        return "never"
-
-    @property
     def remembers(self) -> Memory:
         return "trajectory" if self.scale == "fit" else "base"
 
     @property
     def needs_sgd(self) -> bool:
         return self.scale == "fit"
-
-    @property
-    def citation(self) -> str:
-        return "Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022"
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        sent = super().traffic(step_made=step_made, steps=steps)
-        return replace(sent, lam=2) if self.scale == "normalize" else sent
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         if self.scale != "fit":
@@ -115,69 +114,50 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
             with otherwise("hyperdistill's fit", "set scale to fixed, one or normalize"):
                 require_double_backward(passes, w, lam, batch)
 
-    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> dict[str, Any]:
-        learned = {"episode": 0, "theta": self.theta} if previous is None else previous
-        state = learned | {"horizon": 0.0, "w": tree.clone(w), "batch": None}
-        fits = self.scale == "fit" and learned["episode"] % self.fit_every == 0
-        return state | {"visits": []} if fits else state
+    def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Learned | None = None) -> Distilled:
+        learned: Learned = {"episode": 0, "theta": self.theta} if previous is None else previous
+        state: Distilled = {**learned, "horizon": 0.0, "w": tree.clone(w), "batch": None}
+        if self.scale == "fit" and learned["episode"] % self.fit_every == 0:
+            state["visits"] = []
+        return state
 
-    def share(self, state: dict[str, Any]) -> Any:
+    def share(self, state: Distilled) -> Any:
         return state["batch"]
 
-    def with_share(self, state: dict[str, Any], share: Any) -> dict[str, Any]:
-        return state | {"batch": share}
+    def with_share(self, state: Distilled, share: Any) -> Distilled:
+        return {**state, "batch": share}
 
-    def suspended(self, state: dict[str, Any]) -> bool:
+    def suspended(self, state: Distilled) -> bool:
         return "visits" in state
 
-    def observe(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> dict[str, Any]:
+    def observe(self, passes: PassContext, step: InnerStep, state: Distilled) -> Distilled:
         assert step.made is not None
-        horizon, examples = 1 + self.decay * state["horizon"], passes.problem.examples
-        state = state | {
-            "horizon": horizon,
-            "w": _moved(state["w"], step.w, 1 / horizon),
-            "batch": _drawn(examples, state["batch"], step.batch, 1 / horizon, passes.seed),
-        }
-        if not self.suspended(state):
-            return state
-        counts = counts_before(step.made.update_state, step.made.grad)
-        return state | {"visits": [*state["visits"], Visit.of(passes, replace(step, update_state=counts))]}
+        horizon, averages = 1 + self.decay * state["horizon"], Averages(state["w"], state["batch"])
+        averages = averages.moved(step.w, step.batch, 1 / horizon, passes.problem.examples, passes.seed)
+        after: Distilled = {**state, "horizon": horizon, "w": averages.w, "batch": averages.batch}
+        if "visits" in state:
+            counts = counts_before(step.made.update_state, step.made.grad)
+            after["visits"] = [*state["visits"], Visit.of(passes, replace(step, update_state=counts))]
+        return after
 
-    def end_episode(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> dict[str, Any]:
+    def end_episode(self, passes: PassContext, step: InnerStep, state: Distilled) -> Learned:
         """The number of the next episode, and theta."""
-        theta = self._fit(passes, step, state) if self.suspended(state) else state["theta"]
+        theta = state["theta"]
+        if "visits" in state:
+            fitted = fit_theta(
+                passes, step, state["visits"], self.decay, lambda at, v: self._local(passes, step.lent(), at, v, {})
+            )
+            theta = fitted if math.isfinite(fitted) else theta  # a row that judges may be NaN: the next fit makes up
         return {"episode": state["episode"] + 1, "theta": theta}
 
-    def _fit(self, passes: PassContext, step: InnerStep, state: dict[str, Any]) -> float:
-        """Least squares of <v_s / |v_s|, g_s> = theta n_s |v_s|, the last s steps giving v_s at (w*_s, D*_s) and g_s.
-
-        The walk back finds g_s, the indirect term of horizon s, on its way.
-        """
-        made, visits, horizon, weight = step.made, state["visits"], 0.0, 1.0
-        assert made is not None
-        _, alpha, _, _ = passes.outer_grad(step.current, step.lam, step.val_batch, wrt_w=step.w, wrt_lam=())
-        walk = walk_back(passes, straight_line(visits, visits[0].w, step.current), alpha)
-        found, w, batch, xy, xx = tree.zeros_like(step.lam), step.w, None, 0.0, 0.0
-        for visit, term in zip(reversed(visits), walk, strict=True):
-            found, horizon = tree.add(found, passes.whole(term)), horizon + weight
-            w = _moved(w, visit.w, weight / horizon)
-            batch = _drawn(passes.problem.examples, batch, visit.batch, weight / horizon, visit.seed)
-            last = replace(step, made=replace(made, grad=dict(made.grad)))  # it is emptied, like the cotangent
-            local = passes.whole(self._local(passes, last, w, batch, dict(alpha), {}))
-            xy += horizon * tree.dot(local, found).item()
-            xx += (horizon * tree.norm(local)) ** 2
-            weight *= self.decay
-        theta = xy / xx if xx else math.nan  # a row that judges may be NaN: the next fit makes up for it
-        return theta if math.isfinite(theta) else state["theta"]
-
     def _answer(
-        self, passes: PassContext, step: InnerStep, state: dict[str, Any], diagnostics: dict[str, float]
+        self, passes: PassContext, step: InnerStep, state: Distilled, diagnostics: dict[str, float]
     ) -> Response:
         if self.scale == "fit":
             diagnostics["theta"] = state["theta"]
 
         def vjp(v: Tree) -> Tree:
-            local = self._local(passes, step, state["w"], state["batch"], v, diagnostics)
+            local = self._local(passes, step, Averages(state["w"], state["batch"]), v, diagnostics)
             if self.scale == "normalize":  # of the whole, whose length no share knows
                 return passes.once(_normalized(passes.whole(local)))
             return tree.scale(local, 1.0 if self.scale == "one" else state["theta"] * state["horizon"])
@@ -185,11 +165,11 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         return Response(step.current, vjp)
 
     def _local(
-        self, passes: PassContext, step: InnerStep, w: Tree, batch: Any, v: Tree, diagnostics: dict[str, float]
+        self, passes: PassContext, step: InnerStep, averages: Averages, v: Tree, diagnostics: dict[str, float]
     ) -> Tree:
         """The local term at (w*, D*), D* that of the step itself where none was drawn."""
         passes = passes.elsewhere()
-        step = replace(step, w=w, batch=step.batch if batch is None else batch)
+        step = replace(step, w=averages.w, batch=step.batch if averages.batch is None else averages.batch)
         if passes.problem.update.may_read_lam:
             step = look_ahead(passes, replace(step, made=None))
         return self._pull_back(passes, step, v, diagnostics)
@@ -199,21 +179,3 @@ def _normalized(term: Tree) -> Tree:
     """At unit length, where it has one."""
     norm = tree.norm(term)
     return tree.scale(term, 1 / norm if norm else 0.0)
-
-
-def _moved(mean: Tree, w: Tree, share: float) -> Tree:
-    """The mean weights with a share of new ones."""
-    return tree.tree_map(lambda old, new: torch.lerp(old, new.detach(), share), mean, w)
-
-
-def _drawn(examples: Examples | None, held: Any, batch: Any, share: float, seed: int) -> Any:
-    """What is held with a share of it replaced by as large a share of `batch`, at random; None without `examples`."""
-    if examples is None:
-        return None
-    if held is None:
-        return batch
-    generator = torch.Generator().manual_seed(mix_seed(seed, _STREAM))
-    chance = torch.rand((), generator=generator).item()
-    leave, enter = (int(examples.size(one) * share + chance) for one in (held, batch))
-    stay, come = (torch.randperm(examples.size(one), generator=generator) for one in (held, batch))
-    return examples.concat([examples.take(held, stay[leave:]), examples.take(batch, come[:enter])])

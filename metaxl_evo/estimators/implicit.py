@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext
@@ -13,13 +12,14 @@ from metaxl_evo.bilevel.problem import InnerStep, Response
 from metaxl_evo.bilevel.products import hessian_product, mixed_product
 from metaxl_evo.bilevel.solvers import Matvec, Solution
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.estimators.base import Exactness
 from metaxl_evo.estimators.local import EngineEstimator
 
 
 @dataclass(frozen=True)
 class ImplicitEstimator(EngineEstimator):
     """value = w, vjp(v) = -d_lam <grad_w L_T(w, lam), p> with p ~ (H + damping I)^-1 v, H the Hessian of L_T at w."""
+
+    exact = "at optimum"
 
     damping: float = 0.0
 
@@ -28,15 +28,7 @@ class ImplicitEstimator(EngineEstimator):
         if not (self.damping >= 0 and math.isfinite(self.damping)):
             raise ValueError(f"{type(self).__name__}: damping must be a number of at least 0, not {self.damping}")
 
-    @property
-    def differentiates_value(self) -> bool:
-        return False
-
-    @property
-    def exact(self) -> Exactness:
-        return "at optimum"
-
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         w, lam, batch, engine = step.current, step.lam, step.batch, self._engine(passes.problem)
         here = passes if step.made is None else passes.elsewhere()  # its recorded inputs are those before the step
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import ENGINES, mixed_product, prepare
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import Estimator
@@ -35,18 +34,8 @@ class EngineEstimator(Estimator):
     def second_order(self) -> bool:
         return self.engine in ("double_backward", "jvp")
 
-    @property
-    def needs_forward_ad(self) -> bool:
-        return self.engine == "jvp"
-
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
         prepare(passes, self._engine(passes.problem), w, lam, batch)
-
-    def _product_cost(self) -> Counts:
-        """The passes of one product, mixed or Hessian."""
-        if self.engine == "finite_difference":
-            return Counts(forwards=2, backwards=2)
-        return Counts(hvps=1) if self.engine == "double_backward" else Counts(jvps=1)
 
     def _engine(self, problem: BilevelProblem) -> str:
         return self.engine if self.engine != "auto" or problem.second_order else "finite_difference"
@@ -56,29 +45,15 @@ class EngineEstimator(Estimator):
 class LocalEstimator(EngineEstimator):
     """An estimator made of local terms d_lam <Phi(w, lam), v>."""
 
-    @property
-    def needs_update_rule(self) -> bool:
-        return True
-
-    @property
-    def tunes_optimizer(self) -> bool:
-        return True
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        return self._product_cost() + self._outer_cost(step_made)
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return Traffic(w=1 if step_made else 2, lam=1, scalars=1)
+    needs_update_rule = True
 
     def _pull_back(self, passes: PassContext, step: InnerStep, v: Tree, diagnostics: dict[str, float]) -> Tree:
         """d_lam <Phi(step.w, lam), v> of a step made, share for share; takes v and the step's gradient over."""
         assert step.made is not None
-        rule = passes.problem.update
-        through_rule = rule.lam_vjp(v, step.w, step.update_state, step.made.grad, step.lam)
-        direction = rule.grad_vjp(
-            v, step.w, step.made.grad, step.made.update_state, step.lam, before=step.update_state
-        )
-        step.made.grad.clear()
+        rule, grad = passes.problem.update, step.made.take_grad()
+        through_rule = rule.lam_vjp(v, step.w, step.update_state, grad, step.lam)
+        direction = rule.grad_vjp(v, step.w, grad, step.made.update_state, step.lam, before=step.update_state)
+        del grad  # its memory serves the product
         direction = passes.whole(direction)
         diagnostics["direction_norm"] = tree.norm(direction)
         mixed = mixed_product(

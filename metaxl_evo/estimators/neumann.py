@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from metaxl_evo.bilevel.passes import Counts
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.solvers import Matvec, Solution, largest_eigenvalue, neumann_series
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.implicit import ImplicitEstimator
@@ -35,6 +33,8 @@ class Neumann(ImplicitEstimator):
         ValueError: for an unknown engine or values out of range; where `step` has to be found and H + damping I is 0.
     """
 
+    citation = "Lorraine et al., Optimizing Millions of Hyperparameters by Implicit Differentiation, AISTATS 2020"
+
     terms: int = 3
     step: float | None = None
     power_iterations: int = 5
@@ -47,20 +47,6 @@ class Neumann(ImplicitEstimator):
                 raise ValueError(f"neumann: {field} must be an integer of at least {least}, not {value}")
         if self.step is not None and not (self.step > 0 and math.isfinite(self.step)):
             raise ValueError(f"neumann: step must be a positive number, or None, not {self.step}")
-
-    @property
-    def citation(self) -> str:
-        return "Lorraine et al., Optimizing Millions of Hyperparameters by Implicit Differentiation, AISTATS 2020"
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        return self._product_cost() * (self._hessian_products + 1) + Counts(forwards=1, backwards=1)
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return Traffic(w=self._hessian_products + 1, lam=1, scalars=1)
-
-    @property
-    def _hessian_products(self) -> int:
-        return self.terms + (self.power_iterations if self.step is None else 0)
 
     def _solve(self, matvec: Matvec, v: Tree, diagnostics: dict[str, float]) -> Solution:
         step = self._step_below_the_bound(matvec, v) if self.step is None else self.step

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import InnerStep, Response
-from metaxl_evo.estimators.base import Exactness
 from metaxl_evo.estimators.local import LocalEstimator
 
 
@@ -31,20 +29,12 @@ class OneStep(LocalEstimator):
         ValueError: for an unknown engine or a radius that is not a positive number.
     """
 
-    @property
-    def exact(self) -> Exactness:
-        return "always"
+    citation = (
+        "Luketina et al., Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters, ICML 2016"
+    )
+    exact = "always"
+    evaluated_at = "previous"
 
-    @property
-    def evaluated_at(self) -> Literal["previous", "current"]:
-        return "previous"
-
-    @property
-    def citation(self) -> str:
-        return (
-            "Luketina et al., Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters, ICML 2016"
-        )
-
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         step = step if step.made is not None else look_ahead(passes, step)
         return Response(step.current, lambda v: self._pull_back(passes, step, v, diagnostics))

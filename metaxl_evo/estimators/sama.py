@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import InnerStep, Response
-from metaxl_evo.estimators.base import Exactness
 from metaxl_evo.estimators.local import Engine, LocalEstimator
 
 
@@ -31,25 +29,12 @@ class Sama(LocalEstimator):
         ValueError: for an unknown engine or a radius that is not a positive number.
     """
 
+    citation = "Choe et al., Making Scalable Meta Learning Practical, NeurIPS 2023"
+    exact = "never"
+
     engine: Engine = "finite_difference"
 
-    @property
-    def differentiates_value(self) -> bool:
-        return False
-
-    @property
-    def exact(self) -> Exactness:
-        return "never"
-
-    @property
-    def tunes_optimizer(self) -> bool:
-        return False
-
-    @property
-    def citation(self) -> str:
-        return "Choe et al., Making Scalable Meta Learning Practical, NeurIPS 2023"
-
-    def respond(self, passes: PassContext, step: InnerStep, state: Any, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         w = step.current
         if step.made is None:
             step = look_ahead(passes, step)

@@ -9,15 +9,16 @@ import inspect
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from metaxl_evo.bilevel import Counts
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
 from metaxl_evo.estimators.local import Engine, EngineEstimator
+from metaxl_evo.estimators.work import work
 
 Row = tuple[str, Estimator]
 Columns = Mapping[str, Callable[[Estimator], str]]
@@ -59,9 +60,9 @@ def facts() -> str:
 def costs() -> str:
     """The passes of one hypergradient of a step that was made, and the fields that they depend on."""
     columns: Columns = {
-        "one step": lambda e: _passes(e.cost(step_made=True)),
-        "sent": lambda e: _sent(e.traffic(step_made=True)),
-        f"an episode of {EPISODE}": lambda e: _passes(e.cost(step_made=True, steps=EPISODE)),
+        "one step": lambda e: _passes(work(e, 1).passes),
+        "sent": lambda e: _sent(work(e, 1).sent),
+        f"an episode of {EPISODE}": lambda e: _passes(work(e, EPISODE).passes),
         "fields": lambda e: _settings(asdict(e)) or "none",
     }
     return _table(_with_variants(), columns)
@@ -126,12 +127,12 @@ def _lam(estimator: Estimator) -> str:
 
 def _passes(counts: Counts) -> str:
     letters = {"forwards": "F", "backwards": "B", "hvps": "D", "jvps": "J", "suffixes": "S"}
-    return " + ".join(f"{count} {letters[name]}" for name, count in counts.as_dict().items() if count)
+    made = counts.as_dict()
+    return " + ".join(f"{made[name]} {letter}" for name, letter in letters.items() if made[name])
 
 
-def _sent(traffic: Traffic) -> str:
-    sent = {"w": traffic.w, "lam": traffic.lam, "": traffic.scalars}
-    return " + ".join(f"{count} {what}".strip() for what, count in sent.items() if count)
+def _sent(sent: Counter[str]) -> str:
+    return " + ".join(f"{sent[what]} {what}".strip() for what in ("w", "lam", "") if sent[what])
 
 
 def _settings(fields: Mapping[str, Any]) -> str:

@@ -16,7 +16,6 @@ import torch
 from metaxl_evo.bilevel import hyper, tree
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import InnerStep
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import LAM, W, double_backward, otherwise
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update import SGD, UpdateRule
@@ -79,14 +78,6 @@ def walk_back(passes: PassContext, visits: Iterable[Visit], cotangent: Tree) -> 
         visit = earlier
     if initial is not None:
         yield passes.once(initial.pull_back(alpha))
-
-
-def walk_traffic(steps: int, step_made: bool) -> Traffic:
-    """What a walk back sends: the cotangent at the end, and of each step its gradient and the cotangent before it.
-
-    The first step's has no use; a step still to come sends its gradient once more, to be made.
-    """
-    return Traffic(w=2 * steps if step_made else 2 * steps + 1, lam=1, scalars=1)
 
 
 def check_straight_line(name: str, rule: UpdateRule) -> None:

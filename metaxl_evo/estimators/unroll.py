@@ -7,13 +7,12 @@ from functools import reduce
 from typing import Any
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
-from metaxl_evo.bilevel.processes import Traffic
 from metaxl_evo.bilevel.products import otherwise, require_double_backward
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.estimators.base import EpisodeEstimator, Exactness, Memory
-from metaxl_evo.estimators.trajectory import TWICE, Visit, walk_back, walk_traffic
+from metaxl_evo.estimators.base import EpisodeEstimator
+from metaxl_evo.estimators.trajectory import TWICE, Visit, walk_back
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,12 @@ class Unroll(EpisodeEstimator):
         ValueError: for a horizon that is not a positive integer.
     """
 
+    citation = "Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017"
+    exact = "always"
+    second_order = True
+    remembers = "trajectory"
+    needs_state_before = True
+
     horizon: int | None = None
 
     def __post_init__(self) -> None:
@@ -42,42 +47,12 @@ class Unroll(EpisodeEstimator):
             raise ValueError(f"unroll: horizon must be an integer of at least 1, or None, not {self.horizon}")
 
     @property
-    def second_order(self) -> bool:
-        return True
-
-    @property
     def online(self) -> bool:
         return self.horizon is not None
 
     @property
-    def exact(self) -> Exactness:
-        return "always"
-
-    @property
-    def remembers(self) -> Memory:
-        return "trajectory"
-
-    @property
-    def needs_state_before(self) -> bool:
-        return True
-
-    @property
-    def tunes_optimizer(self) -> bool:
-        return True
-
-    @property
     def learns_initial(self) -> bool:
         return self.horizon is None
-
-    @property
-    def citation(self) -> str:
-        return "Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter Optimization, ICML 2017"
-
-    def cost(self, *, step_made: bool, steps: int = 1) -> Counts:
-        return self._outer_cost(step_made) + Counts(hvps=min(steps, self.horizon or steps))
-
-    def traffic(self, *, step_made: bool, steps: int = 1) -> Traffic:
-        return walk_traffic(min(steps, self.horizon or steps), step_made)
 
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
         with otherwise("unroll", TWICE):

@@ -81,7 +81,6 @@ class Diagnostics:
         passes = replace(passes.elsewhere(), counts=Counts())
         step = step if step.made is not None else look_ahead(passes, step)
         assert step.made is not None
-        gradient = dict(step.made.grad)
         if self.exact.second_order and not passes.problem.second_order:
             self._differentiate_once("the task rules second derivatives out")
         try:
@@ -89,7 +88,7 @@ class Diagnostics:
         except RuntimeError as error:
             self._differentiate_once(first_line(error))
             grads = self._exact_grads(passes, step)
-        return Exact(grads, gradient)
+        return Exact(grads, step.made.grad)
 
     def compare(self, result: Hypergradient, exact: Exact, *, was_zero: bool = True) -> None:
         """Add to an estimate's diagnostics how near it is to the exact hypergradient; warn of what they show.
@@ -118,9 +117,7 @@ class Diagnostics:
         self._warn("epsilon", epsilon_advice(optimizer, lam))
 
     def _exact_grads(self, passes: PassContext, step: InnerStep) -> Tree:
-        assert step.made is not None
-        step = replace(step, made=replace(step.made, grad=dict(step.made.grad)))  # it will be emptied
-        return estimate(passes, self.exact, step, None).grads
+        return estimate(passes, self.exact, step.lent(), None).grads
 
     def _differentiate_once(self, reason: str) -> None:
         self.exact = OneStep("finite_difference")

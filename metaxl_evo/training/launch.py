@@ -114,7 +114,7 @@ def _meta_launch(args: MetaTrainingArguments, model: nn.Module) -> Found:
 
 def _refuse_second_derivatives(args: MetaTrainingArguments, estimator: Estimator) -> None:
     for field in ("activation_checkpointing", "gradient_checkpointing", "torch_compile"):
-        if getattr(args, field, False) and (estimator.second_order or estimator.needs_forward_ad):
+        if getattr(args, field, False) and estimator.second_order:
             raise ValueError(
                 f"estimator {args.estimator!r} ({estimator}) differentiates twice, which {field} does not allow: "
                 "set the engine to finite_difference or use evograd"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metaxl_evo.bilevel import SGD, Adam, BilevelProblem, Cut, Tree, stop_gradient
+from metaxl_evo.bilevel import SGD, Adam, BilevelProblem, Counts, Cut, Tree, stop_gradient
 from metaxl_evo.bilevel.replay import Facts, Tested
 from metaxl_evo.bilevel.update import UpdateRule
 from metaxl_evo.bilevel.update_state import UpdateState
@@ -316,6 +318,14 @@ class _Everything(Tested):
 def known() -> Facts:
     """All that is to be found out about a loss, so that no passes are made for it."""
     return Facts(evaluated=True, trusted=_Everything(), engine="jvp", twice=True, forward_ad=_Everything())
+
+
+def counted(*written: str) -> Counts:
+    """The sum of what is written as `2F 1B 3J`: forwards, backwards, double backwards (D), forward-mode products."""
+    names, total = {"F": "forwards", "B": "backwards", "D": "hvps", "J": "jvps"}, Counter[str]()
+    for count, letter in re.findall(r"(\d+)([FBDJ])", " ".join(written)):
+        total[names[letter]] += int(count)
+    return Counts(**total)
 
 
 def logged(fn: Callable[..., Tensor], calls: list[Any]) -> Callable[..., Tensor]:

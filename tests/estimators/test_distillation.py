@@ -17,7 +17,6 @@ from metaxl_evo.bilevel import (
     Adam,
     AdamW,
     BilevelProblem,
-    Counts,
     Examples,
     Hypergradient,
     InnerStep,
@@ -34,6 +33,7 @@ from metaxl_evo.estimators.trajectory import Visit
 from tests.estimators.problems import (
     Quadratic,
     Toy,
+    counted,
     golden,
     network,
     quadratic,
@@ -70,8 +70,7 @@ def walk(
 
 def answer(estimator: Estimator, passes: PassContext, step: InnerStep, state: Any) -> Hypergradient:
     """The estimate at a step, whose gradient is not taken over."""
-    assert step.made is not None
-    return estimate(passes, estimator, replace(step, made=replace(step.made, grad=dict(step.made.grad))), state)
+    return estimate(passes, estimator, step.lent(), state)
 
 
 def batches_of(toy: Toy, steps: int) -> list[Batch]:
@@ -226,11 +225,11 @@ def without_direct_term(problem: BilevelProblem) -> Callable[..., Tensor]:
 def test_the_costs_of_an_episode() -> None:
     toy = golden()
     batches = [toy.train] * 8
-    for estimator in (Greedy(), Greedy("finite_difference"), HyperDistill(scale="one")):
-        assert episode(toy, estimator, batches).counts == estimator.cost(step_made=True, steps=8)
-    fitted = HyperDistill()
-    walk_and_samples = Counts(forwards=1, backwards=1, hvps=8, jvps=8)
-    assert episode(toy, fitted, batches).counts == fitted.cost(step_made=True, steps=8) + walk_and_samples
+    assert episode(toy, Greedy(), batches).counts == counted("9F 9B 8J")  # a term a step
+    assert episode(toy, Greedy("finite_difference"), batches).counts == counted("25F 25B")
+    assert episode(toy, HyperDistill(scale="one"), batches).counts == counted("1F 1B 1J")
+    walk_and_samples = "1F 1B 8D 8J"
+    assert episode(toy, HyperDistill(), batches).counts == counted("1F 1B 1J", walk_and_samples)
 
 
 # HyperDistill: identities --------------------------------------------------------------------------------------------

@@ -322,9 +322,7 @@ def test_the_clamps_of_fds() -> None:
 
 
 def test_a_clamp_gives_up_the_derivative() -> None:
-    plain, clamped = ForwardMode(), ForwardMode(clamp=1.0)
-    assert (plain.exact, plain.differentiates_value) == ("always", True)
-    assert (clamped.exact, clamped.differentiates_value) == ("never", False)
+    assert (ForwardMode().exact, ForwardMode(clamp=1.0).exact) == ("always", "never")
 
 
 def test_the_gradient_of_a_window_is_the_sum_over_its_steps() -> None:
@@ -342,8 +340,6 @@ def test_windows_to_come_cost_nothing() -> None:
     schedule = 4 * 1 + 3 * 2 + 3 * 3
     assert whole.counts == Counts(forwards=1, backwards=1, jvps=5 * STEPS)
     assert skipping.counts.jvps == schedule + 2 * STEPS
-    assert ForwardMode(windows=3).cost(step_made=True, steps=STEPS).jvps == schedule
-    assert ForwardMode().cost(step_made=True, steps=STEPS).jvps == STEPS
 
 
 def test_schedules_of_momentum_and_decay() -> None:

@@ -35,6 +35,7 @@ from tests.estimators.problems import (
     TOYS,
     Quadratic,
     Toy,
+    counted,
     golden,
     network,
     one_dimensional,
@@ -294,11 +295,10 @@ def test_counts(estimator: Any, products: int, engine: Any) -> None:
     """After a step: the outer pass, the products, and one more to record the inputs where they are replayed."""
     toy = network(torch.float64)
     estimator = replace(estimator, engine=engine)
-    each = Counts(2, 2) if engine == "finite_difference" else Counts(hvps=1) if engine in EXACT[:1] else Counts(jvps=1)
-    recording = Counts(forwards=engine == "finite_difference")
+    each = {"double_backward": "1D", "jvp": "1J"}.get(engine, "2F 2B")
+    recording = "1F" if engine == "finite_difference" else ""
     counts = estimate(toy, estimator, made=step_of(toy).made).counts
-    assert counts == Counts(1, 1) + each * products + recording
-    assert counts == estimator.cost(step_made=True) + recording
+    assert counts == counted("1F 1B", *[each] * products, recording)
 
 
 @pytest.mark.parametrize(

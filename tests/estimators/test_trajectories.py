@@ -18,6 +18,7 @@ from metaxl_evo.bilevel import (
     SGD,
     Adam,
     AdamW,
+    Counts,
     Hypergradient,
     InnerStep,
     PassContext,
@@ -470,14 +471,14 @@ def test_only_a_horizon_answers_at_any_step(estimator: Estimator, online: bool) 
     assert estimator.online is online
 
 
-# Cost and memory -----------------------------------------------------------------------------------------------------
+# Passes and memory ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("estimator", "steps"), [(Unroll(), 6), (Unroll(horizon=4), 4), (Unroll(horizon=9), 6), (DrMAD(), 6)]
 )  # fmt: skip
-def test_cost_of_an_episode(estimator: Estimator, steps: int) -> None:
-    """Declared and counted: a double backward a step. Of 2T - 1 products the last, which nobody reads, is left out."""
+def test_passes_of_an_episode(estimator: Estimator, steps: int) -> None:
+    """A double backward a step. Of 2T - 1 products the last, which nobody reads, is left out."""
     toy, calls, reached = golden(), list[Any](), list[Any]()
     inner = toy.problem.inner_loss
 
@@ -491,8 +492,7 @@ def test_cost_of_an_episode(estimator: Estimator, steps: int) -> None:
         calls.clear()
         reached.clear()
         counts = episode(replace(toy, problem=problem), estimator, [toy.train] * 6).counts
-    assert counts == estimator.cost(step_made=True, steps=6)
-    assert counts.hvps == steps
+    assert counts == Counts(forwards=1, backwards=1, hvps=steps)
     assert len(calls) == 6 + steps  # the episode itself, the walk back
     assert len(reached) == 6 + 2 * steps - 1
 

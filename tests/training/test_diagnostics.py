@@ -124,7 +124,7 @@ def test_nothing_of_the_step_is_taken_over_and_its_gradient_outlives_the_estimat
     assert step.made.grad.keys() == gradient.keys()
     assert passes.counts.as_dict() == counts
     found = estimate(passes, OneStep(), step, None).grads
-    assert step.made.grad == {}
+    assert not hasattr(step.made, "grad")
     torch.testing.assert_close(exact.gradient, gradient, rtol=0, atol=0)
     torch.testing.assert_close(exact.grads, found, rtol=1e-12, atol=0)
 

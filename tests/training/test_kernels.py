@@ -143,7 +143,7 @@ def run(folder: Path, tagger: CrossLingualTagger, name: str, settings: dict[str,
 
 def differentiates_once(name: str, settings: dict[str, Any]) -> bool:
     estimator = make_estimator(name, **settings)
-    return not (estimator.second_order or estimator.needs_forward_ad)
+    return not estimator.second_order
 
 
 def label(one: tuple[str, dict[str, Any]]) -> str:
