@@ -10,6 +10,7 @@ TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 WORKERS ?= -n 2 --dist worksteal
 PYTEST_FLAGS ?= $(WORKERS) -m "not slow"
+MUTATIONS ?=
 DATA ?= ../shared
 PROBLEM ?= toy
 SKIP ?=
@@ -20,11 +21,11 @@ BIN := $(VENV)/bin
 SOURCES := $(patsubst %/,%,$(dir $(wildcard metaxl_evo/__init__.py vision_tasks/__init__.py))) $(wildcard scripts)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all soak lint format docs reproduce-ner-cpu reproduce-vision-cpu benchmark clean
+.PHONY: help quickstart test test-all soak mutate lint format docs reproduce-ner-cpu reproduce-vision-cpu benchmark clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
-	@echo "Targets: quickstart test test-all soak lint format docs reproduce-ner-cpu reproduce-vision-cpu benchmark clean"
+	@echo "Targets: quickstart test test-all soak mutate lint format docs reproduce-ner-cpu reproduce-vision-cpu benchmark clean"
 
 # One stamp an extra: the install runs again only when what it reads has changed.
 $(VENV)/.installed-%: setup.py constraints.txt
@@ -49,6 +50,10 @@ test-all: test
 # 10,000 meta steps of five estimators: memory stays flat. It takes an hour or two.
 soak: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 METAXL_SOAK_STEPS=10000 $(BIN)/python -m pytest -s tests/soak
+
+# Mistakes put into a copy, one at a time, each of which a test has to notice; MUTATIONS="NAME NAME" for some of them.
+mutate: $(VENV)/.installed-test
+	$(BIN)/python -m tests.mutations $(MUTATIONS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -70,11 +70,12 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
             clock[0] += 2.0 if row is None else 5.0
             held = torch.zeros(1 if row is None else 2**20)
             del held
-    meter.fill(resident=0)
+    meter.fill(resident=2**21)
     assert [len(seconds) for seconds in meter.seconds.values()] == [3, 3]
     assert rows[0].time_ratio == (2.5, 2.5, 2.5)
     assert meter.peak[rows[0]] - 2**22 == pytest.approx(meter.peak[None], abs=2**16)
-    assert rows[0].memory_increment_mib == rows[0].peak_mib == meter.peak[rows[0]] / 2**20
+    assert rows[0].peak_mib == meter.peak[rows[0]] / 2**20
+    assert rows[0].memory_increment_mib == rows[0].peak_mib - 2
     assert rows[0].time == 2.5
 
 

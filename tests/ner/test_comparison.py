@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
 from metaxl_evo.ner.comparison import Comparison, read_comparison, run_folder
+from scripts import reproduce_ner_cpu as script
 
 F1 = {"a": {"sw": [0.50, 0.60], "rw": [0.30, 0.20]}, "b": {"sw": [0.53, 0.62], "rw": [0.31, 0.26]}}
 
@@ -63,9 +63,6 @@ def test_missing_run_is_named(tmp_path: Path) -> None:
 
 
 def test_script_keeps_finished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
-    import reproduce_ner_cpu as script
-
     monkeypatch.setattr(script, "METHODS", {"joint_training_equal": [], "a": []})
     monkeypatch.setitem(F1, "joint_training_equal", F1["b"])
     monkeypatch.setattr(script, "options_of", lambda *key: [])
@@ -79,4 +76,13 @@ def test_script_keeps_finished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     with pytest.raises(ValueError, match="has no models/xlmr-mini or xlmr-mini: give --data"):
         script.find(tmp_path, "models/xlmr-mini", "xlmr-mini")
-    sys.modules.pop("reproduce_ner_cpu", None)
+
+
+def test_the_script_gives_each_run_its_own_settings(tmp_path: Path) -> None:
+    for name in ("xlmr-mini", "wikiann"):
+        (tmp_path / name).mkdir()
+    options = script.options_of(tmp_path, tmp_path / "run", "metaxl_evograd", "ig", 2)
+    found = dict(zip(options[::2], options[1::2], strict=True))
+    assert (found["--target_languages"], found["--seed"], found["--output_dir"]) == ("ig", "2", str(tmp_path / "run"))
+    assert found["--estimator"] == "evograd"
+    assert found["--resume_from_checkpoint"] == "latest"

@@ -115,8 +115,9 @@ def test_a_draw_is_the_same_however_it_is_cut_up(
 
 
 def test_every_process_has_its_first_rows_before_any_has_its_second() -> None:
-    shares = [rows(6, 3, rank=rank, world_size=2).draw(2) for rank in range(2)]
-    assert [[len(train) for train, _ in share] for share in shares] == [[1, 1], [1, 0]]
+    for batch_size, expected in ((3, [[1, 1], [1, 0]]), (2, [[1, 0], [1, 0]])):
+        shares = [rows(6, batch_size, rank=rank, world_size=2).draw(2) for rank in range(2)]
+        assert [[len(train) for train, _ in share] for share in shares] == expected
 
 
 @pytest.mark.parametrize(

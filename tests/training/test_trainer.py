@@ -265,6 +265,14 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
             "learning_rate": 0.1,
         },
     ),
+    "dampened": (
+        "torch",
+        {
+            "optimizer_class": "SGD",
+            "optimizer_kwargs": {"momentum": 0.9, "dampening": 0.4},
+            "learning_rate": 0.1,
+        },
+    ),
     "decayed_sgd": ("sgd", {"optimizer_class": "SGD", "weight_decay": 0.1, "learning_rate": 0.1}),
 }
 

@@ -61,6 +61,9 @@ def test_the_script_starts_what_may_have_changed_and_draws(tmp_path: Path, monke
         assert options[-2:] == ["--resume_from_checkpoint", "latest"]
         assert Path(options[options.index("--config") + 1]).is_file()
         assert options[options.index("--output_dir") + 1] == str(log.with_suffix(""))
+        noise, _, rate = log.stem.partition("_")
+        assert options[2:].count("--noise_rate") == (noise == "noise")
+        assert not rate or options[options.index("--noise_rate") + 1] == rate
     assert found == (output / "tables.md").read_text(encoding="utf-8")
     assert all(f"### {name}" in found for name in (*script.experiments(images), *script.COSTS))
     assert all((output / name).stat().st_size > 5000 for name in ("noise.png", "weights.png"))
