@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from metaxl_evo.bilevel.hypergradients import Hypergradient
+from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.training.base_optimizer import BaseOptimizer
-from metaxl_evo.training.meta_rows import tell_epoch
-from metaxl_evo.training.meta_step import Window
+from metaxl_evo.training.meta_level import MetaLevel
+from metaxl_evo.training.meta_rows import Window, tell_epoch
+from metaxl_evo.training.meta_step import MetaStep
 from metaxl_evo.training.synchrony import require_synchrony
 from metaxl_evo.training.tuned import put_numbers
 
-if TYPE_CHECKING:
-    from metaxl_evo.training.trainer import MetaTrainer
+
+class Levelled(Protocol):
+    """What the callbacks here need of a MetaTrainer, whose attributes these are."""
+
+    model: BilevelModule
+    optimizer: Any
+    train_dataset: Any
+    meta_level: MetaLevel | None
+    meta_step: MetaStep | None
+    learned_numbers: dict[str, float]
 
 
 class MetaCallback(TrainerCallback):
@@ -34,7 +44,7 @@ class MetaCallback(TrainerCallback):
 class LevelEvents(TrainerCallback):
     """Calls the meta level around `optimizer.step()`, which no method of the Trainer surrounds."""
 
-    def __init__(self, trainer: MetaTrainer):
+    def __init__(self, trainer: Levelled):
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -48,12 +58,16 @@ class LevelEvents(TrainerCallback):
             base = BaseOptimizer(trainer.optimizer, trainer.model, args)
             steps = base.steps_before(state.global_step)
             trainer.learned_numbers = put_numbers(base.torch_optimizer, trainer.model, steps)
-        if trainer.meta_level is not None:
-            trainer.meta_level.before_update()
+        if trainer.meta_step is not None:
+            trainer.meta_step.before_update()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.meta_level is not None:
-            self.trainer.meta_level.after_update()
+        trainer = self.trainer
+        if trainer.meta_step is not None:
+            trainer.meta_step.after_update()
+            trainer.meta_step = None
+        if trainer.meta_level is not None:
+            trainer.meta_level.end_step()
 
 
 class LastLog(TrainerCallback):
@@ -76,7 +90,7 @@ class LastLog(TrainerCallback):
 class Synchrony(TrainerCallback):
     """Requires the same weights on all processes, at the start and with every checkpoint."""
 
-    def __init__(self, trainer: MetaTrainer):
+    def __init__(self, trainer: Levelled):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.messages import first_line
+from metaxl_evo.training.arguments import NO_ESTIMATOR
 from metaxl_evo.training.figures import figure
-
-if TYPE_CHECKING:
-    from metaxl_evo.training.trainer import MetaTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +45,17 @@ class History(TrainerCallback):
     The history that an earlier run left in the folder is put aside as `meta_history.1.csv` (2, ...).
     """
 
-    def __init__(self, trainer: MetaTrainer):
-        self.trainer = trainer
+    def __init__(self, folder: Callable[[], Path]):
+        self._folder = folder  # of the run; of each trial of a search another one
         self._file: Path | None = None
         self._columns: list[str] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._file = None
-        wanted = args.meta_history and self.trainer.estimator is not None
+        wanted = args.meta_history and args.estimator != NO_ESTIMATOR
         if not wanted or not args.should_save or not state.is_world_process_zero:
             return
-        self._file = Path(self.trainer._get_output_dir(self.trainer._trial)) / HISTORY
+        self._file = self._folder() / HISTORY
         self._columns = []
         if not self._file.exists():
             return

@@ -24,14 +24,14 @@ from metaxl_evo.bilevel.replay import Facts
 from metaxl_evo.bilevel.update import SGD, UpdateRule
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.estimators.local import EngineEstimator
-from metaxl_evo.models.bilevel_module import BilevelModule
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.examples import examples_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.base_optimizer import BaseOptimizer
 from metaxl_evo.training.diagnostics import Diagnostics
 from metaxl_evo.training.episodes import Episodes
 from metaxl_evo.training.history import logged_lam
-from metaxl_evo.training.meta_step import MetaStep, Window
+from metaxl_evo.training.meta_rows import Window
 from metaxl_evo.training.tuned import keep_in_range
 
 logger = logging.getLogger(__name__)
@@ -46,13 +46,13 @@ class MetaLevel:
         model: the task.
         args: both levels' arguments.
         estimator: of the hypergradient.
-        tell: is given each finite hypergradient, before lam moves.
+        tell: is given each finite hypergradient and the batches of its step, before lam moves.
 
     Attributes:
         optimizer, scheduler: of the meta parameters, from `make_optimizer` and `make_scheduler` on.
-        step: the meta level's part of the optimizer step that is being made; None between two.
         learning_rate: of the last meta step.
         facts: what was found out about the losses.
+        losses_are_known: whether they were looked at in this training.
         skipped: meta steps that were not made because the hypergradient was not finite.
     """
 
@@ -61,7 +61,7 @@ class MetaLevel:
         model: BilevelModule,
         args: MetaTrainingArguments,
         estimator: Estimator,
-        tell: Callable[[Hypergradient, MetaStep], None],
+        tell: Callable[[Hypergradient, Window], None],
     ):
         self.model, self.args, self._tell = model, args, tell
         self.estimator, self.episodes = estimator, Episodes(estimator, args)
@@ -70,10 +70,9 @@ class MetaLevel:
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         self.learning_rate: Any = args.meta_learning_rate
-        self.step: MetaStep | None = None
         self.skipped, self._skipped_in_a_row = 0, 0
         self._silent: int | None = 0  # meta steps since the start that were all exactly zero; None after another
-        self.facts, self._looked_at = Facts(), False
+        self.facts, self.losses_are_known = Facts(), False
         self._start = tree.clone(model.meta_parameters())  # of the run, also after resume
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
@@ -130,26 +129,10 @@ class MetaLevel:
             reason = self.model.second_order_obstacle or "torch_compile"
             logger.warning("engine auto takes finite differences here (%s)", reason)
 
-    # ---- around a base step
+    # ---- a base step
 
-    def enter(self, window: Window, base: BaseOptimizer, number: int) -> None:
-        """Before the forward of a micro-batch of base step `number` (from 0): the first one begins the step."""
-        if self.step is None:
-            self.step = MetaStep(self, base, window, number)
-            self.step.begin()
-        else:
-            self.step.micro_batch += 1
-
-    def before_update(self) -> None:
-        """Between the backward and the base optimiser's step."""
-        if self.step is not None:
-            self.step.before_update()
-
-    def after_update(self) -> None:
-        """Behind the base optimiser's step."""
-        if self.step is not None:
-            self.step.after_update()
-        self.step = None
+    def end_step(self) -> None:
+        """Behind a base step: the meta learning rate of the next one."""
         if self.scheduler is not None:
             self.learning_rate = self.scheduler.get_last_lr()[0]  # of this step, for the log
             with warnings.catch_warnings():
@@ -157,33 +140,20 @@ class MetaLevel:
                 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
                 self.scheduler.step()
 
-    def answers(self, step: MetaStep) -> bool:
-        """Whether there is a meta step with this base step; at a learning rate of zero only an episode's end has."""
-        if not self.episodes.answers(step.number):
-            return False
-        return not self.estimator.online or bool(self.model.tuned_optimizer) or not step.base.stands_still()
-
-    def follows(self, step: MetaStep) -> bool:
-        """Whether something is to be done once this base step is made."""
-        return self.episodes.remembers or (self.args.meta_order == "after_step" and self.answers(step))
-
     def estimators_at(self, number: int) -> list[Estimator]:
         """Those that a base step serves; the last of them needs the update rule if any does."""
         diagnostics = self._diagnostics_at(number)
         return [self.estimator] if diagnostics is None else [self.estimator, diagnostics.exact]
 
-    def look_at_losses(self, step: MetaStep) -> None:
+    def look_at_losses(self, passes: PassContext, w: tree.Tree, lam: tree.Tree, batches: list[Batch]) -> None:
         """At the first step of a training: find out about the losses what the estimator has to know.
 
         Raises:
             ValueError: for losses that it cannot serve.
         """
-        if not self._looked_at:
-            self._looked_at = True
-            passes = self.passes(self.problem(SGD(0.0), step.rows), step.number)
-            at = step.weights(), self.model.meta_parameters(), step.window.train
-            gate.evaluate(passes, *at)
-            self.estimator.prepare(passes, *at)
+        self.losses_are_known = True
+        gate.evaluate(passes, w, lam, batches)
+        self.estimator.prepare(passes, w, lam, batches)
 
     def problem(self, rule: UpdateRule, rows: tree.Tree | None = None) -> BilevelProblem:
         """The task under an update rule, as this run has it; of some embeddings the given rows."""
@@ -196,26 +166,26 @@ class MetaLevel:
 
     # ---- a meta step
 
-    def move(self, passes: PassContext, step: InnerStep, from_start: InnerStep, part: MetaStep) -> None:
+    def move(self, passes: PassContext, step: InnerStep, from_start: InnerStep, number: int, window: Window) -> None:
         """Estimate at `step`, and move lam; `from_start` is the same step as the exact estimator has to see it.
 
         Raises:
             ValueError: where all hypergradients of a run so far were exactly zero.
             FloatingPointError: where too many in a row were not finite.
         """
-        diagnostics = self._diagnostics_at(part.number)
+        diagnostics = self._diagnostics_at(number)
         exact = None if diagnostics is None else diagnostics.take_exact(passes, from_start)
         result = estimate(passes, self.estimator, step, self.episodes.state)
         if diagnostics is not None and exact is not None:
             diagnostics.compare(result, exact, was_zero=self._silent is not None)
         if self._silent is not None:
-            self._watch_silence(self._silent, result, passes, step, part.number)
+            self._watch_silence(self._silent, result, passes, step, number)
         if tree.all_finite(result.grads) and bool(result.outer_loss.isfinite()):
             self._skipped_in_a_row = 0
-            self._tell(result, part)
+            self._tell(result, window)
             self._apply(result, diagnostics)
         else:
-            self._skip(result, part.number)
+            self._skip(result, number)
 
     def _diagnostics_at(self, number: int) -> Diagnostics | None:
         """The diagnostics, where they look at the meta step that this base step may have."""

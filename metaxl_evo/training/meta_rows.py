@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import datasets
 import torch
 
 from metaxl_evo.bilevel.randomness import mix_seed
+from metaxl_evo.models.bilevel_module import Batch
 
 
 @runtime_checkable
@@ -28,6 +29,13 @@ def tell_epoch(dataset: Any, epoch: int) -> None:
     """Tell a data set the pass whose rows are read next, if it is one that asks for it."""
     if isinstance(dataset, DrawnByEpoch):
         dataset.set_epoch(epoch)
+
+
+class Window(NamedTuple):
+    """The micro-batches of one optimizer step on this process, and those of the meta rows that judge it."""
+
+    train: list[Batch]
+    meta: list[Batch]
 
 
 def make_meta_rows(dataset: Any, batch_size: int, **settings: Any) -> MetaRows | StreamedMetaRows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather, pad_across_processes
@@ -17,18 +16,9 @@ from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, StepMade
 from metaxl_evo.bilevel.update import SGD, UpdateRule
 from metaxl_evo.bilevel.update_state import UpdateState, map_trees
 from metaxl_evo.estimators import Estimator
-from metaxl_evo.models.bilevel_module import Batch
 from metaxl_evo.training.base_optimizer import BaseOptimizer, gathered
-
-if TYPE_CHECKING:
-    from metaxl_evo.training.meta_level import MetaLevel
-
-
-class Window(NamedTuple):
-    """The micro-batches of one optimizer step on this process, and those of the meta rows that judge it."""
-
-    train: list[Batch]
-    meta: list[Batch]
+from metaxl_evo.training.meta_level import MetaLevel
+from metaxl_evo.training.meta_rows import Window
 
 
 class MetaStep:
@@ -56,10 +46,12 @@ class MetaStep:
         """Before the base step: begin an episode where one is due, look ahead where the order says so."""
         level = self.level
         level.episodes.begin_step(self.number, level.model, self.base.torch_optimizer, self._problem)
-        level.look_at_losses(self)
-        if level.args.meta_order == "lookahead" and level.answers(self):
+        if not level.losses_are_known:
+            at = self.weights(), level.model.meta_parameters(), self.window.train
+            level.look_at_losses(level.passes(level.problem(SGD(0.0), self.rows), self.number), *at)
+        if level.args.meta_order == "lookahead" and self._is_answered():
             self._look_ahead()
-        elif level.follows(self) and self._forward_is_of_use():
+        elif self._is_followed() and self._forward_is_of_use():
             self._recorded = level.passes(level.problem(SGD(0.0)), self.number)
 
     def recording(self) -> AbstractContextManager[None]:
@@ -69,7 +61,7 @@ class MetaStep:
     def before_update(self) -> None:
         """Behind the backward: keep the weights, and the optimiser's state, that are needed from before the step."""
         level = self.level
-        if not level.follows(self):
+        if not self._is_followed():
             return
         state = None
         if level.estimator.needs_state_before or level.model.tuned_optimizer or self.base.reads_who_was_new():
@@ -93,8 +85,8 @@ class MetaStep:
         problem = level.problem(rule, self.rows)
         passes = level.passes(problem, self.number) if recorded is None else replace(recorded, problem=problem)
         level.episodes.observe(passes, step)
-        if level.args.meta_order == "after_step" and level.answers(self):
-            level.move(passes, step, replace(before, made=made), self)
+        if level.args.meta_order == "after_step" and self._is_answered():
+            level.move(passes, step, replace(before, made=made), self.number, self.window)
         level.episodes.end_step(self.number, passes, step)
 
     @cached_property
@@ -109,11 +101,23 @@ class MetaStep:
         """The base weights now, of the embeddings the touched rows."""
         return gathered(self.level.model.base_parameters(), self.rows)
 
+    def _is_answered(self) -> bool:
+        """Whether there is a meta step with this base step; at a learning rate of zero only an episode's end has."""
+        level = self.level
+        if not level.episodes.answers(self.number):
+            return False
+        return not level.estimator.online or bool(level.model.tuned_optimizer) or not self.base.stands_still()
+
+    def _is_followed(self) -> bool:
+        """Whether something is to be done once this base step is made."""
+        level = self.level
+        return level.episodes.remembers or (level.args.meta_order == "after_step" and self._is_answered())
+
     def _look_ahead(self) -> None:
         level = self.level
         rule, state = self._update_rule(level.estimators_at(self.number)[-1])
         step = self._inner_step(self.weights(), state)
-        level.move(level.passes(level.problem(rule, self.rows), self.number), step, step, self)
+        level.move(level.passes(level.problem(rule, self.rows), self.number), step, step, self.number, self.window)
 
     def _made(self) -> tuple[UpdateRule, StepMade]:
         """The rule of the step that was made, and the step; nobody else holds its gradient, so it can be freed."""

@@ -37,8 +37,8 @@ from metaxl_evo.training.checkpoint import (
 from metaxl_evo.training.history import History
 from metaxl_evo.training.isolation import kept_random_state
 from metaxl_evo.training.meta_level import MetaLevel, meta_seed, problem_of, step_seed
-from metaxl_evo.training.meta_rows import MetaRows, StreamedMetaRows, make_meta_rows, tell_epoch
-from metaxl_evo.training.meta_step import MetaStep, Window
+from metaxl_evo.training.meta_rows import MetaRows, StreamedMetaRows, Window, make_meta_rows, tell_epoch
+from metaxl_evo.training.meta_step import MetaStep
 from metaxl_evo.training.refusals import refuse_another_run, refuse_call, refuse_data, refuse_unfit
 from metaxl_evo.training.schedules import with_drops
 from metaxl_evo.training.synchrony import average_statistics, synchronise
@@ -66,6 +66,7 @@ class MetaTrainer(TaskTrainer):
         meta_level: the estimator with its optimiser, episodes and diagnostics; None with `estimator: none`. Made anew
             with each training.
         meta_rows: the order in which meta rows are drawn.
+        meta_step: the meta level's part of the optimizer step that is being made; None between two.
         window: the batches of the optimizer step that is being made, or was made last.
         learned_numbers: of the base optimiser, as its last step was made with.
         card_sections, run_settings: as of `TaskTrainer`.
@@ -92,7 +93,12 @@ class MetaTrainer(TaskTrainer):
         refuse_data(args, kwargs.get("train_dataset"), meta_dataset, kwargs.get("eval_dataset"))
         if args.should_save and model is not None:
             require_writable(args.output_dir)
-        events = [LevelEvents(self), LastLog(), Synchrony(self), History(self)]
+        events = [
+            LevelEvents(self),
+            LastLog(),
+            Synchrony(self),
+            History(lambda: Path(self._get_output_dir(self._trial))),
+        ]
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), *events], **kwargs)
         if self.accelerator.num_processes > 1:
             synchronise(self.model)
@@ -100,6 +106,7 @@ class MetaTrainer(TaskTrainer):
             warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
         self.loss_is_scaled_for_ga = True  # the module divides by the totals of the window
         self.meta_rows, self.meta_level = self._make_meta_rows(), self._make_level()
+        self.meta_step: MetaStep | None = None
         self.window = Window([], [])
         self.learned_numbers: dict[str, float] = {}
 
@@ -233,9 +240,7 @@ class MetaTrainer(TaskTrainer):
             names = tuple(counts_of(self.model, view_of(batches[0])))
             for window in (batches, judged):
                 set_totals(self.model, window, names, self._over_processes)
-        self.window = Window(batches, judged)
-        if self.meta_level is not None:
-            self.meta_level.step = None
+        self.window, self.meta_step = Window(batches, judged), None
         return batches, items
 
     def _make_meta_rows(self) -> MetaRows | StreamedMetaRows | None:
@@ -255,10 +260,10 @@ class MetaTrainer(TaskTrainer):
         estimator = self.args.make_estimator()
         return None if estimator is None else MetaLevel(self.model, self.args, estimator, self._tell)
 
-    def _tell(self, result: Hypergradient, step: MetaStep) -> None:
+    def _tell(self, result: Hypergradient, window: Window) -> None:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, MetaCallback):
-                callback.on_meta_step(self.args, self.state, self.control, result, step.window, model=self.model)
+                callback.on_meta_step(self.args, self.state, self.control, result, window, model=self.model)
 
     def collated(self, rows: list[Any]) -> Batch:
         """Rows as a batch on this process's device."""
@@ -277,8 +282,7 @@ class MetaTrainer(TaskTrainer):
         """The base step of one micro-batch, behind the meta step where the order is `lookahead`."""
         if self.meta_level is not None:
             model.train()
-            base = BaseOptimizer(self.optimizer, self.model, self.args)
-            self.meta_level.enter(self.window, base, self.state.global_step)
+            self._enter_meta_step(self.meta_level)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             _make_dense(self.model)
@@ -286,6 +290,15 @@ class MetaTrainer(TaskTrainer):
             self._refuse_unreduced()
             average_statistics(self.model)
         return loss
+
+    def _enter_meta_step(self, level: MetaLevel) -> None:
+        """Before the forward of a micro-batch: the first one begins the step."""
+        if self.meta_step is None:
+            base = BaseOptimizer(self.optimizer, self.model, self.args)
+            self.meta_step = MetaStep(level, base, self.window, self.state.global_step)
+            self.meta_step.begin()
+        else:
+            self.meta_step.micro_batch += 1
 
     def _refuse_unreduced(self) -> None:
         """Refuse a backward that has not reached all parameters, after which DDP has averaged none of the rest.
@@ -307,7 +320,7 @@ class MetaTrainer(TaskTrainer):
     ) -> Any:
         """The inner loss in training (times the ranks, whose gradients DDP averages), the base model's own
         otherwise."""
-        step = None if return_outputs or not model.training or self.meta_level is None else self.meta_level.step
+        step = None if return_outputs or not model.training else self.meta_step
         with nullcontext() if step is None else step.recording():
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs or not model.training:
@@ -316,8 +329,8 @@ class MetaTrainer(TaskTrainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
-        if norm is not None and self.meta_level is not None and self.meta_level.step is not None:
-            self.meta_level.step.grad_norm = float(norm)
+        if norm is not None and self.meta_step is not None:
+            self.meta_step.grad_norm = float(norm)
         return norm
 
     # ---- a hypergradient outside of a training
