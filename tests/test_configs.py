@@ -15,8 +15,8 @@ from metaxl_evo.estimators import ESTIMATORS
 from metaxl_evo.ner.arguments import METHODS, NerArguments, NerTrainingArguments, steps_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.parser import parse_arguments
+from tests.vision_tasks.small import PERTURBED
 from vision_tasks.experiment import plan
-from vision_tasks.fewshot import PERTURBED
 from vision_tasks.fewshot_arguments import EpisodicTrainingArguments, FewShotArguments
 from vision_tasks.fewshot_experiment import FewShotTask
 from vision_tasks.noisy_labels_experiment import NoisyLabelsArguments, NoisyLabelsTask

@@ -136,10 +136,10 @@ def estimate(passes: PassContext, estimator: HypergradientEstimator, step: Inner
         outer_loss, cotangent, direct, reads_lam = passes.outer_grad(
             response.value, lam, step.val_batch, wrt_w=wrt, wrt_lam=lam
         )
-        grads = passes.whole(tree.add(direct, response.vjp(cotangent)))
+        grads = passes.all_reduce(tree.add(direct, response.vjp(cotangent)))
     if estimator.requires_direct_term and not reads_lam and tree.norm(grads) == 0:  # rows elsewhere may read it
         raise ValueError(NO_DIRECT_TERM)
-    outer_loss = passes.total(outer_loss)
+    outer_loss = passes.all_reduce_one(outer_loss)
     if response.offset is not None:
         grads = tree.add(grads, response.offset)
     return Hypergradient(grads, outer_loss, diagnostics, passes.counts)
@@ -235,9 +235,9 @@ def why_zero(passes: PassContext, step: InnerStep) -> str:
     _, to_w, _, _ = passes.outer_grad(step.current, step.lam, step.val_batch, wrt_w=step.w, wrt_lam=())
     _, _, to_lam = passes.inner_grad(step.w, step.lam, step.batch, wrt_lam=step.lam)
     reason = "the inner loss reads lam and the outer loss the weights, but the step between them carries nothing over"
-    if tree.norm(passes.whole(to_lam)) == 0 and not passes.problem.update.reads(step.w, step.lam):
+    if tree.norm(passes.all_reduce(to_lam)) == 0 and not passes.problem.update.reads(step.w, step.lam):
         reason = "the inner loss does not depend on lam, nor are first weights computed from what requires a gradient"
-    if tree.norm(passes.whole(to_w)) == 0:
+    if tree.norm(passes.all_reduce(to_w)) == 0:
         reason = "the outer loss does not depend on the base weights"
     return f"the hypergradient is exactly zero: {reason}"
 

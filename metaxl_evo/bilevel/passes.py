@@ -131,15 +131,15 @@ class PassContext:
         processes = self.problem.processes
         return mix_seed(self.seed, part * processes.size + processes.rank, stream)
 
-    def whole(self, shares: Tree) -> Tree:
+    def all_reduce(self, shares: Tree) -> Tree:
         """The sum of what every process has computed for its rows; takes `shares` over."""
         if self.problem.processes.size > 1:
             self.counts.reduced += tree.size(shares)
-        return self.problem.processes.whole(shares)
+        return self.problem.processes.all_reduce(shares)
 
-    def total(self, share: Tensor) -> Tensor:
-        """`whole` of a single tensor, summed in float64: a process without rows does not know a loss's dtype."""
-        return self.whole({"": share.double()})[""].to(share.dtype)
+    def all_reduce_one(self, share: Tensor) -> Tensor:
+        """`all_reduce` of a single tensor, summed in float64: a process without rows does not know a loss's dtype."""
+        return self.all_reduce({"": share.double()})[""].to(share.dtype)
 
     def once(self, whole: Tree) -> Tree:
         """What every process has computed alike, as a share that is counted once."""
@@ -196,9 +196,9 @@ class PassContext:
         _, grad, _, _ = self._grad(self.problem.inner_loss, w, lam, parts, tuple(w), (), inputs, 0, fill=False)
         if processes.size > 1:
             like = next(iter(w.values()))
-            reached = processes.whole({"": like.new_tensor([float(name in grad) for name in w])})[""].tolist()
+            reached = processes.all_reduce({"": like.new_tensor([float(name in grad) for name in w])})[""].tolist()
             grad = _filled(grad, w, [name for name, count in zip(w, reached, strict=True) if count])
-        return self.whole(grad)
+        return self.all_reduce(grad)
 
     def lam_grad(self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE) -> Tree:
         """The gradient of the inner loss at the meta parameters, by the rows that read them."""

@@ -33,7 +33,7 @@ class Processes:
     size: int = 1
     group: dist.ProcessGroup | None = None
 
-    def whole(self, shares: Tree) -> Tree:
+    def all_reduce(self, shares: Tree) -> Tree:
         """The sums over the processes; `shares` is emptied on the way, so that the two are never both whole."""
         if self.size == 1:
             return shares

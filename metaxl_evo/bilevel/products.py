@@ -79,7 +79,7 @@ def hessian_product(
     Raises:
         ValueError: for an unknown engine.
     """
-    return passes.whole(_product(passes, engine, w, lam, batch, v, radius, W))
+    return passes.all_reduce(_product(passes, engine, w, lam, batch, v, radius, W))
 
 
 def _product(

@@ -61,9 +61,9 @@ def _terms(
     walk = walk_back(passes, straight_line(visits, visits[0].w, step.current), alpha)
     found, averages, horizon, weight = tree.zeros_like(step.lam), Averages(step.w), 0.0, 1.0
     for visit, term in zip(reversed(visits), walk, strict=True):
-        found, horizon = tree.add(found, passes.whole(term)), horizon + weight
+        found, horizon = tree.add(found, passes.all_reduce(term)), horizon + weight
         averages = averages.moved(visit.w, visit.batch, weight / horizon, passes.problem.examples, visit.seed)
-        yield horizon, passes.whole(local_term(averages, dict(alpha))), found
+        yield horizon, passes.all_reduce(local_term(averages, dict(alpha))), found
         weight *= decay
 
 

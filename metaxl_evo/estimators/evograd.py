@@ -110,7 +110,7 @@ class EvoGrad(Estimator):
         diagnostics["loss_spread"] = float(copies.losses.std() / self.temperature)
 
         def vjp(v: Tree) -> Tree:
-            along = passes.total(noise.along(v))
+            along = passes.all_reduce_one(noise.along(v))
             return copies.pull_back(-(weights / self.temperature) * (along - (weights * along).sum()))
 
         return Response(noise.combined(w, weights.tolist()), vjp, wrt=sorted(names))
@@ -161,7 +161,7 @@ class _FullPasses:
         found = (
             gate.perturbed(passes, w, lam, batch, copies, names) if config.share_meta_inputs else copies(Inputs.LIVE)
         )
-        self.losses = passes.total(torch.stack([loss for loss, _ in found]))
+        self.losses = passes.all_reduce_one(torch.stack([loss for loss, _ in found]))
         self.gradients = [gradient for _, gradient in found]
         self.lam = lam
 
@@ -192,7 +192,7 @@ class _SharedPass:
                 with torch.no_grad():
                     losses += torch.stack([self._suffix(k, hidden, index, part).double() for k in range(noise.copies)])
             self.hidden.append(hidden if len(parts) == 1 else hidden.detach())
-        self.losses = passes.total(losses)
+        self.losses = passes.all_reduce_one(losses)
 
     def pull_back(self, coefficients: Tensor) -> Tree:
         """Accumulate sum_k a_k d l_k / d hidden, then one backward to lam, a part at a time."""

@@ -138,7 +138,7 @@ class ForwardMode(EpisodeEstimator):
                 tangent = torch.func.jvp(lambda w, lam, part=part: gradient(w, lam, part), point, (z, unit))[1]
             passes.counts.jvps += 1
             total = tree.add(total, tree.detach(tangent))
-        total = passes.whole(total)
+        total = passes.all_reduce(total)
         limit = self.clamp
         return total if limit is None else tree.tree_map(lambda leaf: leaf.clamp(-limit, limit), total)
 

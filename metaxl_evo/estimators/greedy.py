@@ -48,7 +48,7 @@ class Greedy(EpisodeEstimator, LocalEstimator):
 
     def observe(self, passes: PassContext, step: InnerStep, state: Tree) -> Tree:
         _, cotangent, _, _ = passes.outer_grad(step.current, step.lam, step.val_batch, wrt_w=step.w, wrt_lam=())
-        term = passes.whole(self._pull_back(passes, step.lent(), cotangent, {}))
+        term = passes.all_reduce(self._pull_back(passes, step.lent(), cotangent, {}))
         decayed = tree.scale(state, self.decay)
         return tree.add(term, decayed) if tree.all_finite(term) else decayed  # one NaN would stay for good
 

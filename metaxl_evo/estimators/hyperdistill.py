@@ -159,7 +159,7 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
         def vjp(v: Tree) -> Tree:
             local = self._local(passes, step, Averages(state["w"], state["batch"]), v, diagnostics)
             if self.scale == "normalize":  # of the whole, whose length no share knows
-                return passes.once(_normalized(passes.whole(local)))
+                return passes.once(_normalized(passes.all_reduce(local)))
             return tree.scale(local, 1.0 if self.scale == "one" else state["theta"] * state["horizon"])
 
         return Response(step.current, vjp)

@@ -36,7 +36,7 @@ class ImplicitEstimator(EngineEstimator):
             return tree.add(hessian_product(here, engine, w, lam, batch, x, radius=self.radius), x, self.damping)
 
         def vjp(v: Tree) -> Tree:
-            solution = self._solve(matvec, passes.whole(v), diagnostics)
+            solution = self._solve(matvec, passes.all_reduce(v), diagnostics)
             diagnostics["solver_products"] = float(solution.products)
             diagnostics["solver_residual"] = solution.residual
             diagnostics["negative_curvature"] = float(solution.negative_curvature)

@@ -54,7 +54,7 @@ class LocalEstimator(EngineEstimator):
         through_rule = rule.lam_vjp(v, step.w, step.update_state, grad, step.lam)
         direction = rule.grad_vjp(v, step.w, grad, step.made.update_state, step.lam, before=step.update_state)
         del grad  # its memory serves the product
-        direction = passes.whole(direction)
+        direction = passes.all_reduce(direction)
         diagnostics["direction_norm"] = tree.norm(direction)
         mixed = mixed_product(
             passes, self._engine(passes.problem), step.w, step.lam, step.batch, direction, radius=self.radius

@@ -67,7 +67,7 @@ def walk_back(passes: PassContext, visits: Iterable[Visit], cotangent: Tree) -> 
     Each step is one double backward a part, where there are several parts with a gradient of the whole batch before;
     the first step's is to lam alone.
     """
-    alpha, beta, initial = passes.whole(dict(cotangent)), dict[str, Tree](), passes.problem.initial
+    alpha, beta, initial = passes.all_reduce(dict(cotangent)), dict[str, Tree](), passes.problem.initial
     walk = iter(visits)
     visit = next(walk, None)
     while visit is not None:
@@ -125,7 +125,7 @@ def _step_back(
     products = {index: tree.zeros_like(like) for index, like in wrt.items()}
 
     def direction(grad: Tree) -> Tree:
-        pulled.update(_through_rule(visit, passes.whole(tree.dense(grad)), alpha, beta))
+        pulled.update(_through_rule(visit, passes.all_reduce(tree.dense(grad)), alpha, beta))
         return pulled["grad"]
 
     if len(parts) != 1:  # without any, the other processes' gradient is still to be waited for
@@ -137,7 +137,7 @@ def _step_back(
             )
         products = {index: tree.add(products[index], one) for index, one in zip(wrt, found, strict=True)}
     if onward:
-        pulled["w"] = tree.add(pulled["w"], passes.whole(products[W]))
+        pulled["w"] = tree.add(pulled["w"], passes.all_reduce(products[W]))
     d_lam = tree.add(passes.once(pulled["lam"]), products[LAM])
     return pulled["w"], {key: pulled[key] for key in visit.update_state.keys() & pulled.keys()}, d_lam
 

@@ -57,7 +57,7 @@ class _Tally(Processes):
     size: int = 2
     sent: Counter[str] = field(default_factory=Counter)
 
-    def whole(self, shares: Tree) -> Tree:
+    def all_reduce(self, shares: Tree) -> Tree:
         for name, leaf in shares.items():
             self.sent[name] += 1 if name else leaf.numel()
         return shares

@@ -32,7 +32,7 @@ def examples_of(task: HasRows, processes: Processes) -> Examples:
     device = next(task.parameters()).device
 
     def summed(numbers: list[int]) -> list[Tensor]:
-        return list(processes.whole({"": torch.tensor(numbers, device=device)})[""].unbind())
+        return list(processes.all_reduce({"": torch.tensor(numbers, device=device)})[""].unbind())
 
     def placed(window: Any) -> list[Batch]:
         """The micro-batches with the numbers of their rows."""

@@ -241,7 +241,7 @@ def of_odd_leaves() -> bool:
         "nothing": torch.empty(0),
         "small": torch.ones(2, 2),
     }
-    found = Processes(dist.get_rank(), 2).whole(dict(shares))
+    found = Processes(dist.get_rank(), 2).all_reduce(dict(shares))
     assert list(found) == list(shares)
     for name, share in shares.items():
         torch.testing.assert_close(found[name], 2 * share, rtol=0, atol=0)

@@ -20,6 +20,7 @@ from vision_tasks.images import ImageSet
 from vision_tasks.weight_net import WeightedClassifier
 
 CLASSES, SIDE = 4, 8
+PERTURBED = r"^(encoder|head)\."  # the parameters that EvoGrad perturbs in few-shot learning, as published
 
 
 def random_images(

@@ -21,6 +21,7 @@ from metaxl_evo.estimators import Estimator, EvoGrad, OneStep, Sama
 from metaxl_evo.models.bilevel_module import TOTALS
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.tiny import close, different, final_state, logged, same, tiny_arguments
+from tests.vision_tasks.small import PERTURBED
 from vision_tasks.augmentation import to_float
 from vision_tasks.feature_transform import FeatureTransform
 from vision_tasks.fewshot import (
@@ -39,7 +40,6 @@ Batch = dict[str, Any]
 
 WAY, SHOT, QUERIES, SIDE, AUX, CLASSES = 3, 2, 2, 16, 4, 5
 LR = 0.1
-PERTURBED = r"^(encoder|head)\."  # what the EvoGrad of the paper perturbs
 ENGINES: dict[str, Estimator] = {
     "double_backward": OneStep("double_backward"),
     "jvp": OneStep("jvp"),
