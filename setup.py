@@ -16,6 +16,7 @@ setup(
         "transformers>=5.23,<6",
         "accelerate>=1.10,<2",
         "datasets>=4.0,<6",
+        "evaluate>=0.4.2",
         "seqeval>=1.2.2",
         "safetensors>=0.4.3",
         "huggingface_hub>=1.0,<3",

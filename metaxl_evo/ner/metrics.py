@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+import datasets
+import evaluate
 import numpy as np
 from seqeval.metrics import accuracy_score, classification_report
 from seqeval.scheme import IOB2
@@ -101,3 +103,20 @@ def _entity_rates(row: Mapping[str, Any]) -> Scores:
     keys = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
     rates: Scores = {ours: float(row.get(theirs, 0.0)) for ours, theirs in keys.items()}
     return rates | {"n_entities": int(row.get("support", 0))}
+
+
+class EntityF1(evaluate.Metric):
+    """`entity_scores` as a metric of `evaluate`, which unlike `evaluate.load("seqeval")` needs no network."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        tags = datasets.List(datasets.Value("string"))
+        return evaluate.MetricInfo(
+            description="Entity precision, recall and F1 by seqeval.",
+            citation="",
+            features=datasets.Features({"predictions": tags, "references": tags}),
+        )
+
+    def _compute(
+        self, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], strict: bool = False
+    ) -> Scores:
+        return entity_scores(references, predictions, strict=strict)
