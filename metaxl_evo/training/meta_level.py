@@ -31,7 +31,6 @@ from metaxl_evo.training.base_optimizer import BaseOptimizer
 from metaxl_evo.training.diagnostics import Diagnostics
 from metaxl_evo.training.episodes import Episodes
 from metaxl_evo.training.history import logged_lam
-from metaxl_evo.training.meta_rows import Window
 from metaxl_evo.training.tuned import keep_in_range
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class MetaLevel:
         model: the task.
         args: both levels' arguments.
         estimator: of the hypergradient.
-        tell: is given each finite hypergradient and the batches of its step, before lam moves.
+        tell: is given each finite hypergradient before lam moves.
 
     Attributes:
         optimizer, scheduler: of the meta parameters, from `make_optimizer` and `make_scheduler` on.
@@ -61,7 +60,7 @@ class MetaLevel:
         model: BilevelModule,
         args: MetaTrainingArguments,
         estimator: Estimator,
-        tell: Callable[[Hypergradient, Window], None],
+        tell: Callable[[Hypergradient], None],
     ):
         self.model, self.args, self._tell = model, args, tell
         self.estimator, self.episodes = estimator, Episodes(estimator, args)
@@ -166,7 +165,7 @@ class MetaLevel:
 
     # ---- a meta step
 
-    def move(self, passes: PassContext, step: InnerStep, from_start: InnerStep, number: int, window: Window) -> None:
+    def move(self, passes: PassContext, step: InnerStep, from_start: InnerStep, number: int) -> None:
         """Estimate at `step`, and move lam; `from_start` is the same step as the exact estimator has to see it.
 
         Raises:
@@ -182,7 +181,7 @@ class MetaLevel:
             self._watch_silence(self._silent, result, passes, step, number)
         if tree.all_finite(result.grads) and bool(result.outer_loss.isfinite()):
             self._skipped_in_a_row = 0
-            self._tell(result, window)
+            self._tell(result)
             self._apply(result, diagnostics)
         else:
             self._skip(result, number)

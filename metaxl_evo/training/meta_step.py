@@ -86,7 +86,7 @@ class MetaStep:
         passes = level.passes(problem, self.number) if recorded is None else replace(recorded, problem=problem)
         level.episodes.observe(passes, step)
         if level.args.meta_order == "after_step" and self._is_answered():
-            level.move(passes, step, replace(before, made=made), self.number, self.window)
+            level.move(passes, step, replace(before, made=made), self.number)
         level.episodes.end_step(self.number, passes, step)
 
     @cached_property
@@ -117,7 +117,7 @@ class MetaStep:
         level = self.level
         rule, state = self._update_rule(level.estimators_at(self.number)[-1])
         step = self._inner_step(self.weights(), state)
-        level.move(level.passes(level.problem(rule, self.rows), self.number), step, step, self.number, self.window)
+        level.move(level.passes(level.problem(rule, self.rows), self.number), step, step, self.number)
 
     def _made(self) -> tuple[UpdateRule, StepMade]:
         """The rule of the step that was made, and the step; nobody else holds its gradient, so it can be freed."""

@@ -111,6 +111,10 @@ class MetaTrainer(TaskTrainer):
         self.learned_numbers: dict[str, float] = {}
 
     @property
+    def _window(self) -> Window:
+        return self.window
+
+    @property
     def estimator(self) -> Estimator | None:
         """Of the hypergradient; None with `estimator: none`."""
         return None if self.meta_level is None else self.meta_level.estimator
@@ -258,12 +262,13 @@ class MetaTrainer(TaskTrainer):
 
     def _make_level(self) -> MetaLevel | None:
         estimator = self.args.make_estimator()
-        return None if estimator is None else MetaLevel(self.model, self.args, estimator, self._tell)
+        return None if estimator is None else MetaLevel(self.model, self.args, estimator, self._apply)
 
-    def _tell(self, result: Hypergradient, window: Window) -> None:
+    def _apply(self, result: Hypergradient) -> None:
+        """Tell the callbacks of a finite hypergradient; its name and `_window` are those of before, for a release."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, MetaCallback):
-                callback.on_meta_step(self.args, self.state, self.control, result, window, model=self.model)
+                callback.on_meta_step(self.args, self.state, self.control, result, self.window, model=self.model)
 
     def collated(self, rows: list[Any]) -> Batch:
         """Rows as a batch on this process's device."""
