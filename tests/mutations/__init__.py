@@ -45,6 +45,7 @@ ROW_LOSSES = "models/test_losses.py::test_row_losses_are_the_models_own_loss_of_
 RESUMED = "training/test_resume.py::test_a_tagger_resumes_bit_by_bit[every other step-2-4]"
 EPISODES = "training/test_episodes.py"
 DIAGNOSTICS = "training/test_diagnostics.py"
+GRADIENT_OF_A_STEP = f"{DIAGNOSTICS}::test_nothing_of_the_step_is_taken_over_and_its_gradient_outlives_the_estimate"
 SENTENCES = "ner/test_alignment.py::test_scores_are_those_of_one_sentence_a_pass[xlm-r, metaspace]"
 FEWSHOT_ROWS = "vision_tasks/test_fewshot_episodes.py"
 METER = "benchmark/test_meter.py"
@@ -101,6 +102,8 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
         # the formula
         ("no-direct-term", "tree.add(direct, response.vjp(cotangent))", "response.vjp(cotangent)", GOLDEN),
         ("no-offset", "grads = tree.add(grads, response.offset)", "pass", f"{DISTILLATION}::test_golden_table"),
+        ("lent-gradient-taken-for-good", "replace(self, made=replace(self.made))", "self", GRADIENT_OF_A_STEP),
+        ("gradient-never-freed", "del self.grad", "pass", GRADIENT_OF_A_STEP),
         ("made-step-taken-for-one-to-come", "return self.w if self.made is None else self.made.w", "return self.w",
          GOLDEN),
         ("first-weights-sign", "pulled[key] = pulled[key] + cotangent[name]",
@@ -166,6 +169,9 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          f"{EPISODES}::test_an_online_one_is_differentiated_through_the_last_steps"),
         ("horizon-one-longer", "visits[-self.horizon :]", "visits[-self.horizon - 1 :]",
          f"{TRAJECTORIES}::test_a_horizon_keeps_so_many_steps"),
+        ("every-rule-takes-learned-rates", 'return self.needs_update_rule and self.evaluated_at == "previous"',
+         "return self.needs_update_rule",
+         "estimators/test_contract.py::test_a_learned_learning_rate_needs_an_estimator_that_sees_it"),
         ("learned-rate-not-refused", "if not self.tunes_optimizer and", "if False and",
          "estimators/test_contract.py::test_a_learned_learning_rate_needs_an_estimator_that_sees_it"),
     ],
