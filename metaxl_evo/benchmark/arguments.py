@@ -158,8 +158,7 @@ class BenchmarkArguments:
 
     def draws(self, row: Row) -> int:
         """How many estimates of a row are looked at."""
-        is_noisy = row.estimator in ESTIMATORS and row.make().exact == "in expectation"
-        return self.noise_draws if is_noisy else 1
+        return self.noise_draws if row.estimator in ESTIMATORS and row.make().stochastic else 1
 
     @staticmethod
     def _known(what: str, given: Any, valid: Any) -> None:

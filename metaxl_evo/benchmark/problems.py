@@ -97,6 +97,7 @@ class MeasuredTrainer(MetaTrainer):
         if self.meta_level is not None:
             self._level = self.meta_level
         self.meta_level = None
+        self._level.forget()  # of a plain step's memory it is no part
         self.switch(row is not None)
         if row is not None:
             args = copy.copy(self.args)

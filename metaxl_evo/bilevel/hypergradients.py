@@ -26,7 +26,7 @@ class HypergradientEstimator(Protocol):
     """What this floor needs of an estimator (the family itself lives in `metaxl_evo.estimators`)."""
 
     @property
-    def exact(self) -> str: ...
+    def stochastic(self) -> bool: ...
 
     @property
     def needs_state_before(self) -> bool: ...
@@ -105,7 +105,7 @@ def hypergradient(
             "whose first weights alone may be: give a detached clone, or let run_episode make the steps"
         )
     estimator.check(problem, w, lam)
-    if noise is not None and estimator.exact != "in expectation":
+    if noise is not None and not estimator.stochastic:
         raise ValueError(f"{type(estimator).__name__} draws no noise: leave `noise` out")
     if made is not None:
         if update_state is None and (problem.update.may_read_lam or estimator.needs_state_before):

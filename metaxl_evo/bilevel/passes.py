@@ -9,6 +9,7 @@ into a module.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -140,6 +141,11 @@ class PassContext:
     def all_reduce_one(self, share: Tensor) -> Tensor:
         """`all_reduce` of a single tensor, summed in float64: a process without rows does not know a loss's dtype."""
         return self.all_reduce({"": share.double()})[""].to(share.dtype)
+
+    def whole(self, shares: Tree) -> Tree:
+        """`all_reduce` by its name up to 0.1; goes after the next release."""
+        warnings.warn("PassContext.whole is all_reduce now", FutureWarning, stacklevel=2)
+        return self.all_reduce(shares)
 
     def once(self, whole: Tree) -> Tree:
         """What every process has computed alike, as a share that is counted once."""

@@ -93,11 +93,13 @@ class Estimator(ABC):
 
     @property
     def tunes_optimizer(self) -> bool:
-        """Whether lam may hold the optimiser's own numbers (learning rate, momentum, weight decay).
+        """Whether lam may hold the optimiser's own numbers (learning rate, momentum, weight decay)."""
+        return False
 
-        It follows: the optimiser's step is differentiated, and at the point that it was made from.
-        """
-        return self.needs_update_rule and self.evaluated_at == "previous"
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise, which a caller may inject."""
+        return False
 
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:  # noqa: B027 (most need nothing)
         """Find out, early in a run, what is to be known of the losses; it is kept in the problem's `facts`.

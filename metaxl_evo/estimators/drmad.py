@@ -44,6 +44,7 @@ class DrMAD(EpisodeEstimator):
     online = False
     remembers = "trajectory"
     needs_sgd = True
+    tunes_optimizer = True
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)

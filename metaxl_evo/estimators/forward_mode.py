@@ -50,6 +50,7 @@ class ForwardMode(EpisodeEstimator):
     remembers = "base"
     needs_state_before = True
     max_meta_size = 64
+    tunes_optimizer = True
 
     windows: int | None = None
     clamp: float | None = None

@@ -35,6 +35,7 @@ class Greedy(EpisodeEstimator, LocalEstimator):
     citation = "Generalized Greedy Gradient-Based Hyperparameter Optimization, ICLR 2025 submission 6297"
     exact = "never"
     remembers = "meta"
+    tunes_optimizer = True
 
     decay: float = 0.9
 

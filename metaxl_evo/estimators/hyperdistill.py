@@ -69,6 +69,7 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
 
     citation = "Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022"
     exact = "never"
+    tunes_optimizer = True
 
     decay: float = 0.99
     scale: Scale = "fit"

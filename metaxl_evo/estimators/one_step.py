@@ -34,6 +34,7 @@ class OneStep(LocalEstimator):
     )
     exact = "always"
     evaluated_at = "previous"
+    tunes_optimizer = True
 
     def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         step = step if step.made is not None else look_ahead(passes, step)

@@ -39,6 +39,7 @@ class Unroll(EpisodeEstimator):
     second_order = True
     remembers = "trajectory"
     needs_state_before = True
+    tunes_optimizer = True
 
     horizon: int | None = None
 

@@ -208,12 +208,17 @@ class MetaTrainingArguments(TrainingArguments):
 
     def make_estimator(self) -> Estimator | None:
         """The configured estimator, None for `none`; the same one for as long as its settings stay."""
-        settings = self.estimator, mapping_of("estimator_kwargs", self.estimator_kwargs) or {}
-        made_of, estimator = vars(self).get("_made", (None, None))
+        name, further = self.estimator, mapping_of("estimator_kwargs", self.estimator_kwargs) or {}
+        settings = ESTIMATORS.get(name), name, further  # the class too: another one may be registered meanwhile
+        made_of, estimator = vars(self).get("_kept_estimator", (None, None))
         if made_of != settings:
-            estimator = _estimator(*settings)
-            self._made = copy.deepcopy(settings), estimator
+            estimator = _estimator(name, further)
+            self._kept_estimator = copy.deepcopy(settings), estimator
         return estimator
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the estimator, whose class another process need not know."""
+        return {key: value for key, value in vars(self).items() if key != "_kept_estimator"}
 
     def make_optimizer(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
         """The base optimiser that optimizer_class names."""

@@ -91,8 +91,12 @@ class BaseOptimizer:
             parameters[name].grad = gradient
         return taken
 
-    def take_gradients(self, rows: tree.Tree, stepped: dict[str, Tensor | None], norm: float) -> tree.Tree:
+    def take_gradients(
+        self, rows: tree.Tree, stepped: dict[str, Tensor | None], norm: float, *, wanted: bool
+    ) -> tree.Tree:
         """The base gradients as they were before clipping, where there are any; `.grad` is empty afterwards.
+
+        Nothing is made of them, and none returned, where they are not `wanted`.
 
         Args:
             rows: of some embeddings the rows that are wanted.
@@ -103,6 +107,8 @@ class BaseOptimizer:
         clipped, taken = norm + 1e-6 > limit, {}
         for name, parameter in self._model.base_parameters().items():
             gradient, parameter.grad = parameter.grad, None
+            if not wanted:
+                continue
             if name in rows:
                 gradient = stepped.pop(name, None) if gradient is None else gradient[rows[name]]
             if gradient is not None:  # without one the optimiser has passed the parameter over

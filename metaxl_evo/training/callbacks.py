@@ -17,7 +17,7 @@ from metaxl_evo.training.synchrony import require_synchrony
 from metaxl_evo.training.tuned import put_numbers
 
 
-class Levelled(Protocol):
+class HasMetaLevel(Protocol):
     """What the callbacks here need of a MetaTrainer, whose attributes these are."""
 
     model: BilevelModule
@@ -44,7 +44,7 @@ class MetaCallback(TrainerCallback):
 class LevelEvents(TrainerCallback):
     """Calls the meta level around `optimizer.step()`, which no method of the Trainer surrounds."""
 
-    def __init__(self, trainer: Levelled):
+    def __init__(self, trainer: HasMetaLevel):
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -90,7 +90,7 @@ class LastLog(TrainerCallback):
 class Synchrony(TrainerCallback):
     """Requires the same weights on all processes, at the start and with every checkpoint."""
 
-    def __init__(self, trainer: Levelled):
+    def __init__(self, trainer: HasMetaLevel):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -45,7 +45,7 @@ class MetaLevel:
         model: the task.
         args: both levels' arguments.
         estimator: of the hypergradient.
-        tell: is given each finite hypergradient before lam moves.
+        act: is given each finite hypergradient, to `apply` it.
 
     Attributes:
         optimizer, scheduler: of the meta parameters, from `make_optimizer` and `make_scheduler` on.
@@ -60,9 +60,9 @@ class MetaLevel:
         model: BilevelModule,
         args: MetaTrainingArguments,
         estimator: Estimator,
-        tell: Callable[[Hypergradient], None],
+        act: Callable[[Hypergradient], None],
     ):
-        self.model, self.args, self._tell = model, args, tell
+        self.model, self.args, self._act = model, args, act
         self.estimator, self.episodes = estimator, Episodes(estimator, args)
         every = args.meta_diagnostics_every
         self.diagnostics = Diagnostics(estimator, every) if every else None
@@ -78,13 +78,19 @@ class MetaLevel:
     def use(self, estimator: Estimator, args: MetaTrainingArguments, base: BaseOptimizer) -> None:
         """Go on with another estimator and its arguments from the next step on; lam and its optimiser stay.
 
+        So do the diagnostics, and what is known of the losses: the estimator is not asked to `prepare`.
+
         Raises:
             ValueError: where it cannot serve the task, the base optimiser or the arguments.
         """
         rule, _ = base.update_rule(estimator, 0)
         estimator.check(self.problem(rule), self.model.base_parameters(), self.model.meta_parameters())
-        self.episodes = Episodes(estimator, args)
         self.estimator, self.args = estimator, args
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what the estimator remembers; with the next step an episode begins."""
+        self.episodes = Episodes(self.estimator, self.args)
 
     # ---- the optimiser of the meta parameters
 
@@ -166,7 +172,7 @@ class MetaLevel:
     # ---- a meta step
 
     def move(self, passes: PassContext, step: InnerStep, from_start: InnerStep, number: int) -> None:
-        """Estimate at `step`, and move lam; `from_start` is the same step as the exact estimator has to see it.
+        """Estimate at `step`, and have lam moved; `from_start` is the same step as the exact estimator has to see it.
 
         Raises:
             ValueError: where all hypergradients of a run so far were exactly zero.
@@ -181,10 +187,26 @@ class MetaLevel:
             self._watch_silence(self._silent, result, passes, step, number)
         if tree.all_finite(result.grads) and bool(result.outer_loss.isfinite()):
             self._skipped_in_a_row = 0
-            self._tell(result)
-            self._apply(result, diagnostics)
+            self._act(result)
         else:
             self._skip(result, number)
+
+    def apply(self, result: Hypergradient, number: int) -> None:
+        """Move lam by a hypergradient at base step `number`, clipped and kept in its range."""
+        diagnostics = self._diagnostics_at(number)
+        norm, limit = tree.norm(result.grads), self.args.meta_max_grad_norm
+        factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+        lam = self.model.meta_parameters()
+        for name, parameter in lam.items():
+            parameter.grad = result.grads[name].to(parameter.dtype) * factor
+        with nullcontext() if diagnostics is None else diagnostics.watching(self._optimizer, lam):
+            self._optimizer.step()
+        keep_in_range(self.model)
+        for parameter in lam.values():
+            parameter.grad = None
+        found = {"meta_loss": float(result.outer_loss), "meta_grad_norm": norm, **result.diagnostics}
+        for key, value in found.items():
+            self._metrics[key if key.startswith("meta_") else f"meta_{key}"].append(value)
 
     def _diagnostics_at(self, number: int) -> Diagnostics | None:
         """The diagnostics, where they look at the meta step that this base step may have."""
@@ -205,21 +227,6 @@ class MetaLevel:
             logger.warning("step %d: %s", number, _why_zero(passes, step))
         if self._silent >= _SILENCE:
             raise ValueError(f"all of the first {_SILENCE} meta steps: {_why_zero(passes, step)}")
-
-    def _apply(self, result: Hypergradient, diagnostics: Diagnostics | None) -> None:
-        norm, limit = tree.norm(result.grads), self.args.meta_max_grad_norm
-        factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-        lam = self.model.meta_parameters()
-        for name, parameter in lam.items():
-            parameter.grad = result.grads[name].to(parameter.dtype) * factor
-        with nullcontext() if diagnostics is None else diagnostics.watching(self._optimizer, lam):
-            self._optimizer.step()
-        keep_in_range(self.model)
-        for parameter in lam.values():
-            parameter.grad = None
-        found = {"meta_loss": float(result.outer_loss), "meta_grad_norm": norm, **result.diagnostics}
-        for key, value in found.items():
-            self._metrics[key if key.startswith("meta_") else f"meta_{key}"].append(value)
 
     def _skip(self, result: Hypergradient, number: int) -> None:
         """Count a non-finite hypergradient; stop the run after too many in a row."""

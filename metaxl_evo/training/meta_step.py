@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather, pad_across_processes
@@ -38,6 +37,7 @@ class MetaStep:
     def __init__(self, level: MetaLevel, base: BaseOptimizer, window: Window, number: int):
         self.level, self.base, self.window, self.number = level, base, window, number
         self.micro_batch, self.grad_norm = 0, 0.0
+        self._rows: tree.Tree | None = None
         self._recorded: PassContext | None = None  # where the base step's own forward serves the meta passes
         self._before: InnerStep | None = None  # the step, as far as it is kept until it is made
         self._stepped: dict[str, Tensor | None] = {}  # gradients of embeddings that were stepped ahead of the rest
@@ -48,7 +48,7 @@ class MetaStep:
         level.episodes.begin_step(self.number, level.model, self.base.torch_optimizer, self._problem)
         if not level.losses_are_known:
             at = self.weights(), level.model.meta_parameters(), self.window.train
-            level.look_at_losses(level.passes(level.problem(SGD(0.0), self.rows), self.number), *at)
+            level.look_at_losses(level.passes(level.problem(SGD(0.0), self.touched_rows()), self.number), *at)
         if level.args.meta_order == "lookahead" and self._is_answered():
             self._look_ahead()
         elif self._is_followed() and self._forward_is_of_use():
@@ -68,8 +68,8 @@ class MetaStep:
             state = map_trees(tree.clone, self._update_rule(level.estimator)[1])
         w = self.weights()
         if any(one.evaluated_at == "previous" for one in level.estimators_at(self.number)):
-            self._stepped = self.base.step_embeddings(self.rows)
-            w = {name: leaf if name in self.rows else leaf.clone() for name, leaf in w.items()}
+            self._stepped = self.base.step_embeddings(self.touched_rows())
+            w = {name: leaf if name in self.touched_rows() else leaf.clone() for name, leaf in w.items()}
         self._before = self._inner_step(w, state)
 
     def after_update(self) -> None:
@@ -82,24 +82,29 @@ class MetaStep:
         step = replace(before, w=made.w) if level.estimator.evaluated_at == "current" else before
         if level.estimator.needs_update_rule:
             step = replace(step, made=made)
-        problem = level.problem(rule, self.rows)
+        problem = level.problem(rule, self.touched_rows())
         passes = level.passes(problem, self.number) if recorded is None else replace(recorded, problem=problem)
         level.episodes.observe(passes, step)
         if level.args.meta_order == "after_step" and self._is_answered():
             level.move(passes, step, replace(before, made=made), self.number)
         level.episodes.end_step(self.number, passes, step)
 
-    @cached_property
-    def rows(self) -> tree.Tree:
-        """The embedding rows that the window reads, on any process; none where whole weights outlive the step."""
-        if self.level.estimator.remembers not in ("nothing", "meta"):
-            return {}
-        touched = self.level.model.touched_rows([*self.window.train, *self.window.meta])
-        return {name: _on_all_processes(rows) for name, rows in touched.items()}
+    def touched_rows(self) -> tree.Tree:
+        """The embedding rows that the window reads, on any process; none where whole weights outlive the step.
+
+        Its first call gathers them from all processes.
+        """
+        if self._rows is None:
+            self._rows = {}
+            if self.level.estimator.remembers in ("nothing", "meta"):
+                touched = self.level.model.touched_rows([*self.window.train, *self.window.meta])
+                alone = self.level.args.world_size == 1
+                self._rows = {name: rows if alone else _on_all_processes(rows) for name, rows in touched.items()}
+        return self._rows
 
     def weights(self) -> tree.Tree:
         """The base weights now, of the embeddings the touched rows."""
-        return gathered(self.level.model.base_parameters(), self.rows)
+        return gathered(self.level.model.base_parameters(), self.touched_rows())
 
     def _is_answered(self) -> bool:
         """Whether there is a meta step with this base step; at a learning rate of zero only an episode's end has."""
@@ -117,19 +122,21 @@ class MetaStep:
         level = self.level
         rule, state = self._update_rule(level.estimators_at(self.number)[-1])
         step = self._inner_step(self.weights(), state)
-        level.move(level.passes(level.problem(rule, self.rows), self.number), step, step, self.number)
+        level.move(level.passes(level.problem(rule, self.touched_rows()), self.number), step, step, self.number)
 
     def _made(self) -> tuple[UpdateRule, StepMade]:
         """The rule of the step that was made, and the step; nobody else holds its gradient, so it can be freed."""
         estimator = self.level.estimators_at(self.number)[-1]
         rule, state = self._update_rule(estimator, made=True)
         now = self.weights()
-        taken = self.base.take_gradients(self.rows, self._stepped, self.grad_norm)
+        taken = self.base.take_gradients(
+            self.touched_rows(), self._stepped, self.grad_norm, wanted=estimator.needs_update_rule
+        )
         self._stepped = {}
-        return rule, StepMade(now, taken if estimator.needs_update_rule else {}, state)
+        return rule, StepMade(now, taken, state)
 
     def _update_rule(self, estimator: Estimator, *, made: bool = False) -> tuple[UpdateRule, UpdateState]:
-        return self.base.update_rule(estimator, self.base.steps_before(self.number) + made, self.rows)
+        return self.base.update_rule(estimator, self.base.steps_before(self.number) + made, self.touched_rows())
 
     def _problem(self) -> BilevelProblem:
         """On whole weights, as an episode begins with them."""
@@ -148,6 +155,4 @@ class MetaStep:
 
 def _on_all_processes(rows: Tensor) -> Tensor:
     """The sorted row numbers that any process has; they are padded to one length by row 0, which all have."""
-    if AcceleratorState().num_processes == 1:
-        return rows
     return gather(pad_across_processes(rows, pad_index=0)).unique()

@@ -112,6 +112,7 @@ class MetaTrainer(TaskTrainer):
 
     @property
     def _window(self) -> Window:
+        """`window` by its name up to 0.1."""
         return self.window
 
     @property
@@ -160,6 +161,8 @@ class MetaTrainer(TaskTrainer):
         Raises:
             ValueError: before anything is trained, saying what is wrong with the checkpoint.
         """
+        if trial is None:
+            refuse_unfit(self.args, self.model, self.meta_dataset)  # the arguments may have been changed
         checkpoint = find_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
         if not resume_from_checkpoint and trial is None:  # a trial has a folder of its own
             refuse_another_run(Path(str(self.args.output_dir)), self._found)
@@ -265,10 +268,12 @@ class MetaTrainer(TaskTrainer):
         return None if estimator is None else MetaLevel(self.model, self.args, estimator, self._apply)
 
     def _apply(self, result: Hypergradient) -> None:
-        """Tell the callbacks of a finite hypergradient; its name and `_window` are those of before, for a release."""
+        """Tell the callbacks of a finite hypergradient, and move lam by it."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, MetaCallback):
                 callback.on_meta_step(self.args, self.state, self.control, result, self.window, model=self.model)
+        if self.meta_level is not None:
+            self.meta_level.apply(result, self.state.global_step)
 
     def collated(self, rows: list[Any]) -> Batch:
         """Rows as a batch on this process's device."""

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from transformers import TrainerCallback
 
 from metaxl_evo.benchmark import arguments, run
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
+from metaxl_evo.benchmark.memory import live_tensors
 from metaxl_evo.benchmark.problems import Episode, regression, tagger
 from metaxl_evo.benchmark.rows import Row
 from metaxl_evo.benchmark.steps import NO_META_STEP, measure_task
@@ -90,7 +92,7 @@ def test_toy_runs_every_registered_estimator(tmp_path: Path) -> None:
     for row in rows:
         if row.error is None:
             assert None not in (row.time_ratio, row.memory_ratio, row.cosine, row.counts)
-            assert (row.noise_to_signal is not None) == (row.make().exact == "in expectation")
+            assert (row.noise_to_signal is not None) == row.make().stochastic
             assert row.relative_error is not None
             if row.make().exact == "always" and (not row.make().online or row.case["horizon"] == 1):
                 assert row.relative_error < 1e-10
@@ -164,6 +166,22 @@ def test_the_yardstick_is_a_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
     measure_task(settings, trainer, {})
     assert all(torch.equal(meta[name], leaf) for name, leaf in trainer.model.meta_parameters().items())
     assert not torch.equal(*(one["classifier.weight"] for one in (base, trainer.model.base_parameters())))
+
+
+def test_a_plain_step_holds_nothing_of_the_estimator_before_it() -> None:
+    trainer, held = tagger(small(), 1), []
+
+    class Turn(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in (0, 3):
+                trainer.use(None if state.global_step else Row("hyperdistill", {"scale": "fixed"}, "after_step", {}))
+            held.append(sum(tensor.nbytes for tensor in live_tensors()))
+
+    trainer.args.max_steps = 5
+    trainer.add_callback(Turn())
+    weights = tree.size(trainer.model.base_parameters()) * 4
+    trainer.train()
+    assert held[2] - held[4] > weights  # the averages of w
 
 
 def test_memory_of_a_plain_step_is_four_times_the_weights_and_the_activations() -> None:

@@ -176,6 +176,19 @@ def test_another_estimator_of_other_settings(tmp_path: Path) -> None:
     assert args.make_estimator() == EvoGrad(copies=6)
 
 
+def test_another_class_of_the_name_is_another_estimator_and_none_is_pickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Redefined(EvoGrad):
+        """Of a notebook: it is known to this process alone."""
+
+    args = tiny_arguments(tmp_path, estimator="evograd")
+    assert type(args.make_estimator()) is EvoGrad
+    monkeypatch.setitem(ESTIMATORS, "evograd", Redefined)
+    assert type(args.make_estimator()) is Redefined
+    assert type(pickle.loads(pickle.dumps(args)).make_estimator()) is Redefined
+
+
 def test_arguments_survive_pickling_and_to_dict(tmp_path: Path) -> None:
     args = tiny_arguments(tmp_path, estimator="evograd", estimator_kwargs={"copies": 4}, meta_max_grad_norm=1.0)
     again = pickle.loads(pickle.dumps(args))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
+from metaxl_evo.bilevel import tree
 from metaxl_evo.estimators import EvoGrad, OneStep, takes_any_optimizer
 from metaxl_evo.ner.tagger import CrossLingualTagger
 from metaxl_evo.training.base_optimizer import may_step_in_two
@@ -21,10 +23,12 @@ from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.tiny import (
     ESTIMATES,
     base_weights,
+    close,
     collate,
     different,
     final_state,
     meta_weights,
+    minus,
     random_rows,
     same,
     tiny_arguments,
@@ -256,3 +260,25 @@ def test_a_trial_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.M
             from_init(tmp_path, init).hyperparameter_search(
                 backend="optuna", n_trials=1, hp_space=lambda trial: trial.params, trials=[params]
             )
+
+
+def test_arguments_that_were_changed_are_checked_where_a_training_starts(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, trainer={"meta_dataset": None}, estimator="none")
+    trainer.args.estimator = "one_step"
+    with pytest.raises(ValueError, match="needs meta rows"):
+        trainer.train()
+
+
+def test_a_subclass_decides_how_a_hypergradient_acts(tmp_path: Path) -> None:
+    class Twice(MetaTrainer):
+        def _apply(self, result: Any) -> None:
+            super()._apply(replace(result, grads=tree.scale(result.grads, 2.0)))
+
+    moves = []
+    for cls in (MetaTrainer, Twice):
+        tagger = tiny_tagger(torch.float64)
+        trainer = tiny_trainer(tmp_path, trainer_class=cls, tagger=tagger, max_steps=1, meta_optim="SGD")
+        start = meta_weights(trainer)
+        trainer.train()
+        moves.append(minus(meta_weights(trainer), start))
+    close(moves[1], tree.scale(moves[0], 2.0), 1e-9)
