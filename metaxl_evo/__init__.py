@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from metaxl_evo.models.rtn import RepresentationTransform
     from metaxl_evo.models.weight_net import WeightNet
     from metaxl_evo.training.arguments import MetaTrainingArguments
+    from metaxl_evo.training.callbacks import MetaCallback
     from metaxl_evo.training.trainer import MetaTrainer
 
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "BilevelModule": "metaxl_evo.models.bilevel_module",
     "RepresentationTransform": "metaxl_evo.models.rtn",
     "WeightNet": "metaxl_evo.models.weight_net",
+    "MetaCallback": "metaxl_evo.training.callbacks",
     "MetaTrainingArguments": "metaxl_evo.training.arguments",
     "MetaTrainer": "metaxl_evo.training.trainer",
 }
@@ -39,6 +41,7 @@ __all__ = [
     "BilevelModule",
     "BilevelProblem",
     "Estimator",
+    "MetaCallback",
     "MetaTrainer",
     "MetaTrainingArguments",
     "RepresentationTransform",
