@@ -231,7 +231,9 @@ def test_what_cannot_serve_is_refused_before_a_step() -> None:
 
 
 def test_weight_net(tmp_path: Path) -> None:
+    variants = {"one_step": [{"engine": "jvp"}], "evograd": [{"copies": 2, "parameters": "^classifier"}]}
     options = ["--estimators", "one_step,evograd", "--repeats", "1", "--noise_draws", "2"]
+    options += ["--variants", json.dumps(variants)]
     training = ["--training.per_device_train_batch_size", "8", "--training.per_device_meta_batch_size", "8"]
     rows, _ = bench(tmp_path, "weight_net", *options, *training, "--training.use_cpu", "true")
     assert [row.error for row in rows] == [None] * len(rows)
