@@ -28,7 +28,7 @@ set_seed(0)
 base = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 1))
 schedule = nn.ParameterDict({"lr": torch.full((WINDOWS,), 0.02)})
 args = MetaTrainingArguments("runs/learn_schedule", estimator="forward_mode", estimator_kwargs={"windows": WINDOWS},
-                             max_steps=15 * STEPS, episode_length=STEPS, episode_reset="restart", optim="sgd",
+                             max_steps=8 * STEPS, episode_length=STEPS, episode_reset="restart", optim="sgd",
                              max_grad_norm=0, meta_learning_rate=0.01, meta_lr_scheduler_type="constant",
                              logging_steps=STEPS, per_device_train_batch_size=32, per_device_meta_batch_size=256,
                              save_strategy="no")  # fmt: skip

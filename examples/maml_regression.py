@@ -26,7 +26,7 @@ problem, estimator = BilevelProblem(loss, loss, SGD(lr=0.03)), make_estimator("u
 initial = dict(net.named_parameters())  # lam, and the first weights of every episode: a learned initialisation
 optimizer = torch.optim.Adam(initial.values(), lr=5e-3)
 losses = []
-for step in range(1, 181):
+for step in range(1, 121):
     tasks = [draw_task() for _ in range(2)]
     found = [run_episode(problem, estimator, initial, initial, [train] * 3, judge) for train, judge in tasks]
     for name, parameter in initial.items():
@@ -34,6 +34,6 @@ for step in range(1, 181):
     with torch.no_grad():
         losses += [(loss(initial, {}, judge), one.outer_loss) for (_, judge), one in zip(tasks, found, strict=True)]
     optimizer.step()
-    if step % 60 == 0:
-        before, after = torch.tensor(losses[-120:]).mean(0)
+    if step % 40 == 0:
+        before, after = torch.tensor(losses[-80:]).mean(0)
         print(f"step {step}: loss before adaptation {before:.2f}, after it {after:.2f}")

@@ -27,7 +27,7 @@ rates = {f"rate.{name}": torch.full_like(p, 0.03).requires_grad_() for name, p i
 lam = initial | rates  # a rate of 0-d, or one shared by several parameters, works alike
 problem = BilevelProblem(loss, loss, SGD(lr={name: f"rate.{name}" for name in initial}))
 optimizer, losses = torch.optim.Adam([{"params": initial.values()}, {"params": rates.values(), "lr": 1e-3}], 5e-3), []
-for step in range(1, 181):
+for step in range(1, 121):
     tasks = [draw_task() for _ in range(2)]
     found = [run_episode(problem, make_estimator("unroll"), initial, lam, [tr] * 3, judge) for tr, judge in tasks]
     for name, parameter in lam.items():
@@ -35,6 +35,6 @@ for step in range(1, 181):
     with torch.no_grad():
         losses += [(loss(initial, {}, judge), one.outer_loss) for (_, judge), one in zip(tasks, found, strict=True)]
     optimizer.step()
-    if step % 60 == 0:
-        before, after = torch.tensor(losses[-120:]).mean(0)
+    if step % 40 == 0:
+        before, after = torch.tensor(losses[-80:]).mean(0)
         print(f"step {step}: loss before adaptation {before:.2f}, after it {after:.2f}")

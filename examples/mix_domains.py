@@ -32,7 +32,7 @@ base = LlamaForCausalLM(LlamaConfig(vocab_size=40, max_position_embeddings=12, *
 if "--lora" in sys.argv:
     base = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"]))
 mixture = nn.Embedding.from_pretrained(torch.zeros(3, 1), freeze=False)
-args = MetaTrainingArguments("runs/mix_domains", max_steps=100, learning_rate=1e-2, meta_learning_rate=3e-2)
+args = MetaTrainingArguments("runs/mix_domains", max_steps=60, learning_rate=1e-2, meta_learning_rate=3e-2)
 train = [row for domain in range(3) for row in texts(200, domain, seed=domain)]
 trainer = MetaTrainer(MixDomains(base, mixture), args, train_dataset=train, meta_dataset=texts(50, 0, seed=9))
 trainer.train()

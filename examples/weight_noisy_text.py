@@ -29,7 +29,7 @@ for estimator in ("none", "one_step"):
     set_seed(0)  # in real life: AutoModelForSequenceClassification.from_pretrained(...)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     base = BertForSequenceClassification(BertConfig(vocab_size=42, initializer_range=0.1, **sizes))
-    args = MetaTrainingArguments("runs/weight_noisy_text", estimator=estimator, max_steps=200, learning_rate=3e-3,
+    args = MetaTrainingArguments("runs/weight_noisy_text", estimator=estimator, max_steps=120, learning_rate=3e-3,
                                  per_device_train_batch_size=32, per_device_meta_batch_size=60, save_strategy="no",
                                  meta_learning_rate=0.3, meta_lr_scheduler_type="constant")  # fmt: skip
     trust = Trust(base, nn.Embedding.from_pretrained(torch.zeros(5, 1)))

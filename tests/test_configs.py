@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -130,14 +131,15 @@ EXPECTED: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
 def read(name: str, *options: str) -> tuple[NerArguments, NerTrainingArguments]:
     given = ["--config", str(FOLDER / f"{name}.yaml"), "--use_cpu", "true", *options]
     return parse_arguments((NerArguments, NerTrainingArguments), given)
 
 
-def value(name: str, key: str) -> Any:
-    found = next(getattr(one, key) for one in read(name) if hasattr(one, key))
-    return getattr(found, "value", found)
+def constants(settings: tuple[Any, ...], names: Iterable[str]) -> dict[str, Any]:
+    found = {key: next(getattr(one, key) for one in settings if hasattr(one, key)) for key in names}
+    return {key: getattr(value, "value", value) for key, value in found.items()}
 
 
 def test_the_configs_are_these() -> None:
@@ -147,22 +149,17 @@ def test_the_configs_are_these() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_parses_and_makes_its_estimator(name: str) -> None:
+def test_every_config_makes_its_estimator_and_takes_every_method(name: str) -> None:
     ner, args = read(name)
     assert type(args.make_estimator()) is ESTIMATORS[args.estimator]
     assert ner.method in METHODS
+    assert [read(name, "--method", method)[0].method for method in METHODS] == list(METHODS)
     assert "../" not in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_config_takes_every_method(name: str, method: str) -> None:
-    assert read(name, "--method", method)[0].method == method
-
-
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name, row in EXPECTED.items() for key in row])
-def test_the_constants(name: str, key: str) -> None:
-    assert value(name, key) == EXPECTED[name][key]
+def test_the_constants(name: str) -> None:
+    assert constants(read(name), EXPECTED[name]) == EXPECTED[name]
 
 
 def test_the_papers_estimator_and_schedule() -> None:
@@ -390,10 +387,9 @@ def test_every_vision_config_plans_its_runs(name: str, tmp_path: Path) -> None:
     assert (settings.data == "synthetic") == name.endswith("_cpu")  # real images come by the command line
 
 
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name, row in IMAGE_PAPERS.items() for key in row])
-def test_the_constants_of_the_image_papers(name: str, key: str) -> None:
-    found = next(getattr(one, key) for one in read_vision(name) if hasattr(one, key))
-    assert getattr(found, "value", found) == IMAGE_PAPERS[name][key]
+@pytest.mark.parametrize("name", IMAGE_PAPERS)
+def test_the_constants_of_the_image_papers(name: str) -> None:
+    assert constants(read_vision(name), IMAGE_PAPERS[name]) == IMAGE_PAPERS[name]
 
 
 @pytest.mark.parametrize("name", IMAGE_PAPERS)
@@ -507,10 +503,8 @@ def test_every_fewshot_config_plans_its_runs(name: str, tmp_path: Path) -> None:
     assert "../" not in (CONFIGS / f"vision/{name}.yaml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("key", FEWSHOT_PAPER)
-def test_the_constants_of_the_fewshot_paper(key: str) -> None:
-    found = next(getattr(one, key) for one in read_fewshot("fewshot_paper") if hasattr(one, key))
-    assert getattr(found, "value", found) == FEWSHOT_PAPER[key]
+def test_the_constants_of_the_fewshot_paper() -> None:
+    assert constants(read_fewshot("fewshot_paper"), FEWSHOT_PAPER) == FEWSHOT_PAPER
 
 
 def test_the_fewshot_papers_estimator_and_warm_up(tmp_path: Path) -> None:

@@ -173,10 +173,10 @@ def test_the_rule_lets_pass_what_it_allows(module, source):
     assert violations(module, source) == []
 
 
-@pytest.mark.parametrize("module", ["metaxl_evo", "metaxl_evo.bilevel", "metaxl_evo.estimators"])
-def test_the_lower_floors_leave_transformers_unimported(module):
+def test_the_lower_floors_leave_transformers_unimported():
     code = (
-        f"import sys, {module}; assert {module}.__file__; print(*{{'transformers', 'datasets'}} & sys.modules.keys())"
+        "import sys, metaxl_evo, metaxl_evo.bilevel, metaxl_evo.estimators; assert metaxl_evo.estimators.__file__\n"
+        "print(*{'transformers', 'datasets'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -84,7 +84,7 @@ def test_every_problem_has_a_measure() -> None:
 
 
 def test_toy_runs_every_registered_estimator(tmp_path: Path) -> None:
-    rows, results = bench(tmp_path, "toy", "--repeats", "1", "--noise_draws", "2")
+    rows, results = bench(tmp_path, "toy", "--warmup", "0", "--repeats", "1", "--noise_draws", "2")
     assert {row["estimator"] for row in results["rows"]} == ESTIMATORS.keys()
     assert {row.estimator for row in rows if row.error is not None} == {"first_order"}
     assert all("direct term" in (row.error or "direct term") for row in rows)
@@ -231,7 +231,9 @@ def test_what_cannot_serve_is_refused_before_a_step() -> None:
 
 
 def test_weight_net(tmp_path: Path) -> None:
+    variants = {"one_step": [{"engine": "jvp"}], "evograd": [{"copies": 2, "parameters": "^classifier"}]}
     options = ["--estimators", "one_step,evograd", "--repeats", "1", "--noise_draws", "2"]
+    options += ["--variants", json.dumps(variants)]
     training = ["--training.per_device_train_batch_size", "8", "--training.per_device_meta_batch_size", "8"]
     rows, _ = bench(tmp_path, "weight_net", *options, *training, "--training.use_cpu", "true")
     assert [row.error for row in rows] == [None] * len(rows)

@@ -124,18 +124,19 @@ def test_meta_weight_net_holds_no_graph_of_the_network() -> None:
         return memory.peak
 
     def estimated(estimator: Estimator) -> int:
-        hypergradient(problem, estimator, w, lam, [train], [val])  # finds out about the loss, once a run
         return peak(lambda: hypergradient(problem, estimator, w, lam, [train], [val]))
 
     def plain_step() -> None:
         module.mean_inner_loss(train).backward()
         torch.optim.SGD(w.values(), lr=0.1).step()
 
+    for estimator in (OneStep(engine="jvp"), EvoGrad(copies=2)):  # finds out about the loss, once a run
+        hypergradient(problem, estimator, w, lam, [train], [val])
     exact, double = estimated(OneStep(engine="jvp")), estimated(OneStep(engine="double_backward"))
-    two, ten = estimated(EvoGrad(copies=2)), estimated(EvoGrad(copies=10))
+    two, five = estimated(EvoGrad(copies=2)), estimated(EvoGrad(copies=5))
     plain = peak(plain_step)
     assert plain > 30 * 2**20
     assert 0.9 * plain < exact <= 1.15 * plain
     assert double > 1.8 * plain
     assert two <= 1.15 * plain
-    assert ten == pytest.approx(two, rel=0.03)
+    assert five == pytest.approx(two, rel=0.03)

@@ -166,23 +166,23 @@ def rule_state(rule: UpdateRule, t: int) -> tuple[Tree, UpdateState, UpdateState
 
 @on_rules
 @on_clipping
-@pytest.mark.parametrize("t", [1, 2, 3, 4, 5])
 @pytest.mark.usefixtures("default_float64")
-def test_grad_vjp_is_autograd_through_torchs_step(name: str, limits: dict[str, float], t: int) -> None:
-    rule = clipped(RULES[name][0], **limits)
-    v = random_tree(50)
-    after, gradient = torch_step_graph(name, t, limits)
-    moved = sum(((after[n] * v[n]).sum() for n in NAMES), torch.zeros((), dtype=torch.float64))
-    expected = dict(zip(NAMES, torch.autograd.grad(-moved, list(gradient.values())), strict=True))  # w' = D w - u(g)
+def test_grad_vjp_is_autograd_through_torchs_step(name: str, limits: dict[str, float]) -> None:
+    rule, v = clipped(RULES[name][0], **limits), random_tree(50)
+    for t in (1, 2, 4):
+        after, gradient = torch_step_graph(name, t, limits)
+        moved = sum(((after[n] * v[n]).sum() for n in NAMES), torch.zeros((), dtype=torch.float64))
+        slopes = torch.autograd.grad(-moved, list(gradient.values()))  # w' = D w - u(g)
+        expected = dict(zip(NAMES, slopes, strict=True))
 
-    w, _, state_after = rule_state(rule, t)
-    found = rule.grad_vjp(dict(v), w, tree.detach(gradient), state_after, {})
-    if name == "adam" and t == 1:
-        # The first step is lr g / (|g| + eps): its slope lr eps / Dn^2 is what two terms of size lr / Dn leave over.
-        terms = {n: 0.1 * v[n] / (gradient[n].detach().abs() + 1e-8) for n in NAMES}
-        assert tree.norm(tree.add(found, expected, -1.0)) < 1e-12 * tree.norm(terms)
-    else:
-        assert error(found, expected) < 1e-12
+        w, _, state_after = rule_state(rule, t)
+        found = rule.grad_vjp(dict(v), w, tree.detach(gradient), state_after, {})
+        if name == "adam" and t == 1:
+            # The first step is lr g / (|g| + eps): its slope lr eps / Dn^2 is what two terms of size lr / Dn leave.
+            terms = {n: 0.1 * v[n] / (gradient[n].detach().abs() + 1e-8) for n in NAMES}
+            assert tree.norm(tree.add(found, expected, -1.0)) < 1e-12 * tree.norm(terms)
+        else:
+            assert error(found, expected) < 1e-12
 
 
 @on_rules
@@ -300,11 +300,14 @@ SCHEDULED: dict[str, UpdateRule] = {
 ACTING = [0, 0, 0, 1, 1, 2, 2, 2, 2]  # floor(3 t / 7), then the last
 
 
-@pytest.mark.parametrize("name", SCHEDULED)
 @pytest.mark.parametrize("t", range(len(ACTING)))
-def test_a_schedule_acts_and_is_pulled_back_in_its_window(name: str, t: int) -> None:
+def test_a_schedule_acts_and_is_pulled_back_in_its_window(t: int) -> None:
     """The step, (du/dg)^T v and the pull-back to the schedule are those of the number that acts."""
-    rule, (plain, _) = SCHEDULED[name], BY_HAND[name]
+    for name, rule in SCHEDULED.items():
+        check_schedule(rule, BY_HAND[name][0], t)
+
+
+def check_schedule(rule: UpdateRule, plain: UpdateRule, t: int) -> None:
     lam = {k: torch.tensor(x, dtype=torch.float64) for k, x in SCHEDULE.items()}
     acting = {k: x[ACTING[t]] for k, x in lam.items()}
     w, state = random_tree(0), {**rule.init(random_tree(0)), "step": t}
@@ -346,8 +349,9 @@ def live(name: str, steps: int, **extra: Any) -> tuple[dict[str, torch.nn.Parame
 
 
 @pytest.mark.parametrize("name", [n for n in RULES if n not in ("dampened", "sgd_momenta")])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("variant", "steps"), [("plain", 0), ("plain", 1), ("foreach", 3), ("fused", 3), ("for_loop", 3)]
+)
 def test_from_optimizer_continues_the_live_one(name: str, variant: str, steps: int) -> None:
     params, optimizer = live(name, steps, **VARIANTS[variant])
     rule, state = from_optimizer(optimizer, {p: n for n, p in params.items()}, max_grad_norm=7.0)

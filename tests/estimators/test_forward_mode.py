@@ -121,7 +121,7 @@ def test_closed_form_on_the_quadratic() -> None:
 def test_it_is_autograd_through_the_whole_episode(name: str, make: Callable[..., Toy]) -> None:
     rule, written = WRITTEN[name]
     toy = make(torch.float64, update=rule)
-    assert relative_error(episode(toy, 20).grads, by_autograd(toy, 20, written)) < 1e-12
+    assert relative_error(episode(toy, 8).grads, by_autograd(toy, 8, written)) < 1e-12
 
 
 def test_a_network_behind_a_stop_gradient() -> None:

@@ -35,7 +35,6 @@ from tests.estimators.problems import (
     Toy,
     cut_network,
     golden,
-    known,
     logged,
     network,
     one_dimensional,
@@ -308,30 +307,6 @@ def test_seeds_of_the_generator_are_the_seeds_of_the_estimate() -> None:
     assert not torch.equal(first, other)
     moving = seeded(1)
     assert not torch.equal(*(estimate(toy, estimator, generator=moving).grads["lam"] for _ in range(2)))
-
-
-@pytest.mark.parametrize("noise", ["sign", "gaussian"])
-def test_copies_differ_and_antithetic_ones_mirror_each_other(noise: Any) -> None:
-    toy = cut_network(torch.float64)
-    calls: list[Any] = []
-    problem = replace(
-        toy.problem,
-        cut=None,
-        inner_loss=logged(toy.problem.inner_loss, calls),
-        facts=known(),
-    )
-    for antithetic in (False, True):
-        calls.clear()
-        estimate(replace(toy, problem=problem), EvoGrad(copies=4, sigma=0.1, noise=noise, antithetic=antithetic))
-        seen = [tree.add(w, toy.w, -1.0) for w, _, _ in calls]
-        body = [one["body.weight"] for one in seen]
-        assert not torch.allclose(body[0], body[2])
-        assert torch.allclose(body[0], -body[1], atol=1e-12) is antithetic
-        assert torch.allclose(body[2], -body[3], atol=1e-12) is antithetic
-        if noise == "sign":
-            assert all(torch.allclose(one.abs(), torch.full_like(one, 0.1), atol=1e-12) for one in body)
-        # tensors of one copy are drawn apart: no prefix in common
-        assert not torch.allclose(seen[0]["body.bias"], seen[0]["head.weight"].flatten()[:5])
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

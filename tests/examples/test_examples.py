@@ -6,9 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.printed import printed
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -17,19 +20,20 @@ ADAPTS = ["maml_regression", "meta_sgd_regression"]
 LEARNS = ["learn_schedule", "mix_domains", "own_loop", "weight_noisy_text"]
 NUMBER = re.compile(r"\d+\.\d+")
 
+Example = Callable[..., list[str]]
 
-def printed(script: Path, folder: Path, *options: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), *options],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Example:
+    """The lines that an example prints, started in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda name, *options: printed(
+        ROOT / f"examples/{name}.py", *options, monkeypatch=monkeypatch, capsys=capsys
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+
+
+def numbers(line: str) -> list[float]:
+    return [float(one) for one in NUMBER.findall(line)]
 
 
 def test_the_examples_are_found_and_short() -> None:
@@ -39,21 +43,16 @@ def test_the_examples_are_found_and_short() -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTS)
-def test_adaptation_is_learned(name: str, tmp_path: Path) -> None:
-    lines = printed(ROOT / f"examples/{name}.py", tmp_path).splitlines()
-    losses = [tuple(map(float, re.findall(r"\d+\.\d+", line))) for line in lines]
+def test_adaptation_is_learned(name: str, example: Example) -> None:
+    losses = [numbers(line) for line in example(name)]
     assert len(losses) == 3
     (_, first), (before, after) = losses[0], losses[-1]
     assert after < before / 2
     assert after < first / 2
 
 
-def numbers(line: str) -> list[float]:
-    return [float(one) for one in NUMBER.findall(line)]
-
-
-def test_a_schedule_is_learned(tmp_path: Path) -> None:
-    rates, losses = printed(ROOT / "examples/learn_schedule.py", tmp_path).splitlines()[-2:]
+def test_a_schedule_is_learned(example: Example) -> None:
+    rates, losses = example("learn_schedule")[-2:]
     assert len(numbers(rates)) == 5
     assert min(numbers(rates)) > 0.02  # where all began
     first, last = numbers(losses)
@@ -61,19 +60,29 @@ def test_a_schedule_is_learned(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--lora"]])
-def test_the_domain_that_judges_has_the_largest_weight(options: list[str], tmp_path: Path) -> None:
-    weights = numbers(printed(ROOT / "examples/mix_domains.py", tmp_path, *options).splitlines()[-1])
+def test_the_domain_that_judges_has_the_largest_weight(options: list[str], example: Example) -> None:
+    weights = numbers(example("mix_domains", *options)[-1])
     assert weights[0] > 1 > max(weights[1:])
 
 
 def test_noisy_levels_lose_their_weight(tmp_path: Path) -> None:
-    first, last, weights = map(numbers, printed(ROOT / "examples/own_loop.py", tmp_path).splitlines())
+    """By a command of its own, as a user starts it."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/own_loop.py")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    first, last, weights = map(numbers, done.stdout.splitlines())
     assert last[-1] < first[-1] / 10
     assert sum(weights[:2]) > 2 * sum(weights[-2:])
 
 
-def test_confused_annotators_are_not_trusted(tmp_path: Path) -> None:
-    lines = printed(ROOT / "examples/weight_noisy_text.py", tmp_path).splitlines()
+def test_confused_annotators_are_not_trusted(example: Example) -> None:
+    lines = example("weight_noisy_text")
     plain, weighted = (numbers(line)[0] for line in lines if line.startswith(("none", "one_step")))
     assert weighted > plain + 0.1
     trust = numbers(lines[-1])

@@ -295,25 +295,6 @@ def test_meta_passes_use_batch_statistics_but_no_dropout() -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
 
 
-def test_exact_engines_agree_through_batch_norm() -> None:
-    module = weighted(torch.float64).train()
-    train, judge = batch_of(7, dtype=torch.float64), batch_of(6, 2, dtype=torch.float64)
-    results = [
-        hypergradient(
-            module.problem(SGD(0.1)),
-            OneStep(engine=engine),
-            module.base_parameters(),
-            module.meta_parameters(),
-            [train],
-            [judge],
-        ).grads
-        for engine in ("double_backward", "jvp")
-    ]
-    for name, leaf in results[0].items():
-        assert bool(leaf.any())
-        torch.testing.assert_close(leaf, results[1][name], rtol=1e-10, atol=1e-14)
-
-
 def test_a_norm_that_the_user_froze_uses_its_running_statistics() -> None:
     module, batch = weighted(torch.float64).train(), batch_of(5, dtype=torch.float64)
     module(**batch_of(9, 7, dtype=torch.float64))

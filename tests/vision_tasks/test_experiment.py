@@ -346,7 +346,7 @@ def trainer_of(folder: Path, file: Path, **fields: Any) -> MetaTrainer:
 
 @pytest.mark.parametrize(
     ("at", "workers", "estimator", "accumulation"),
-    [(3, 0, "one_step", 1), (4, 0, "evograd", 1), (3, 1, "one_step", 1), (2, 0, "evograd", 2)],
+    [(3, 1, "one_step", 1), (2, 0, "evograd", 2)],
 )
 def test_augmented_noisy_labels_resume_bit_by_bit(
     tmp_path: Path, at: int, workers: int, estimator: str, accumulation: int

