@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,10 @@ def task(form: type[Reweight] = Reweight, dtype: torch.dtype = torch.float64) ->
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
     config = BertConfig(
-        vocab_size=21, num_hidden_layers=2, max_position_embeddings=6, initializer_range=0.5, **sizes,
+        vocab_size=21, num_hidden_layers=1, max_position_embeddings=6, initializer_range=0.5, **sizes,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager",
     )  # fmt: skip
-    return form(BertForSequenceClassification(config), WeightNet(8)).to(dtype).train()
+    return form(BertForSequenceClassification(config), WeightNet(3)).to(dtype).train()
 
 
 def rows(count: int, seed: int) -> list[Batch]:
@@ -134,6 +135,7 @@ def test_under_activation_checkpointing_it_is_right_in_either_form(name: str) ->
         assert error(estimated(model, estimator, **settings), plain) < 1e-6  # the detach is behind what is recomputed
 
 
+@cache
 def moved(layout: tuple[int, int]) -> dict[str, dict[str, Tensor]]:
     """How far three base and plain meta steps move lam, by estimator; a step is `ROWS` rows in all."""
     processes, accumulation = layout
