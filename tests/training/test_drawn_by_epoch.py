@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 from metaxl_evo.training.callbacks import LevelEvents
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
-from tests.training.test_episodes import Weighting, rows, stack
+from tests.training.test_episodes import Weighting, rows
 from tests.training.test_resume import assert_same_run, resumed
-from tests.training.tiny import different, final_state, meta_weights, same, tiny_arguments
+from tests.training.tiny import different, final_state, meta_weights, same, stack, tiny_arguments
 
 TRAIN_ROWS, META_ROWS, BATCH = 20, 10, 4  # five batches an epoch, three draws a pass
 

@@ -29,6 +29,7 @@ from tests.training.tiny import (
     meta_weights,
     minus,
     same,
+    stack,
     tiny_arguments,
 )
 
@@ -82,10 +83,6 @@ def rows(count: int, seed: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 3, generator=generator, dtype=torch.float64)
     return [{"x": one, "y": torch.sin(2 * one.sum()) + 1} for one in x]
-
-
-def stack(batch: list[dict[str, Tensor]]) -> Batch:
-    return {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
 
 
 class Watch(TrainerCallback):

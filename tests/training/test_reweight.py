@@ -20,7 +20,7 @@ from metaxl_evo import BilevelModule, MetaTrainer, WeightNet, hypergradient, mak
 from metaxl_evo.bilevel import SGD, stop_gradient
 from metaxl_evo.bilevel.tree import cosine
 from tests.processes import on_processes
-from tests.training.tiny import meta_weights, minus, tiny_arguments
+from tests.training.tiny import meta_weights, minus, stack, tiny_arguments
 
 RATE, ROWS = 0.5, 8
 Batch = dict[str, Tensor]
@@ -61,11 +61,7 @@ def rows(count: int, seed: int) -> list[Batch]:
     return [{"input_ids": row, "labels": (row[0] > 10).long()} for row in ids]
 
 
-def collate(found: list[Batch]) -> Batch:
-    return {key: torch.stack([row[key] for row in found]) for key in found[0]}
-
-
-TRAIN, JUDGE = collate(rows(ROWS, 1)), collate(rows(ROWS, 2))
+TRAIN, JUDGE = stack(rows(ROWS, 1)), stack(rows(ROWS, 2))
 
 
 def by_autograd(model: Reweight, steps: int = 1, *, after: bool = True) -> dict[str, Tensor]:
@@ -150,7 +146,7 @@ def moved(layout: tuple[int, int]) -> dict[str, dict[str, Tensor]]:
                 logging_strategy="no",
             )  # fmt: skip
             trainer = InOrder(
-                task(), args, train_dataset=rows(3 * ROWS, 3), meta_dataset=rows(2 * ROWS, 4), data_collator=collate
+                task(), args, train_dataset=rows(3 * ROWS, 3), meta_dataset=rows(2 * ROWS, 4), data_collator=stack
             )
             before = meta_weights(trainer)
             trainer.train()
