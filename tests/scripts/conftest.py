@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from metaxl_evo.training.trainer import MetaTrainer
 from scripts.train_ner import main
 from tests.scripts.refusals import assert_refused
-from tests.scripts.runs import TINY, argv, train, write_data, write_model
+from tests.scripts.runs import TINY, argv, keep_checkpoints, train, write_data, write_model
 
 
 @pytest.fixture(scope="session")
@@ -38,10 +37,18 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, data: Path, model: Pat
     """An output folder with one checkpoint, of a run that did not come to its end."""
     folder = tmp_path_factory.mktemp("interrupted") / "run"
     train(model, data, folder, save_strategy="steps", save_steps=2, max_steps=2)
-    for path in folder.iterdir():
-        if not path.name.startswith("checkpoint"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return folder
+    return keep_checkpoints(folder)
+
+
+PICTURES = ("vision_tasks.fewshot_experiment.plot_sizes", "vision_tasks.noisy_labels_experiment.plot_weights",
+            "metaxl_evo.training.history.plot_history")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture takes half a second; those of the runs that a module shares are drawn."""
+    for draw in PICTURES:
+        monkeypatch.setattr(draw, lambda *of: None)
 
 
 @pytest.fixture

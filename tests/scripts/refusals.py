@@ -69,5 +69,21 @@ def assert_is_one_line(text: object, message: str) -> None:
     assert re.search(message, text), text
 
 
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with HF_HUB_OFFLINE=1, which the libraries read when they are imported."""
+    for library in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
+
+
+def config_of(text: str) -> Callable[[Path], Settings]:
+    """Writes a config into a folder."""
+
+    def write(folder: Path) -> Settings:
+        (folder / "run.yaml").write_text(text, encoding="utf-8")
+        return {"config": folder / "run.yaml"}
+
+    return write
+
+
 def yaml_of(settings: Mapping[str, Any]) -> str:
     return "".join(f"{key}: {value}\n" for key, value in settings.items())

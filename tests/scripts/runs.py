@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from metaxl_evo.ner.synthetic import SyntheticFamily
 from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
+from metaxl_evo.training.trainer import MetaTrainer
 from scripts.train_ner import main
 
 FAMILY = SyntheticFamily(train_size=40, target_train_size=16, dev_size=10, test_size=30, words=20, names=20)
@@ -47,16 +53,19 @@ def write_data(
     """The sentences of the family as a folder of `LANGUAGE/SPLIT` files in WikiAnn's format."""
     for language in languages:
         (root / language).mkdir(parents=True)
-        parts = FAMILY.load(language)
         for split in splits:
-            part = parts["validation" if split == "dev" else split]
-            names = part.features["ner_tags"].feature.names
-            sentences = [
-                "".join(f"{language}:{word}\t{names[tag]}\n" for word, tag in zip(words, tags, strict=True))
-                for words, tags in zip(part["tokens"], part["ner_tags"], strict=True)
-            ]
-            (root / language / split).write_text("\n".join(sentences), encoding="utf-8")
+            (root / language / split).write_text(text_of(language, split), encoding="utf-8")
     return root
+
+
+@cache
+def text_of(language: str, split: str) -> str:
+    part = FAMILY.load(language)["validation" if split == "dev" else split]
+    names = part.features["ner_tags"].feature.names
+    return "\n".join(
+        "".join(f"{language}:{word}\t{names[tag]}\n" for word, tag in zip(words, tags, strict=True))
+        for words, tags in zip(part["tokens"], part["ner_tags"], strict=True)
+    )
 
 
 def write_model(folder: Path, **sizes: Any) -> Path:
@@ -76,6 +85,42 @@ def train(model: Path, data: Path, output: Path, *options: str, **settings: Any)
     """`train_ner` with the tiny settings, those given over them."""
     places = {"model_name_or_path": model, "dataset": data, "output_dir": output}
     return main([*argv(places | TINY | settings), *options])
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """`results.json`, which is JSON as others read it: without NaN."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+@contextmanager
+def cut_off_after(steps: int) -> Iterator[None]:
+    """A KeyboardInterrupt in the step after so many."""
+    made, step = 0, MetaTrainer.training_step
+
+    def until_interrupted(self: MetaTrainer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made > steps:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetaTrainer, "training_step", until_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    assert made == steps + 1
+
+
+def keep_checkpoints(folder: Path) -> Path:
+    """What a run leaves that does not come to its end."""
+    for path in folder.iterdir():
+        if not path.name.startswith("checkpoint"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from metaxl_evo.estimators import ESTIMATORS
-from metaxl_evo.training.trainer import MetaTrainer
 from scripts.train_fewshot import main
-from tests.scripts.refusals import assert_refused, truncate, yaml_of
-from tests.scripts.runs import argv, same
+from tests.scripts.refusals import assert_refused, config_of, offline, truncate, yaml_of
+from tests.scripts.runs import argv, cut_off_after, read, same
 from tests.vision_tasks.small import pack
 from vision_tasks import domains
 from vision_tasks.augmentation import EvaluationTransform
@@ -78,13 +77,6 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """The folder of two runs with two seeds, and what the command returned; tests only read them."""
     folder = tmp_path_factory.mktemp("fewshot") / "out"
     return folder, train(folder, runs=RUNS, seeds="1,2")
-
-
-def read(folder: Path) -> dict[str, Any]:
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -213,26 +205,14 @@ def test_the_warm_up_and_what_starts_from_it(tmp_path: Path) -> None:
 # Resuming and checking
 
 
-def test_resuming_goes_on_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_goes_on_bit_by_bit(tmp_path: Path) -> None:
     """Cut off within the second epoch."""
     settings: dict[str, Any] = {"runs": {"evo": RUNS["evo"]}, "save_strategy": "steps", "save_steps": 2}
     whole = train(tmp_path / "whole", **settings, max_steps=5)
-    made, step = 0, MetaTrainer.training_step
-
-    def until_interrupted(self: MetaTrainer, *args: Any, **kwargs: Any) -> Any:
-        nonlocal made
-        made += 1
-        if made > 4:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetaTrainer, "training_step", until_interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "halves", **settings, max_steps=5)
+    with cut_off_after(4):
+        train(tmp_path / "halves", **settings, max_steps=5)
     assert not (tmp_path / "halves/results.json").exists()
     resumed = train(tmp_path / "halves", resume_from_checkpoint="latest", **settings, max_steps=5)
-    assert made == 5
     assert resumed["test"] == whole["test"]
     assert same(weights(tmp_path / "halves"), weights(tmp_path / "whole"))
     again = train(tmp_path / "halves", resume_from_checkpoint="latest", **settings, max_steps=5)
@@ -294,14 +274,6 @@ def cut_off(folder: Path) -> dict[str, Any]:
     return given
 
 
-def config(text: str) -> Callable[[Path], dict[str, Any]]:
-    def write(folder: Path) -> dict[str, Any]:
-        (folder / "run.yaml").write_text(text, encoding="utf-8")
-        return {"config": folder / "run.yaml"}
-
-    return write
-
-
 GENERATED = ["synthetic:ink", "synthetic:chalk"]
 NOVEL = [f"novel/{label}" for label in "abc"]
 BAD: list[tuple[Any, str]] = [
@@ -328,8 +300,8 @@ BAD: list[tuple[Any, str]] = [
     (photos("base/a", "val/b", *NOVEL, images=4), "photos: class 'a' has 4 images, an episode needs 2 . 3: lower"),
     (photos("base/a", "val/b"), "domain photos has no novel split: it has base, val"),
     (photos("base/a", "novel/b"), "domain photos has 1 novel classes, an episode needs 3: lower n_way, or read it wi"),
-    (config("domains: {a: b}"), r"run\.yaml:1: domains: expected a list, found a mapping"),
-    (config("crop_scale: [1, 2]"), "crop_scale must be two increasing numbers above 0 and at most 1"),
+    (config_of("domains: {a: b}"), r"run\.yaml:1: domains: expected a list, found a mapping"),
+    (config_of("crop_scale: [1, 2]"), "crop_scale must be two increasing numbers above 0 and at most 1"),
 ]  # fmt: skip
 
 
@@ -337,8 +309,7 @@ BAD: list[tuple[Any, str]] = [
 def test_bad_input_is_one_line_before_any_step(
     tmp_path: Path, no_step: None, monkeypatch: pytest.MonkeyPatch, given: Any, message: str
 ) -> None:
-    for library in ("huggingface_hub.constants", "datasets.config"):
-        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
+    offline(monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine", encoding="utf-8")

@@ -19,12 +19,11 @@ from transformers import AutoModelForImageClassification
 
 from metaxl_evo.estimators import ESTIMATORS
 from metaxl_evo.models.weight_net import WeightNet
-from metaxl_evo.training.trainer import MetaTrainer
 from scripts.train_noisy_labels import main as train_noisy_labels
 from scripts.train_rotation import main as train_rotation
 from tests.hub_cache import REPOSITORY, prepare_image_cache
-from tests.scripts.refusals import assert_refused, contents, truncate, yaml_of
-from tests.scripts.runs import argv, same
+from tests.scripts.refusals import assert_refused, config_of, contents, offline, truncate, yaml_of
+from tests.scripts.runs import argv, cut_off_after, keep_checkpoints, read, same
 from tests.vision_tasks.small import pack, random_images
 
 SCRIPTS: dict[str, Callable[..., Any]] = {"rotation": train_rotation, "noisy_labels": train_noisy_labels}
@@ -80,13 +79,6 @@ def compared(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dict[str
         folder = tmp_path_factory.mktemp(script) / "out"
         found[script] = folder, train(script, images, folder, runs=RUNS, seeds="1,2")
     return found
-
-
-def read(folder: Path) -> dict[str, Any]:
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -250,27 +242,14 @@ def test_the_command_line_wins_over_the_file_and_a_run_over_both(tmp_path: Path,
 
 
 @each_script
-def test_resuming_keeps_what_is_done_and_goes_on_bit_by_bit(
-    tmp_path: Path, images: Path, script: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_keeps_what_is_done_and_goes_on_bit_by_bit(tmp_path: Path, images: Path, script: str) -> None:
     settings: dict[str, Any] = {"runs": RUNS, "seeds": "1,2", "save_strategy": "steps", "save_steps": 2}
     if script == "noisy_labels":
         settings |= {"augmentation": "pad_crop_flip"}
     whole = train(script, images, tmp_path / "whole", **settings)
-    made, step = 0, MetaTrainer.training_step
-
-    def until_interrupted(self: MetaTrainer, *args: Any, **kwargs: Any) -> Any:
-        nonlocal made
-        made += 1
-        if made > 7:  # in the last step of the second of four runs
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
     out = tmp_path / "halves"
-    with monkeypatch.context() as patch:
-        patch.setattr(MetaTrainer, "training_step", until_interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(script, images, out, **settings)
+    with cut_off_after(7):  # in the last step of the second of four runs
+        train(script, images, out, **settings)
     assert not (out / "evo/1/results.json").exists()
     assert not (out / "results.json").exists()
     assert (out / "evo/1/checkpoint-2").is_dir()
@@ -311,10 +290,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, images: Path) -> dict[
     for script in SCRIPTS:
         folder = tmp_path_factory.mktemp(script) / "run"
         train(script, images, folder, save_strategy="steps", save_steps=2, max_steps=2)
-        for path in folder.iterdir():
-            if not path.name.startswith("checkpoint"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        found[script] = folder
+        found[script] = keep_checkpoints(folder)
     return found
 
 
@@ -340,8 +316,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(
 # --check
 
 
-@each_script
-@pytest.mark.parametrize("estimator", ["one_step", "evograd"])
+@pytest.mark.parametrize(("script", "estimator"), [("rotation", "evograd"), ("noisy_labels", "one_step")])
 def test_check_ends_with_a_verdict(
     tmp_path: Path, images: Path, script: str, estimator: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -389,14 +364,6 @@ def cut_off(folder: Path) -> dict[str, Any]:
     return {"data": folder / "given.npz"}
 
 
-def config(text: str) -> Callable[[Path], dict[str, Any]]:
-    def write(folder: Path) -> dict[str, Any]:
-        (folder / "run.yaml").write_text(text, encoding="utf-8")
-        return {"config": folder / "run.yaml"}
-
-    return write
-
-
 WIDE = {f"x_{part}": random_images(count).images[:, :, :6, 0] for part, count in (("train", 40), ("test", 20))}
 HUB = r"neither a folder nor a reachable Hub id .*: use --data FILE.npz, or HF_HUB_OFFLINE=1 with a filled cache$"
 OF_BOTH: list[tuple[Any, str]] = [
@@ -434,9 +401,9 @@ OF_BOTH: list[tuple[Any, str]] = [
     (npz(**WIDE), "given.npz, train: images must be square, not 8 x 6 pixels"),
     (npz(y_train=labels_of(_0=-1)), "given.npz, train: label -1 is none of the 10 classes"),
     (npz(y_train=labels_of(_0=12)), "class '10' has 0 images and needs 1"),
-    (config("meta_lr: 1"), r"run\.yaml:1: unknown key 'meta_lr'"),
-    (config("data: synthetic\nruns: {a: 1}"), "runs: a must be a mapping of settings, as in {}, not 1"),
-    (config("data: synthetic\nruns: [a]"), "runs"),
+    (config_of("meta_lr: 1"), r"run\.yaml:1: unknown key 'meta_lr'"),
+    (config_of("data: synthetic\nruns: {a: 1}"), "runs: a must be a mapping of settings, as in {}, not 1"),
+    (config_of("data: synthetic\nruns: [a]"), "runs"),
 ]
 OF_ONE: list[tuple[str, Any, str]] = [
     ("rotation", {"degrees": 181}, "degrees must be between -180 and 180, not 181"),
@@ -471,13 +438,7 @@ OF_ONE: list[tuple[str, Any, str]] = [
     ("noisy_labels", npz(x_train=np.zeros((40, 8, 8), np.uint8)), "every image equals one of the meta set"),
     ("noisy_labels", npz(y_train=np.arange(40) % 2, y_test=np.arange(20) % 2), "flip2 needs more than 2 classes"),
 ]
-BAD = [*((script, given, message) for given, message in OF_BOTH for script in SCRIPTS), *OF_ONE]
-
-
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with HF_HUB_OFFLINE=1, which the libraries read when they are imported."""
-    for library in ("huggingface_hub.constants", "datasets.config"):
-        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
+BAD = [*((list(SCRIPTS)[index % 2], *case) for index, case in enumerate(OF_BOTH)), *OF_ONE]
 
 
 @pytest.mark.parametrize(("script", "given", "message"), BAD)

@@ -49,6 +49,7 @@ from tests.training.tiny import (
 )
 
 WORDS = "roberta.embeddings.word_embeddings.weight"
+STEPS = 3
 
 
 def exact_tagger(*, layers: tuple[int, ...] = (1,), **settings: Any) -> CrossLingualTagger:
@@ -160,8 +161,9 @@ LOCAL: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("name", "settings"), LOCAL)
+@pytest.mark.parametrize(
+    ("name", "settings", "rule"), [(*one, list(RULES)[index % 2]) for index, one in enumerate(LOCAL)]
+)
 def test_hypergradients_are_those_of_the_whole_weights(name: str, settings: dict[str, Any], rule: str) -> None:
     """EvoGrad's own noise among them: it is keyed by tensor and row."""
     whole, some = Both(RULES[rule], layers=(1, 2)).hypergradients(name, settings)
@@ -185,7 +187,7 @@ def test_a_pass_over_some_rows_leaves_the_module_as_it_was() -> None:
         kept = same({name: leaf.detach() for name, leaf in both.w.items()}, before)
         return kept and words.weight is weight and not words._forward_pre_hooks
 
-    for name, settings in LOCAL:
+    for name, settings in LOCAL[:: len(ENGINES)]:
         both.hypergradients(name, settings)
         assert as_it_was()
     problem, w, _ = both.some
@@ -248,10 +250,10 @@ def spied(look: Callable[[PassContext, InnerStep], Any]) -> Iterator[None]:
 
 
 def run(folder: Path, *, layers: tuple[int, ...] = (1,), **fields: Any) -> tuple[MetaTrainer, Tree]:
-    """Four steps in float64, lam moved by minus ten times the hypergradient, and its way."""
+    """`STEPS` steps in float64, lam moved by minus ten times the hypergradient, and its way."""
     settings: dict[str, Any] = {
         "tagger": exact_tagger(layers=layers),
-        "max_steps": 4,
+        "max_steps": STEPS,
         "learning_rate": 1e-2,
         "weight_decay": 0.1,
         "adam_epsilon": 1e-4,  # at 1e-8 Adam would make steps of the rounding errors of gradients that are zero
@@ -269,8 +271,9 @@ def run(folder: Path, *, layers: tuple[int, ...] = (1,), **fields: Any) -> tuple
     return trainer, minus(start, meta_weights(trainer))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", FURTHER)
+@pytest.mark.parametrize(
+    ("name", "order"), [*((name, ORDERS[index % 2]) for index, name in enumerate(FURTHER)), ("greedy", "after_step")]
+)
 def test_a_run_on_touched_rows_is_one_on_whole_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, order: str
 ) -> None:
@@ -283,8 +286,8 @@ def test_a_run_on_touched_rows_is_one_on_whole_weights(
         some, moved = run(tmp_path, meta_order=order, **FURTHER[name])
         monkeypatch.setattr(CrossLingualTagger, "lookups", lambda self, batch: {})
         whole, expected = run(tmp_path, meta_order=order, **FURTHER[name])
-    assert max(shapes[:4]) < VOCABULARY
-    assert shapes[4:] == [VOCABULARY] * 4
+    assert max(shapes[:STEPS]) < VOCABULARY
+    assert shapes[STEPS:] == [VOCABULARY] * STEPS
     close(moved, expected, 1e-7 if name == "finite_difference" else 1e-9)
     close(base_weights(some), base_weights(whole), 1e-11)
 
@@ -322,7 +325,7 @@ def test_estimators_that_remember_weights_keep_them_whole(tmp_path: Path) -> Non
     with spied(lambda passes, step: shapes.append(step.w[WORDS].shape)):
         run(tmp_path, estimator="unroll", estimator_kwargs={"horizon": 2})
         run(tmp_path, estimator="hyperdistill", estimator_kwargs={"scale": "one"})
-    assert shapes == [(VOCABULARY, HIDDEN)] * 8
+    assert shapes == [(VOCABULARY, HIDDEN)] * 2 * STEPS
 
 
 # The base step's own forward is used again
@@ -385,8 +388,10 @@ def test_another_forward_than_the_meta_passes_is_not_used(
     assert forwards(tmp_path, **fields, **ESTIMATES["finite_difference"]) == difference
 
 
-@pytest.mark.parametrize("layers", [(1,), (2,)])
-@pytest.mark.parametrize("name", [*ESTIMATES, "greedy"])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [*((name, (1,)) for name in (*ESTIMATES, "greedy")), ("jvp", (2,)), ("evograd_head", (2,))],
+)
 def test_a_run_that_uses_its_forwards_is_one_that_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, layers: tuple[int, ...]
 ) -> None:
@@ -416,7 +421,7 @@ def test_each_micro_batch_has_its_own_states(tmp_path: Path) -> None:
 
     with spied(look):
         run(tmp_path, layers=(2,), **ESTIMATES["evograd_head"])
-    assert len(found) == 4
+    assert len(found) == STEPS
     assert min(found) > 1e-3
 
 
@@ -491,8 +496,11 @@ def held(tree: Tree | None) -> dict[str, int]:
     return {} if tree is None else {name: leaf.shape[0] for name, leaf in tree.items()}
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["jvp", "evograd", "sama", "greedy"])
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("jvp", "after_step"), ("jvp", "lookahead"), ("evograd", "after_step"), ("sama", "lookahead"),
+     ("greedy", "after_step")],
+)  # fmt: skip
 def test_what_a_meta_step_holds(tmp_path: Path, name: str, order: str) -> None:
     """No base gradients, of the weights before a step the body and the touched rows; those after it are shared."""
     looked: list[bool] = []
@@ -581,8 +589,8 @@ def test_more_copies_need_no_more_than_their_gradients(tmp_path: Path, monkeypat
     monkeypatch.setattr(noise_module, "_BLOCK", 2**10)  # in proportion to the small body
     lam = sum(leaf.nbytes for leaf in tiny_tagger(layers=(2,)).meta_parameters().values())
     for settings, each in (({}, lam), ({"parameters": "^classifier"}, 0)):
-        two, sixteen = (
+        two, eight = (
             peak_of(tmp_path, estimator="evograd", estimator_kwargs={"copies": copies, **settings})
-            for copies in (2, 16)
+            for copies in (2, 8)
         )
-        assert sixteen - two <= 14 * each + 2**12
+        assert eight - two <= 6 * each + 2**12

@@ -25,8 +25,13 @@ from tests.training.test_trainer import exploding
 from tests.training.tiny import PAD, collate, logged, meta_weights, random_rows, tiny_arguments, tiny_tagger
 
 
+def shallow(**settings: Any) -> CrossLingualTagger:
+    """One layer, which costs half."""
+    return tiny_tagger(dropout=False, base={"num_hidden_layers": 1}, **settings)
+
+
 def checked(
-    folder: Path, make: Callable[[], CrossLingualTagger] = lambda: tiny_tagger(dropout=False), **fields: Any
+    folder: Path, make: Callable[[], CrossLingualTagger] = shallow, **fields: Any
 ) -> tuple[dict[str, Any], MetaTrainer]:
     """The findings at rates at which both levels move."""
 
@@ -52,7 +57,7 @@ def lines_of(found: dict[str, Any]) -> list[str]:
 
 
 def untransformed() -> CrossLingualTagger:
-    tagger = tiny_tagger(dropout=False)
+    tagger = shallow()
     return CrossLingualTagger(tagger.base, tagger.meta, pad_token_id=PAD, transform=False)
 
 
@@ -83,7 +88,7 @@ def test_nothing_wrong(tmp_path: Path, order: str) -> None:
 
 
 def start_of() -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in tiny_tagger(dropout=False).meta.named_parameters()}
+    return {name: p.detach() for name, p in shallow().meta.named_parameters()}
 
 
 def test_drops_of_the_rate_are_not_checked(tmp_path: Path) -> None:
@@ -139,7 +144,7 @@ def test_problems(tmp_path: Path, what: str) -> None:
 
 
 def test_meta_parameters_without_a_hypergradient_are_named(tmp_path: Path) -> None:
-    found, trainer = checked(tmp_path, lambda: tiny_tagger(dropout=False, languages=("source", "other")))
+    found, trainer = checked(tmp_path, lambda: shallow(languages=("source", "other")))
     (warning,) = found["warnings"]
     other = [name for name in meta_weights(trainer) if name.startswith("nets.1.")]
     assert len(other) > 2

@@ -175,7 +175,7 @@ def test_every_damage_is_named_and_skipped(
     """Wherever the bit, wherever the cut."""
     file = output / "checkpoint-4" / name
     held = file.read_bytes()
-    for seed in range(8):
+    for seed in range(4):
         file.write_bytes(held)
         damage(file, random.Random(seed))
         with one_line(f"{re.escape(str(file))} {DAMAGES[damage]}.*: resume from an earlier checkpoint, or start anew"):
@@ -391,7 +391,7 @@ def test_rotation(tmp_path: Path, limit: int | None, best: int | None, left: lis
     assert {path.name for path in found} == {f"checkpoint-{step}" for step in [*left, "best"]}
 
 
-@pytest.mark.parametrize("name", [*(name for name in FILES if "safetensors" not in name), f"{MANIFEST}.tmp"])
+@pytest.mark.parametrize("name", ["config.json", "meta_state.pt", "optimizer.pt", f"{MANIFEST}.tmp"])
 def test_a_full_disk_in_any_file(output: Path, name: str) -> None:
     """/dev/full refuses every byte as a full disk does. Checkpoints before that are untouched, and resumed from.
 
@@ -456,8 +456,13 @@ def test_a_full_disk_is_refused_before_training(tmp_path: Path, monkeypatch: pyt
 # Code in a pickle
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", META_STATE])
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [
+        *zip(("optimizer.pt", "scheduler.pt", "rng_state.pth"), (*WRAPS, WRAPS[0]), strict=True),
+        *((META_STATE, wrap) for wrap in WRAPS),
+    ],
+)
 def test_no_code_is_run_on_resume(output: Path, name: str, wrap: Callable[[Path, Path], None]) -> None:
     """By the manifest where the attacker left it, and by loading tensors only where a new one was made."""
     checkpoint, mark = output / "checkpoint-4", output / "attacked"

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from metaxl_evo.training.callbacks import LevelEvents
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
-from tests.training.test_episodes import Weighting, rows, stack
+from tests.training.test_episodes import Weighting, rows
 from tests.training.test_resume import assert_same_run, resumed
-from tests.training.tiny import different, final_state, meta_weights, same, tiny_arguments
+from tests.training.tiny import different, final_state, meta_weights, same, stack, tiny_arguments
 
 TRAIN_ROWS, META_ROWS, BATCH = 20, 10, 4  # five batches an epoch, three draws a pass
 
@@ -83,8 +84,7 @@ def run(folder: Path, resume: Path | None = None, **fields: Any) -> tuple[MetaTr
     return resumed(trainer, resume), seen
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(("accumulation", "per_epoch"), [(1, 5), (2, 3)])
+@pytest.mark.parametrize(("accumulation", "per_epoch", "workers"), [(1, 5, 1), (2, 3, 0)])
 def test_rows_are_those_of_their_epoch(tmp_path: Path, accumulation: int, per_epoch: int, workers: int) -> None:
     _, seen = run(
         tmp_path,
@@ -101,7 +101,7 @@ def test_rows_are_those_of_their_epoch(tmp_path: Path, accumulation: int, per_ep
 
 @pytest.mark.parametrize(
     ("accumulation", "at", "workers"),
-    [(1, 7, 0), (1, 10, 0), (1, 12, 0), (1, 14, 0), (1, 7, 1), (1, 10, 1), (2, 4, 0), (2, 6, 0), (2, 8, 1)],
+    [(1, 7, 0), (1, 10, 0), (1, 12, 0), (1, 10, 1), (2, 4, 0), (2, 6, 0), (2, 8, 1)],
 )
 def test_resumed_within_an_epoch_and_at_its_end(tmp_path: Path, accumulation: int, at: int, workers: int) -> None:
     fields: dict[str, Any] = {
@@ -123,7 +123,7 @@ def test_the_epoch_is_counted_exactly(tmp_path: Path, steps: int) -> None:
     trainer, _ = trainer_of(tmp_path, max_steps=1)
     told: list[int] = []
     trainer.train_dataset.set_epoch = told.append  # type: ignore[method-assign, union-attr]
-    begin = next(one for one in trainer.callback_handler.callbacks if type(one).__name__ == "_MetaSteps")
+    begin = next(one for one in trainer.callback_handler.callbacks if isinstance(one, LevelEvents))
     expected = []
     for epoch in (0, 1, 39, 40, 999):
         for made in (0, 1, steps - 1, steps):

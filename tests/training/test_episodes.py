@@ -29,6 +29,7 @@ from tests.training.tiny import (
     meta_weights,
     minus,
     same,
+    stack,
     tiny_arguments,
 )
 
@@ -82,10 +83,6 @@ def rows(count: int, seed: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 3, generator=generator, dtype=torch.float64)
     return [{"x": one, "y": torch.sin(2 * one.sum()) + 1} for one in x]
-
-
-def stack(batch: list[dict[str, Tensor]]) -> Batch:
-    return {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
 
 
 class Watch(TrainerCallback):
@@ -177,9 +174,6 @@ DRIVEN: dict[str, tuple[dict[str, Any], ...]] = {
     "hyperdistill": ({"scale": "fixed"}, {"fit_every": 2}),
 }
 INSTANCES = [(name, settings) for name, all_settings in DRIVEN.items() for settings in all_settings]
-on_instances = pytest.mark.parametrize(
-    ("name", "settings"), INSTANCES, ids=[f"{name}-{'-'.join(map(str, s.values()))}" for name, s in INSTANCES]
-)
 
 
 def test_every_estimator_is_among_the_instances() -> None:
@@ -187,10 +181,13 @@ def test_every_estimator_is_among_the_instances() -> None:
     assert len(INSTANCES) == 14
 
 
-@pytest.mark.parametrize("reset", EPISODE_RESETS)
 @pytest.mark.parametrize(
-    ("name", "settings", "order"),
-    [(*one, order) for one in INSTANCES for order in ORDERS[: 2 if make_estimator(one[0], **one[1]).online else 1]],
+    ("name", "settings", "order", "reset"),
+    [
+        (*one, order, EPISODE_RESETS[(index + shift) % 3])
+        for index, one in enumerate(INSTANCES)
+        for shift, order in enumerate(ORDERS[: 2 if make_estimator(one[0], **one[1]).online else 1])
+    ],
 )
 def test_every_estimator_answers_in_its_turn(
     tmp_path: Path, name: str, settings: dict[str, Any], order: str, reset: str
@@ -296,18 +293,17 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], UpdateRule]] = {
 }
 
 
-@pytest.mark.parametrize("reset", EPISODE_RESETS)
 @pytest.mark.parametrize(
-    ("name", "settings", "optimizer"),
+    ("name", "settings", "optimizer", "reset"),
     [
-        ("unroll", {}, "momentum"),
-        ("unroll", {}, "adamw"),
-        ("drmad", {}, "momentum"),
-        ("forward_mode", {}, "adamw"),
-        ("greedy", {"decay": 0.7}, "momentum"),
-        ("greedy", {"decay": 0.7}, "adamw"),
-        ("hyperdistill", {"scale": "fixed", "decay": 0.5, "theta": 1.3}, "momentum"),
-        ("hyperdistill", {"scale": "one"}, "adamw"),
+        *(("unroll", {}, "momentum", reset) for reset in EPISODE_RESETS),
+        ("unroll", {}, "adamw", "restart"),
+        ("drmad", {}, "momentum", "reptile"),
+        ("forward_mode", {}, "adamw", "restart"),
+        *(("greedy", {"decay": 0.7}, "adamw", reset) for reset in EPISODE_RESETS),
+        ("greedy", {"decay": 0.7}, "momentum", "restart"),
+        ("hyperdistill", {"scale": "fixed", "decay": 0.5, "theta": 1.3}, "momentum", "restart"),
+        ("hyperdistill", {"scale": "one"}, "adamw", "reptile"),
     ],
 )
 def test_an_episode_is_that_of_run_episode(

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
 from metaxl_evo.training.trainer import MetaTrainer
-from tests.training.tiny import random_rows, tiny_arguments, tiny_trainer
+from tests.training.tiny import random_rows, stack, tiny_arguments, tiny_trainer
 
 COUNT = 10
 
@@ -67,12 +67,6 @@ class Regression(BilevelModule):
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"n": len(batch["y"])}
 
-    def save_meta(self, folder: str | Path) -> None:
-        pass
-
-    def load_meta(self, folder: str | Path) -> None:
-        pass
-
 
 def rows(count: int) -> list[dict[str, Tensor]]:
     x = torch.randn(count, 3, generator=torch.Generator().manual_seed(count))
@@ -97,7 +91,7 @@ def trainer_of(folder: Path, base: nn.Module) -> MetaTrainer:
         train_dataset=rows(8),
         meta_dataset=rows(6),
         eval_dataset=rows(COUNT),
-        data_collator=lambda batch: {key: torch.stack([row[key] for row in batch]) for key in batch[0]},
+        data_collator=stack,
         compute_metrics=error,
     )
 

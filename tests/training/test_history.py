@@ -31,6 +31,12 @@ def test_many_are_logged_by_how_far_they_moved() -> None:
     assert logged_lam(lam, {"w": torch.zeros(9)}) == {"meta_moved": pytest.approx(3 * 9**0.5)}
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the picture, which takes half of a short run's time."""
+    monkeypatch.setattr("metaxl_evo.training.history.plot_history", lambda *of: None)
+
+
 def histories(folder: Path) -> list[dict[str, str]]:
     return read_history(folder / HISTORY)
 
@@ -57,6 +63,7 @@ def test_the_history_is_the_log(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("cut", ["", "7,1.5"])
 def test_a_resumed_run_writes_the_history_of_one_that_was_not_cut_off(tmp_path: Path, cut: str) -> None:
     """A save every four steps, a row a step, the last one perhaps half written when the run was killed."""
@@ -72,6 +79,7 @@ def test_a_resumed_run_writes_the_history_of_one_that_was_not_cut_off(tmp_path: 
     assert not (tmp_path / "parted/meta_history.1.csv").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("stops", [False, True])
 def test_the_last_steps_are_logged(tmp_path: Path, stops: bool) -> None:
     """Also of a run with fewer steps than logging_steps, and of one that a callback ends."""
@@ -91,6 +99,7 @@ def test_the_last_steps_are_logged(tmp_path: Path, stops: bool) -> None:
     assert float(row["meta_moved"]) == logged(each, "meta_moved")[-1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_no_step_is_logged_twice(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
     run(tmp_path, max_steps=5, **settings)
@@ -99,6 +108,7 @@ def test_no_step_is_logged_twice(tmp_path: Path) -> None:
     assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [2, 4, 5, 6, 7]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_earlier_runs_history_is_put_aside(tmp_path: Path) -> None:
     kept = []
     for _ in range(3):

@@ -7,7 +7,7 @@ a CPU; the quantised ones stand in for those of packages that are not here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,8 +180,13 @@ def test_every_kind_of_refusal_is_here() -> None:
     assert [len(table) for table in (META_ARGUMENTS, META_ENVIRONMENTS, META_MODELS)] == [1, 1, 3]
 
 
-@pytest.mark.parametrize("estimator", ["evograd", "none"])
-@pytest.mark.parametrize("case", ARGUMENTS)
+def in_turn(cases: Iterable[str]) -> Any:
+    """The cases, with an estimator and without one by turns."""
+    both = [(case, ("evograd", "none")[index % 2]) for index, case in enumerate(cases)]
+    return pytest.mark.parametrize(("case", "estimator"), both)
+
+
+@in_turn(ARGUMENTS)
 def test_arguments(case: str, estimator: str, tmp_path: Path) -> None:
     fields, message = ARGUMENTS[case]
     refused(message, lambda: tiny_trainer(tmp_path, estimator=estimator, **fields))
@@ -194,8 +199,7 @@ def test_arguments_of_another_machine(case: str, tmp_path: Path) -> None:
     refused(message, lambda: MetaTrainer(tiny_tagger(), args, train_dataset=random_rows(4, seed=1)))
 
 
-@pytest.mark.parametrize("estimator", ["evograd", "none"])
-@pytest.mark.parametrize("case", ENVIRONMENTS)
+@in_turn(ENVIRONMENTS)
 def test_environments_of_accelerate_launch(
     case: str, estimator: str, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -205,8 +209,7 @@ def test_environments_of_accelerate_launch(
     refused(message, lambda: tiny_trainer(tmp_path, estimator=estimator))
 
 
-@pytest.mark.parametrize("estimator", ["evograd", "none"])
-@pytest.mark.parametrize("case", MODELS)
+@in_turn(MODELS)
 def test_models(case: str, estimator: str, tmp_path: Path) -> None:
     make, message = MODELS[case]
     tagger: Any = make()

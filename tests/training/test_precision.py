@@ -94,7 +94,7 @@ def hypergradient_of_first_step(
     noted = Hypergradients()
     tiny_trainer(
         folder,
-        tagger=tiny_tagger(dropout=False) if tagger is None else tagger,
+        tagger=tiny_tagger(dropout=False, base={"num_hidden_layers": 1}) if tagger is None else tagger,
         trainer={"callbacks": [noted]},
         optimizer_class="SGD",
         learning_rate=1e-2,

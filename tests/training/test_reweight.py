@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from metaxl_evo import BilevelModule, MetaTrainer, WeightNet, hypergradient, mak
 from metaxl_evo.bilevel import SGD, stop_gradient
 from metaxl_evo.bilevel.tree import cosine
 from tests.processes import on_processes
-from tests.training.tiny import meta_weights, minus, tiny_arguments
+from tests.training.tiny import meta_weights, minus, stack, tiny_arguments
 
 RATE, ROWS = 0.5, 8
 Batch = dict[str, Tensor]
@@ -48,10 +49,10 @@ def task(form: type[Reweight] = Reweight, dtype: torch.dtype = torch.float64) ->
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
     config = BertConfig(
-        vocab_size=21, num_hidden_layers=2, max_position_embeddings=6, initializer_range=0.5, **sizes,
+        vocab_size=21, num_hidden_layers=1, max_position_embeddings=6, initializer_range=0.5, **sizes,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager",
     )  # fmt: skip
-    return form(BertForSequenceClassification(config), WeightNet(8)).to(dtype).train()
+    return form(BertForSequenceClassification(config), WeightNet(3)).to(dtype).train()
 
 
 def rows(count: int, seed: int) -> list[Batch]:
@@ -60,11 +61,7 @@ def rows(count: int, seed: int) -> list[Batch]:
     return [{"input_ids": row, "labels": (row[0] > 10).long()} for row in ids]
 
 
-def collate(found: list[Batch]) -> Batch:
-    return {key: torch.stack([row[key] for row in found]) for key in found[0]}
-
-
-TRAIN, JUDGE = collate(rows(ROWS, 1)), collate(rows(ROWS, 2))
+TRAIN, JUDGE = stack(rows(ROWS, 1)), stack(rows(ROWS, 2))
 
 
 def by_autograd(model: Reweight, steps: int = 1, *, after: bool = True) -> dict[str, Tensor]:
@@ -134,6 +131,7 @@ def test_under_activation_checkpointing_it_is_right_in_either_form(name: str) ->
         assert error(estimated(model, estimator, **settings), plain) < 1e-6  # the detach is behind what is recomputed
 
 
+@cache
 def moved(layout: tuple[int, int]) -> dict[str, dict[str, Tensor]]:
     """How far three base and plain meta steps move lam, by estimator; a step is `ROWS` rows in all."""
     processes, accumulation = layout
@@ -148,7 +146,7 @@ def moved(layout: tuple[int, int]) -> dict[str, dict[str, Tensor]]:
                 logging_strategy="no",
             )  # fmt: skip
             trainer = InOrder(
-                task(), args, train_dataset=rows(3 * ROWS, 3), meta_dataset=rows(2 * ROWS, 4), data_collator=collate
+                task(), args, train_dataset=rows(3 * ROWS, 3), meta_dataset=rows(2 * ROWS, 4), data_collator=stack
             )
             before = meta_weights(trainer)
             trainer.train()

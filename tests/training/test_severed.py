@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from metaxl_evo import BilevelModule, MetaTrainer, MetaTrainingArguments
 from metaxl_evo.bilevel import stop_gradient
 from metaxl_evo.models.bilevel_module import Batch, totals_of
+from tests.training.tiny import stack
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "finite_difference": {"estimator": "one_step", "estimator_kwargs": {"engine": "finite_difference"}},
@@ -49,10 +50,6 @@ class Reweight(BilevelModule):
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"rows": len(batch["labels"])}
 
-    def save_meta(self, folder: str | Path) -> None: ...
-
-    def load_meta(self, folder: str | Path) -> None: ...
-
 
 def no_grad(x: Tensor) -> Tensor:
     with torch.no_grad():
@@ -72,13 +69,9 @@ def trainer(folder: Path, severed: Callable[[Tensor], Tensor], name: str, **fiel
     args = MetaTrainingArguments(
         output_dir=str(folder), max_steps=5, per_device_train_batch_size=4, gradient_accumulation_steps=2,
         per_device_meta_batch_size=4, meta_portion=1, save_strategy="no", use_cpu=True, report_to=[],
-        learning_rate=1e-2, meta_learning_rate=1e-2, **ESTIMATORS[name], **fields,
+        learning_rate=1e-2, meta_learning_rate=1e-2, meta_history=False, **ESTIMATORS[name], **fields,
     )  # fmt: skip
-
-    def collate(batch: list[dict[str, Tensor]]) -> Batch:
-        return {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
-
-    return MetaTrainer(task, args, train_dataset=rows(40, 1), meta_dataset=rows(20, 2), data_collator=collate)
+    return MetaTrainer(task, args, train_dataset=rows(40, 1), meta_dataset=rows(20, 2), data_collator=stack)
 
 
 def weights(one: MetaTrainer) -> list[Tensor]:

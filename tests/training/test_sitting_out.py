@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
-from tests.training.tiny import meta_weights, minus
+from tests.training.tiny import meta_weights, minus, stack
 
 LR, STEPS = 0.05, 4
 HEADS = [[0, 1], [1, 1], [0, 0], [1, 0]]  # of each step's two micro-batches
@@ -59,12 +58,6 @@ class Task(BilevelModule):
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"rows": len(batch["y"])}
 
-    def save_meta(self, folder: str | Path) -> None:
-        raise NotImplementedError
-
-    def load_meta(self, folder: str | Path) -> None:
-        raise NotImplementedError
-
 
 class InOrder(MetaTrainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,10 +68,6 @@ def rows(count: int, seed: int, head: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(count, size, generator=generator, dtype=torch.float64) for size in (3, 1))
     return [{"x": one, "y": target[0], "head": torch.tensor(head)} for one, target in zip(x, y, strict=True)]
-
-
-def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
 
 
 PARTS = [rows(2, 10 * step + i, head) for step, heads in enumerate(HEADS) for i, head in enumerate(heads)]
@@ -99,10 +88,11 @@ def trained(estimator: str, optimizer: str) -> Tree:
             gradient_accumulation_steps=2 // int(os.environ.get("WORLD_SIZE", "1")), per_device_meta_batch_size=2,
             learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=0.4, weight_decay=0.1, meta_portion=1.0,
             meta_optim="SGD", meta_learning_rate=1.0, meta_lr_scheduler_type="constant", save_strategy="no",
-            use_cpu=True, disable_tqdm=True, ddp_find_unused_parameters=True, **fields, **CASES[optimizer],
+            use_cpu=True, disable_tqdm=True, meta_history=False, ddp_find_unused_parameters=True, **fields,
+            **CASES[optimizer],
         )  # fmt: skip
         train = [row for part in PARTS for row in part]
-        trainer = InOrder(task(), args, train_dataset=train, meta_dataset=JUDGES, data_collator=collate)
+        trainer = InOrder(task(), args, train_dataset=train, meta_dataset=JUDGES, data_collator=stack)
         before = meta_weights(trainer)
         trainer.train()
         return minus(before, meta_weights(trainer))
@@ -138,12 +128,12 @@ def by_autograd(estimator: str, optimizer: str) -> Tensor:
         if estimator == "one_step":  # the last step alone is differentiated
             w = {n: leaf.detach().requires_grad_() for n, leaf in w.items()}
             memory = {n: (t, *(leaf.detach() for leaf in held)) for n, (t, *held) in memory.items()}
-        parts = [collate(part) for part in PARTS[2 * step : 2 * step + 2]]
+        parts = [stack(part) for part in PARTS[2 * step : 2 * step + 2]]
         weighted = [functional_call(model.meta, {"v": v}, (part["x"],)) * losses(part) for part in parts]
         loss = torch.cat(weighted).mean()
         found = torch.autograd.grad(loss, list(w.values()), create_graph=True, allow_unused=True)
         w = stepped(optimizer, w, {n: g for n, g in zip(w, found, strict=True) if g is not None}, memory)
-    return torch.autograd.grad(losses(collate(JUDGES)).mean(), v)[0]
+    return torch.autograd.grad(losses(stack(JUDGES)).mean(), v)[0]
 
 
 @pytest.mark.parametrize("optimizer", CASES)

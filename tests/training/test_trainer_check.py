@@ -24,6 +24,7 @@ from tests.training.tiny import (
     final_state,
     random_rows,
     same,
+    stack,
     tiny_arguments,
     tiny_tagger,
     tiny_trainer,
@@ -88,10 +89,6 @@ def rows(count: int) -> list[dict[str, Tensor]]:
     return [{"x": one, "y": one.sum()} for one in x]
 
 
-def stacked(batch: Any) -> Any:
-    return {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
-
-
 def trainer_of(folder: Path, task: type[Reweight] = Reweight, *layers: nn.Module, **fields: Any) -> MetaTrainer:
     torch.manual_seed(0)
     settings = {"meta_portion": 1, "learning_rate": 0.01, "meta_learning_rate": 0.05, "max_steps": 100, **fields}
@@ -100,7 +97,7 @@ def trainer_of(folder: Path, task: type[Reweight] = Reweight, *layers: nn.Module
         tiny_arguments(folder, **settings),
         train_dataset=rows(16),
         meta_dataset=rows(12),
-        data_collator=stacked,
+        data_collator=stack,
     )
 
 
@@ -309,7 +306,7 @@ def test_a_subclass_is_checked_as_one(tmp_path: Path) -> None:
         args=tiny_arguments(tmp_path, meta_portion=1),
         train_dataset=rows(8),
         meta_dataset=rows(8),
-        data_collator=stacked,
+        data_collator=stack,
     )
     trainer.check()
     assert set(seen) == {"mine"}

@@ -17,7 +17,7 @@ from metaxl_evo.estimators import make_estimator
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
-from tests.training.tiny import ORDERS, close, logged, meta_weights, minus
+from tests.training.tiny import ORDERS, close, logged, meta_weights, minus, stack
 
 STEPS = 6
 
@@ -46,12 +46,6 @@ class Regression(BilevelModule):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"rows": len(batch["y"])}
-
-    def save_meta(self, folder: str | Path) -> None:
-        raise NotImplementedError
-
-    def load_meta(self, folder: str | Path) -> None:
-        raise NotImplementedError
 
 
 class Recorder(TrainerCallback):
@@ -82,14 +76,14 @@ def trainer_of(folder: Path, recorder: Recorder | None = None, model: Any = None
         "episode_length": STEPS, "episode_reset": "restart", "meta_optim": "SGD", "meta_learning_rate": 1.0,
         "meta_every": STEPS, "meta_lr_scheduler_type": "constant", "meta_portion": 1.0, "max_grad_norm": 0.0,
         "per_device_train_batch_size": 4, "per_device_meta_batch_size": 8, "save_strategy": "no", "report_to": [],
-        "use_cpu": True, "disable_tqdm": True, "optim_args": "momentum=0.9",
+        "use_cpu": True, "disable_tqdm": True, "optim_args": "momentum=0.9", "meta_history": False,
     }  # fmt: skip
     trainer = MetaTrainer(
         model,
         MetaTrainingArguments(str(folder), **{**settings, **fields}),
         train_dataset=rows(24, 1),
         meta_dataset=rows(8, 2),
-        data_collator=lambda batch: {key: torch.stack([row[key] for row in batch]) for key in batch[0]},
+        data_collator=stack,
         callbacks=[] if recorder is None else [recorder],
     )
     if recorder is not None:

@@ -110,6 +110,11 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
+def stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of tensors of equal shapes as one batch."""
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
 def tiny_arguments(folder: Path | str, **fields: Any) -> MetaTrainingArguments:
     settings: dict[str, Any] = {
         "output_dir": str(folder),
