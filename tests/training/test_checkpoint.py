@@ -519,7 +519,7 @@ def test_a_checkpoint_that_cannot_be_written_over_stays(output: Path, monkeypatc
         raise PermissionError("Operation not permitted")
 
     trainer = saving_trainer(output)
-    monkeypatch.setattr("metaxl_evo.training.trainer.unseal", refuse)
+    monkeypatch.setattr("metaxl_evo.training.task_trainer.unseal", refuse)
     with one_line(r"checkpoint-6 could not be written \(Operation not permitted; ", SaveFailed):
         trainer.train(str(output / "checkpoint-4"))
     assert contents(output) == before

@@ -142,10 +142,11 @@ def pretrained_tagger(folder: Path) -> CrossLingualTagger:
     return CrossLingualTagger(base, rtn, pad_token_id=PAD)
 
 
-@pytest.mark.parametrize("case", ["finite_difference", "evograd"])
-def test_hypergradients_of_bf16_steps_of_a_pretrained_model(tmp_path: Path, shared: Path, case: str) -> None:
+def test_hypergradients_of_bf16_steps_of_a_pretrained_model(tmp_path: Path, shared: Path) -> None:
     plain, mixed = (
-        hypergradient_of_first_step(tmp_path, case, pretrained_tagger(shared / "models/xlmr-mini"), bf16=bf16)
+        hypergradient_of_first_step(
+            tmp_path, "finite_difference", pretrained_tagger(shared / "models/xlmr-mini"), bf16=bf16
+        )
         for bf16 in (False, True)
     )
     assert relative_error(mixed, plain) <= ROUNDING
