@@ -205,7 +205,7 @@ def test_every_estimator_is_here() -> None:
 
 def lora_trainer(folder: Path, one: tuple[str, dict[str, Any]], *, base: Any = None, **fields: Any) -> Recorded:
     name, settings = one
-    return trainer_of(folder, lora_tagger(name, base=base), name, settings, **fields)
+    return trainer_of(folder, lora_tagger(name, base=base), name, settings, **{"max_steps": 4, **fields})
 
 
 @pytest.mark.parametrize("one", FIRST, ids=[label(one) for one in FIRST])

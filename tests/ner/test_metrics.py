@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.scheme import IOB2
 from transformers import AutoTokenizer
 
-from metaxl_evo.ner import metrics
 from metaxl_evo.ner.data import load_ner_dataset
 from metaxl_evo.ner.encoding import STRIDE, encode
 from metaxl_evo.ner.metrics import EntityF1, average, entity_scores, scores_table, word_predictions
@@ -133,15 +130,10 @@ def test_average_and_table() -> None:
         average({})
 
 
-def test_metric_of_evaluate_works_offline(tmp_path: Path) -> None:
-    code = (
-        "from metaxl_evo.ner.metrics import EntityF1\n"
-        "metric = EntityF1()\n"
-        "metric.add_batch(predictions=[['B-PER'], ['O', 'O']], references=[['B-PER'], ['O', 'B-LOC']])\n"
-        "scores = metric.compute(strict=True)\n"
-        "assert (scores['precision'], scores['recall'], scores['n_words']) == (1.0, 0.5, 3), scores\n"
-    )
-    path = os.pathsep.join([str(Path(metrics.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
-    assert issubclass(EntityF1, evaluate.Metric)
+def test_metric_of_evaluate_works_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it went online"))
+    metric = EntityF1()
+    metric.add_batch(predictions=[["B-PER"], ["O", "O"]], references=[["B-PER"], ["O", "B-LOC"]])
+    scores = metric.compute(strict=True)
+    assert (scores["precision"], scores["recall"], scores["n_words"]) == (1.0, 0.5, 3)
+    assert isinstance(metric, evaluate.Metric)
