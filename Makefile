@@ -55,7 +55,8 @@ soak: $(VENV)/.installed-test
 mutate: $(VENV)/.installed-test
 	$(BIN)/python -m tests.mutations $(MUTATIONS)
 
-lint: $(VENV)/.installed-dev
+# mypy reads the packages of the tests too (peft).
+lint: $(VENV)/.installed-dev $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES)
