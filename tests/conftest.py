@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,26 @@ os.fsync = lambda fd: None  # every checkpoint waits for the disk, which matters
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_finish() -> None:
+known_modules = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
     """What was imported is not looked at again: accelerate collects garbage at the start of every training."""
-    gc.collect()
-    gc.freeze()
+    freeze_imports()
+
+
+def pytest_collection_finish() -> None:
+    freeze_imports()
+
+
+def freeze_imports() -> None:
+    """Much is imported on first use, when all tests are collected (torch's compiler, by a first derivative)."""
+    global known_modules
+    if len(sys.modules) > known_modules:
+        known_modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

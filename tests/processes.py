@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -50,6 +51,7 @@ def on_processes(count: int, worker: Callable[..., Any], *args: Any, timeout: fl
 
 
 def _run(rank: int, count: int, port: int, file: Path, worker: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()  # what the server has imported
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
