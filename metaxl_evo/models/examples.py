@@ -133,6 +133,7 @@ def take_rows(batch: Mapping[str, Any], rows: Tensor) -> Batch:
 
 
 def _fit(one: Tensor, other: Tensor) -> bool:
+    """Whether both have rows, of one shape."""
     return 0 < one.dim() == other.dim() and one.shape[1:] == other.shape[1:]
 
 
@@ -147,12 +148,7 @@ def join_rows(name: str, batch: Mapping[str, Any], extra: Mapping[str, Any]) -> 
         other = extra.get(key)
         if isinstance(value, list) and isinstance(other, list):
             joined[key] = [*value, *other]
-        elif (
-            isinstance(value, Tensor)
-            and isinstance(other, Tensor)
-            and value.dim()
-            and value[0].shape == other[0].shape
-        ):
+        elif isinstance(value, Tensor) and isinstance(other, Tensor) and _fit(value, other):
             joined[key] = torch.cat([value, other])
         else:
             raise ValueError(
