@@ -9,16 +9,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from metaxl_evo.experiments.command import run_command
 from metaxl_evo.training.cli import ends_with_one_line
-from vision_tasks.experiment import run_command
-from vision_tasks.fewshot_arguments import FewShotArguments
-from vision_tasks.fewshot_experiment import FewShotTask
+from vision_tasks.fewshot_task import FewShotTask
 
 
 @ends_with_one_line
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse the settings, then make (or check) the runs; returns their results, or what the check found."""
-    return run_command(FewShotTask(), FewShotArguments, argv)
+    return run_command(FewShotTask(), argv)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from metaxl_evo.ner.arguments import NerArguments, NerTrainingArguments
-from metaxl_evo.ner.check import check_experiment
-from metaxl_evo.ner.experiment import run_experiment
+from metaxl_evo.experiments.command import run_command
+from metaxl_evo.ner.task import NerTask
 from metaxl_evo.training.cli import ends_with_one_line
-from metaxl_evo.training.parser import parse_arguments
 
 
 @ends_with_one_line
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse the settings, then run (or check) the experiment; returns its results, or what the check found."""
-    ner, args = parse_arguments((NerArguments, NerTrainingArguments), argv)
-    return check_experiment(ner, args) if ner.check else run_experiment(ner, args)
+    """Parse the settings, then make the runs, or check one; returns their results, or what the check found."""
+    return run_command(NerTask(), argv)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from metaxl_evo.experiments.command import run_command
 from metaxl_evo.training.cli import ends_with_one_line
-from vision_tasks.experiment import run_command
-from vision_tasks.rotation_experiment import RotationArguments, RotationTask
+from vision_tasks.rotation_task import RotationTask
 
 
 @ends_with_one_line
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse the settings, then make (or check) the runs; returns their results, or what the check found."""
-    return run_command(RotationTask(), RotationArguments, argv)
+    return run_command(RotationTask(), argv)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EvalPrediction, PreTrainedModel
 
+from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.arguments import VisionArguments
@@ -26,7 +27,7 @@ import vision_tasks.backbones  # registers the classifier
 from transformers import AutoModelForImageClassification
 
 model = AutoModelForImageClassification.from_pretrained("FOLDER")
-# It takes (pixels - model.config.image_mean) / model.config.image_std."""
+# It takes (pixels - model.config.image_mean) / model.config.image_std of pixels (B, C, H, W) in [0, 1]."""
 
 
 @dataclass
@@ -44,7 +45,6 @@ class ClassifierArguments(VisionArguments):
     image_std: list[float] | None = field(default=None, metadata={"help": "Their standard deviation."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.require_known("backbone", self.backbone, BACKBONES)
 
 
@@ -120,11 +120,10 @@ def tell_fewer(name: str, asked: int | None, found: int) -> None:
         logger.warning("%s is %d, there are only %d images: taking all", name, asked, found)
 
 
-def tested(trainer: MetaTrainer, images: ImageSet) -> float:
+def tested(trainer: MetaTrainer, images: ImageSet) -> Rate:
     """The accuracy of the trained base on these images."""
-    metrics = trainer.predict(cast(Any, ImageRows(images))).metrics
-    assert metrics is not None
-    return metrics["test_accuracy"]
+    found: Any = trainer.predict(cast(Any, ImageRows(images)))
+    return Rate.mean(found.predictions.argmax(-1) == found.label_ids)
 
 
 def pixel_statistics(

@@ -113,7 +113,6 @@ class FewShotArguments(VisionArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name, valid in (
             ("method", METHODS),
             ("backbone", BACKBONES),

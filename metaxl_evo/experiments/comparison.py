@@ -74,8 +74,6 @@ class Comparison:
 
     def frame(self) -> pd.DataFrame:
         """The long table: run, case, seed, score, value (in the unit of the tables), a row a score of `units`."""
-        ...
 
     def differences(self, baseline: str) -> list[Difference]:
         """Every other run against `baseline`: run by run, each case and, of several, `average` last."""
-        ...

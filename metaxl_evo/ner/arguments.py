@@ -129,7 +129,6 @@ class NerArguments:
         },
     )
     strict: bool = field(default=False, metadata={"help": "Count only well-formed IOB2 entities."})
-    check: bool = field(default=False, metadata={"help": "Run a few steps, print a verdict, write nothing."})
 
     def __post_init__(self) -> None:
         for name, valid in (("method", METHODS), ("rtn_kind", KINDS), ("select", SELECTIONS)):

@@ -1,9 +1,7 @@
-"""`--check` of the NER task: the findings of any task, the sentences that were read, and what the RTN acts on."""
+"""What `--check` finds of the NER task beside the findings of any: the sentences, and what the RTN acts on."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,52 +9,15 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.ner.arguments import NerArguments, refuse_fields
+from metaxl_evo.ner.arguments import NerArguments
 from metaxl_evo.ner.encoding import lost_words
-from metaxl_evo.ner.experiment import (
-    OWN_FILES,
-    TargetData,
-    build_trainer,
-    fit_arguments,
-    load_target,
-    require_enough,
-)
-from metaxl_evo.ner.pretrained import longest_input, trained_labels
-from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.check import check_training
-from metaxl_evo.training.dry_run import refuse_unusable
-from metaxl_evo.training.runs import refuse_another_run
+from metaxl_evo.ner.pretrained import longest_input
+from metaxl_evo.ner.target_data import TargetData
 from metaxl_evo.training.trainer import MetaTrainer
 
 
-def check_experiment(ner: NerArguments, args: MetaTrainingArguments) -> dict[str, Any]:
-    """Run a few steps for the first target at the full learning rates; print the findings and a verdict, return them.
-
-    Nothing of the user's is touched. The returned `problems` is empty where the verdict is OK.
-
-    Raises:
-        ValueError: for what a run would refuse as well.
-    """
-    refuse_fields(args)
-    refuse_unusable(args)
-    target = ner.target_languages[0]
-    ner = replace(ner, target_languages=[target])
-    data = load_target(ner, target, trained_labels(ner.model_name_or_path))
-    require_enough(ner, args, target, data)
-    args = fit_arguments(ner, args, data)
-    report, trainer = check_training(lambda args: build_trainer(ner, args, data)[0], args)
-    described = {"target": target, **_describe(ner, data, trainer)}
-    report.findings = {**described, **report.findings, **_evaluation(trainer, report.problems)}
-    try:
-        refuse_another_run(Path(args.output_dir), args.resume_from_checkpoint is not None, OWN_FILES)
-    except ValueError as error:
-        report.problems.append(str(error))
-    if args.should_log:
-        print(report)
-    return report.as_dict()
-
-
-def _describe(ner: NerArguments, data: TargetData, trainer: MetaTrainer) -> dict[str, Any]:
+def sentence_findings(ner: NerArguments, data: TargetData, trainer: MetaTrainer) -> dict[str, Any]:
+    """The sentences that were read, and what of them the tokenizer loses."""
     tokenizer: Any = trainer.processing_class
     longest = longest_input(trainer.model.plain_base)
     parts = {f"train {language}": (rows, ner.max_length) for language, rows in data.sources.items()}
@@ -66,6 +27,7 @@ def _describe(ner: NerArguments, data: TargetData, trainer: MetaTrainer) -> dict
     lost = {name: lost_words(rows, tokenizer, min(length, longest)) for name, (rows, length) in parts.items()}
     words = {name: sum(map(len, rows["tokens"])) for name, (rows, _) in parts.items()}
     return {
+        "target": ner.target_languages[0],
         "sentences": {name: len(rows) for name, (rows, _) in parts.items()},
         "labels": data.names,
         "words_cut_off": {name: lost[name].truncated / words[name] for name in parts},
@@ -73,8 +35,9 @@ def _describe(ner: NerArguments, data: TargetData, trainer: MetaTrainer) -> dict
     }
 
 
-def _evaluation(trainer: MetaTrainer, problems: list[str]) -> dict[str, bool]:
+def evaluation_findings(trainer: MetaTrainer) -> tuple[dict[str, bool], list[str]]:
     """Whether another RTN changes the training loss (it should, where it acts) and the evaluation (it must not)."""
+    problems: list[str] = []
     module, dataset = trainer.model, cast(Dataset, trainer.train_dataset)
     rows = [dataset[index] for index in range(min(4, len(dataset)))]
     batch = send_to_device(trainer.data_collator(rows), trainer.args.device)
@@ -95,4 +58,4 @@ def _evaluation(trainer: MetaTrainer, problems: list[str]) -> dict[str, bool]:
         problems.append("the RTN changes the evaluation: please report this as a bug")
     if module.transform and not reaches:
         problems.append("the RTN does not change the training loss: check rtn_layers and rtn_module_path")
-    return {"evaluation_without_rtn": same, "rtn_reaches_training": reaches}
+    return {"evaluation_without_rtn": same, "rtn_reaches_training": reaches}, problems

@@ -21,7 +21,15 @@ from metaxl_evo.messages import unknown
 from metaxl_evo.ner.arguments import SHORTEST
 from metaxl_evo.ner.data import load_ner_dataset
 from metaxl_evo.ner.encoding import IGNORED, PadRight, encode, lost_words, plain_labels
-from metaxl_evo.ner.metrics import Scores, average, entity_scores, numbers_of, scores_table, word_predictions
+from metaxl_evo.ner.metrics import (
+    Scores,
+    average,
+    entity_scores,
+    numbers_of,
+    scores_table,
+    with_sentences,
+    word_predictions,
+)
 from metaxl_evo.ner.pretrained import (
     load_classifier,
     longest_input,
@@ -109,12 +117,13 @@ class EvaluationSet:
             "n_truncated_words": self.lost.truncated,
             "n_words_without_sub_token": self.lost.without_sub_token,
         }
-        return entity_scores(self.references, words, strict=self.strict) | counts
+        scores = entity_scores(self.references, words, strict=self.strict) | counts
+        return with_sentences(scores, self.references, words, strict=self.strict)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The three rates, for the Trainer's log and model selection."""
         scores = self.score(prediction.predictions, prediction.label_ids)
-        return {key: scores[key] for key in ("precision", "recall", "f1")}
+        return {key: float(scores[key]) for key in ("precision", "recall", "f1")}
 
     def predict(self, trainer: Trainer) -> Scores:
         """Run the trainer's model over the sentences and score it."""

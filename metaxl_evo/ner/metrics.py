@@ -13,8 +13,10 @@ import datasets
 import evaluate
 import numpy as np
 from seqeval.metrics import accuracy_score, classification_report
-from seqeval.scheme import IOB2
+from seqeval.metrics.sequence_labeling import get_entities
+from seqeval.scheme import IOB2, Entities
 
+from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.ner.encoding import STRIDE
 
 Scores = dict[str, Any]
@@ -78,6 +80,29 @@ def entity_scores(
         "n_words": n_words,
         "per_type": {kind: _entity_rates(report[kind]) for kind in types},
     }
+
+
+def with_sentences(
+    scores: Scores, references: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]], *, strict: bool = False
+) -> Scores:
+    """The same scores; precision, recall and F1 bring the sentences that they are made of."""
+    true, found, both = np.array(
+        [_entity_counts(*pair, strict) for pair in zip(references, predictions, strict=True)], dtype=float
+    ).reshape(-1, 3).T  # fmt: skip
+    parts = {"precision": (both, found), "recall": (both, true), "f1": (2 * both, true + found)}
+    return scores | {name: Rate.of(*part, value=scores[name]) for name, part in parts.items()}
+
+
+def _entity_counts(reference: Sequence[str], prediction: Sequence[str], strict: bool) -> tuple[int, int, int]:
+    """Entities of one sentence: in the reference, in the prediction, in both."""
+    true, found = (_entities(list(tags), strict) for tags in (reference, prediction))
+    return len(true), len(found), len(true & found)
+
+
+def _entities(tags: list[str], strict: bool) -> set[Any]:
+    if not strict:
+        return set(get_entities(tags))
+    return {one.to_tuple()[1:] for sentence in Entities([tags], IOB2).entities for one in sentence}
 
 
 def average(scores: Mapping[str, Scores]) -> Scores:

@@ -120,19 +120,20 @@ def put_aside(file: Path) -> None:
 
 
 def plot_history(rows: Sequence[Mapping[str, str]], file: Path) -> None:
-    """Losses, meta parameters and learning rates over the steps.
+    """Losses, scores, meta parameters and learning rates over the steps.
 
     Raises:
         ImportError: without matplotlib.
     """
     columns = list(rows[0])
     parts = {
-        "loss": ["loss", "meta_loss"],
+        "loss": ["loss", "meta_loss", "eval_loss"],
+        "evaluation": [key for key in columns if key.startswith("eval_") and key != "eval_loss"],
         "meta parameters": [key for key in columns if key.startswith((VALUE, MOVED))],
         "learning rate": [key for key in columns if key.startswith(("learning_rate", "meta_learning_rate"))],
         "cosine to exact": ["meta_cosine_to_exact"],
     }
-    drawn = {title: [key for key in keys if any(row[key] for row in rows)] for title, keys in parts.items()}
+    drawn = {title: [key for key in keys if any(row.get(key) for row in rows)] for title, keys in parts.items()}
     drawn = {title: keys for title, keys in drawn.items() if keys}
     with figure(file, len(drawn), (4.2 * len(drawn), 3.4)) as axes:
         for axis, (title, keys) in zip(axes, drawn.items(), strict=True):

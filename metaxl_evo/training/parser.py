@@ -6,7 +6,8 @@
 
 A YAML entry becomes the command-line token that says the same, in front of the user's own. So both pass through the
 same converters (`1e-4` is a float although YAML 1.1 calls it a string, the language `no` is not a boolean), and the
-later one wins. Whatever is wrong with either raises `SettingsError`: one line with the place, the key and the way out.
+later one wins. An entry `base: FILE` takes the entries of another file, from the folder of this one, that it does not
+have itself. Whatever is wrong with either raises `SettingsError`: one line with the place, the key and the way out.
 """
 
 from __future__ import annotations
@@ -33,13 +34,8 @@ Settings = TypeVar("Settings")
 def parse_arguments(types: tuple[type, ...], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """An instance of each of `types`, from `--config FILE` and the options of `argv` (default: the process's own)."""
     parser = _Parser(types)
-    given = list(sys.argv[1:] if argv is None else argv)
-    config_file, given = _take_config(given)
-    entries = read_config(Path(config_file)) if config_file is not None else {}
-    for key, entry in entries.items():
-        if key not in parser.fields:
-            raise SettingsError(f"{entry.place}: {unknown('key', key, parser.fields)}")
-    tokens = [token for key, entry in entries.items() for token in entry.tokens(key, parser.fields[key])]
+    entries, given = _read(argv)
+    tokens = _tokens(parser, entries)
     dotted, given = parser.take_dotted(given)
     settings = parser.settings(tokens, given, places={key: entry.place for key, entry in entries.items()})
     for key, overrides in dotted.items():
@@ -47,6 +43,32 @@ def parse_arguments(types: tuple[type, ...], argv: Sequence[str] | None = None) 
     return tuple(
         make_settings(one, {name: settings[name] for name in settings if name in _names(one)}) for one in types
     )
+
+
+def resolve_config(types: tuple[type, ...], argv: Sequence[str]) -> list[str]:
+    """The options that say the same without `--config FILE`: those of the file first."""
+    entries, given = _read(argv)
+    return [*_tokens(_Parser(types), entries), *given]
+
+
+def given_text(key: str, argv: Sequence[str]) -> str | None:
+    """What `argv` or its settings file says of one setting, before it is known which others there are."""
+    entries, given = _read(argv)
+    text, _ = _take(key, given)
+    return str(entries[key].node.value) if text is None and key in entries else text
+
+
+def _read(argv: Sequence[str] | None) -> tuple[dict[str, Entry], list[str]]:
+    """The entries of the settings file, and the other options."""
+    config_file, given = _take("config", list(sys.argv[1:] if argv is None else argv))
+    return read_config(Path(config_file)) if config_file is not None else {}, given
+
+
+def _tokens(parser: _Parser, entries: Mapping[str, Entry]) -> list[str]:
+    for key, entry in entries.items():
+        if key not in parser.fields:
+            raise SettingsError(f"{entry.place}: {unknown('key', key, parser.fields)}")
+    return [token for key, entry in entries.items() for token in entry.tokens(key, parser.fields[key])]
 
 
 def typed(types: tuple[type, ...], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,14 +231,15 @@ class _Parser(HfArgumentParser):
         return joined[0] if self.fields[key].takes_text and len(joined) == 1 else joined
 
 
-def _take_config(given: list[str]) -> tuple[str | None, list[str]]:
+def _take(key: str, given: list[str]) -> tuple[str | None, list[str]]:
+    """The text of one option, and the other tokens."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
+    parser.add_argument(f"--{key}", dest="text")
     try:
         namespace, rest = parser.parse_known_args(given)
     except argparse.ArgumentError:
-        raise SettingsError("--config: expected one file name") from None
-    return namespace.config, rest
+        raise SettingsError(f"--{key}: expected one value") from None
+    return namespace.text, rest
 
 
 def _printable(help_text: str) -> str:

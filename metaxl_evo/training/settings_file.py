@@ -15,6 +15,7 @@ from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.cli import SettingsError
 from metaxl_evo.training.converters import FieldKind
 
+BASE = "base"  # the entry that names a file to build on
 SUFFIXES = (".yaml", ".yml", ".json")
 DEEPEST, MOST = 50, 10_000  # what a settings file may nest, and the values of one entry
 
@@ -72,7 +73,20 @@ class Entry:
 
 
 def read_config(file: Path) -> dict[str, Entry]:
-    """The top-level entries of a YAML or JSON settings file, each key once."""
+    """The top-level entries of a YAML or JSON settings file, and below them those of its `base`, if it names one."""
+    entries, read = _entries_of(file), {file.resolve()}
+    while BASE in entries:
+        named = entries.pop(BASE)
+        file = named.file.parent / str(named.node.value)
+        if file.resolve() in read:
+            raise SettingsError(f"{named.place}: {BASE}: {file} is read already: a file cannot build on itself")
+        read.add(file.resolve())
+        entries = _entries_of(file) | entries
+    return entries
+
+
+def _entries_of(file: Path) -> dict[str, Entry]:
+    """Those of one file, each key once."""
     text = _text_of(file)
     try:
         # JSON is YAML's flow style, but for tabs between its tokens.

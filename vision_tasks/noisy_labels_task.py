@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,16 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.experiments.records import Record
 from metaxl_evo.models.weight_net import SUBFOLDER, WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.augmentation import PadCropFlip
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.classification import USAGE, ClassifierArguments, accuracy, make_classifier, tell_fewer, tested
-from vision_tasks.experiment import VisionTask
 from vision_tasks.images import ImageRows, ImageSet, load_images
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
+from vision_tasks.noisy_labels_figures import plot_noise, plot_weight_curves, plot_weights
+from vision_tasks.task import VisionTask
 from vision_tasks.weight_net import NORMALISATIONS, WeightedClassifier
 
 METHODS = ("meta_weight_net", "baseline")
@@ -95,6 +96,7 @@ class NoisyLabelsData:
 class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
     """Losses weighted by a network that clean images judge (Shu et al., NeurIPS 2019)."""
 
+    settings = NoisyLabelsArguments
     title = "Learning with noisy labels"
     sources = ("Shu et al., Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting, NeurIPS 2019",)
     usage = (
@@ -106,7 +108,7 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
     def learns(self, settings: NoisyLabelsArguments) -> bool:
         return settings.method == "meta_weight_net"
 
-    def load(self, settings: NoisyLabelsArguments, seed: int) -> NoisyLabelsData:
+    def load(self, settings: NoisyLabelsArguments, args: MetaTrainingArguments) -> NoisyLabelsData:
         parts = load_images(settings.data)
         meta = None if settings.meta_data is None else load_images(settings.meta_data)["train"]
         train, test = (parts[part].pooled(settings.image_size) for part in ("train", "test"))
@@ -116,7 +118,7 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
             rate=settings.noise_rate,
             meta_size=settings.meta_size,
             train_size=settings.train_size,
-            seed=seed,
+            seed=args.seed,
             meta=None if meta is None else meta.pooled(settings.image_size),
         )
         tell_fewer("train_size", settings.train_size, len(noisy.train))
@@ -161,7 +163,9 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
     def score(self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData) -> dict[str, float]:
         return {"accuracy": tested(trainer, data.test)}
 
-    def describe(self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData) -> dict[str, Any]:
+    def describe(
+        self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData, start: Tree
+    ) -> dict[str, Any]:
         found: dict[str, Any] = {
             "train_images": len(data.noisy.train),
             "meta_images": len(data.noisy.meta),
@@ -173,8 +177,12 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
         return found
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
-        if "weights" in results["run"] and find_spec("matplotlib"):
+        if "weights" in results["run"]:
             plot_weights(results["run"]["weights"], folder / "weights.png")
+
+    def plot_study(self, folder: Path, records: Sequence[Record]) -> None:
+        plot_noise(records, folder / "noise.png")
+        plot_weight_curves(records, folder / "weights.png")
 
 
 def weights_of(module: WeightedClassifier, noisy: NoisyLabels, batch_size: int = 500) -> dict[str, Any]:
@@ -216,21 +224,3 @@ def _costs(module: WeightedClassifier, images: ImageSet, batch_size: int) -> Ten
         ]
     module.train(training)
     return torch.cat(found)
-
-
-def plot_weights(weights: Mapping[str, Any], file: Path) -> None:
-    """The learned weight over the loss, and how right and wrong labels are weighted.
-
-    Raises:
-        ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
-    """
-    with figure(file, 2, (9, 3.4)) as (left, right):
-        left.plot(weights["curve"]["loss"], weights["curve"]["weight"])
-        left.set(xlabel="loss of an image", ylabel="learned weight", ylim=(0, None), title="weight against loss")
-        bins = weights["histogram"]["bins"]
-        for name, colour in (("right", "C0"), ("wrong", "C3")):
-            counts = np.array(weights["histogram"][name])
-            if counts.sum():
-                right.stairs(counts / counts.sum(), bins, fill=True, alpha=0.5, color=colour, label=f"{name} labels")
-        right.set(xlabel="learned weight", ylabel="share of the images", title="training images at the end")
-        right.legend()

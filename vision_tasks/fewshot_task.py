@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,17 +16,18 @@ from torch.utils.data import default_collate
 from transformers.trainer_utils import IntervalStrategy
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.experiments.scores import Rate
+from metaxl_evo.experiments.statistics import interval
 from metaxl_evo.messages import unknown
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.figures import figure
-from metaxl_evo.training.statistics import interval
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks import fewshot
 from vision_tasks.augmentation import EvaluationTransform, TrainTransform
 from vision_tasks.classification import accuracy
 from vision_tasks.domains import SYNTHETIC as GENERATED
 from vision_tasks.domains import name_of, parse_source, read_domain
-from vision_tasks.experiment import VisionTask
 from vision_tasks.feature_transform import SHARPNESS, SUBFOLDER, FeatureTransform
 from vision_tasks.fewshot import CrossDomainFewShot, FewShotModel
 from vision_tasks.fewshot_arguments import SYNTHETIC_DOMAINS, EpisodicTrainingArguments, FewShotArguments
@@ -34,6 +35,7 @@ from vision_tasks.fewshot_episodes import Auxiliary, Domain, Episodes, EpisodeSi
 from vision_tasks.images import SYNTHETIC
 from vision_tasks.pretraining import ClassifierRows, EncoderPretraining, load_encoder
 from vision_tasks.symbols import LOOKS
+from vision_tasks.task import VisionTask
 
 QUARTILES = ("min", "q1", "median", "q3", "max")
 
@@ -50,6 +52,7 @@ class FewShotData:
 class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
     """Features that carry over to unseen domains (Tseng et al., ICLR 2020; Bohdal et al., 2021, section 4.3)."""
 
+    settings = FewShotArguments
     title = "Cross-domain few-shot classification"
     sources = (
         "Tseng et al., Cross-Domain Few-Shot Classification via Learned Feature-Wise Transformation, ICLR 2020",
@@ -63,7 +66,7 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
         'transform = FeatureTransform.from_pretrained("FOLDER")'
     )
     own_files = (SUBFOLDER,)
-    shown = ("accuracy", "interval")
+    units: ClassVar = {"accuracy": "%", "interval": "%"}
     training = EpisodicTrainingArguments
     chooses = True  # on val classes of the seen domains
 
@@ -73,7 +76,7 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
     def learns(self, settings: FewShotArguments) -> bool:
         return settings.method == "learned"
 
-    def load(self, settings: FewShotArguments, seed: int) -> FewShotData:
+    def load(self, settings: FewShotArguments, args: MetaTrainingArguments) -> FewShotData:
         *seen, unseen = (self._read(text) for text in located(settings))
         named = [name_of(text) for text in settings.domains]
         aux = None if settings.aux_domain is None else seen[named.index(settings.aux_domain)]
@@ -115,10 +118,18 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
     def score(self, trainer: MetaTrainer, settings: FewShotArguments, data: FewShotData) -> dict[str, float]:
         found = trainer.predict(cast(Any, evaluation(settings, trainer.args, data, "novel")))
         scores: Any = found.predictions  # (episodes, way * queries, way)
-        mean, low, high = interval((scores.argmax(-1) == found.label_ids).mean(1).tolist())
-        return {"accuracy": mean, "interval": (high - low) / 2, "low": low, "high": high}
+        rates = (scores.argmax(-1) == found.label_ids).mean(1)
+        mean, low, high = interval(rates.tolist())
+        return {
+            "accuracy": Rate.of(rates, np.ones_like(rates), mean),
+            "interval": (high - low) / 2,
+            "low": low,
+            "high": high,
+        }
 
-    def describe(self, trainer: MetaTrainer, settings: FewShotArguments, data: FewShotData) -> dict[str, Any]:
+    def describe(
+        self, trainer: MetaTrainer, settings: FewShotArguments, data: FewShotData, start: Tree
+    ) -> dict[str, Any]:
         module = cast(CrossDomainFewShot, trainer.model)
         found: dict[str, Any] = {
             "seen_domains": [domain.name for domain in data.seen],
@@ -126,20 +137,17 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
         }
         if self.learns(settings):
             log = trainer.state.log_history
-            start = FeatureTransform(module.meta.channels, gamma=settings.ft_gamma, beta=settings.ft_beta)
-            before, after = (
-                tree.detach(dict(start.named_parameters())),
-                tree.tree_map(lambda p: p.detach().cpu(), module.meta_parameters()),
-            )
+            fresh = FeatureTransform(module.meta.channels, gamma=settings.ft_gamma, beta=settings.ft_beta)
+            moved = tree.norm(tree.add(tree.detach(module.meta_parameters()), start, -1.0))
             found |= {
                 "meta_loss": [[row["step"], row["meta_loss"]] for row in log if "meta_loss" in row],
-                "ft_relative_change": tree.norm(tree.add(after, before, -1.0)) / (tree.norm(before) or 1.0),
-                "feature_transform": {"before": sizes_of(start), "after": sizes_of(module.meta)},
+                "ft_relative_change": moved / (tree.norm(start) or 1.0),
+                "feature_transform": {"before": sizes_of(fresh), "after": sizes_of(module.meta)},
             }
         return found
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
-        if "feature_transform" in results["run"] and find_spec("matplotlib"):
+        if "feature_transform" in results["run"]:
             plot_sizes(results["run"]["feature_transform"], folder / "feature_transform.png")
 
     def _read(self, text: str) -> Domain:

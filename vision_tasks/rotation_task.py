@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from torch.utils.data import default_collate
 
+from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.classification import USAGE, ClassifierArguments, accuracy, make_classifier, tell_fewer, tested
-from vision_tasks.experiment import VisionTask
 from vision_tasks.images import ImageRows, ImageSet, load_images
 from vision_tasks.rotation import SUBFOLDER, RotatedClassifier, Rotation, rotated
+from vision_tasks.task import VisionTask
 
 METHODS = ("rotation", "baseline")
 
@@ -62,16 +63,17 @@ class RotationData:
 class RotationTask(VisionTask[RotationArguments, RotationData]):
     """An angle learned by hypergradients (Bohdal et al., NeurIPS 2021, section 4.2)."""
 
+    settings = RotationArguments
     title = "Rotation transformer"
     sources = ("Bohdal et al., EvoGrad, NeurIPS 2021, section 4.2",)
     usage = f"{USAGE}\n# The angle is in rotation/config.json."
     own_files = (SUBFOLDER,)
-    shown = ("accuracy", "accuracy_upright", "degrees")
+    units: ClassVar = {"accuracy": "%", "accuracy_upright": "%", "degrees": "°"}
 
     def learns(self, settings: RotationArguments) -> bool:
         return settings.method == "rotation"
 
-    def load(self, settings: RotationArguments, seed: int) -> RotationData:
+    def load(self, settings: RotationArguments, args: MetaTrainingArguments) -> RotationData:
         parts = load_images(settings.data)
         images, test = parts["train"], parts["test"].require_classes()
         judging = len(images) // 6 if settings.meta_size is None else settings.meta_size
@@ -112,6 +114,8 @@ class RotationTask(VisionTask[RotationArguments, RotationData]):
             "degrees": cast(Rotation, trainer.model.meta).degrees,
         }
 
-    def describe(self, trainer: MetaTrainer, settings: RotationArguments, data: RotationData) -> dict[str, Any]:
+    def describe(
+        self, trainer: MetaTrainer, settings: RotationArguments, data: RotationData, start: Tree
+    ) -> dict[str, Any]:
         log = trainer.state.log_history
         return {"meta_loss": [[row["step"], row["meta_loss"]] for row in log if "meta_loss" in row]}

@@ -94,11 +94,16 @@ def finished_run(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write `results.json`, whole or not at all: it says that the run is finished."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{RESULTS}.tmp"
-    draft.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
-    draft.replace(folder / RESULTS)
+    """Write `results.json`: it says that the run is finished."""
+    write_json(folder / RESULTS, results)
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write plain values, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f"{file.name}.tmp")
+    draft.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+    draft.replace(file)
 
 
 def training_settings(args: MetaTrainingArguments) -> dict[str, Any]:

@@ -1,0 +1,39 @@
+"""The learning curves of a run: all that its trainer logged, as a table and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from metaxl_evo.training.history import plot_history, read_history
+
+CURVES, PICTURE = "history.csv", "history.png"
+OF_THE_CLOCK = ("train_", "total_", "eval_runtime", "eval_samples_per", "eval_steps_per")
+
+
+def write_curves(folder: Path, log: Sequence[Mapping[str, Any]]) -> None:
+    """`history.csv`, a row a step that was logged, and where matplotlib is installed `history.png`.
+
+    Args:
+        log: a Trainer's `state.log_history`.
+    """
+    table = pd.DataFrame(log)
+    if "step" not in table:
+        return
+    table = table.loc[:, [name for name in table if not name.startswith(OF_THE_CLOCK)]]
+    table = table.groupby("step", as_index=False).first().dropna(axis=1, how="all")
+    table.to_csv(folder / CURVES, index=False)
+    if find_spec("matplotlib") and len(table) > 1:  # a line has two ends
+        plot_history(read_history(folder / CURVES), folder / PICTURE)
+
+
+def read_curves(folder: Path) -> list[dict[str, float]]:
+    """The rows that `write_curves` left, each with the numbers that it has."""
+    if not (folder / CURVES).is_file():
+        return []
+    table = pd.read_csv(folder / CURVES)
+    return [{name: value for name, value in row.items() if value == value} for row in table.to_dict("records")]

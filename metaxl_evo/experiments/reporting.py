@@ -1,0 +1,137 @@
+"""From the folders of runs to what stands above them: `results.json`, the comparison and its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from metaxl_evo.experiments.comparison import Comparison
+from metaxl_evo.experiments.curves import read_curves
+from metaxl_evo.experiments.folders import RESULTS, write_results
+from metaxl_evo.experiments.plan import Run
+from metaxl_evo.experiments.records import Record
+from metaxl_evo.experiments.report import comparison_text, write_report
+from metaxl_evo.experiments.scores import read_outcomes
+from metaxl_evo.experiments.task import Task
+from metaxl_evo.messages import unknown
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the runs: the score that is compared, with which runs, and what is small enough for a tie."""
+
+    score: str | None = None
+    baselines: Sequence[str] | None = None
+    margin: float | None = None
+
+
+def report_runs(
+    task: Task[Any, Any],
+    runs: Sequence[Run[Any]],
+    folder: Path,
+    question: Question,
+    errors: Mapping[int, str] | None = None,
+    *,
+    log: bool = True,
+) -> dict[str, Any]:
+    """Write `results.json` and the report of these runs into their folder; returns what stands in the former.
+
+    Args:
+        errors: number of a run -> why it failed.
+
+    Raises:
+        ValueError: for a score or a baseline that there is not.
+    """
+    records = [read_record(task, run, (errors or {}).get(number)) for number, run in enumerate(runs)]
+    comparison = compare(task, records, question)
+    summary = summarise(comparison)
+    write_results(folder, summary)
+    written = write_report(comparison, folder)
+    if find_spec("matplotlib"):
+        task.plot_study(folder, [record for record in records if record.error is None])
+    if log:
+        print(comparison_text(comparison))
+        print(f"report: {', '.join(map(str, written))}")
+    return summary
+
+
+def read_record(task: Task[Any, Any], run: Run[Any], error: str | None = None) -> Record:
+    """A run as its folder shows it; `error` is why it failed, where that is known."""
+    where, history = (run.name, run.case, run.seed, run.folder), read_curves(run.folder)
+    file = run.folder / RESULTS
+    if error is not None or not file.is_file():
+        return Record(*where, error or "not made yet", history=history)
+    results = json.loads(file.read_text(encoding="utf-8"))
+    scores = {
+        name: value for name, value in task.flat_scores(results["test"]).items() if isinstance(value, int | float)
+    }
+    return Record(*where, None, scores, read_outcomes(run.folder), results["settings"], results["run"], history)
+
+
+def compare(task: Task[Any, Any], records: Sequence[Record], question: Question) -> Comparison:
+    """The comparison that answers the question.
+
+    Raises:
+        ValueError: for a score or a baseline that there is not.
+    """
+    names = list(dict.fromkeys(record.run for record in records))
+    score = question.score or next(iter(task.units))
+    known = list(dict.fromkeys(name for record in records for name in record.scores))
+    if known and score not in known:
+        raise ValueError(unknown("score", score, known))
+    for one in question.baselines or ():
+        if one not in names:
+            raise ValueError(unknown("baseline", one, names))
+    units = {score: task.units.get(score, ""), **task.units}
+    return Comparison(
+        records,
+        score,
+        units,
+        question.baselines or names[:1],
+        question.margin,
+        task.greater_is_better,
+        task.title,
+    )
+
+
+def summarise(comparison: Comparison) -> dict[str, Any]:
+    """Scores over the seeds, differences and facts, nested as the folders are; plain values."""
+    finished = [record for record in comparison.records if record.error is None]
+    return {
+        "test": _nested(finished, _described),
+        "differences": [asdict(one) for baseline in comparison.baselines for one in comparison.differences(baseline)],
+        "failed": {str(record.folder): record.error for record in comparison.records if record.error is not None},
+        "seeds": comparison.seeds,
+        "settings": shared([record.settings for record in finished]),
+        "run": _nested(finished, lambda records: {str(one.seed): dict(one.facts) for one in records}),
+    }
+
+
+def _nested(records: Iterable[Record], leaf: Callable[[list[Record]], Any]) -> dict[str, Any]:
+    """run -> case -> leaf, without the level of the cases where there is one without a name."""
+    grouped: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        grouped.setdefault(record.run, {}).setdefault(record.case, []).append(record)
+    return {
+        run: leaf(cases[""]) if list(cases) == [""] else {case: leaf(own) for case, own in cases.items()}
+        for run, cases in grouped.items()
+    }
+
+
+def _described(records: Sequence[Record]) -> dict[str, Any]:
+    found = {name: [one.scores[name] for one in records] for name in records[0].scores}
+    return {
+        name: {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "values": values}
+        for name, values in found.items()
+    }
+
+
+def shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that all of these have alike."""
+    first, *others = settings or [{}]
+    return {key: value for key, value in first.items() if all(one.get(key, ...) == value for one in others)}

@@ -1,0 +1,134 @@
+"""A run's life, whatever its task: what was trained is kept first; at last `results.json` says that all is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from transformers import set_seed
+
+from metaxl_evo.bilevel import tree
+from metaxl_evo.experiments.curves import write_curves
+from metaxl_evo.experiments.folders import RESULTS, checkpoint_settings, finished_run, write_results
+from metaxl_evo.experiments.plan import Run
+from metaxl_evo.experiments.progress import PROGRESS, Progress
+from metaxl_evo.experiments.scores import write_outcomes
+from metaxl_evo.experiments.task import Data, Settings, Task
+from metaxl_evo.messages import one_line
+from metaxl_evo.training.trainer import MetaTrainer
+
+LOCK = "_lock"  # which an upload leaves out
+
+
+def prepare(task: Task[Settings, Data], run: Run[Settings]) -> tuple[Data, MetaTrainer]:
+    """The data and the trainer of a run.
+
+    Raises:
+        ValueError: for whatever cannot work, before any training.
+    """
+    set_seed(run.args.seed)
+    data = task.load(run.settings, run.args)
+    with _telling_of_the_hub():
+        return data, task.build_trainer(run.settings, task.fit_arguments(run.settings, run.args, data), data)
+
+
+def keep_finished(task: Task[Any, Any], run: Run[Any]) -> dict[str, Any] | None:
+    """The results of a run that is done already; None where it is not.
+
+    Raises:
+        ValueError: where it was made with other settings.
+    """
+    file = run.folder / RESULTS
+    if not file.exists():
+        return None
+    args = task.fit_arguments(run.settings, run.args, task.load(run.settings, run.args))
+    return finished_run(file, run.all_settings(args))
+
+
+def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
+    """Train, test and save one run; returns what `results.json` holds.
+
+    In this order: model, scores with their examples, history, card, pictures, `results.json`, upload.
+
+    Raises:
+        ValueError: for whatever cannot work, or where another process makes this run.
+    """
+    with _alone(run):
+        data, trainer = prepare(task, run)
+        settings = run.all_settings(trainer.args)
+        trainer.run_settings = checkpoint_settings(settings)
+        start = tree.clone(trainer.model.meta_parameters())
+        trainer.add_callback(Progress(run.folder))
+        begun = time.perf_counter()
+        trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
+        facts = {"steps": trainer.state.global_step, "train_seconds": time.perf_counter() - begun}
+        trainer.save_model()
+        results: dict[str, Any] = {"test": task.score(trainer, run.settings, data)}
+        dev = task.dev_score(trainer, run.settings, data)
+        results |= {} if dev is None else {"dev": dev}
+        results["settings"] = settings
+        results["run"] = facts | _facts(trainer) | task.describe(trainer, run.settings, data, start)
+        _leave(task, run, trainer, results)
+    return results
+
+
+def _facts(trainer: MetaTrainer) -> dict[str, Any]:
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return {
+        "skipped_meta_steps": trainer.skipped_meta_steps,
+        "base_parameters": tree.size(trainer.model.base_parameters()),
+        "meta_parameters": tree.size(trainer.model.meta_parameters()),
+        "best_checkpoint": best,
+    }
+
+
+def _leave(task: Task[Settings, Any], run: Run[Settings], trainer: MetaTrainer, results: Mapping[str, Any]) -> None:
+    """All that stands beside the model; the upload comes last, and brings it along."""
+    trainer.card_sections = list(task.card_sections(results, run.settings, trainer.estimator))
+    title = (run.args.hub_model_id or run.folder.name).rpartition("/")[2]
+    card = {"model_name": title, **task.card_metadata(run.settings)}
+    if run.args.should_save:
+        write_outcomes(run.folder, task.flat_scores(results["test"]))
+        write_curves(run.folder, trainer.state.log_history)
+        trainer.create_model_card(**card)
+        if find_spec("matplotlib"):
+            task.plot(run.folder, results)
+        write_results(run.folder, results)
+    if run.args.push_to_hub:
+        trainer.push_to_hub(**card)
+
+
+@contextmanager
+def _alone(run: Run[Any]) -> Iterator[None]:
+    """Two processes do not make the same run: the lock ends with the process that holds it."""
+    if run.args.process_index:  # the first of a launch holds it for all
+        yield
+        return
+    Path(run.folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{run.folder}: another process makes this run: wait for it, or end it") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        for name in (LOCK, PROGRESS):
+            (run.folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _telling_of_the_hub() -> Iterator[None]:
+    """Turns an HTTP library's error at the making of a repository, whatever its class, into one line."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "requests"):
+            raise
+        raise ValueError(f"push_to_hub: the Hub cannot be reached ({one_line(error)}): leave it out") from error

@@ -1,0 +1,164 @@
+"""A study: plan, check every run, make them, compare, report. What is finished is kept, what was cut off goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from metaxl_evo.experiments.arguments import StudyArguments
+from metaxl_evo.experiments.command import check_run
+from metaxl_evo.experiments.engines import Ended, Engine, LocalEngine
+from metaxl_evo.experiments.folders import refuse_another_run, write_json
+from metaxl_evo.experiments.plan import Run, plan_runs, selected
+from metaxl_evo.experiments.progress import part_made
+from metaxl_evo.experiments.reporting import Question, report_runs
+from metaxl_evo.experiments.run import keep_finished, make_run, prepare
+from metaxl_evo.experiments.task import Task, find_task
+from metaxl_evo.messages import one_line, unknown
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.parser import given_text, parse_arguments, resolve_config
+
+PLAN = "plan.json"
+
+
+class Study:
+    """A task, the settings of its runs, and their plan.
+
+    Args:
+        argv: the options of `metaxl-evo study`, `--config FILE` among them.
+
+    Raises:
+        ValueError: for settings that cannot be, of the study or of any run.
+    """
+
+    def __init__(self, argv: Sequence[str]):
+        self.name = given_text("task", argv) or "ner"
+        self.task: Task[Any, Any] = find_task(self.name)
+        types = (StudyArguments, self.task.settings, self.task.training)
+        self.options = [*resolve_config(types, argv), "--resume_from_checkpoint=latest"]
+        parsed: tuple[StudyArguments, Any, MetaTrainingArguments] = parse_arguments(types, self.options)
+        self.arguments, self.settings, self.args = parsed
+        self.folder = Path(str(self.args.output_dir))
+        self.runs: list[Run[Any]] = plan_runs(self.task, self.arguments, self.settings, self.args, nested=True)
+        self.chosen = list(selected(self.runs, self.arguments.only))
+        named = list(dict.fromkeys(run.name for run in self.runs))
+        for one in self.arguments.baselines or ():
+            if one not in named:
+                raise ValueError(unknown("baseline", one, named))
+
+    @classmethod
+    def read(cls, plan: Path) -> Study:
+        """The study whose plan stands in a file, wherever its folder is by now.
+
+        Raises:
+            ValueError: for a file that is none.
+        """
+        try:
+            options = json.loads(plan.read_text(encoding="utf-8"))["options"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{plan} is no plan of a study ({one_line(error)}): give OUT/{PLAN}") from error
+        return cls([*options, f"--output_dir={plan.parent}"])
+
+    def run(self) -> dict[int, str]:
+        """Make what is not finished yet, compare and report; returns why runs failed, by their number."""
+        unfinished = self.prepare()
+        self.write_plan()
+        errors = self._make(unfinished)
+        self.report(errors)
+        return errors
+
+    def prepare(self) -> list[int]:
+        """Try every chosen run up to its first step; returns those that are not finished.
+
+        Raises:
+            ValueError: for the first that cannot work, was made with other settings, or would overwrite something.
+        """
+        ours = (self.folder / PLAN).exists()
+        unfinished = []
+        for folder in dict.fromkeys([self.folder, *(run.folder for run in self.runs)]):
+            refuse_another_run(folder, ours, self.task.own_files)
+        for number in tqdm(self.chosen, desc="checks", disable=self.args.disable_tqdm):
+            if not keep_finished(self.task, self.runs[number]):
+                prepare(self.task, self.runs[number])
+                unfinished.append(number)
+        return unfinished
+
+    def write_plan(self) -> None:
+        """`plan.json`: all that a process needs to make one of the runs by its number, and the runs to read."""
+        planned = [
+            {"run": run.name, "case": run.case, "seed": run.seed, "folder": str(run.folder.relative_to(self.folder))}
+            for run in self.runs
+        ]
+        write_json(self.folder / PLAN, {"task": self.name, "options": self.options, "runs": planned})
+
+    def _make(self, unfinished: Sequence[int]) -> dict[int, str]:
+        """Why runs failed, by their number; all the others are made."""
+        folders = {number: self.runs[number].folder for number in unfinished}
+        errors: dict[int, str] = {}
+        begun = len(self.chosen) - len(unfinished)
+        over, places = 0, set(folders.values())
+        with tqdm(
+            total=len(self.chosen), initial=begun, desc="runs", unit="run", disable=self.args.disable_tqdm
+        ) as bar:
+            for ended in self._engine()(self.folder / PLAN, folders):
+                if ended is not None:
+                    over += 1
+                    places.discard(folders[ended.number])
+                    if ended.error is not None:
+                        errors[ended.number] = ended.error
+                        bar.write(f"{self.runs[ended.number]}: {ended.error}")
+                bar.n = round(begun + over + part_made(places), 2)
+                bar.refresh()
+        return errors
+
+    def _engine(self) -> Engine:
+        named = self.arguments.engine
+        if named == "inline":
+            return self._inline
+        if self.args.world_size > 1:
+            raise ValueError(f"engine {named} starts processes itself: leave the launcher out, or use engine inline")
+        if named == "ray":
+            from metaxl_evo.experiments.ray_engine import RayEngine
+
+            return RayEngine(self.arguments.jobs, self.arguments.threads)
+        return LocalEngine(self.arguments.jobs, self.arguments.threads)
+
+    def make(self, number: int) -> None:
+        """Make one run, unless it is finished.
+
+        Raises:
+            ValueError: for whatever cannot work.
+        """
+        if not keep_finished(self.task, self.runs[number]):
+            make_run(self.task, self.runs[number])
+
+    def _inline(self, plan: Path, folders: Mapping[int, Path]) -> Iterator[Ended]:
+        for number in folders:
+            try:
+                self.make(number)
+                yield Ended(number)
+            except Exception as error:  # the others go on
+                yield Ended(number, one_line(error))
+
+    def report(self, errors: Mapping[int, str] | None = None) -> dict[str, Any]:
+        """Compare all runs of the plan as they stand; write and print what comes of it."""
+        asked = Question(self.arguments.score, self.arguments.baselines, self.arguments.margin)
+        return report_runs(self.task, self.runs, self.folder, asked, errors)
+
+    def check(self) -> dict[str, list[str]]:
+        """A few steps of each method, on the first case with the first seed; prints findings, returns problems.
+
+        Raises:
+            ValueError: for what a run would refuse as well.
+        """
+        problems: dict[str, list[str]] = {}
+        for run in self.runs:
+            if run.name not in problems:
+                report = check_run(self.task, run)
+                print(f"\n## {run}\n{report}")
+                problems[run.name] = report.problems
+        return problems

@@ -1,0 +1,73 @@
+"""The sentences of one run: source languages, one target, dev and test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from metaxl_evo.ner.arguments import NerArguments
+from metaxl_evo.ner.data import load_ner_dataset, overlap, sample
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.meta_rows import MetaRows
+
+
+@dataclass
+class TargetData:
+    """The sentences of one run; the sources count the steps also where a method does not train on them."""
+
+    sources: dict[str, Dataset]
+    target: Dataset | None
+    dev: Dataset | None
+    test: Dataset
+    names: list[str]
+    overlap: int
+
+
+def load_target(ner: NerArguments, target: str, names: Sequence[str] | None = None) -> TargetData:
+    """Source, target and evaluation sentences of one run, all with one label set: `names`, or that of the data.
+
+    Raises:
+        ValueError: for languages, splits or labels that are not there.
+    """
+    recipe, sources = ner.recipe, ner.source_languages
+    wants_dev = ner.select == "dev"
+    target_splits = ["train"] * recipe.target + ["validation"] * (wants_dev and recipe.target) + ["test"]
+    source_splits = ["train"] + ["validation"] * (wants_dev and not recipe.target)
+    loaded = load_ner_dataset(ner.dataset, sources, splits=source_splits, names=names)
+    names_of = "the model" if names is not None else sources[0]
+    names = names or loaded[sources[0]]["train"].features["ner_tags"].feature.names
+    of_target = load_ner_dataset(ner.dataset, [target], splits=target_splits, names=names, names_of=names_of)[target]
+    train = sample(of_target["train"], ner.target_train_size, ner.sample_seed, name=target) if recipe.target else None
+    dev = None
+    if wants_dev:  # a zero-shot run knows no target labels, not even for choosing a checkpoint
+        dev = of_target["validation"] if recipe.target else loaded[sources[0]]["validation"]
+    return TargetData(
+        sources={one: sample(loaded[one]["train"], ner.train_size, ner.sample_seed, name=one) for one in sources},
+        target=train,
+        dev=None if dev is None else _first(dev, ner.eval_size),
+        test=_first(of_target["test"], ner.eval_size),
+        names=of_target["test"].features["ner_tags"].feature.names,
+        overlap=0 if train is None else overlap(train, of_target["test"]),
+    )
+
+
+def require_enough(ner: NerArguments, args: MetaTrainingArguments, target: str, data: TargetData) -> None:
+    """Every target has the sentences for one step, known before the first one is trained.
+
+    Raises:
+        ValueError: naming the target, how many it has and how many a step needs.
+    """
+    if data.target is None or not ner.recipe.source:
+        return
+    portion = 0.0 if ner.recipe.all_target_rows else args.meta_portion
+    rows = args.per_device_meta_batch_size * args.world_size
+    try:
+        MetaRows(data.target, rows, portion=portion, seed=0)
+    except ValueError as error:
+        raise ValueError(f"target {target}: {error}: raise target_train_size or per_device_meta_batch_size") from error
+
+
+def _first(rows: Dataset, size: int | None) -> Dataset:
+    return rows if size is None else rows.select(range(min(size, len(rows))))

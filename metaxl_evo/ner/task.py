@@ -1,0 +1,293 @@
+"""Cross-lingual NER as a task: data, tagger, trainer and scores of one target language."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+from datasets import Dataset, concatenate_datasets
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.experiments.folders import hub_id
+from metaxl_evo.experiments.task import Task
+from metaxl_evo.messages import unknown
+from metaxl_evo.models.adapters import ADAPTER
+from metaxl_evo.models.hooks import encoder_layers
+from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
+from metaxl_evo.ner.arguments import NerArguments, NerTrainingArguments, refuse_fields, steps_of
+from metaxl_evo.ner.check import evaluation_findings, sentence_findings
+from metaxl_evo.ner.encoding import PadRight, encode
+from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
+from metaxl_evo.ner.metrics import average, scores_table
+from metaxl_evo.ner.pretrained import (
+    SYNTHETIC,
+    add_lora,
+    load_classifier,
+    longest_input,
+    require_padding_unseen,
+    require_readable,
+    trained_labels,
+)
+from metaxl_evo.ner.spacing import as_in_text
+from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
+from metaxl_evo.ner.target_data import TargetData, load_target, require_enough
+from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
+from metaxl_evo.training.trainer import MetaTrainer
+
+logger = logging.getLogger(__name__)
+
+METAXL = "Xia et al., MetaXL: Meta Representation Transformation for Low-resource Cross-lingual Learning, NAACL 2021"
+METRICS = ("f1", "precision", "recall", "loss")
+
+
+class NerTrainer(WordTrainer, MetaTrainer):
+    """A MetaTrainer that is scored by words.
+
+    Attributes:
+        evaluation: `test`, and `dev` where one is used.
+    """
+
+    evaluation: dict[str, EvaluationSet]
+
+
+class NerTask(Task[NerArguments, TargetData]):
+    """One tagger a target language, beside a rich source language (Xia et al., NAACL 2021)."""
+
+    settings = NerArguments
+    training = NerTrainingArguments
+    title = "Cross-lingual NER"
+    units: ClassVar = {"f1": "%", "precision": "%", "recall": "%"}
+    case = "target_languages"
+    sources = (METAXL,)
+    own_files = (SUBFOLDER, ADAPTER, "tokenizer.json")
+
+    def learns(self, settings: NerArguments) -> bool:
+        return settings.recipe.meta
+
+    def refuse(self, settings: NerArguments, args: MetaTrainingArguments) -> None:
+        refuse_fields(args)
+
+    def load(self, settings: NerArguments, args: MetaTrainingArguments) -> TargetData:
+        (target,) = settings.target_languages
+        data = load_target(settings, target, trained_labels(settings.model_name_or_path))
+        require_enough(settings, args, target, data)
+        return data
+
+    def fit_arguments(
+        self, settings: NerArguments, args: MetaTrainingArguments, data: TargetData
+    ) -> MetaTrainingArguments:
+        return fit_arguments(settings, args, data)
+
+    def build_trainer(self, settings: NerArguments, args: MetaTrainingArguments, data: TargetData) -> NerTrainer:
+        return build_trainer(settings, args, data)
+
+    def score(self, trainer: MetaTrainer, settings: NerArguments, data: TargetData) -> dict[str, Any]:
+        return self._of_language(trainer, settings, "test")
+
+    def dev_score(self, trainer: MetaTrainer, settings: NerArguments, data: TargetData) -> dict[str, Any] | None:
+        return None if data.dev is None else self._of_language(trainer, settings, "dev")
+
+    @staticmethod
+    def _of_language(trainer: MetaTrainer, settings: NerArguments, split: str) -> dict[str, Any]:
+        (target,) = settings.target_languages
+        scores = {target: cast(NerTrainer, trainer).evaluation[split].predict(trainer)}
+        return {**scores, "average": average(scores)}
+
+    def flat_scores(self, test: Mapping[str, Any]) -> Mapping[str, Any]:
+        return cast(Mapping[str, Any], next(iter(test.values())))
+
+    def table(self, test: Mapping[str, Any]) -> str:
+        return scores_table({language: row for language, row in test.items() if language != "average"})
+
+    def summarise(self, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """The scores of several languages and their average, in the form of one."""
+        summary: dict[str, Any] = {}
+        for split in ("test", "dev"):
+            scores = {target: found[split][target] for target, found in results.items() if split in found}
+            if scores:
+                summary[split] = {**scores, "average": average(scores)}
+        first = next(iter(results.values()))
+        summary["settings"] = {**first["settings"], "target_languages": list(results)}
+        return summary | {"run": {target: found["run"] for target, found in results.items()}}
+
+    def describe(self, trainer: MetaTrainer, settings: NerArguments, data: TargetData, start: Tree) -> dict[str, Any]:
+        return {
+            "rtn_relative_change": cast(CrossLingualTagger, trainer.model).meta.relative_change(start),
+            "test_sentences_in_train": data.overlap,
+        }
+
+    def describe_check(
+        self, trainer: MetaTrainer, settings: NerArguments, data: TargetData
+    ) -> tuple[dict[str, Any], list[str]]:
+        found, problems = evaluation_findings(trainer)
+        return {**sentence_findings(settings, data, trainer), **found}, problems
+
+    def card_text(self, settings: NerArguments) -> str:
+        sources = ", ".join(settings.source_languages) if settings.recipe.source else "none"
+        adapted = " Its LoRA adapter is merged into it, and in `adapter/` by itself." if settings.use_peft else ""
+        return (
+            f"Method `{settings.method}`, source {sources}, data `{hub_id(settings.dataset) or 'of a folder'}`. "
+            "The model here is a plain token classifier; the representation transformation network of the training is "
+            f"in `rtn/` and is not needed for prediction.{adapted} Scores are of entities, by seqeval"
+            f"{' (strict IOB2)' if settings.strict else ''}, in percent."
+        )
+
+    def card_metadata(self, settings: NerArguments) -> dict[str, Any]:
+        (target,) = settings.target_languages
+        return {
+            "tasks": "token-classification",
+            "language": target,
+            "dataset_tags": hub_id(settings.dataset, SYNTHETIC),
+            "finetuned_from": hub_id(settings.model_name_or_path, SYNTHETIC),
+        }
+
+
+def build_trainer(ner: NerArguments, args: MetaTrainingArguments, data: TargetData) -> NerTrainer:
+    """The trainer of one run, `args` being fitted to it."""
+    base, tokenizer = load_classifier(ner.model_name_or_path, data.names, ner.attn_implementation)
+    trained = [*(data.sources.values() if ner.recipe.source else ()), *([data.target] if data.target else ())]
+    tokenizer = as_in_text(
+        tokenizer, [words for part in (data.test, *trained) for words in part["tokens"][:100]], base.config
+    )
+    tagger = build_tagger(ner, base, tokenizer)
+    evaluation = _evaluation_sets(ner, args, data, base, tokenizer)
+    sources, target = _training_rows(ner, data, base, tokenizer)
+    train = concatenate_datasets(sources) if sources else target
+    assert train is not None  # every method trains on one or the other
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(train) < batch:
+        raise ValueError(
+            f"dataloader_drop_last would drop all {len(train)} train sentences, less than a batch of {batch}: "
+            "lower per_device_train_batch_size, or leave it out"
+        )
+    dev = evaluation.get("dev")
+    if dev is not None and not args.load_best_model_at_end:
+        logger.warning("load_best_model_at_end is off: the last weights are tested and saved, not the best on dev")
+    trainer = NerTrainer(
+        tagger,
+        args,
+        train_dataset=train,
+        meta_dataset=target if sources else None,
+        eval_dataset=None if dev is None else dev.rows,
+        data_collator=PadRight(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        compute_metrics=None if dev is None else dev.compute_metrics,
+    )
+    trainer.evaluation = evaluation
+    return trainer
+
+
+def _evaluation_sets(
+    ner: NerArguments,
+    args: MetaTrainingArguments,
+    data: TargetData,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, EvaluationSet]:
+    longest = min(ner.eval_max_length, longest_input(base))
+    found = {
+        split: EvaluationSet(sentences, tokenizer, longest, data.names, ner.strict)
+        for split, sentences in (("dev", data.dev), ("test", data.test))
+        if sentences is not None
+    }
+    for one in found.values():
+        require_readable(base, one.rows, "eval_max_length")
+        size = args.per_device_eval_batch_size
+        require_padding_unseen(base, one.rows, tokenizer.pad_token_id, "per_device_eval_batch_size", size)
+    return found
+
+
+def _training_rows(
+    ner: NerArguments, data: TargetData, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Dataset], Dataset | None]:
+    """The encoded rows of each source language that is trained on, and of the target."""
+    max_length = min(ner.max_length, longest_input(base))
+    sources = [
+        _with_language(encode(sentences, tokenizer, max_length), index if ner.rtn_per_language else 0)
+        for index, sentences in enumerate(data.sources.values() if ner.recipe.source else ())
+    ]
+    target = None if data.target is None else _with_language(encode(data.target, tokenizer, max_length), TARGET)
+    for rows in (*sources, *([] if target is None else [target])):
+        require_readable(base, rows, "max_length")
+    return sources, target
+
+
+def build_tagger(ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CrossLingualTagger:
+    """The two-level module: an RTN for the source languages on the chosen layers of the encoder."""
+    try:
+        last = len(encoder_layers(base, ner.rtn_module_path))
+    except ValueError as error:
+        raise ValueError(
+            f"{str(error).split(':')[0]}: set rtn_module_path to the place of its list of layers"
+        ) from error
+    rtn = RepresentationTransform(
+        base.config.hidden_size,
+        layers=ner.rtn_layers or [last],
+        kind=ner.rtn_kind,
+        bottleneck=ner.rtn_bottleneck,
+        languages=ner.source_languages if ner.rtn_per_language else ["source"],
+    )
+    recipe = ner.recipe
+    return CrossLingualTagger(
+        _with_lora(ner, base),
+        rtn,
+        pad_token_id=tokenizer.pad_token_id,
+        transform=recipe.transform,
+        source_weight=recipe.weight,
+        target_weight=recipe.weight,
+        module_path=ner.rtn_module_path,
+    )
+
+
+def _with_lora(ner: NerArguments, base: PreTrainedModel) -> nn.Module:
+    """The base with the adapter that the settings ask for, if they do."""
+    if not ner.use_peft:
+        return base
+    return add_lora(
+        base,
+        r=ner.lora_r,
+        alpha=ner.lora_alpha,
+        dropout=ner.lora_dropout,
+        target_modules=ner.lora_target_modules,
+    )
+
+
+def fit_arguments(ner: NerArguments, args: MetaTrainingArguments, data: TargetData) -> MetaTrainingArguments:
+    """The arguments as the method needs them: no estimator without meta learning, no selection without dev data."""
+    args, recipe = copy.copy(args), ner.recipe
+    if not recipe.meta:
+        args.estimator, args.estimator_kwargs = NO_ESTIMATOR, None
+    if recipe.all_target_rows:
+        args.meta_portion = 0.0
+    if data.dev is None:
+        args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in METRICS:
+        raise ValueError(unknown("metric_for_best_model", metric, METRICS))
+    if metric is not None and args.greater_is_better == metric.endswith("loss"):
+        raise ValueError(f"greater_is_better would choose the checkpoint with the worst {metric}: leave it out")
+    if not recipe.source:
+        _keep_source_schedule(args, sum(map(len, data.sources.values())))
+    return args
+
+
+def _keep_source_schedule(args: MetaTrainingArguments, sentences: int) -> None:
+    """Without source rows: as many steps, and checkpoints to choose from, as the other methods count on the source."""
+    if args.max_steps > 0:
+        return
+    batch, accumulation = args.per_device_train_batch_size * args.world_size, args.gradient_accumulation_steps
+    args.max_steps = steps_of(args.num_train_epochs, sentences, batch, accumulation)
+    an_epoch = steps_of(1, sentences, batch, accumulation)
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, an_epoch
+    if args.save_strategy == SaveStrategy.EPOCH:
+        args.save_strategy, args.save_steps = SaveStrategy.STEPS, an_epoch
+
+
+def _with_language(rows: Dataset, index: int) -> Dataset:
+    return rows.add_column("language", [index] * len(rows))
