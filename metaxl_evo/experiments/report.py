@@ -1,0 +1,119 @@
+"""The report of a study: a page to read, tables to compute with, a picture, and a page to explore."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pandas as pd
+
+from metaxl_evo.experiments.comparison import Comparison, Difference
+from metaxl_evo.experiments.tables import (
+    Table,
+    cost_table,
+    describe,
+    difference_tables,
+    failures,
+    label,
+    notes,
+    score_tables,
+    scores,
+)
+from metaxl_evo.messages import one_line
+from metaxl_evo.training.figures import figure
+
+logger = logging.getLogger(__name__)
+
+PANELS = 4  # side by side
+
+
+def write_report(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write report.md, scores.csv, differences.csv and, with their libraries, scores.png and report.html.
+
+    Returns:
+        The files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / name for name in ("report.md", "scores.csv", "differences.csv")]
+    files[0].write_text(report_text(comparison), encoding="utf-8")
+    comparison.frame().to_csv(files[1], index=False)
+    differences = [asdict(one) for baseline in comparison.baselines for one in comparison.differences(baseline)]
+    pd.DataFrame(differences, columns=[one.name for one in fields(Difference)]).to_csv(files[2], index=False)
+    try:
+        files.append(plot_scores(comparison, folder / "scores.png"))
+    except ImportError:
+        logger.warning("no scores.png: pip install 'metaxl_evo[plot]' draws one")
+    try:
+        from metaxl_evo.experiments.html_report import write_html
+
+        files.append(write_html(comparison, folder / "report.html"))
+    except ImportError:
+        logger.warning("no report.html: pip install 'metaxl_evo[report]' makes one")
+    return files
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """The tables of scores and differences, in Markdown."""
+    return "\n".join(map(markdown, [*score_tables(comparison), *difference_tables(comparison)]))
+
+
+def report_text(comparison: Comparison) -> str:
+    """The whole report, in Markdown."""
+    parts = [f"# {_escaped(comparison.title)}\n", comparison_text(comparison), _items(notes(comparison))]
+    if lost := failures(comparison):
+        parts.append(f"## Failed: {len(lost)} of {len(comparison.records)} runs\n")
+        parts.append(_items([f"{_escaped(describe(one))}: {_escaped(one_line(one.error))}" for one in lost]))
+    return "\n".join([*parts, markdown(cost_table(comparison))])
+
+
+def markdown(table: Table) -> str:
+    """A table under its title, "" for one that holds nothing."""
+    if not table:
+        return ""
+    rules = ["---:" if numeric else "---" for numeric in table.numeric]
+    lines = [[_escaped(column) for column in table.columns], rules]
+    lines += [[_escaped(cell.text) for cell in row] for row in table.rows]
+    return "\n".join([f"## {_escaped(table.title)}\n", *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
+
+
+def plot_scores(comparison: Comparison, file: Path) -> Path:
+    """Every seed a dot and the mean a line, a row a run, a panel a case and, of several, their average.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    panels = list(scores(comparison).query("score == @comparison.score").groupby("case", sort=False))
+    names = [_plain(run) for run in comparison.runs]
+    columns = min(PANELS, max(1, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))
+    size = (2 + 2.6 * columns, rows * (1 + 0.3 * len(comparison.runs)))
+    with figure(file, columns, size, rows=rows) as axes:
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        for index, (axis, (case, frame)) in enumerate(zip(axes, panels, strict=False)):
+            for row, run in enumerate(comparison.runs):
+                values = frame["value"][frame["run"] == run]
+                axis.plot(values, [row] * len(values), "o", color=f"C{row}", alpha=0.5)
+                axis.plot(values.mean(), row, "|", color=f"C{row}", markersize=18)
+            axis.set(title=_plain(case), xlabel=_plain(label(comparison, comparison.score)))
+            axis.set(ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)), yticklabels=names)
+            axis.tick_params(labelleft=index % columns == 0)
+    return file
+
+
+def _items(lines: Sequence[str]) -> str:
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """As it is, in Markdown."""
+    return re.sub(r"([\\|<*`])", r"\\\1", one_line(text))
+
+
+def _plain(text: str) -> str:
+    """As it is, in matplotlib, which reads formulas between dollars."""
+    return text.replace("$", r"\$")
