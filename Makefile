@@ -1,5 +1,5 @@
 # Everything runs in .venv, which make creates; nothing but Python 3.11+ and make is needed.
-#   make quickstart            train and evaluate a small cross-lingual tagger, offline
+#   make quickstart            three methods on two small languages, compared, offline
 #   make test                  the test suite but for the slow tests, which make test-all runs too
 # Another interpreter:         make test PYTHON=python3.12
 # Another torch build:         make test TORCH=torch==2.12.0 PIP_FLAGS="--index-url URL"
@@ -36,9 +36,8 @@ $(VENV)/.installed-%: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c $(VENV)/constraints.txt -e '.$(if $(filter-out base,$*),[$*])'
 	@touch $@
 
-quickstart: $(VENV)/.installed-base
-	$(BIN)/python scripts/train_ner.py --config configs/ner/quickstart.yaml \
-		--output_dir runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+quickstart: $(VENV)/.installed-report
+	$(BIN)/metaxl-evo study configs/study/quickstart.yaml --output_dir runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 # One thread a worker: two workers on two cores beat one worker with two threads.
 test: $(VENV)/.installed-test
@@ -69,11 +68,24 @@ docs: $(VENV)/.installed-test
 	$(BIN)/python -m metaxl_evo.estimators.table README.md docs/estimators.md
 	$(BIN)/python -m pytest $(DOCS_TESTS)
 
-reproduce-ner-cpu: $(VENV)/.installed-base
-	$(BIN)/python scripts/reproduce_ner_cpu.py --data $(DATA)
+# Finished runs are kept. DATA holds what the page of the results names, or is a folder above it.
+below = $(or $(firstword $(wildcard $(DATA)/$(1)/$(2) $(DATA)/$(2))),$(DATA)/$(2))
+IMAGES = $(call below,data,images)
+COSTS := rotation fewshot weight_net_scaling_cpu
 
-reproduce-vision-cpu: $(VENV)/.installed-plot
-	$(BIN)/python scripts/reproduce_vision_cpu.py --data $(DATA)
+reproduce-ner-cpu: $(VENV)/.installed-report
+	$(BIN)/metaxl-evo study configs/study/ner_cpu.yaml --output_dir runs/ner_cpu \
+		--model_name_or_path $(call below,models,xlmr-mini) --dataset $(call below,data,wikiann)
+
+reproduce-vision-cpu: $(VENV)/.installed-report
+	$(BIN)/metaxl-evo study configs/study/fewshot_cpu.yaml --output_dir runs/vision_cpu/fewshot --data $(IMAGES)
+	$(BIN)/metaxl-evo study configs/study/noisy_labels_cpu.yaml --output_dir runs/vision_cpu/noise \
+		--data $(IMAGES)/mnist_8k_2k.npz
+	$(BIN)/metaxl-evo study configs/study/rotation_cpu.yaml --output_dir runs/vision_cpu/rotation \
+		--data $(IMAGES)/mnist_8k_2k.npz
+	for cost in $(COSTS); do OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmark_estimators.py \
+		--config configs/benchmark/$$cost.yaml --training.use_cpu true \
+		--output_dir runs/vision_cpu/cost_$$cost || exit 1; done
 
 benchmark: $(VENV)/.installed-plot
 	$(BIN)/python scripts/benchmark_estimators.py --config configs/benchmark/$(PROBLEM).yaml \
