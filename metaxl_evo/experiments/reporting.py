@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -89,7 +90,7 @@ def compare(task: Task[Any, Any], records: Sequence[Record], question: Question)
             raise ValueError(unknown("baseline", one, names))
     units = {score: task.units.get(score, ""), **task.units}
     return Comparison(
-        records,
+        [_judged(record, score) for record in records],
         score,
         units,
         question.baselines or names[:1],
@@ -97,6 +98,12 @@ def compare(task: Task[Any, Any], records: Sequence[Record], question: Question)
         task.greater_is_better,
         task.title,
     )
+
+
+def _judged(record: Record, score: str) -> Record:
+    """A run whose score is no number has failed, whatever it left behind."""
+    value = record.scores.get(score, 0.0)
+    return record if isfinite(value) else replace(record, error=f"its {score} is {value}")
 
 
 def summarise(comparison: Comparison) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from metaxl_evo.experiments.arguments import StudyArguments
 from metaxl_evo.experiments.command import check_run
 from metaxl_evo.experiments.engines import Ended, Engine, LocalEngine
-from metaxl_evo.experiments.folders import refuse_another_run, write_json
+from metaxl_evo.experiments.folders import RESULTS, refuse_another_run, write_json
 from metaxl_evo.experiments.plan import Run, plan_runs, selected
 from metaxl_evo.experiments.progress import part_made
 from metaxl_evo.experiments.reporting import Question, report_runs
@@ -51,8 +52,8 @@ class Study:
                 raise ValueError(unknown("baseline", one, named))
 
     @classmethod
-    def read(cls, plan: Path) -> Study:
-        """The study whose plan stands in a file, wherever its folder is by now.
+    def read(cls, plan: Path, further: Sequence[str] = ()) -> Study:
+        """The study whose plan stands in a file, wherever its folder is by now; `further` options change no results.
 
         Raises:
             ValueError: for a file that is none.
@@ -61,7 +62,7 @@ class Study:
             options = json.loads(plan.read_text(encoding="utf-8"))["options"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{plan} is no plan of a study ({one_line(error)}): give OUT/{PLAN}") from error
-        return cls([*options, f"--output_dir={plan.parent}"])
+        return cls([*options, f"--output_dir={plan.parent}", *further])
 
     def run(self) -> dict[int, str]:
         """Make what is not finished yet, compare and report; returns why runs failed, by their number."""
@@ -99,20 +100,19 @@ class Study:
         """Why runs failed, by their number; all the others are made."""
         folders = {number: self.runs[number].folder for number in unfinished}
         errors: dict[int, str] = {}
-        begun = len(self.chosen) - len(unfinished)
-        over, places = 0, set(folders.values())
+        begun, waiting = len(self.chosen) - len(unfinished), dict(folders)
+        off, every = self.args.disable_tqdm, 0.5 if sys.stderr.isatty() else 30.0
         with tqdm(
-            total=len(self.chosen), initial=begun, desc="runs", unit="run", disable=self.args.disable_tqdm
+            total=len(self.chosen), initial=begun, desc="runs", unit="run", disable=off, mininterval=every
         ) as bar:
             for ended in self._engine()(self.folder / PLAN, folders):
                 if ended is not None:
-                    over += 1
-                    places.discard(folders[ended.number])
-                    if ended.error is not None:
+                    folder = waiting.pop(ended.number)
+                    if ended.error is not None and not (folder / RESULTS).exists():
                         errors[ended.number] = ended.error
                         bar.write(f"{self.runs[ended.number]}: {ended.error}")
-                bar.n = round(begun + over + part_made(places), 2)
-                bar.refresh()
+                made = len(self.chosen) - len(waiting) + part_made(waiting.values())
+                bar.update(round(made, 2) - bar.n)
         return errors
 
     def _engine(self) -> Engine:
