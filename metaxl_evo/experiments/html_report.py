@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from metaxl_evo.experiments.comparison import Comparison
 from metaxl_evo.experiments.tables import (
+    Differences,
     cost_table,
     describe,
     difference_tables,
@@ -38,15 +40,15 @@ GRID, CLEAR = "rgba(128, 128, 128, 0.25)", "rgba(0, 0, 0, 0)"
 CURVE = ["run", "case", "seed", "column"]
 
 
-def write_html(comparison: Comparison, file: Path) -> Path:
+def write_html(comparison: Comparison, differences: Differences, file: Path) -> Path:
     """Write the page, whose links lead from its folder into those of the runs; returns the file."""
     differing, common = setting_tables(comparison)
     page = _template().render(
         comparison=comparison,
         failures=[(describe(one), one.error) for one in failures(comparison)],
         scores=score_tables(comparison),
-        differences=difference_tables(comparison),
-        notes=notes(comparison),
+        differences=difference_tables(comparison, differences),
+        notes=notes(comparison, differences),
         cost=cost_table(comparison),
         differing=differing,
         common=common,
@@ -74,18 +76,20 @@ def charts(comparison: Comparison) -> dict[str, dict[str, Figure]]:
 
 
 def _history(comparison: Comparison) -> pd.DataFrame:
-    """Every number that was logged, a row each, thinned out."""
+    """Every number that was logged, a row each: curves thinned out, without what is logged but once (run times)."""
     rows = [
         (one.run, one.case, one.seed, column, row["step"], value)
         for one in comparison.records
         for row in one.history
         for column, value in row.items()
-        if column != "step" and isinstance(value, int | float)
+        if column != "step" and isinstance(value, Real)
     ]
     frame = pd.DataFrame(rows, columns=[*CURVE, "step", "value"])
     steps = frame.groupby(CURVE)["step"]
     place, length = steps.cumcount(), steps.transform("size")
-    return frame[(place % np.ceil(length / POINTS) == 0) | (place == length - 1)]
+    drawn = (place % np.ceil(length / POINTS) == 0) | (place == length - 1)
+    longest = length.groupby(frame["column"]).transform("max")
+    return frame[drawn & (longest > 1)]
 
 
 def _lines(comparison: Comparison, column: str, rows: pd.DataFrame) -> Figure:
@@ -117,7 +121,7 @@ def _panels(comparison: Comparison, rows: pd.DataFrame, value: str, height: int)
         "color_discrete_sequence": px.colors.qualitative.D3,
         "facet_col": "case" if len(cases) > 1 else None,
         "facet_col_wrap": PANELS,
-        "facet_row_spacing": GAP / inside,
+        "facet_row_spacing": (down > 1) * GAP / inside,
         "height": inside + TOP + GAP,
         "category_orders": {"run": runs, "case": cases},
         "labels": {"value": html.escape(value)},

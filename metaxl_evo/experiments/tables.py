@@ -17,6 +17,7 @@ from metaxl_evo.experiments.comparison import AVERAGE, CLAIMED_PAIRS, Comparison
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.experiments.statistics import spread
 
+Differences = Mapping[str, Sequence[Difference]]  # by baseline
 LISTED = 3  # values of a setting that changes within a run
 
 
@@ -71,6 +72,11 @@ def scores(comparison: Comparison) -> pd.DataFrame:
     return pd.concat([frame, average.rename("value").reset_index().assign(case=AVERAGE)], ignore_index=True)
 
 
+def differences_by_baseline(comparison: Comparison) -> Differences:
+    """Made once: of many seeds they take a while."""
+    return {baseline: comparison.differences(baseline) for baseline in comparison.baselines}
+
+
 def score_tables(comparison: Comparison) -> list[Table]:
     """Mean ± standard deviation over the seeds, a row a run: of one case all scores, of several a table a score."""
     frame = scores(comparison)
@@ -91,7 +97,7 @@ def score_tables(comparison: Comparison) -> list[Table]:
     ]
 
 
-def difference_tables(comparison: Comparison) -> list[Table]:
+def difference_tables(comparison: Comparison, differences: Differences) -> list[Table]:
     """A table a baseline: how much the others score above it, and how sure that is."""
     frame = comparison.frame()
     decimals = _decimals(frame["value"][frame["score"] == comparison.score])
@@ -100,9 +106,9 @@ def difference_tables(comparison: Comparison) -> list[Table]:
         _without_empty(
             f"{label(comparison, comparison.score)}: difference from {baseline}",
             columns,
-            [_difference_row(one, decimals) for one in comparison.differences(baseline)],
+            [_difference_row(one, decimals) for one in found],
         )
-        for baseline in comparison.baselines
+        for baseline, found in differences.items()
     ]
 
 
@@ -153,9 +159,8 @@ def run_table(comparison: Comparison, folder: Path) -> Table:
     return _without_empty("Runs", ["run", "case", "seed", *shown, "folder", "status"], [*map(row, comparison.records)])
 
 
-def notes(comparison: Comparison) -> list[str]:
+def notes(comparison: Comparison, differences: Differences) -> list[str]:
     """How the tables are to be read."""
-    differences = {baseline: comparison.differences(baseline) for baseline in comparison.baselines}
     few = {one.pairs: one.smallest_p for found in differences.values() for one in found if one.adjusted_p is None}
     return [
         f"A {'higher' if comparison.greater_is_better else 'lower'} {comparison.score} is better.",
@@ -170,6 +175,7 @@ def notes(comparison: Comparison) -> list[str]:
             for pairs, smallest in sorted(few.items())
             if smallest is not None
         ),
+        *(["A single pair has no interval."] if 1 in few else []),
         *(f"No run has a pair with {baseline}." for baseline, found in differences.items() if not found),
     ]
 
@@ -186,9 +192,8 @@ def _interval_note(comparison: Comparison) -> str:
     if not with_outcomes:
         return "Intervals are over the seeds alone: they say nothing of another test set."
     if with_outcomes < len(finished):
-        return (
-            f"Intervals are over the seeds, and over test examples where both runs kept theirs ({with_outcomes} did)."
-        )
+        have = f"{with_outcomes} of {len(finished)} runs"
+        return f"Intervals are over the seeds, and over test examples where both runs kept theirs ({have} did)."
     return "Intervals are over the seeds and the test examples; the cases are taken as given."
 
 
@@ -213,7 +218,8 @@ def _without_empty(title: str, columns: Sequence[str], rows: Sequence[Sequence[C
 
 def _setting_texts(record: Record) -> dict[str, str]:
     """As texts, in which the folder of the run is no difference."""
-    return {key: str(value).replace(str(record.folder), "(its folder)") for key, value in record.settings.items()}
+    own = str(record.folder)
+    return {key: "(its folder)" if str(value) == own else str(value) for key, value in record.settings.items()}
 
 
 def _finite(frame: pd.DataFrame) -> pd.DataFrame:
