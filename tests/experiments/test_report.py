@@ -19,7 +19,7 @@ import pytest
 from metaxl_evo.experiments.comparison import Comparison
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.experiments.report import comparison_text, write_report
-from metaxl_evo.experiments.tables import notes, run_table, setting_tables
+from metaxl_evo.experiments.tables import cost_table, notes, run_table, setting_tables
 
 PERCENT = {
     ("plain", "de"): (50, 52, 54),
@@ -128,7 +128,7 @@ def test_notes_say_what_the_tables_rest_on(asked: dict[str, Any], with_outcomes:
         [record(scores={"f1": 0.0}), record("meta", scores={"f1": 0.0, "loss": math.nan})],
         [record(case="de"), record("meta", "de"), record(case="sw", error="stopped", scores={})],
         [record(facts={"a": 1, "b": None}), record("meta", facts={"a": math.inf, "b": 2}, settings={"a": [1]})],
-        [record("$x"), record("$"), record("%{x}"), record("_"), record("a | b\n<i>`*")],
+        [record("$x_{$"), record("$"), record("%{x}"), record("_"), record("a | b\n<i>`*")],
     ],
     ids=["one", "none", "no baseline", "zeros", "a case lost", "odd facts", "odd names"],
 )
@@ -153,6 +153,27 @@ def test_without_the_libraries_a_line_says_what_to_install(
         "pip install 'metaxl_evo[plot]' draws one",
         "pip install 'metaxl_evo[report]' makes one",
     ]
+
+
+def test_cost_is_in_the_numbers_that_all_runs_have() -> None:
+    held = {"steps": 200, "train_seconds": 1.5, "none": None, "large": math.inf, "flag": True, "nested": {"a": 1}}
+    other = {**held, "train_seconds": 2.5, "none": 1, "large": 1.0, "own": 3}
+    table = cost_table(
+        compared(record(facts=held), record(seed=1, facts=held | {"train_seconds": 2.5}), record("b", facts=other))
+    )
+    assert table.columns == ["run", "train_seconds", "steps"]
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["plain", "2.000 ± 0.707", "200"],
+        ["b", "2.500", "200"],
+    ]
+
+
+def test_panels_have_scales_of_their_own_for_scores_and_one_for_curves() -> None:
+    html_report = pytest.importorskip("metaxl_evo.experiments.html_report", exc_type=ImportError)
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    figures = html_report.charts(compared(*(record(case=case, history=history) for case in ("de", "sw"))))
+    scores, curves = figures["scores"]["f1, %"].layout, figures["learning curves"]["loss"].layout
+    assert [scores.xaxis2.matches, curves.xaxis2.matches, curves.yaxis2.matches] == [None, "x", "y"]
 
 
 def test_settings_that_differ_stand_apart() -> None:

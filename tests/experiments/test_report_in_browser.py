@@ -16,8 +16,10 @@ from metaxl_evo.experiments.report import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver")
 pytest.importorskip("plotly")
+NO_NETWORK = "--host-resolver-rules=MAP * ~NOTFOUND"
+ERROR = "stopped </script><script>document.title = 1</script>"
 EVIL = "<b>x</b>&"
-F1 = {"plain": 0.9, EVIL: 0.1, "meta": 0.52}  # in another order than their texts
+F1 = {"plain": 0.8, EVIL: 0.0, "meta": 0.12}  # on average 90, 5 and 17: of texts 17 would be the first
 
 
 def study(folder: Path) -> Comparison:
@@ -30,11 +32,9 @@ def study(folder: Path) -> Comparison:
             history = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
             moved = [{"step": step, "meta_moved": step / 10} for step in (1, 2, 3)]
             if run == EVIL and case == "de":
-                moved += [{"step": step, "eval_f1": step / 10} for step in (1, 3)]
+                moved += [{"step": step, "eval <b>": step / 10} for step in (1, 3)]
             records.append(Record(run, case, seed, own, scores={"f1": f1 + seed / 10}, history=[*history, *moved]))
-    records[-1] = Record(
-        "meta", "sw", 1, records[-1].folder, error="stopped </script><script>document.title = 1</script>"
-    )
+    records[0] = Record("plain", "de", 0, records[0].folder, error=ERROR)
     return Comparison(records, "f1", {"f1": "%"}, ["plain"], title="A <i>study</i>")
 
 
@@ -48,12 +48,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     write_report(study(folder), folder / "report")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-    ):
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", NO_NETWORK):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
@@ -77,7 +72,7 @@ def test_nothing_is_amiss_and_nothing_is_loaded(page: Any) -> None:
 def test_names_and_errors_are_shown_as_they_are(page: Any) -> None:
     assert page.title == "A <i>study</i>"
     assert texts(page, "h1") == ["A <i>study</i>"]
-    assert texts(page, ".failed dd") == ["stopped </script><script>document.title = 1</script>"]
+    assert texts(page, ".failed dd") == [ERROR]
     assert EVIL in texts(page, ".scores td")
     assert EVIL in texts(page, "[data-chart='learning curves'] .legendtext")
     assert EVIL in texts(page, "[data-chart=scores] .ytick text")
@@ -91,8 +86,13 @@ def test_a_click_on_a_header_sorts_by_number(page: Any) -> None:
     assert texts(page, column) == [EVIL, "meta", "plain"]
     header.click()
     assert texts(page, column) == ["plain", "meta", EVIL]
-    page.find_element("css selector", ".runs th:nth-child(4) button").click()
-    assert texts(page, ".runs tbody td:last-child")[-1] == "failed"  # without a score
+
+
+def test_what_is_missing_is_sorted_last_in_either_direction(page: Any) -> None:
+    header = page.find_element("css selector", ".runs th:nth-child(4) button")
+    for _ in range(2):
+        header.click()
+        assert texts(page, ".runs tbody td:last-child") == ["finished"] * 11 + ["failed"]
 
 
 def test_figures_are_drawn_and_another_column_is_chosen(page: Any) -> None:
@@ -102,14 +102,15 @@ def test_figures_are_drawn_and_another_column_is_chosen(page: Any) -> None:
         return len(page.find_elements("css selector", f"[data-chart='{chart}'] {what}"))
 
     assert drawn("scores", ".point") == 11 + 5 + 3 * 3  # runs, averages of seeds, means by run and panel
+    assert texts(page, "[data-chart=scores] .annotation-text") == ["de", "sw", "average"]
     assert drawn("learning curves", ".scatterlayer .js-line") == 11
     assert drawn("meta parameters", ".scatterlayer .js-line") == 11
     curves = page.find_element("css selector", "[data-chart='learning curves']")
     choice = Select(curves.find_element("css selector", "select"))
-    assert [option.text for option in choice.options] == ["loss", "eval_f1"]
-    choice.select_by_visible_text("eval_f1")
+    assert [option.text for option in choice.options] == ["loss", "eval <b>"]
+    choice.select_by_visible_text("eval <b>")
     assert drawn("learning curves", ".scatterlayer .js-line") == 2
-    assert "eval_f1" in texts(page, "[data-chart='learning curves'] .ytitle")
+    assert "eval <b>" in texts(page, "[data-chart='learning curves'] .ytitle")
 
 
 def test_a_dot_says_which_run_it_is(page: Any) -> None:
@@ -117,7 +118,7 @@ def test_a_dot_says_which_run_it_is(page: Any) -> None:
     page.execute_script("arguments[0].scrollIntoView({block: 'center'})", dot)
     webdriver.ActionChains(page).move_to_element(dot).perform()
     hover = page.find_element("css selector", "[data-chart=scores] .hovertext").text
-    assert all(part in hover for part in ("run=plain", "case=de", "seed=0", "90"))
+    assert all(part in hover for part in ("run=plain", "case=de", "seed=1", "=90"))
 
 
 def test_links_lead_to_the_runs(page: Any) -> None:
