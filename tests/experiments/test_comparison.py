@@ -105,6 +105,7 @@ def test_a_study_of_one_case_has_no_average() -> None:
         (MIXED, {"margin": 2}, "undecided"),  # the interval is wider
         (UP, {"margin": 5}, "tie"),  # above 0, and too little to matter
         (UP, {"margin": 2.1}, "better"),  # the interval ends at 2.15
+        (-np.array(UP), {"margin": 2.1}, "worse"),
         ([0.0] * 6, {}, "undecided"),
         ([0.0] * 6, {"margin": 0.1}, "tie"),
         ([0.02] * 6, {}, "undecided"),  # nothing is known of the spread
