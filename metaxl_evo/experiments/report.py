@@ -22,6 +22,7 @@ from metaxl_evo.experiments.tables import (
     failures,
     label,
     notes,
+    panel_cases,
     score_tables,
     scores,
 )
@@ -93,17 +94,18 @@ def plot_scores(comparison: Comparison, file: Path) -> Path:
     Raises:
         ImportError: without matplotlib.
     """
-    panels = list(scores(comparison).query("score == @comparison.score").groupby("case", sort=False))
+    shown = scores(comparison).query("score == @comparison.score")
+    cases = panel_cases(comparison, shown)
     names = [_plain(run) for run in comparison.runs]
-    columns = min(PANELS, max(1, len(panels)))
-    rows = max(1, math.ceil(len(panels) / columns))
+    columns = min(PANELS, max(1, len(cases)))
+    rows = max(1, math.ceil(len(cases) / columns))
     size = (2 + 2.6 * columns, rows * (1 + 0.3 * len(comparison.runs)))
     with figure(file, columns, size, rows=rows) as axes:
-        for axis in axes[len(panels) :]:
+        for axis in axes[len(cases) :]:
             axis.set_axis_off()
-        for index, (axis, (case, frame)) in enumerate(zip(axes, panels, strict=False)):
+        for index, (axis, case) in enumerate(zip(axes, cases, strict=False)):
             for row, run in enumerate(comparison.runs):
-                values = frame["value"][frame["run"] == run]
+                values = shown["value"][(shown["case"] == case) & (shown["run"] == run)]
                 axis.plot(values, [row] * len(values), "o", color=f"C{row}", alpha=0.5)
                 axis.plot(values.mean(), row, "|", color=f"C{row}", markersize=18)
             axis.set(title=_plain(case), xlabel=_plain(label(comparison, comparison.score)))

@@ -72,6 +72,11 @@ def scores(comparison: Comparison) -> pd.DataFrame:
     return pd.concat([frame, average.rename("value").reset_index().assign(case=AVERAGE)], ignore_index=True)
 
 
+def panel_cases(comparison: Comparison, rows: pd.DataFrame) -> list[str]:
+    """The cases that rows of a long table are of, in the order of the study, `average` last."""
+    return [case for case in (*comparison.cases, AVERAGE) if case in set(rows["case"])]
+
+
 def differences_by_baseline(comparison: Comparison) -> Differences:
     """Made once: of many seeds they take a while."""
     return {baseline: comparison.differences(baseline) for baseline in comparison.baselines}
@@ -183,7 +188,8 @@ def notes(comparison: Comparison, differences: Differences) -> list[str]:
 def _margin_note(comparison: Comparison) -> str:
     if comparison.margin is None:
         return "No margin is set, so no difference is read as a tie."
-    return f"A tie is an interval inside ±{comparison.margin:g} {comparison.units[comparison.score]}".rstrip() + "."
+    unit = comparison.units[comparison.score].replace("%", "points")
+    return f"A tie is an interval inside ±{comparison.margin:g} {unit}".rstrip() + "."
 
 
 def _interval_note(comparison: Comparison) -> str:
@@ -227,9 +233,9 @@ def _finite(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _decimals(values: Iterable[float]) -> int:
-    """So many that the largest value shows four digits."""
+    """So many that what is below the largest value shows four digits: 99.96 beside 100."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    return max(0, 3 - math.floor(math.log10(largest))) if largest else 0
+    return max(0, 4 - math.ceil(math.log10(largest))) if largest else 0
 
 
 def _text(text: str) -> Cell:

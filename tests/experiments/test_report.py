@@ -19,7 +19,7 @@ import pytest
 from metaxl_evo.experiments.comparison import Comparison
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.experiments.report import comparison_text, write_report
-from metaxl_evo.experiments.tables import cost_table, notes, run_table, setting_tables
+from metaxl_evo.experiments.tables import cost_table, notes, run_table, score_tables, setting_tables
 
 PERCENT = {
     ("plain", "de"): (50, 52, 54),
@@ -99,7 +99,7 @@ def test_the_numbers_are_there_to_compute_with(written: Path) -> None:
         ({}, 0, "A higher f1 is better."),
         ({"greater_is_better": False}, 0, "A lower f1 is better."),
         ({}, 0, "No margin is set, so no difference is read as a tie."),
-        ({"margin": 0.5}, 0, "A tie is an interval inside ±0.5 %."),
+        ({"margin": 0.5}, 0, "A tie is an interval inside ±0.5 points."),
         ({}, 0, "Intervals are over the seeds alone: they say nothing of another test set."),
         ({}, 1, "Intervals are over the seeds, and over test examples where both runs kept theirs (1 of 2 runs did)."),
         ({}, 2, "Intervals are over the seeds and the test examples; the cases are taken as given."),
@@ -168,12 +168,23 @@ def test_cost_is_in_the_numbers_that_all_runs_have() -> None:
     ]
 
 
-def test_panels_have_scales_of_their_own_for_scores_and_one_for_curves() -> None:
+def test_panels_are_in_the_order_of_the_study_and_share_a_scale_for_curves_alone() -> None:
     html_report = pytest.importorskip("metaxl_evo.experiments.html_report", exc_type=ImportError)
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
-    figures = html_report.charts(compared(*(record(case=case, history=history) for case in ("de", "sw"))))
+    made = [record(run, case, history=history) for run, case in (("plain", "sw"), ("meta", "de"), ("meta", "sw"))]
+    figures = html_report.charts(compared(record(case="de", error="stopped"), *made))
+    assert [one.text for one in figures["scores"]["f1, %"].layout.annotations] == ["de", "sw", "average"]
+    assert [one.text for one in figures["learning curves"]["loss"].layout.annotations] == ["de", "sw"]
     scores, curves = figures["scores"]["f1, %"].layout, figures["learning curves"]["loss"].layout
     assert [scores.xaxis2.matches, curves.xaxis2.matches, curves.yaxis2.matches] == [None, "x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "cells"), [((1.0, 0.9996), ["100.00", "99.96"]), ((0.0912, 0.05), ["9.120", "5.000"])]
+)
+def test_as_many_digits_are_shown_as_tell_scores_apart(shares: tuple[float, float], cells: list[str]) -> None:
+    (table,) = score_tables(compared(*(record(str(one), scores={"f1": one}) for one in shares)))
+    assert [row[1].text for row in table.rows] == cells
 
 
 def test_settings_that_differ_stand_apart() -> None:
