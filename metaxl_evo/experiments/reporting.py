@@ -13,7 +13,7 @@ from typing import Any
 
 from metaxl_evo.experiments.comparison import Comparison
 from metaxl_evo.experiments.curves import read_curves
-from metaxl_evo.experiments.folders import RESULTS, write_results
+from metaxl_evo.experiments.folders import OUTSIDE, RESULTS, write_results
 from metaxl_evo.experiments.plan import Run
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.experiments.report import comparison_text, write_report
@@ -71,7 +71,8 @@ def read_record(task: Task[Any, Any], run: Run[Any], error: str | None = None) -
     scores = {
         name: value for name, value in task.flat_scores(results["test"]).items() if isinstance(value, int | float)
     }
-    return Record(*where, None, scores, read_outcomes(run.folder), results["settings"], results["run"], history)
+    settings = {name: value for name, value in results["settings"].items() if name not in OUTSIDE}
+    return Record(*where, None, scores, read_outcomes(run.folder), settings, results["run"], history)
 
 
 def compare(task: Task[Any, Any], records: Sequence[Record], question: Question) -> Comparison:
