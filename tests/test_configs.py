@@ -19,9 +19,9 @@ from metaxl_evo.training.parser import parse_arguments
 from tests.vision_tasks.small import PERTURBED
 from vision_tasks.experiment import plan
 from vision_tasks.fewshot_arguments import EpisodicTrainingArguments, FewShotArguments
-from vision_tasks.fewshot_experiment import FewShotTask
-from vision_tasks.noisy_labels_experiment import NoisyLabelsArguments, NoisyLabelsTask
-from vision_tasks.rotation_experiment import RotationArguments, RotationTask
+from vision_tasks.fewshot_task import FewShotTask
+from vision_tasks.noisy_labels_task import NoisyLabelsArguments, NoisyLabelsTask
+from vision_tasks.rotation_task import RotationArguments, RotationTask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDER = CONFIGS / "ner"

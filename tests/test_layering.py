@@ -19,10 +19,13 @@ FLOORS = {
     "metaxl_evo.estimators": 2,
     "metaxl_evo.models": 3,
     "metaxl_evo.training": 4,
-    "metaxl_evo.ner": 5,
-    "vision_tasks": 5,
-    "metaxl_evo.benchmark": 6,
-    "scripts": 7,
+    "metaxl_evo.experiments": 5,
+    "metaxl_evo.ner": 6,
+    "vision_tasks": 6,
+    "metaxl_evo.benchmark": 7,
+    "metaxl_evo.cli": 8,
+    "metaxl_evo.__main__": 9,
+    "scripts": 9,
 }
 LAZY_ROOT = "metaxl_evo"  # its names may come from any floor, so only scripts may import them from there
 THIRD_PARTY = {"metaxl_evo.messages": set(), "metaxl_evo.bilevel": {"torch"}, "metaxl_evo.estimators": {"torch"}}

@@ -40,7 +40,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, data: Path, model: Pat
     return keep_checkpoints(folder)
 
 
-PICTURES = ("vision_tasks.fewshot_experiment.plot_sizes", "vision_tasks.noisy_labels_experiment.plot_weights",
+PICTURES = ("vision_tasks.fewshot_task.plot_sizes", "vision_tasks.noisy_labels_task.plot_weights",
             "metaxl_evo.training.history.plot_history")  # fmt: skip
 
 

@@ -33,8 +33,8 @@ from tests.scripts.refusals import assert_is_one_line, yaml_of
 from tests.scripts.runs import TINY, argv
 from vision_tasks.fewshot_arguments import FewShotArguments
 from vision_tasks.illustration import IllustrationArguments
-from vision_tasks.noisy_labels_experiment import NoisyLabelsArguments
-from vision_tasks.rotation_experiment import RotationArguments
+from vision_tasks.noisy_labels_task import NoisyLabelsArguments
+from vision_tasks.rotation_task import RotationArguments
 
 EXAMPLES = int(os.environ.get("METAXL_EXAMPLES", "0"))
 SCRIPTS: dict[str, tuple[tuple[type, ...], dict[str, str]]] = {

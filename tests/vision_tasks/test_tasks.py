@@ -23,8 +23,8 @@ from vision_tasks.arguments import VisionArguments
 from vision_tasks.classification import pixel_statistics
 from vision_tasks.experiment import Run, check_experiment, plan, run_experiment, summarise, table
 from vision_tasks.images import ImageRows, ImageSet
-from vision_tasks.noisy_labels_experiment import NoisyLabelsArguments, NoisyLabelsTask, weights_of
-from vision_tasks.rotation_experiment import RotationArguments, RotationTask
+from vision_tasks.noisy_labels_task import NoisyLabelsArguments, NoisyLabelsTask, weights_of
+from vision_tasks.rotation_task import RotationArguments, RotationTask
 
 RUNS = {
     "base": {"method": "baseline"},

@@ -30,7 +30,7 @@ from vision_tasks.feature_transform import FeatureTransform
 from vision_tasks.fewshot import CrossDomainFewShot, FewShotModel
 from vision_tasks.fewshot_arguments import METHODS, EpisodicTrainingArguments, FewShotArguments
 from vision_tasks.fewshot_episodes import Auxiliary, Domain, Episodes
-from vision_tasks.fewshot_experiment import (
+from vision_tasks.fewshot_task import (
     FewShotData,
     FewShotTask,
     epochs_of,
