@@ -12,7 +12,7 @@ from metaxl_evo.experiments.arguments import RunsArguments
 from metaxl_evo.experiments.folders import RESULTS, refuse_another_run, write_results
 from metaxl_evo.experiments.plan import Key, Run, plan_runs
 from metaxl_evo.experiments.reporting import Question, report_runs
-from metaxl_evo.experiments.run import keep_finished, make_run, prepare
+from metaxl_evo.experiments.run import keep_finished, make_run, try_out
 from metaxl_evo.experiments.task import Data, Settings, Task
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.check import check_training
@@ -49,7 +49,7 @@ def run_here(
     for run in runs:  # all that complains does so before the first step
         kept = keep_finished(task, run) if resuming else None
         if kept is None:
-            prepare(task, run)
+            try_out(task, run)
         else:
             finished[run.key] = kept
     results: dict[Key, dict[str, Any]] = {}

@@ -17,7 +17,7 @@ from metaxl_evo.experiments.folders import RESULTS, refuse_another_run, write_js
 from metaxl_evo.experiments.plan import Run, plan_runs, selected
 from metaxl_evo.experiments.progress import part_made
 from metaxl_evo.experiments.reporting import Question, report_runs
-from metaxl_evo.experiments.run import keep_finished, make_run, prepare
+from metaxl_evo.experiments.run import keep_finished, make_run, try_out
 from metaxl_evo.experiments.task import Task, find_task
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.arguments import MetaTrainingArguments
@@ -84,7 +84,7 @@ class Study:
             refuse_another_run(folder, ours, self.task.own_files)
         for number in tqdm(self.chosen, desc="checks", disable=self.args.disable_tqdm):
             if not keep_finished(self.task, self.runs[number]):
-                prepare(self.task, self.runs[number])
+                try_out(self.task, self.runs[number])
                 unfinished.append(number)
         return unfinished
 
