@@ -78,7 +78,7 @@ def _results(
         if summary is not None and args.should_save:
             write_results(root, summary)
     if summary is None:
-        return report_runs(task, runs, root, Question(), log=args.should_log) if args.should_save else {}
+        return report_runs(task, runs, root, Question.of(task, runs), log=args.should_log) if args.should_save else {}
     if args.should_log:
         print(task.table(summary["test"]))
         print(f"models, cards and {RESULTS}: {', '.join(str(run.folder) for run in runs)}")

@@ -24,11 +24,33 @@ from metaxl_evo.messages import unknown
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the runs: the score that is compared, with which runs, and what is small enough for a tie."""
+    """What is asked of runs: the score that is compared, with which runs, and what is small enough for a tie."""
 
-    score: str | None = None
-    baselines: Sequence[str] | None = None
+    score: str
+    baselines: Sequence[str]
     margin: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        task: Task[Any, Any],
+        runs: Sequence[Run[Any]],
+        score: str | None = None,
+        baselines: Sequence[str] | None = None,
+        margin: float | None = None,
+    ) -> Question:
+        """By default the task's first score is compared, with the first run.
+
+        Raises:
+            ValueError: for a score or a run that there is not.
+        """
+        names = list(dict.fromkeys(run.name for run in runs))
+        for one in baselines or ():
+            if one not in names:
+                raise ValueError(unknown("baseline", one, names))
+        if score is not None and score not in task.units:
+            raise ValueError(unknown("score", score, task.units))
+        return cls(score or next(iter(task.units)), baselines or names[:1], margin)
 
 
 def report_runs(
@@ -46,7 +68,7 @@ def report_runs(
         errors: number of a run -> why it failed.
 
     Raises:
-        ValueError: for a score or a baseline that there is not.
+        ValueError: for runs that cannot be compared.
     """
     records = [read_record(task, run, (errors or {}).get(number)) for number, run in enumerate(runs)]
     comparison = compare(task, records, question)
@@ -79,26 +101,12 @@ def compare(task: Task[Any, Any], records: Sequence[Record], question: Question)
     """The comparison that answers the question.
 
     Raises:
-        ValueError: for a score or a baseline that there is not.
+        ValueError: for runs that cannot be compared, such as those of different test sets.
     """
-    names = list(dict.fromkeys(record.run for record in records))
-    score = question.score or next(iter(task.units))
-    known = list(dict.fromkeys(name for record in records for name in record.scores))
-    if known and score not in known:
-        raise ValueError(unknown("score", score, known))
-    for one in question.baselines or ():
-        if one not in names:
-            raise ValueError(unknown("baseline", one, names))
-    units = {score: task.units.get(score, ""), **task.units}
-    return Comparison(
-        [_judged(record, score) for record in records],
-        score,
-        units,
-        question.baselines or names[:1],
-        question.margin,
-        task.greater_is_better,
-        task.title,
-    )
+    units = {question.score: task.units[question.score], **task.units}
+    judged = [_judged(record, question.score) for record in records]
+    ask = question.score, units, question.baselines, question.margin
+    return Comparison(judged, *ask, task.greater_is_better, task.title)
 
 
 def _judged(record: Record, score: str) -> Record:

@@ -19,7 +19,7 @@ from metaxl_evo.experiments.progress import part_made
 from metaxl_evo.experiments.reporting import Question, report_runs
 from metaxl_evo.experiments.run import keep_finished, make_run, try_out
 from metaxl_evo.experiments.task import Task, find_task
-from metaxl_evo.messages import one_line, unknown
+from metaxl_evo.messages import one_line
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.parser import given_text, parse_arguments, resolve_config
 
@@ -46,10 +46,8 @@ class Study:
         self.folder = Path(str(self.args.output_dir))
         self.runs: list[Run[Any]] = plan_runs(self.task, self.arguments, self.settings, self.args, nested=True)
         self.chosen = list(selected(self.runs, self.arguments.only))
-        named = list(dict.fromkeys(run.name for run in self.runs))
-        for one in self.arguments.baselines or ():
-            if one not in named:
-                raise ValueError(unknown("baseline", one, named))
+        asked = self.arguments.score, self.arguments.baselines, self.arguments.margin
+        self.question = Question.of(self.task, self.runs, *asked)
 
     @classmethod
     def read(cls, plan: Path, further: Sequence[str] = ()) -> Study:
@@ -146,8 +144,7 @@ class Study:
 
     def report(self, errors: Mapping[int, str] | None = None) -> dict[str, Any]:
         """Compare all runs of the plan as they stand; write and print what comes of it."""
-        asked = Question(self.arguments.score, self.arguments.baselines, self.arguments.margin)
-        return report_runs(self.task, self.runs, self.folder, asked, errors)
+        return report_runs(self.task, self.runs, self.folder, self.question, errors)
 
     def check(self) -> dict[str, list[str]]:
         """A few steps of each method, on the first case with the first seed; prints findings, returns problems.

@@ -45,7 +45,9 @@ def test_a_study_of_the_page_s_task(
 ) -> None:
     assert study("--seeds", "3,4") == 0
     printed = capsys.readouterr().out
-    folders = [f"{run}/{case}/{seed}" for run in ("baseline", "one_step") for case in ("one", "two") for seed in (3, 4)]
+    folders = [
+        f"{run}/{case}/{seed}" for run in ("baseline", "one_step") for case in ("one", "two") for seed in (3, 4)
+    ]
     scores = {one: read(f"out/{one}/results.json")["test"]["accuracy"] for one in folders}
     for one in folders:
         table = pd.read_csv(f"out/{one}/outcomes.csv", header=[0, 1])["accuracy"]
@@ -156,7 +158,11 @@ def test_what_cannot_be_is_refused_before_training(
 
 
 def test_the_settings_of_a_task_are_its_own(study: Study) -> None:
-    text = Path("trust.py").read_text(encoding="utf-8").replace("    confused: int", "    seeds: int = 1\n    confused: int")
+    text = (
+        Path("trust.py")
+        .read_text(encoding="utf-8")
+        .replace("    confused: int", "    seeds: int = 1\n    confused: int")
+    )
     Path("trust.py").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="the setting seeds is one of every study: give it another name"):
         study()
