@@ -43,6 +43,8 @@ class Study:
         self.options = [*resolve_config(types, argv), "--resume_from_checkpoint=latest"]
         parsed: tuple[StudyArguments, Any, MetaTrainingArguments] = parse_arguments(types, self.options)
         self.arguments, self.settings, self.args = parsed
+        if self.args.hub_token is not None:
+            raise ValueError(f"hub_token would stand in {PLAN}: leave it out, and log in by `hf auth login`")
         self.folder = Path(str(self.args.output_dir))
         self.runs: list[Run[Any]] = plan_runs(self.task, self.arguments, self.settings, self.args, nested=True)
         self.chosen = list(selected(self.runs, self.arguments.only))
@@ -56,11 +58,7 @@ class Study:
         Raises:
             ValueError: for a file that is none.
         """
-        try:
-            options = json.loads(plan.read_text(encoding="utf-8"))["options"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{plan} is no plan of a study ({one_line(error)}): give OUT/{PLAN}") from error
-        return cls([*options, f"--output_dir={plan.parent}", *further])
+        return cls([*_read(plan)["options"], f"--output_dir={plan.parent}", *further])
 
     def run(self) -> dict[int, str]:
         """Make what is not finished yet, compare and report; returns why runs failed, by their number."""
@@ -76,8 +74,10 @@ class Study:
         Raises:
             ValueError: for the first that cannot work, was made with other settings, or would overwrite something.
         """
-        ours = (self.folder / PLAN).exists()
-        unfinished = []
+        plan, unfinished = self.folder / PLAN, []
+        ours = plan.exists()
+        if ours and (other := _read(plan)["task"]) != self.name:
+            raise ValueError(f"{self.folder} holds a study of the task {other}: choose another output_dir")
         for folder in dict.fromkeys([self.folder, *(run.folder for run in self.runs)]):
             refuse_another_run(folder, ours, self.task.own_files)
         for number in tqdm(self.chosen, desc="checks", disable=self.args.disable_tqdm):
@@ -159,3 +159,11 @@ class Study:
                 print(f"\n## {run}\n{report}")
                 problems[run.name] = report.problems
         return problems
+
+
+def _read(plan: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(plan.read_text(encoding="utf-8"))
+        return {key: found[key] for key in ("task", "options")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{plan} is no plan of a study ({one_line(error)}): give OUT/{PLAN}") from error

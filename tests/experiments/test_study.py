@@ -143,6 +143,7 @@ REFUSED = [
     (["--cases", '{"a/b": {}}'], "cases: 'a/b' names a folder"),
     (["--runs.one_step.estimatr", "sama"], "unknown setting of run one_step 'estimatr'"),
     (["--runs.one_step.seed", "1"], "unknown setting of run one_step 'seed'"),
+    (["--hub_token", "secret"], "hub_token would stand in plan.json: leave it out, and log in by `hf auth login`"),
     (["--score", "acuracy"], "unknown score 'acuracy': did you mean 'accuracy'"),
 ]
 
@@ -166,6 +167,14 @@ def test_the_settings_of_a_task_are_its_own(study: Study) -> None:
     Path("trust.py").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="the setting seeds is one of every study: give it another name"):
         study()
+
+
+def test_a_study_of_another_task_is_left_alone(study: Study) -> None:
+    study("--plan", "true")
+    with pytest.raises(
+        ValueError, match=r"out holds a study of the task trust.py:TrustTask: choose another output_dir"
+    ):
+        study("--task", "trust.py:Unwell")
 
 
 def test_a_folder_that_is_no_study_is_left_alone(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
