@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+NOT_MADE = "not made yet"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -17,7 +19,7 @@ class Record:
 
     Attributes:
         folder: where it is.
-        error: why it has no results; None where it is finished.
+        error: why it has no results, `not made yet` among the reasons; None where it is finished.
         scores: test scores as plain numbers.
         outcomes: score -> (N, 2) numerators and denominators of the N test examples, in the order of the test set; the
             score is the ratio of their sums. Only for scores that are one.

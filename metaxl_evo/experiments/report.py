@@ -74,7 +74,7 @@ def _report_text(comparison: Comparison, differences: Differences) -> str:
     parts = [f"# {_escaped(comparison.title)}\n", _tables_text(comparison, differences)]
     parts.append(_items(map(_escaped, notes(comparison, differences))))
     if lost := failures(comparison):
-        parts.append(f"## Failed: {len(lost)} of {len(comparison.records)} runs\n")
+        parts.append(f"## Without results: {len(lost)} of {len(comparison.records)} runs\n")
         parts.append(_items([f"{_escaped(describe(one))}: {_escaped(one_line(one.error))}" for one in lost]))
     if cost := cost_table(comparison):
         parts.append(_markdown(cost))

@@ -15,7 +15,7 @@ from metaxl_evo.experiments.comparison import Comparison
 from metaxl_evo.experiments.curves import read_curves
 from metaxl_evo.experiments.folders import OUTSIDE, RESULTS, write_results
 from metaxl_evo.experiments.plan import Run
-from metaxl_evo.experiments.records import Record
+from metaxl_evo.experiments.records import NOT_MADE, Record
 from metaxl_evo.experiments.report import comparison_text, write_report
 from metaxl_evo.experiments.scores import read_outcomes
 from metaxl_evo.experiments.task import Task
@@ -88,7 +88,7 @@ def read_record(task: Task[Any, Any], run: Run[Any], error: str | None = None) -
     where, history = (run.name, run.case, run.seed, run.folder), read_curves(run.folder)
     file = run.folder / RESULTS
     if error is not None or not file.is_file():
-        return Record(*where, error or "not made yet", history=history)
+        return Record(*where, error or NOT_MADE, history=history)
     results = json.loads(file.read_text(encoding="utf-8"))
     scores = {
         name: value for name, value in task.flat_scores(results["test"]).items() if isinstance(value, int | float)

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from metaxl_evo.experiments.comparison import AVERAGE, CLAIMED_PAIRS, Comparison, Difference
-from metaxl_evo.experiments.records import Record
+from metaxl_evo.experiments.records import NOT_MADE, Record
 from metaxl_evo.experiments.statistics import spread
 
 Differences = Mapping[str, Sequence[Difference]]  # by baseline
@@ -157,7 +157,7 @@ def run_table(comparison: Comparison, folder: Path) -> Table:
 
     def row(one: Record) -> list[Cell]:
         values = [_number(found.get((one.run, one.case, one.seed, score)), form) for score, form in formats.items()]
-        status = "finished" if one.error is None else "failed"
+        status = "finished" if one.error is None else NOT_MADE if one.error == NOT_MADE else "failed"
         return [_text(one.run), _text(one.case), _number(one.seed, "d"), *values, _way(one, folder), _text(status)]
 
     shown = [label(comparison, score) for score in comparison.units]
