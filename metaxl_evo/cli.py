@@ -85,6 +85,9 @@ def script() -> None:
 
 
 def _end_with_parent() -> None:
-    """The parent holds the other end of the input, and nobody writes to it."""
-    sys.stdin.buffer.read()
+    """The parent holds the other end of the input, and nobody writes to it.
+
+    Read past `sys.stdin`, whose lock, still held when Python ends, would end it with a crash.
+    """
+    os.read(sys.stdin.fileno(), 1)
     os._exit(1)
