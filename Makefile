@@ -71,7 +71,9 @@ docs: $(VENV)/.installed-test
 # Finished runs are kept. DATA holds what the page of the results names, or is a folder above it.
 below = $(or $(firstword $(wildcard $(DATA)/$(1)/$(2) $(DATA)/$(2))),$(DATA)/$(2))
 IMAGES = $(call below,data,images)
-COSTS := rotation fewshot weight_net_scaling_cpu
+COSTS = OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmark_estimators.py --config configs/benchmark/$(1).yaml \
+	--output_dir runs/vision_cpu/cost_$(1)
+BOTH := --estimators one_step,evograd --orders after_step --training.use_cpu true
 
 reproduce-ner-cpu: $(VENV)/.installed-report
 	$(BIN)/metaxl-evo study configs/study/ner_cpu.yaml --output_dir runs/ner_cpu \
@@ -83,9 +85,9 @@ reproduce-vision-cpu: $(VENV)/.installed-report
 		--data $(IMAGES)/mnist_8k_2k.npz
 	$(BIN)/metaxl-evo study configs/study/rotation_cpu.yaml --output_dir runs/vision_cpu/rotation \
 		--data $(IMAGES)/mnist_8k_2k.npz
-	for cost in $(COSTS); do OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmark_estimators.py \
-		--config configs/benchmark/$$cost.yaml --training.use_cpu true \
-		--output_dir runs/vision_cpu/cost_$$cost || exit 1; done
+	$(call COSTS,rotation) $(BOTH)
+	$(call COSTS,fewshot) $(BOTH)
+	$(call COSTS,weight_net_scaling_cpu)
 
 benchmark: $(VENV)/.installed-plot
 	$(BIN)/python scripts/benchmark_estimators.py --config configs/benchmark/$(PROBLEM).yaml \

@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
     (settings,) = parse_arguments((RunArguments,), argv[1:])
     if settings.with_parent:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    planned = Study.read(Path(argv[0]))
+    planned = Study.read(Path(argv[0]), [] if sys.stdout.isatty() else ["--disable_tqdm=true"])
     if not 0 <= settings.index < len(planned.runs):
         raise ValueError(f"index: {argv[0]} has the runs 0 to {len(planned.runs) - 1}, not {settings.index}")
     planned.make(settings.index)
@@ -85,9 +85,6 @@ def script() -> None:
 
 
 def _end_with_parent() -> None:
-    """The parent holds the other end of the input, and nobody writes to it.
-
-    Read past `sys.stdin`, whose lock, still held when Python ends, would end it with a crash.
-    """
-    os.read(sys.stdin.fileno(), 1)
+    """The parent holds the other end of the input, and nobody writes to it."""
+    os.read(0, 1)  # not of sys.stdin, whose lock would be held when this process ends
     os._exit(1)

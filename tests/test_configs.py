@@ -13,15 +13,18 @@ from transformers import XLMRobertaConfig
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.estimators import ESTIMATORS
+from metaxl_evo.experiments.arguments import RunsArguments
+from metaxl_evo.experiments.plan import Run, plan_runs
+from metaxl_evo.experiments.study import Study
+from metaxl_evo.experiments.task import Task
 from metaxl_evo.ner.arguments import METHODS, NerArguments, NerTrainingArguments, steps_of
+from metaxl_evo.ner.task import NerTask
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.parser import parse_arguments
 from tests.vision_tasks.small import PERTURBED
-from vision_tasks.experiment import plan
-from vision_tasks.fewshot_arguments import EpisodicTrainingArguments, FewShotArguments
-from vision_tasks.fewshot_experiment import FewShotTask
-from vision_tasks.noisy_labels_experiment import NoisyLabelsArguments, NoisyLabelsTask
-from vision_tasks.rotation_experiment import RotationArguments, RotationTask
+from vision_tasks.fewshot_task import FewShotTask
+from vision_tasks.noisy_labels_task import NoisyLabelsTask
+from vision_tasks.rotation_task import RotationTask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDER = CONFIGS / "ner"
@@ -131,10 +134,14 @@ EXPECTED: dict[str, dict[str, Any]] = {
 }
 
 
+def parsed(task: Task[Any, Any], file: str, *options: str) -> tuple[RunsArguments, Any, MetaTrainingArguments]:
+    given = ["--config", str(CONFIGS / f"{file}.yaml"), "--use_cpu", "true", *options]
+    return parse_arguments((RunsArguments, task.settings, task.training), given)
+
+
 @cache
 def read(name: str, *options: str) -> tuple[NerArguments, NerTrainingArguments]:
-    given = ["--config", str(FOLDER / f"{name}.yaml"), "--use_cpu", "true", *options]
-    return parse_arguments((NerArguments, NerTrainingArguments), given)
+    return parsed(NerTask(), f"ner/{name}", *options)[1:]
 
 
 def constants(settings: tuple[Any, ...], names: Iterable[str]) -> dict[str, Any]:
@@ -250,10 +257,9 @@ def test_the_scaling_study_in_small_is_the_same_study() -> None:
 
 # Images --------------------------------------------------------------------------------------------------------------
 
-VISION: dict[str, tuple[Any, type[Any], dict[str, tuple[str, ...]]]] = {  # task, settings, runs: estimator, its fields
+VISION: dict[str, tuple[Any, dict[str, tuple[str, ...]]]] = {  # task, runs: estimator, its fields
     "noisy_labels_cpu": (
         NoisyLabelsTask(),
-        NoisyLabelsArguments,
         {
             "baseline": ("none",),
             "one_step": ("one_step",),
@@ -264,12 +270,10 @@ VISION: dict[str, tuple[Any, type[Any], dict[str, tuple[str, ...]]]] = {  # task
     ),
     "noisy_labels_paper": (
         NoisyLabelsTask(),
-        NoisyLabelsArguments,
         {"baseline": ("none",), "evograd": ("evograd", "copies 2", "share_meta_inputs False")},
     ),
     "rotation_cpu": (
         RotationTask(),
-        RotationArguments,
         {
             "baseline": ("none",),
             "one_step": ("one_step",),
@@ -277,7 +281,7 @@ VISION: dict[str, tuple[Any, type[Any], dict[str, tuple[str, ...]]]] = {  # task
             "evograd_10": ("evograd", "copies 10"),
         },
     ),
-    "rotation_paper": (RotationTask(), RotationArguments, {"baseline": ("none",), "evograd": ("evograd", "copies 2")}),
+    "rotation_paper": (RotationTask(), {"baseline": ("none",), "evograd": ("evograd", "copies 2")}),
 }
 ELSEWHERE = ("fewshot", "illustration")  # configs with tests of their own
 EVOGRAD = {"copies": 2, "sigma": 1e-3, "temperature": 0.05, "noise": "sign", "antithetic": False, "parameters": None}
@@ -354,9 +358,12 @@ IMAGE_PAPERS: dict[str, dict[str, Any]] = {
 
 
 @cache
-def read_vision(name: str, *options: str) -> tuple[Any, MetaTrainingArguments]:
-    given = ["--config", str(CONFIGS / f"vision/{name}.yaml"), "--use_cpu", "true", *options]
-    return parse_arguments((VISION[name][1], MetaTrainingArguments), given)
+def read_vision(name: str) -> tuple[RunsArguments, Any, MetaTrainingArguments]:
+    return parsed(VISION[name][0], f"vision/{name}")
+
+
+def planned(task: Task[Any, Any], name: str, folder: Path) -> list[Run[Any]]:
+    return plan_runs(task, *parsed(task, f"vision/{name}", "--output_dir", str(folder)))
 
 
 def test_the_vision_configs_are_these() -> None:
@@ -368,10 +375,10 @@ def test_the_vision_configs_are_these() -> None:
 
 @pytest.mark.parametrize("name", VISION)
 def test_every_vision_config_plans_its_runs(name: str, tmp_path: Path) -> None:
-    task, _, expected = VISION[name]
-    settings, args = read_vision(name, "--output_dir", str(tmp_path))
-    runs = plan(task, settings, args)
-    assert len(runs) == len(expected) * len(settings.seeds)
+    task, expected = VISION[name]
+    which, settings, _ = read_vision(name)
+    runs = planned(task, name, tmp_path)
+    assert len(runs) == len(expected) * len(which.seeds or ())
     assert len({run.folder for run in runs}) == len(runs)
     assert next(iter(expected)) == "baseline"  # of the others
     for run in runs:
@@ -394,8 +401,7 @@ def test_the_constants_of_the_image_papers(name: str) -> None:
 
 @pytest.mark.parametrize("name", IMAGE_PAPERS)
 def test_the_image_papers_estimator(name: str, tmp_path: Path) -> None:
-    settings, args = read_vision(name, "--output_dir", str(tmp_path))
-    for run in plan(VISION[name][0], settings, args):
+    for run in planned(VISION[name][0], name, tmp_path):
         if run.name == "evograd":
             estimator = run.args.make_estimator()
             assert {key: getattr(estimator, key) for key in EVOGRAD} == EVOGRAD
@@ -403,13 +409,13 @@ def test_the_image_papers_estimator(name: str, tmp_path: Path) -> None:
 
 def test_the_noisy_labels_papers_schedule_and_pixels() -> None:
     """Drops at epochs 40 and 50 of 490 steps each; pixel statistics in 1/255."""
-    settings, args = read_vision("noisy_labels_paper")
+    which, settings, args = read_vision("noisy_labels_paper")
     steps = steps_of(args.num_train_epochs, 50_000 - settings.meta_size, args.per_device_train_batch_size, 1)
     assert steps == 60 * 490
     assert [round(share * steps) for share in args.lr_milestones or ()] == [40 * 490, 50 * 490]
     assert settings.image_mean == pytest.approx([125.3 / 255, 123.0 / 255, 113.9 / 255], abs=5e-6)
     assert settings.image_std == pytest.approx([63.0 / 255, 62.1 / 255, 66.7 / 255], abs=5e-6)
-    assert len(settings.seeds) == 5
+    assert len(which.seeds or ()) == 5
 
 
 # Few-shot learning ---------------------------------------------------------------------------------------------------
@@ -482,9 +488,8 @@ WARM_UP = {
 }
 
 
-def read_fewshot(name: str, *options: str) -> tuple[FewShotArguments, MetaTrainingArguments]:
-    given = ["--config", str(CONFIGS / f"vision/{name}.yaml"), "--use_cpu", "true", *options]
-    return parse_arguments((FewShotArguments, EpisodicTrainingArguments), given)
+def read_fewshot(name: str, *options: str) -> tuple[RunsArguments, Any, MetaTrainingArguments]:
+    return parsed(FewShotTask(), f"vision/{name}", *options)
 
 
 def test_the_fewshot_configs_are_these() -> None:
@@ -494,10 +499,10 @@ def test_the_fewshot_configs_are_these() -> None:
 
 @pytest.mark.parametrize("name", FEWSHOT)
 def test_every_fewshot_config_plans_its_runs(name: str, tmp_path: Path) -> None:
-    settings, args = read_fewshot(name, "--output_dir", str(tmp_path))
-    runs = plan(FewShotTask(), settings, args)
+    which, settings, _ = read_fewshot(name)
+    runs = planned(FewShotTask(), name, tmp_path)
     assert {run.name: (run.settings.method, run.args.estimator) for run in runs} == FEWSHOT[name]
-    assert len(runs) == len(FEWSHOT[name]) * len(settings.seeds or [0])
+    assert len(runs) == len(FEWSHOT[name]) * len(which.seeds or [0])
     assert {run.args.meta_portion for run in runs} == {1}
     assert settings.data == "synthetic"  # real images come by the command line
     assert "../" not in (CONFIGS / f"vision/{name}.yaml").read_text(encoding="utf-8")
@@ -508,15 +513,15 @@ def test_the_constants_of_the_fewshot_paper() -> None:
 
 
 def test_the_fewshot_papers_estimator_and_warm_up(tmp_path: Path) -> None:
-    settings, args = read_fewshot("fewshot_paper", "--output_dir", str(tmp_path))
-    *baselines, evograd = plan(FewShotTask(), settings, args)
+    *baselines, evograd = planned(FewShotTask(), "fewshot_paper", tmp_path)
     estimator = evograd.args.make_estimator()
     assert {key: getattr(estimator, key) for key in EVOGRAD} == EVOGRAD | {"parameters": PERTURBED}
-    small = dict(read_fewshot("fewshot_cpu")[0].runs)
+    small = read_fewshot("fewshot_cpu")[0].runs
     assert small["evograd"]["estimator_kwargs"] == {"parameters": PERTURBED}
     assert [run.settings.aux_domain for run in (*baselines, evograd)] == [None, None, "miniImagenet"]
-    warm, args = read_fewshot("fewshot_pretrain_paper")
-    assert (warm.backbone, warm.width, warm.image_size) == (settings.backbone, settings.width, settings.image_size)
+    _, warm, args = read_fewshot("fewshot_pretrain_paper")
+    learned = evograd.settings
+    assert (warm.backbone, warm.width, warm.image_size) == (learned.backbone, learned.width, learned.image_size)
     assert {key: getattr(args, key) for key in WARM_UP} == WARM_UP
 
 
@@ -524,6 +529,34 @@ def test_the_other_rows_of_the_fewshot_paper() -> None:
     """The commands that the header of the config gives."""
     seen = ["miniImagenet", "cub", *FEWSHOT_PAPER["domains"][2:]]
     given = ["--unseen_domain", "cars", "--domains", json.dumps(seen), "--n_shot", "1", "--backbone", "resnet34"]
-    settings, _ = read_fewshot("fewshot_paper", *given, "--runs.t1_t2.estimator", "one_step")
+    which, settings, _ = read_fewshot("fewshot_paper", *given, "--runs.t1_t2.estimator", "one_step")
     assert (settings.unseen_domain, settings.domains, settings.n_shot) == ("cars", seen, 1)
-    assert list(settings.runs) == ["none", "fixed", "evograd", "t1_t2"]
+    assert list(which.runs) == ["none", "fixed", "evograd", "t1_t2"]
+
+
+# Studies -------------------------------------------------------------------------------------------------------------
+
+STUDIES = {  # cases, seeds, runs, the first of which is a baseline
+    "fewshot_cpu": ([""], 3, 6),
+    "ner_cpu": (["sw", "ig", "rw"], 3, 5),
+    "noisy_labels_cpu": (["0", "0.2", "0.4"], 3, 5),
+    "quickstart": (["beru", "celu"], 2, 3),
+    "rotation_cpu": ([""], 3, 4),
+}
+
+
+def test_the_studies_are_these() -> None:
+    assert sorted(path.stem for path in (CONFIGS / "study").iterdir()) == sorted(STUDIES)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_plans_its_runs(name: str, tmp_path: Path) -> None:
+    study = Study(
+        ["--config", str(CONFIGS / f"study/{name}.yaml"), "--use_cpu", "true", "--output_dir", str(tmp_path)]
+    )
+    cases, seeds, runs = STUDIES[name]
+    assert list(dict.fromkeys(run.case for run in study.runs)) == cases
+    assert len(study.runs) == len(cases) * seeds * runs
+    baselines = study.arguments.baselines or [study.runs[0].name]
+    assert {run.args.estimator for run in study.runs if run.name in baselines} == {"none"}
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from metaxl_evo.experiments.arguments import RunsArguments
 from metaxl_evo.experiments.folders import RESULTS, refuse_another_run, write_results
 from metaxl_evo.experiments.plan import Key, Run, plan_runs
 from metaxl_evo.experiments.reporting import Question, report_runs
-from metaxl_evo.experiments.run import keep_finished, make_run, prepare
+from metaxl_evo.experiments.run import keep_finished, make_run, try_out
 from metaxl_evo.experiments.task import Data, Settings, Task
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.check import check_training
@@ -49,7 +49,7 @@ def run_here(
     for run in runs:  # all that complains does so before the first step
         kept = keep_finished(task, run) if resuming else None
         if kept is None:
-            prepare(task, run)
+            try_out(task, run)
         else:
             finished[run.key] = kept
     results: dict[Key, dict[str, Any]] = {}
@@ -78,7 +78,7 @@ def _results(
         if summary is not None and args.should_save:
             write_results(root, summary)
     if summary is None:
-        return report_runs(task, runs, root, Question(), log=args.should_log) if args.should_save else {}
+        return report_runs(task, runs, root, Question.of(task, runs), log=args.should_log) if args.should_save else {}
     if args.should_log:
         print(task.table(summary["test"]))
         print(f"models, cards and {RESULTS}: {', '.join(str(run.folder) for run in runs)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from plotly.offline import get_plotlyjs
 
 from metaxl_evo.experiments.comparison import Comparison
 from metaxl_evo.experiments.tables import (
+    Differences,
     cost_table,
     describe,
     difference_tables,
     failures,
     label,
     notes,
+    panel_cases,
     run_table,
     score_tables,
     scores,
@@ -38,21 +41,22 @@ GRID, CLEAR = "rgba(128, 128, 128, 0.25)", "rgba(0, 0, 0, 0)"
 CURVE = ["run", "case", "seed", "column"]
 
 
-def write_html(comparison: Comparison, file: Path) -> Path:
+def write_html(comparison: Comparison, differences: Differences, file: Path) -> Path:
     """Write the page, whose links lead from its folder into those of the runs; returns the file."""
     differing, common = setting_tables(comparison)
+    figures = charts(comparison)
     page = _template().render(
         comparison=comparison,
         failures=[(describe(one), one.error) for one in failures(comparison)],
         scores=score_tables(comparison),
-        differences=difference_tables(comparison),
-        notes=notes(comparison),
+        differences=difference_tables(comparison, differences),
+        notes=notes(comparison, differences),
         cost=cost_table(comparison),
         differing=differing,
         common=common,
         runs=run_table(comparison, file.parent),
-        charts=(found := charts(comparison)),
-        charts_json=to_json_plotly(found),
+        charts=figures,
+        charts_json=to_json_plotly(figures),
         points=POINTS,
         plotly=get_plotlyjs(),
     )
@@ -62,30 +66,32 @@ def write_html(comparison: Comparison, file: Path) -> Path:
 
 def charts(comparison: Comparison) -> dict[str, dict[str, Figure]]:
     """Figures by chart and by what is chosen there: a score, or a column of the history."""
-    curves = {
-        key: _lines(comparison, str(key), rows) for key, rows in _history(comparison).groupby("column", sort=False)
-    }
-    learned = [key for key in curves if str(key).startswith((VALUE, MOVED))]
+    by_score = scores(comparison).groupby("score", sort=False)
+    by_column = _history(comparison).groupby("column", sort=False)
+    curves = {str(column): _lines(comparison, str(column), rows) for column, rows in by_column}
+    learned = [column for column in curves if column.startswith((VALUE, MOVED))]
     return {
-        "scores": {label(comparison, score): _dots(comparison, score) for score in comparison.units},
-        "learning curves": {key: curves[key] for key in curves if key not in learned},
-        "meta parameters": {key: curves[key] for key in learned},
+        "scores": {(name := label(comparison, str(score))): _dots(comparison, name, rows) for score, rows in by_score},
+        "learning curves": {column: curves[column] for column in curves if column not in learned},
+        "meta parameters": {column: curves[column] for column in learned},
     }
 
 
 def _history(comparison: Comparison) -> pd.DataFrame:
-    """Every number that was logged, a row each, thinned out."""
+    """Every number that was logged, a row each: curves thinned out, without what is logged but once (run times)."""
     rows = [
         (one.run, one.case, one.seed, column, row["step"], value)
         for one in comparison.records
         for row in one.history
         for column, value in row.items()
-        if column != "step" and isinstance(value, int | float)
+        if column != "step" and isinstance(value, Real)
     ]
     frame = pd.DataFrame(rows, columns=[*CURVE, "step", "value"])
     steps = frame.groupby(CURVE)["step"]
     place, length = steps.cumcount(), steps.transform("size")
-    return frame[(place % np.ceil(length / POINTS) == 0) | (place == length - 1)]
+    drawn = (place % np.ceil(length / POINTS) == 0) | (place == length - 1)
+    longest = length.groupby(frame["column"]).transform("max")
+    return frame[drawn & (longest > 1)]
 
 
 def _lines(comparison: Comparison, column: str, rows: pd.DataFrame) -> Figure:
@@ -94,11 +100,10 @@ def _lines(comparison: Comparison, column: str, rows: pd.DataFrame) -> Figure:
     return _laid_out(px.line(_escaped(rows), x="step", y="value", line_group="seed", render_mode="svg", **panels))
 
 
-def _dots(comparison: Comparison, score: str) -> Figure:
+def _dots(comparison: Comparison, name: str, rows: pd.DataFrame) -> Figure:
     """A dot a seed, and their mean a line."""
-    rows = scores(comparison).query("score == @score")
     means = rows.groupby(["run", "case"], sort=False, as_index=False)["value"].mean()
-    name, height = label(comparison, score), ROW * len(comparison.runs)
+    height = ROW * len(comparison.runs)
     lines = px.scatter(_escaped(means), x="value", y="run", **_panels(comparison, rows, f"mean {name}", height))
     lines.update_traces(marker={"symbol": "line-ns-open", "size": 20, "line_width": 2})
     panels = _panels(comparison, rows, name, height)
@@ -109,7 +114,7 @@ def _dots(comparison: Comparison, score: str) -> Figure:
 
 def _panels(comparison: Comparison, rows: pd.DataFrame, value: str, height: int) -> dict[str, Any]:
     """What all figures have in common: a colour a run, a panel of this height a case, and names as they are."""
-    runs, cases = ([html.escape(one) for one in names] for names in (comparison.runs, rows["case"].unique()))
+    runs, cases = ([html.escape(one) for one in names] for names in (comparison.runs, panel_cases(comparison, rows)))
     down = max(1, math.ceil(len(cases) / PANELS))
     inside = down * height + (down - 1) * GAP
     return {
@@ -117,7 +122,7 @@ def _panels(comparison: Comparison, rows: pd.DataFrame, value: str, height: int)
         "color_discrete_sequence": px.colors.qualitative.D3,
         "facet_col": "case" if len(cases) > 1 else None,
         "facet_col_wrap": PANELS,
-        "facet_row_spacing": GAP / inside,
+        "facet_row_spacing": (down > 1) * GAP / inside,
         "height": inside + TOP + GAP,
         "category_orders": {"run": runs, "case": cases},
         "labels": {"value": html.escape(value)},

@@ -127,6 +127,9 @@ def _run(
     if folder != root:  # a repository a run
         theirs["hub_model_id"] = "-".join([args.hub_model_id or root.name, *folder.relative_to(root).parts])
     made = _changed_arguments(args, theirs)
+    items = [] if task.case is None else getattr(own, task.case)
+    if len(items) > 1:
+        raise ValueError(f"case {key[1]}: {task.case} must be one, in a case of its own, not {', '.join(items)}")
     task.refuse(own, made)
     return Run(*key, folder, own, made)
 

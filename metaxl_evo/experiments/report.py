@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -13,13 +13,16 @@ import pandas as pd
 
 from metaxl_evo.experiments.comparison import Comparison, Difference
 from metaxl_evo.experiments.tables import (
+    Differences,
     Table,
     cost_table,
     describe,
     difference_tables,
+    differences_by_baseline,
     failures,
     label,
     notes,
+    panel_cases,
     score_tables,
     scores,
 )
@@ -39,10 +42,11 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("report.md", "scores.csv", "differences.csv")]
-    files[0].write_text(report_text(comparison), encoding="utf-8")
+    differences = differences_by_baseline(comparison)
+    files[0].write_text(_report_text(comparison, differences), encoding="utf-8")
     comparison.frame().to_csv(files[1], index=False)
-    differences = [asdict(one) for baseline in comparison.baselines for one in comparison.differences(baseline)]
-    pd.DataFrame(differences, columns=[one.name for one in fields(Difference)]).to_csv(files[2], index=False)
+    rows = [asdict(one) for found in differences.values() for one in found]
+    pd.DataFrame(rows, columns=[one.name for one in fields(Difference)]).to_csv(files[2], index=False)
     try:
         files.append(plot_scores(comparison, folder / "scores.png"))
     except ImportError:
@@ -50,7 +54,7 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     try:
         from metaxl_evo.experiments.html_report import write_html
 
-        files.append(write_html(comparison, folder / "report.html"))
+        files.append(write_html(comparison, differences, folder / "report.html"))
     except ImportError:
         logger.warning("no report.html: pip install 'metaxl_evo[report]' makes one")
     return files
@@ -58,22 +62,26 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
 
 def comparison_text(comparison: Comparison) -> str:
     """The tables of scores and differences, in Markdown."""
-    return "\n".join(map(markdown, [*score_tables(comparison), *difference_tables(comparison)]))
+    return _tables_text(comparison, differences_by_baseline(comparison))
 
 
-def report_text(comparison: Comparison) -> str:
-    """The whole report, in Markdown."""
-    parts = [f"# {_escaped(comparison.title)}\n", comparison_text(comparison), _items(notes(comparison))]
+def _tables_text(comparison: Comparison, differences: Differences) -> str:
+    tables = [*score_tables(comparison), *difference_tables(comparison, differences)]
+    return "\n".join(_markdown(table) for table in tables if table)
+
+
+def _report_text(comparison: Comparison, differences: Differences) -> str:
+    parts = [f"# {_escaped(comparison.title)}\n", _tables_text(comparison, differences)]
+    parts.append(_items(map(_escaped, notes(comparison, differences))))
     if lost := failures(comparison):
         parts.append(f"## Failed: {len(lost)} of {len(comparison.records)} runs\n")
         parts.append(_items([f"{_escaped(describe(one))}: {_escaped(one_line(one.error))}" for one in lost]))
-    return "\n".join([*parts, markdown(cost_table(comparison))])
+    if cost := cost_table(comparison):
+        parts.append(_markdown(cost))
+    return "\n".join(parts)
 
 
-def markdown(table: Table) -> str:
-    """A table under its title, "" for one that holds nothing."""
-    if not table:
-        return ""
+def _markdown(table: Table) -> str:
     rules = ["---:" if numeric else "---" for numeric in table.numeric]
     lines = [[_escaped(column) for column in table.columns], rules]
     lines += [[_escaped(cell.text) for cell in row] for row in table.rows]
@@ -86,17 +94,18 @@ def plot_scores(comparison: Comparison, file: Path) -> Path:
     Raises:
         ImportError: without matplotlib.
     """
-    panels = list(scores(comparison).query("score == @comparison.score").groupby("case", sort=False))
+    shown = scores(comparison).query("score == @comparison.score")
+    cases = panel_cases(comparison, shown)
     names = [_plain(run) for run in comparison.runs]
-    columns = min(PANELS, max(1, len(panels)))
-    rows = max(1, math.ceil(len(panels) / columns))
+    columns = min(PANELS, max(1, len(cases)))
+    rows = max(1, math.ceil(len(cases) / columns))
     size = (2 + 2.6 * columns, rows * (1 + 0.3 * len(comparison.runs)))
     with figure(file, columns, size, rows=rows) as axes:
-        for axis in axes[len(panels) :]:
+        for axis in axes[len(cases) :]:
             axis.set_axis_off()
-        for index, (axis, (case, frame)) in enumerate(zip(axes, panels, strict=False)):
+        for index, (axis, case) in enumerate(zip(axes, cases, strict=False)):
             for row, run in enumerate(comparison.runs):
-                values = frame["value"][frame["run"] == run]
+                values = shown["value"][(shown["case"] == case) & (shown["run"] == run)]
                 axis.plot(values, [row] * len(values), "o", color=f"C{row}", alpha=0.5)
                 axis.plot(values.mean(), row, "|", color=f"C{row}", markersize=18)
             axis.set(title=_plain(case), xlabel=_plain(label(comparison, comparison.score)))
@@ -105,7 +114,7 @@ def plot_scores(comparison: Comparison, file: Path) -> Path:
     return file
 
 
-def _items(lines: Sequence[str]) -> str:
+def _items(lines: Iterable[str]) -> str:
     return "".join(f"- {line}\n" for line in lines)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from metaxl_evo.experiments.comparison import Comparison
 from metaxl_evo.experiments.curves import read_curves
-from metaxl_evo.experiments.folders import RESULTS, write_results
+from metaxl_evo.experiments.folders import OUTSIDE, RESULTS, write_results
 from metaxl_evo.experiments.plan import Run
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.experiments.report import comparison_text, write_report
@@ -23,11 +24,33 @@ from metaxl_evo.messages import unknown
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the runs: the score that is compared, with which runs, and what is small enough for a tie."""
+    """What is asked of runs: the score that is compared, with which runs, and what is small enough for a tie."""
 
-    score: str | None = None
-    baselines: Sequence[str] | None = None
+    score: str
+    baselines: Sequence[str]
     margin: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        task: Task[Any, Any],
+        runs: Sequence[Run[Any]],
+        score: str | None = None,
+        baselines: Sequence[str] | None = None,
+        margin: float | None = None,
+    ) -> Question:
+        """By default the task's first score is compared, with the first run.
+
+        Raises:
+            ValueError: for a score or a run that there is not.
+        """
+        names = list(dict.fromkeys(run.name for run in runs))
+        for one in baselines or ():
+            if one not in names:
+                raise ValueError(unknown("baseline", one, names))
+        if score is not None and score not in task.units:
+            raise ValueError(unknown("score", score, task.units))
+        return cls(score or next(iter(task.units)), baselines or names[:1], margin)
 
 
 def report_runs(
@@ -45,7 +68,7 @@ def report_runs(
         errors: number of a run -> why it failed.
 
     Raises:
-        ValueError: for a score or a baseline that there is not.
+        ValueError: for runs that cannot be compared.
     """
     records = [read_record(task, run, (errors or {}).get(number)) for number, run in enumerate(runs)]
     comparison = compare(task, records, question)
@@ -70,33 +93,26 @@ def read_record(task: Task[Any, Any], run: Run[Any], error: str | None = None) -
     scores = {
         name: value for name, value in task.flat_scores(results["test"]).items() if isinstance(value, int | float)
     }
-    return Record(*where, None, scores, read_outcomes(run.folder), results["settings"], results["run"], history)
+    settings = {name: value for name, value in results["settings"].items() if name not in OUTSIDE}
+    return Record(*where, None, scores, read_outcomes(run.folder), settings, results["run"], history)
 
 
 def compare(task: Task[Any, Any], records: Sequence[Record], question: Question) -> Comparison:
     """The comparison that answers the question.
 
     Raises:
-        ValueError: for a score or a baseline that there is not.
+        ValueError: for runs that cannot be compared, such as those of different test sets.
     """
-    names = list(dict.fromkeys(record.run for record in records))
-    score = question.score or next(iter(task.units))
-    known = list(dict.fromkeys(name for record in records for name in record.scores))
-    if known and score not in known:
-        raise ValueError(unknown("score", score, known))
-    for one in question.baselines or ():
-        if one not in names:
-            raise ValueError(unknown("baseline", one, names))
-    units = {score: task.units.get(score, ""), **task.units}
-    return Comparison(
-        records,
-        score,
-        units,
-        question.baselines or names[:1],
-        question.margin,
-        task.greater_is_better,
-        task.title,
-    )
+    units = {question.score: task.units[question.score], **task.units}
+    judged = [_judged(record, question.score) for record in records]
+    ask = question.score, units, question.baselines, question.margin
+    return Comparison(judged, *ask, task.greater_is_better, task.title)
+
+
+def _judged(record: Record, score: str) -> Record:
+    """A run whose score is no number has failed, whatever it left behind."""
+    value = record.scores.get(score, 0.0)
+    return record if isfinite(value) else replace(record, error=f"its {score} is {value}")
 
 
 def summarise(comparison: Comparison) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,22 @@ def prepare(task: Task[Settings, Data], run: Run[Settings]) -> tuple[Data, MetaT
     data = task.load(run.settings, run.args)
     with _telling_of_the_hub():
         return data, task.build_trainer(run.settings, task.fit_arguments(run.settings, run.args, data), data)
+
+
+def try_out(task: Task[Any, Any], run: Run[Any]) -> None:
+    """Prepare a run and leave nothing behind: the folder that its trainer makes is made when it is trained.
+
+    Raises:
+        ValueError: for whatever cannot work, before any training.
+    """
+    folders = [run.folder, *run.folder.parents] if run.args.should_save else []
+    made = [folder for folder in folders if not folder.exists()]
+    try:
+        prepare(task, run)
+    finally:
+        for folder in made:
+            with suppress(OSError):  # never made
+                folder.rmdir()
 
 
 def keep_finished(task: Task[Any, Any], run: Run[Any]) -> dict[str, Any] | None:

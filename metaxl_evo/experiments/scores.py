@@ -71,5 +71,5 @@ def read_outcomes(folder: Path) -> dict[str, NDArray[np.float64]]:
     """What `write_outcomes` left: score -> (N, 2); empty where it left nothing."""
     if not (folder / OUTCOMES).is_file():
         return {}
-    table = pd.read_csv(folder / OUTCOMES, header=[0, 1], float_precision="round_trip")
+    table = pd.read_csv(folder / OUTCOMES, header=[0, 1])
     return {str(name): table[name][list(PARTS)].to_numpy(float) for name in table.columns.unique(0)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from tqdm import tqdm
 from metaxl_evo.experiments.arguments import StudyArguments
 from metaxl_evo.experiments.command import check_run
 from metaxl_evo.experiments.engines import Ended, Engine, LocalEngine
-from metaxl_evo.experiments.folders import refuse_another_run, write_json
+from metaxl_evo.experiments.folders import RESULTS, refuse_another_run, write_json
 from metaxl_evo.experiments.plan import Run, plan_runs, selected
 from metaxl_evo.experiments.progress import part_made
 from metaxl_evo.experiments.reporting import Question, report_runs
-from metaxl_evo.experiments.run import keep_finished, make_run, prepare
+from metaxl_evo.experiments.run import keep_finished, make_run, try_out
 from metaxl_evo.experiments.task import Task, find_task
-from metaxl_evo.messages import one_line, unknown
+from metaxl_evo.messages import one_line
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.parser import given_text, parse_arguments, resolve_config
 
@@ -42,26 +43,22 @@ class Study:
         self.options = [*resolve_config(types, argv), "--resume_from_checkpoint=latest"]
         parsed: tuple[StudyArguments, Any, MetaTrainingArguments] = parse_arguments(types, self.options)
         self.arguments, self.settings, self.args = parsed
+        if self.args.hub_token is not None:
+            raise ValueError(f"hub_token would stand in {PLAN}: leave it out, and log in by `hf auth login`")
         self.folder = Path(str(self.args.output_dir))
         self.runs: list[Run[Any]] = plan_runs(self.task, self.arguments, self.settings, self.args, nested=True)
         self.chosen = list(selected(self.runs, self.arguments.only))
-        named = list(dict.fromkeys(run.name for run in self.runs))
-        for one in self.arguments.baselines or ():
-            if one not in named:
-                raise ValueError(unknown("baseline", one, named))
+        asked = self.arguments.score, self.arguments.baselines, self.arguments.margin
+        self.question = Question.of(self.task, self.runs, *asked)
 
     @classmethod
-    def read(cls, plan: Path) -> Study:
-        """The study whose plan stands in a file, wherever its folder is by now.
+    def read(cls, plan: Path, further: Sequence[str] = ()) -> Study:
+        """The study whose plan stands in a file, wherever its folder is by now; `further` options change no results.
 
         Raises:
             ValueError: for a file that is none.
         """
-        try:
-            options = json.loads(plan.read_text(encoding="utf-8"))["options"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{plan} is no plan of a study ({one_line(error)}): give OUT/{PLAN}") from error
-        return cls([*options, f"--output_dir={plan.parent}"])
+        return cls([*_read(plan)["options"], f"--output_dir={plan.parent}", *further])
 
     def run(self) -> dict[int, str]:
         """Make what is not finished yet, compare and report; returns why runs failed, by their number."""
@@ -77,13 +74,15 @@ class Study:
         Raises:
             ValueError: for the first that cannot work, was made with other settings, or would overwrite something.
         """
-        ours = (self.folder / PLAN).exists()
-        unfinished = []
+        plan, unfinished = self.folder / PLAN, []
+        ours = plan.exists()
+        if ours and (other := _read(plan)["task"]) != self.name:
+            raise ValueError(f"{self.folder} holds a study of the task {other}: choose another output_dir")
         for folder in dict.fromkeys([self.folder, *(run.folder for run in self.runs)]):
             refuse_another_run(folder, ours, self.task.own_files)
         for number in tqdm(self.chosen, desc="checks", disable=self.args.disable_tqdm):
             if not keep_finished(self.task, self.runs[number]):
-                prepare(self.task, self.runs[number])
+                try_out(self.task, self.runs[number])
                 unfinished.append(number)
         return unfinished
 
@@ -99,20 +98,19 @@ class Study:
         """Why runs failed, by their number; all the others are made."""
         folders = {number: self.runs[number].folder for number in unfinished}
         errors: dict[int, str] = {}
-        begun = len(self.chosen) - len(unfinished)
-        over, places = 0, set(folders.values())
+        begun, waiting = len(self.chosen) - len(unfinished), dict(folders)
+        off, every = self.args.disable_tqdm, 0.5 if sys.stderr.isatty() else 30.0
         with tqdm(
-            total=len(self.chosen), initial=begun, desc="runs", unit="run", disable=self.args.disable_tqdm
+            total=len(self.chosen), initial=begun, desc="runs", unit="run", disable=off, mininterval=every
         ) as bar:
             for ended in self._engine()(self.folder / PLAN, folders):
                 if ended is not None:
-                    over += 1
-                    places.discard(folders[ended.number])
-                    if ended.error is not None:
+                    folder = waiting.pop(ended.number)
+                    if ended.error is not None and not (folder / RESULTS).exists():
                         errors[ended.number] = ended.error
                         bar.write(f"{self.runs[ended.number]}: {ended.error}")
-                bar.n = round(begun + over + part_made(places), 2)
-                bar.refresh()
+                made = len(self.chosen) - len(waiting) + part_made(waiting.values())
+                bar.update(round(made, 2) - bar.n)
         return errors
 
     def _engine(self) -> Engine:
@@ -146,8 +144,7 @@ class Study:
 
     def report(self, errors: Mapping[int, str] | None = None) -> dict[str, Any]:
         """Compare all runs of the plan as they stand; write and print what comes of it."""
-        asked = Question(self.arguments.score, self.arguments.baselines, self.arguments.margin)
-        return report_runs(self.task, self.runs, self.folder, asked, errors)
+        return report_runs(self.task, self.runs, self.folder, self.question, errors)
 
     def check(self) -> dict[str, list[str]]:
         """A few steps of each method, on the first case with the first seed; prints findings, returns problems.
@@ -162,3 +159,11 @@ class Study:
                 print(f"\n## {run}\n{report}")
                 problems[run.name] = report.problems
         return problems
+
+
+def _read(plan: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(plan.read_text(encoding="utf-8"))
+        return {key: found[key] for key in ("task", "options")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{plan} is no plan of a study ({one_line(error)}): give OUT/{PLAN}") from error

@@ -17,6 +17,7 @@ from metaxl_evo.experiments.comparison import AVERAGE, CLAIMED_PAIRS, Comparison
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.experiments.statistics import spread
 
+Differences = Mapping[str, Sequence[Difference]]  # by baseline
 LISTED = 3  # values of a setting that changes within a run
 
 
@@ -71,6 +72,16 @@ def scores(comparison: Comparison) -> pd.DataFrame:
     return pd.concat([frame, average.rename("value").reset_index().assign(case=AVERAGE)], ignore_index=True)
 
 
+def panel_cases(comparison: Comparison, rows: pd.DataFrame) -> list[str]:
+    """The cases that rows of a long table are of, in the order of the study, `average` last."""
+    return [case for case in (*comparison.cases, AVERAGE) if case in set(rows["case"])]
+
+
+def differences_by_baseline(comparison: Comparison) -> Differences:
+    """Made once: of many seeds they take a while."""
+    return {baseline: comparison.differences(baseline) for baseline in comparison.baselines}
+
+
 def score_tables(comparison: Comparison) -> list[Table]:
     """Mean ± standard deviation over the seeds, a row a run: of one case all scores, of several a table a score."""
     frame = scores(comparison)
@@ -91,7 +102,7 @@ def score_tables(comparison: Comparison) -> list[Table]:
     ]
 
 
-def difference_tables(comparison: Comparison) -> list[Table]:
+def difference_tables(comparison: Comparison, differences: Differences) -> list[Table]:
     """A table a baseline: how much the others score above it, and how sure that is."""
     frame = comparison.frame()
     decimals = _decimals(frame["value"][frame["score"] == comparison.score])
@@ -100,9 +111,9 @@ def difference_tables(comparison: Comparison) -> list[Table]:
         _without_empty(
             f"{label(comparison, comparison.score)}: difference from {baseline}",
             columns,
-            [_difference_row(one, decimals) for one in comparison.differences(baseline)],
+            [_difference_row(one, decimals) for one in found],
         )
-        for baseline in comparison.baselines
+        for baseline, found in differences.items()
     ]
 
 
@@ -153,9 +164,8 @@ def run_table(comparison: Comparison, folder: Path) -> Table:
     return _without_empty("Runs", ["run", "case", "seed", *shown, "folder", "status"], [*map(row, comparison.records)])
 
 
-def notes(comparison: Comparison) -> list[str]:
+def notes(comparison: Comparison, differences: Differences) -> list[str]:
     """How the tables are to be read."""
-    differences = {baseline: comparison.differences(baseline) for baseline in comparison.baselines}
     few = {one.pairs: one.smallest_p for found in differences.values() for one in found if one.adjusted_p is None}
     return [
         f"A {'higher' if comparison.greater_is_better else 'lower'} {comparison.score} is better.",
@@ -170,6 +180,7 @@ def notes(comparison: Comparison) -> list[str]:
             for pairs, smallest in sorted(few.items())
             if smallest is not None
         ),
+        *(["A single pair has no interval."] if 1 in few else []),
         *(f"No run has a pair with {baseline}." for baseline, found in differences.items() if not found),
     ]
 
@@ -177,7 +188,8 @@ def notes(comparison: Comparison) -> list[str]:
 def _margin_note(comparison: Comparison) -> str:
     if comparison.margin is None:
         return "No margin is set, so no difference is read as a tie."
-    return f"A tie is an interval inside ±{comparison.margin:g} {comparison.units[comparison.score]}".rstrip() + "."
+    unit = comparison.units[comparison.score].replace("%", "points")
+    return f"A tie is an interval inside ±{comparison.margin:g} {unit}".rstrip() + "."
 
 
 def _interval_note(comparison: Comparison) -> str:
@@ -186,9 +198,8 @@ def _interval_note(comparison: Comparison) -> str:
     if not with_outcomes:
         return "Intervals are over the seeds alone: they say nothing of another test set."
     if with_outcomes < len(finished):
-        return (
-            f"Intervals are over the seeds, and over test examples where both runs kept theirs ({with_outcomes} did)."
-        )
+        have = f"{with_outcomes} of {len(finished)} runs"
+        return f"Intervals are over the seeds, and over test examples where both runs kept theirs ({have} did)."
     return "Intervals are over the seeds and the test examples; the cases are taken as given."
 
 
@@ -213,7 +224,8 @@ def _without_empty(title: str, columns: Sequence[str], rows: Sequence[Sequence[C
 
 def _setting_texts(record: Record) -> dict[str, str]:
     """As texts, in which the folder of the run is no difference."""
-    return {key: str(value).replace(str(record.folder), "(its folder)") for key, value in record.settings.items()}
+    own = str(record.folder)
+    return {key: "(its folder)" if str(value) == own else str(value) for key, value in record.settings.items()}
 
 
 def _finite(frame: pd.DataFrame) -> pd.DataFrame:
@@ -221,9 +233,9 @@ def _finite(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _decimals(values: Iterable[float]) -> int:
-    """So many that the largest value shows four digits."""
+    """So many that what is below the largest value shows four digits: 99.96 beside 100."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    return max(0, 3 - math.floor(math.log10(largest))) if largest else 0
+    return max(0, 4 - math.ceil(math.log10(largest))) if largest else 0
 
 
 def _text(text: str) -> Cell:

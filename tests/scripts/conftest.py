@@ -40,14 +40,18 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, data: Path, model: Pat
     return keep_checkpoints(folder)
 
 
-PICTURES = ("vision_tasks.fewshot_experiment.plot_sizes", "vision_tasks.noisy_labels_experiment.plot_weights",
-            "metaxl_evo.training.history.plot_history")  # fmt: skip
+DRAWN = (
+    *("metaxl_evo.training.history.plot_history", "metaxl_evo.experiments.curves.plot_history"),
+    *("metaxl_evo.experiments.report.plot_scores", "metaxl_evo.experiments.html_report.write_html"),
+    *("vision_tasks.fewshot_task.plot_sizes", "vision_tasks.noisy_labels_task.plot_weights"),
+    *("vision_tasks.noisy_labels_task.plot_noise", "vision_tasks.noisy_labels_task.plot_weight_curves"),
+)
 
 
 @pytest.fixture(autouse=True)
 def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture takes half a second; those of the runs that a module shares are drawn."""
-    for draw in PICTURES:
+    for draw in DRAWN:
         monkeypatch.setattr(draw, lambda *of: None)
 
 

@@ -37,6 +37,11 @@ TINY: dict[str, Any] = {
     "use_cpu": "true",
     "disable_tqdm": "true",
 }
+OF_A_RUN = (  # files that any leaves
+    *("README.md", "config.json", "model.safetensors", "results.json", "training_args.bin"),
+    *("history.csv", "history.png", "outcomes.csv"),
+)
+OF_SEVERAL = ("results.json", "report.md", "report.html", "scores.csv", "differences.csv", "scores.png")
 WITH_DEV: dict[str, Any] = {
     "eval_strategy": "steps",
     "eval_steps": 2,

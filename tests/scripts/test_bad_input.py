@@ -68,7 +68,7 @@ SETTINGS: list[tuple[Settings, str]] = [
     ({"resume_from_checkpoint": "/absent/checkpoint-3"}, "/absent/checkpoint-3 is not a folder: give a checkpoint-N"),
     (
         {"resume_from_checkpoint": "/absent/checkpoint-3", "target_languages": "beru,celu"},
-        "one checkpoint cannot continue several targets: use latest, or one target",
+        "one checkpoint cannot continue several runs: use latest, or one run",
     ),
 ]
 

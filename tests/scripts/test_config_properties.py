@@ -24,6 +24,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.estimators import ESTIMATORS
+from metaxl_evo.experiments.arguments import RunsArguments, StudyArguments
 from metaxl_evo.ner.arguments import NerArguments, NerTrainingArguments
 from metaxl_evo.ner.evaluation import EvaluationArguments
 from metaxl_evo.training.cli import ends_with_one_line
@@ -33,19 +34,20 @@ from tests.scripts.refusals import assert_is_one_line, yaml_of
 from tests.scripts.runs import TINY, argv
 from vision_tasks.fewshot_arguments import FewShotArguments
 from vision_tasks.illustration import IllustrationArguments
-from vision_tasks.noisy_labels_experiment import NoisyLabelsArguments
-from vision_tasks.rotation_experiment import RotationArguments
+from vision_tasks.noisy_labels_task import NoisyLabelsArguments
+from vision_tasks.rotation_task import RotationArguments
 
 EXAMPLES = int(os.environ.get("METAXL_EXAMPLES", "0"))
 SCRIPTS: dict[str, tuple[tuple[type, ...], dict[str, str]]] = {
-    "train_ner": ((NerArguments, NerTrainingArguments), {"use_cpu": "true"}),
+    "train_ner": ((RunsArguments, NerArguments, NerTrainingArguments), {"use_cpu": "true"}),
     "evaluate_ner": (
         (EvaluationArguments,),
         {"model_name_or_path": "m", "dataset": "d", "languages": "[a]", "use_cpu": "true"},
     ),
     "benchmark_estimators": ((BenchmarkArguments,), {"output_dir": "o"}),
     "illustrate": ((IllustrationArguments,), {"output_dir": "o"}),
-    # Their training arguments are those of train_ner.
+    # Their other arguments are those of train_ner.
+    "study": ((StudyArguments,), {}),
     "train_noisy_labels": ((NoisyLabelsArguments,), {}),
     "train_fewshot": ((FewShotArguments,), {}),
     "train_rotation": ((RotationArguments,), {}),
@@ -227,7 +229,7 @@ def test_every_setting_with_awkward_values(
 def test_every_field_is_there() -> None:
     assert {
         script: len(names) > least
-        for (script, names), least in zip(FIELDS.items(), (150, 9, 15, 8, 15, 25, 8), strict=True)
+        for (script, names), least in zip(FIELDS.items(), (150, 9, 15, 8, 10, 12, 25, 7), strict=True)
     } == dict.fromkeys(SCRIPTS, True)
 
 

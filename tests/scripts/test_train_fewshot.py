@@ -19,7 +19,7 @@ from torch import Tensor
 from metaxl_evo.estimators import ESTIMATORS
 from scripts.train_fewshot import main
 from tests.scripts.refusals import assert_refused, config_of, offline, truncate, yaml_of
-from tests.scripts.runs import argv, cut_off_after, read, same
+from tests.scripts.runs import OF_A_RUN, OF_SEVERAL, argv, cut_off_after, read, same
 from tests.vision_tasks.small import pack
 from vision_tasks import domains
 from vision_tasks.augmentation import EvaluationTransform
@@ -92,14 +92,10 @@ def test_every_run_has_a_folder_of_its_own(compared: Any) -> None:
     folder, results = compared
     assert read(folder) == results
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    one = ["README.md", "config.json", "model.safetensors", "results.json", "training_args.bin"]
-    one += ["feature_transform/config.json", "feature_transform/model.safetensors"]
-    found = {name for name in files if not name.endswith((".png", "meta_history.csv"))}
-    assert found == {"results.json"} | {f"{run}/{seed}/{name}" for run in RUNS for seed in (1, 2) for name in one}
-    assert {name for name in files if name.endswith(".png")} <= {
-        f"evo/{seed}/{name}.png" for seed in (1, 2) for name in ("feature_transform", "meta_history")
-    }
-    assert {name for name in files if name.endswith(".csv")} == {f"evo/{seed}/meta_history.csv" for seed in (1, 2)}
+    one = [*OF_A_RUN, "feature_transform/config.json", "feature_transform/model.safetensors"]
+    learned = ["feature_transform.png", "meta_history.csv", "meta_history.png"]
+    expected = {f"{run}/{seed}/{name}" for run in RUNS for seed in (1, 2) for name in one}
+    assert files == {*OF_SEVERAL} | expected | {f"evo/{seed}/{name}" for seed in (1, 2) for name in learned}
 
 
 def test_the_results_of_a_comparison(compared: Any) -> None:
@@ -108,9 +104,7 @@ def test_the_results_of_a_comparison(compared: Any) -> None:
     for run in RUNS:
         own = [read(folder / run / str(seed)) for seed in (1, 2)]
         assert list(results["test"][run]) == ["accuracy", "interval", "low", "high"]
-        assert results["test"][run]["accuracy"]["values"] == [one["test"]["accuracy"] for one in own]
         for seed, one in zip((1, 2), own, strict=True):
-            assert list(one) == ["test", "settings", "run"]
             test = one["test"]
             assert 0 <= test["accuracy"] <= 1
             assert test["accuracy"] - test["interval"] == pytest.approx(test["low"])
@@ -123,8 +117,7 @@ def test_the_results_of_a_comparison(compared: Any) -> None:
             assert one["settings"].items() >= expected.items()
             assert ("feature_transform" in one["run"]) == (run == "evo")
     assert results["run"]["evo"]["1"]["ft_relative_change"] > 0
-    assert results["differences"]["evo"]["reading"] in ("tie", "better", "worse")
-    assert results["settings"]["runs"] == RUNS
+    assert [(one["run"], one["baseline"]) for one in results["differences"]] == [("evo", "none")]
 
 
 def test_what_is_left_scores_what_the_results_say(compared: Any) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.models.weight_net import WeightNet
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from tests.training.tiny import tiny_arguments
 from vision_tasks.backbones import (
     CifarResNetConfig,
     CifarResNetForImageClassification,
@@ -21,6 +23,21 @@ from vision_tasks.weight_net import WeightedClassifier
 
 CLASSES, SIDE = 4, 8
 PERTURBED = r"^(encoder|head)\."  # the parameters that EvoGrad perturbs in few-shot learning, as published
+TRAINING: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "per_device_meta_batch_size": 8,
+    "per_device_eval_batch_size": 20,
+    "optimizer_class": "SGD",
+    "optimizer_kwargs": {"momentum": 0.9},
+    "learning_rate": 0.05,
+    "meta_order": "lookahead",
+}
+
+
+def arguments(folder: Path, **fields: Any) -> MetaTrainingArguments:
+    """Of three steps whose judging rows do not train."""
+    estimate = {"estimator": "one_step", "estimator_kwargs": {"engine": "double_backward"}}
+    return tiny_arguments(folder, **estimate | {"meta_portion": 1.0} | fields)
 
 
 def random_images(

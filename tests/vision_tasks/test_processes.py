@@ -18,7 +18,7 @@ from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.fewshot_arguments import EpisodicTrainingArguments, FewShotArguments
-from vision_tasks.fewshot_experiment import FewShotTask
+from vision_tasks.fewshot_task import FewShotTask
 from vision_tasks.images import ImageRows, drawn
 from vision_tasks.rotation import RotatedClassifier, Rotation
 from vision_tasks.weight_net import WeightedClassifier
@@ -151,7 +151,7 @@ def few_shot() -> dict[str, Tensor]:
             report_to="none", disable_tqdm=True, meta_learning_rate=0.01,
         )  # fmt: skip
         torch.manual_seed(0)
-        trainer = task.build_trainer(settings, args, task.load(settings, 0))
+        trainer = task.build_trainer(settings, args, task.load(settings, args))
         trainer.train()
         assert different(dict(trainer.model.named_buffers())) == []
         return tree.clone({**trainer.model.base_parameters(), **trainer.model.meta_parameters()})

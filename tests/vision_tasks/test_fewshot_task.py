@@ -17,20 +17,22 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 from transformers import TrainerCallback
 
+from metaxl_evo.bilevel import tree
+from metaxl_evo.experiments.arguments import RunsArguments
+from metaxl_evo.experiments.plan import plan_runs
+from metaxl_evo.experiments.statistics import interval
 from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.statistics import interval
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.test_resume import assert_same_run, resumed
 from tests.training.tiny import base_weights, different, meta_weights, tiny_arguments
 from tests.vision_tasks.small import random_images
 from vision_tasks.augmentation import EvaluationTransform
 from vision_tasks.domains import name_of, read_domain
-from vision_tasks.experiment import plan
 from vision_tasks.feature_transform import FeatureTransform
 from vision_tasks.fewshot import CrossDomainFewShot, FewShotModel
 from vision_tasks.fewshot_arguments import METHODS, EpisodicTrainingArguments, FewShotArguments
 from vision_tasks.fewshot_episodes import Auxiliary, Domain, Episodes
-from vision_tasks.fewshot_experiment import (
+from vision_tasks.fewshot_task import (
     FewShotData,
     FewShotTask,
     epochs_of,
@@ -85,12 +87,16 @@ def task() -> FewShotTask:
     return FewShotTask()
 
 
+def data_of(task: FewShotTask, settings: FewShotArguments) -> FewShotData:
+    return task.load(settings, cast(Any, None))  # the settings say it all
+
+
 def trainer_of(
     task: FewShotTask, folder: Path, settings: FewShotArguments | None = None, **fields: Any
 ) -> MetaTrainer:
-    settings = settings or settings_of()
+    settings, args = settings or settings_of(), arguments(folder, **fields)
     torch.manual_seed(0)
-    return task.build_trainer(settings, arguments(folder, **fields), task.load(settings, 3))
+    return task.build_trainer(settings, args, task.load(settings, args))
 
 
 # Domains
@@ -99,11 +105,11 @@ def trainer_of(
 def test_generated_domains_take_the_place_of_those_that_are_named(task: FewShotTask) -> None:
     named = {"domains": ["/absent/a", "b/c?name=mini", "d.npz", "omniglot"], "unseen_domain": "e"}
     settings = settings_of(aux_domain="mini", **named)
-    data = task.load(settings, 0)
+    data = data_of(task, settings)
     assert [one.name for one in data.seen] == list(LOOKS)[:4]
     assert data.unseen.name == list(LOOKS)[4]
     assert data.aux is data.seen[1]
-    assert task.load(settings, 1).seen[0] is data.seen[0]  # read once
+    assert data_of(task, settings).seen[0] is data.seen[0]  # read once
 
 
 def write_domains(folder: Path) -> Path:
@@ -136,7 +142,7 @@ REAL: dict[str, Any] = {
 def test_paths_start_from_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_domains(tmp_path / "data")
     settings = settings_of(data=str(folder), **REAL)
-    data = FewShotTask().load(settings, 0)
+    data = data_of(FewShotTask(), settings)
     assert [one.name for one in data.seen] == ["packed", "greek", "photos"]
     assert [len(one.labels) for one in (*data.seen, data.unseen)] == [100, 48, 54, 48]
     assert data.aux is data.seen[2]
@@ -152,11 +158,11 @@ def test_paths_start_from_the_data_folder(tmp_path: Path, monkeypatch: pytest.Mo
 def test_training_on_files(tmp_path: Path) -> None:
     settings = settings_of(data=str(write_domains(tmp_path / "data")), channels=3, jitter=0.2, **REAL)
     task = FewShotTask()
-    run = task.build_trainer(settings, arguments(tmp_path / "out", max_steps=1), task.load(settings, 0))
+    run = task.build_trainer(settings, arguments(tmp_path / "out", max_steps=1), data_of(task, settings))
     run.train()
     model = cast(FewShotModel, run.model.base)
     assert model.config.aux_classes == 3
-    assert task.score(run, settings, task.load(settings, 0))["interval"] > 0
+    assert task.score(run, settings, data_of(task, settings))["interval"] > 0
 
 
 def test_the_real_images(shared: Path, tmp_path: Path) -> None:
@@ -167,7 +173,7 @@ def test_the_real_images(shared: Path, tmp_path: Path) -> None:
         "unseen_domain": "fashion_mnist_8k_2k.npz?classes=whole&name=clothes",
     }
     settings, task = settings_of(**files, aux_domain="omniglot", width=4, image_size=28, n_way=5), FewShotTask()
-    data = task.load(settings, 0)
+    data = data_of(task, settings)
     assert [(one.name, len(one.classes)) for one in data.seen] == [("digits", 10), ("omniglot", 242)]
     run = task.build_trainer(settings, arguments(tmp_path, **ESTIMATES["evograd"], max_steps=3), data)
     start = meta_weights(run)
@@ -212,7 +218,7 @@ def test_baselines_on_the_very_episodes_of_the_learned_transform(task: FewShotTa
 
 def test_tests_are_the_same_for_every_method_and_another_for_each_seed(task: FewShotTask, tmp_path: Path) -> None:
     settings = settings_of()
-    data = task.load(settings, 0)
+    data = data_of(task, settings)
 
     def support(seed: int, split: str = "novel", **fields: Any) -> Tensor:
         return evaluation(settings_of(**fields), arguments(tmp_path, seed=seed), data, split)[0]["support"]
@@ -287,7 +293,7 @@ def test_the_pair_of_an_epoch_is_one_however_batches_are_cut(
     epochs = [step // -(-batches // accumulation) for step in range(7)]
     expected = {}
     for epoch in set(epochs):
-        rows = Episodes(task.load(settings, 3).seen, "seen", run.train_dataset.size, length=1, seed=3, transform=None)
+        rows = Episodes(data_of(task, settings).seen, "seen", run.train_dataset.size, length=1, seed=3, transform=None)
         others = Episodes(rows.domains, "unseen", rows.size, length=1, seed=3, transform=None)
         for one in (rows, others):
             one.set_epoch(epoch)
@@ -314,7 +320,8 @@ def test_the_epochs_of_a_run(tmp_path: Path) -> None:
 def test_batches_are_one_episode_each(tmp_path: Path) -> None:
     made = EpisodicTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     assert (made.per_device_train_batch_size, made.per_device_meta_batch_size, made.meta_portion) == (1, 1, 1)
-    runs = plan(FewShotTask(), settings_of(runs={"none": {"method": "none"}, "evo": {}}), made)
+    which = RunsArguments(runs={"none": {"method": "none"}, "evo": {}})
+    runs = plan_runs(FewShotTask(), which, settings_of(), made)
     assert {type(run.args) for run in runs} == {EpisodicTrainingArguments}
     assert [run.args.estimator for run in runs] == ["none", "one_step"]
     assert runs[1].args.per_device_meta_batch_size == 1
@@ -322,7 +329,7 @@ def test_batches_are_one_episode_each(tmp_path: Path) -> None:
 
 def test_scores_are_of_episodes(task: FewShotTask, tmp_path: Path) -> None:
     settings = settings_of()
-    data, run = task.load(settings, 3), trainer_of(task, tmp_path, per_device_eval_batch_size=3)
+    data, run = data_of(task, settings), trainer_of(task, tmp_path, per_device_eval_batch_size=3)
     found = task.score(run, settings, data)
     model, shares = run.model.base.eval(), []
     for row in map(evaluation(settings, run.args, data, "novel").__getitem__, range(4)):
@@ -342,7 +349,7 @@ def test_scores_are_of_episodes(task: FewShotTask, tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["novel", "val"])
 def test_tests_are_of_images_as_they_are(task: FewShotTask, tmp_path: Path, split: str) -> None:
     settings = settings_of()
-    args, data = trainer_of(task, tmp_path).args, task.load(settings, 3)
+    args, data = trainer_of(task, tmp_path).args, data_of(task, settings)
     assert evaluation(settings, args, data, split).transform == EvaluationTransform(
         settings.image_size, settings.channels
     )
@@ -359,11 +366,12 @@ def test_evaluation_is_on_the_val_classes(task: FewShotTask, tmp_path: Path) -> 
 def test_what_became_of_the_transform(task: FewShotTask, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     settings = settings_of(ft_gamma=0.2, ft_beta=0.4)
-    data, run = task.load(settings, 3), trainer_of(task, tmp_path, settings, max_steps=2, logging_steps=1)
+    data, run = data_of(task, settings), trainer_of(task, tmp_path, settings, max_steps=2, logging_steps=1)
     assert meta_weights(run)["layers.stage1_block1.gamma"].unique().tolist() == [pytest.approx(0.2)]
-    assert task.describe(run, settings, data)["ft_relative_change"] == 0
+    first = tree.clone(run.model.meta_parameters())
+    assert task.describe(run, settings, data, first)["ft_relative_change"] == 0
     run.train()
-    found = task.describe(run, settings, data)
+    found = task.describe(run, settings, data, first)
     json.dumps(found, allow_nan=False)
     assert (found["seen_domains"], found["unseen_domain"]) == (["ink", "chalk", "neon"], "sand")
     assert [step for step, _ in found["meta_loss"]] == [1, 2]
@@ -383,10 +391,8 @@ def test_what_became_of_the_transform(task: FewShotTask, tmp_path: Path) -> None
     task.plot(tmp_path, {"run": found})
     assert Image.open(tmp_path / "feature_transform.png").width > 500
     fixed = settings_of(method="fixed")
-    assert list(task.describe(trainer_of(task, tmp_path, fixed, **ESTIMATES["none"]), fixed, data)) == [
-        "seen_domains",
-        "unseen_domain",
-    ]
+    unlearned = trainer_of(task, tmp_path, fixed, **ESTIMATES["none"])
+    assert list(task.describe(unlearned, fixed, data, first)) == ["seen_domains", "unseen_domain"]
 
 
 def test_sizes_are_softplus() -> None:
@@ -421,7 +427,7 @@ def test_the_warm_up_is_plain_classification(task: FewShotTask, tmp_path: Path) 
     run = trainer_of(task, tmp_path, settings, per_device_train_batch_size=6, **ESTIMATES["none"])
     rows, module = cast(Any, run.train_dataset), cast(EncoderPretraining, run.model.train())
     assert isinstance(rows, ClassifierRows)
-    domain = task.load(settings, 3).seen[0]
+    domain = data_of(task, settings).seen[0]
     assert len(rows) == sum(len(domain.members[label]) for label in domain.split("base")) == 12 * 24
     batch = default_collate([rows[index] for index in (0, 30, 100, 287)])
     assert batch["labels"].tolist() == [0, 1, 4, 11]
@@ -440,7 +446,7 @@ def test_the_warm_up_is_where_others_start(task: FewShotTask, tmp_path: Path) ->
     start = base_weights(run)
     run.train()
     assert set(different(base_weights(run), start)) == set(start)  # the encoder and its classifier: no other head
-    assert task.score(run, settings, task.load(settings, 3))["accuracy"] >= 0
+    assert task.score(run, settings, data_of(task, settings))["accuracy"] >= 0
     run.save_model()
     begun = trainer_of(task, tmp_path, settings_of(encoder=str(tmp_path / "warm")))
     encoder = dict(run.model.base.encoder.state_dict())
@@ -562,7 +568,7 @@ def test_folders_that_cannot_serve(tmp_path: Path, fields: dict[str, Any], messa
     settings = settings_of(data=str(write_domains(tmp_path / "data")), **REAL | {"aux_domain": None} | fields)
     task = FewShotTask()
     with pytest.raises(ValueError, match=message):
-        task.build_trainer(settings, arguments(tmp_path / "out"), task.load(settings, 0))
+        task.build_trainer(settings, arguments(tmp_path / "out"), data_of(task, settings))
 
 
 def test_the_tables_are_whole() -> None:
@@ -575,5 +581,5 @@ def test_auxiliary_images_are_of_the_named_domain(task: FewShotTask, tmp_path: P
     run = trainer_of(task, tmp_path, settings_of(aux_domain="neon", aux_images=5))
     module, aux = cast(CrossDomainFewShot, run.model), cast(Auxiliary, cast(Any, run.train_dataset).aux)
     assert (aux.domain.name, aux.images, module.base.config.aux_classes) == ("neon", 5, 12)
-    data = cast(FewShotData, task.load(settings_of(aux_domain=None), 0))
+    data = data_of(task, settings_of(aux_domain=None))
     assert data.aux is None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metaxl_evo.training.runs import (
+from metaxl_evo.experiments.folders import (
     EXTENDED,
     OUTSIDE,
     OWN_FILES,

@@ -1,0 +1,98 @@
+"""Runs in processes of their own: the same numbers, one that dies, and a study that is killed again and again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from metaxl_evo.cli import main
+from metaxl_evo.experiments.engines import why
+from tests.experiments.own_task import ROOT, write_own_task
+
+FIELDS = ["--max_steps", "4", "--logging_steps", "2", "--task", "trust.py:Unwell", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_own_task(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def options(out: str, *further: str) -> list[str]:
+    return ["study", "trust.yaml", "--output_dir", out, *FIELDS, *further]
+
+
+def scores(out: str) -> dict[str, Any]:
+    tests: dict[str, Any] = json.loads(Path(out, "results.json").read_text(encoding="utf-8"))["test"]
+    return tests
+
+
+def processes_of(out: str) -> list[psutil.Process]:
+    """Those that make runs of this study."""
+    found = []
+    for one in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(one.info["cmdline"] or ())
+        if str(Path(out) / "plan.json") in line and one.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(one)
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_processes_make_the_same_numbers_and_one_that_dies_harms_no_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs = {"dies": {"method": "dies"}, "one_step": {"estimator": "one_step"}}
+    given = ["--cases.two", "null", "--seeds", "0", "--runs"]
+    assert main(options("local", "--jobs", "2", *given, json.dumps({"baseline": None, **runs}))) == 1
+    assert "dies, one, seed 0: ended by signal 9 (see local/dies/one/0/run.log)" in capsys.readouterr().out
+    main(options("inline", "--engine", "inline", *given, json.dumps({"baseline": None, "one_step": runs["one_step"]})))
+    assert scores("local") == scores("inline")
+    assert not processes_of("local")
+
+
+def test_why_a_process_ended(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text("a step\nerror: the data are gone\n", encoding="utf-8")
+    assert why(1, log) == f"the data are gone (see {log})"
+    assert why(-11, log) == f"ended by signal 11 (see {log})"
+    log.write_text("", encoding="utf-8")
+    assert why(3, log) == f"exit code 3 (see {log})"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_study_of_twelve_runs_killed_five_times_ends_with_the_same_numbers() -> None:
+    """Its processes end with it, so that none writes beside the next ones."""
+    longer = ["--max_steps", "60", "--save_strategy", "steps", "--save_steps", "10"]
+    main(options("whole", "--engine", "inline", "--disable_tqdm", "true", *longer))
+    command = [sys.executable, "-m", "metaxl_evo", *options("killed", "--jobs", "2", *longer)]
+    times = random.Random(0)
+    for kills in range(5):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as study:
+            until = time.monotonic() + 120
+            while not processes_of("killed") and time.monotonic() < until:
+                time.sleep(0.1)
+            time.sleep(times.uniform(3, 20))
+            assert study.poll() is None, f"ended before kill {kills}: make it longer"
+            os.kill(study.pid, signal.SIGKILL)
+        until = time.monotonic() + 30
+        while processes_of("killed") and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not processes_of("killed")
+    done = len(list(Path("killed").rglob("results.json")))
+    assert 0 < done < 12
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    assert scores("killed") == scores("whole")
+    assert len(list(Path("killed").glob("*/*/*/results.json"))) == 12
