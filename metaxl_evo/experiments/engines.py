@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from metaxl_evo.messages import one_line
 
 LOG = "run.log"
@@ -126,8 +128,6 @@ def why(code: int, log: Path) -> str:
 
 def visible_gpus() -> list[str]:
     """The names by which processes of their own see the GPUs of this one."""
-    import torch  # late: a node of a cluster that starts a run needs nothing else of it
-
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return named.split(",")[:count] if named else [str(number) for number in range(count)]

@@ -11,6 +11,7 @@ from socket import gethostname
 from typing import Any
 
 from metaxl_evo.experiments.engines import LOG, TURN, Ended, RunProcess
+from metaxl_evo.experiments.folders import RESULTS
 from metaxl_evo.messages import one_line
 
 try:
@@ -108,8 +109,6 @@ def _make(plan: Path, number: int, log: Path, threads: int, cwd: Path) -> Ended:
 
 def _ended(task: ray.ObjectRef[Ended], number: int, folder: Path) -> Ended:
     """How a task that is over ended, and whether what it left behind is to be seen here."""
-    from metaxl_evo.experiments.folders import RESULTS  # late: with it comes torch, which no worker needs
-
     try:
         ended: Ended = ray.get(task)
     except ray.exceptions.RayTaskError as error:
