@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from socket import gethostname
+from socket import create_connection, gethostname
 from typing import Any
 
 from metaxl_evo.experiments.engines import LOG, TURN, Ended, RunProcess
@@ -19,6 +19,7 @@ try:
 except ImportError as missing:
     raise ValueError("engine ray needs Ray: pip install 'metaxl_evo[ray]'") from missing
 
+PATIENCE = 10.0  # seconds
 SHARED = "output_dir must be on a filesystem that all nodes see, under the same path"
 
 
@@ -70,13 +71,21 @@ def _cluster() -> Iterator[None]:
         yield
         return
     try:
+        _call(os.environ.get("RAY_ADDRESS", ""))
         ray.init()
     except Exception as error:  # of many kinds
-        raise ValueError(f"engine ray: no cluster can be joined ({one_line(error)}): set RAY_ADDRESS") from error
+        raise ValueError(f"engine ray: no cluster can be joined ({one_line(error)}): see RAY_ADDRESS") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _call(address: str) -> None:
+    """Where nobody answers, Ray itself would try for twenty minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
 
 
 def _cancel(tasks: Iterable[ray.ObjectRef[Ended]]) -> None:

@@ -78,6 +78,7 @@ def test_a_run_whose_node_is_lost_goes_on_from_its_checkpoint_on_another(cluster
     assert made(study, RayEngine(), lose_the_node) == {0: None, 1: None, 2: None}
     assert sorted(found_in_logs(study, "from step (.)")) == [["0"], ["0"], ["0", "2"]]
     assert all(len(gpus) == 1 for log in found_in_logs(study, "GPUs (.*)") for gpus in log)
+    assert not ray.is_initialized()
     inline = planned(tmp_path / "inline", seeds="0,1,2", gate=gate)
     for number in range(3):
         inline.make(number)
@@ -94,14 +95,16 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(cluster: Cluster, tmp_pat
     assert found_in_logs(study, "from step (.)") == [["0"], ["0", "2"], ["0"]]
 
 
-def test_runs_end_with_their_study(cluster: Cluster, tmp_path: Path) -> None:
+def test_runs_end_with_their_study_and_a_cluster_joined_before_stays(cluster: Cluster, tmp_path: Path) -> None:
     study = planned(tmp_path, gate=tmp_path / "never")
-    ends = RayEngine()(study.folder / PLAN, {0: study.runs[0].folder})
-    while not any(found := found_in_logs(study, HELD_UP)):
-        next(ends)
-    process = psutil.Process(int(found[0][0]))
-    ends.close()
-    process.wait(timeout=30)
+    with ray.init():
+        ends = RayEngine()(study.folder / PLAN, {0: study.runs[0].folder})
+        while not any(found := found_in_logs(study, HELD_UP)):
+            next(ends)
+        process = psutil.Process(int(found[0][0]))
+        ends.close()
+        process.wait(timeout=30)
+        assert ray.is_initialized()
 
 
 def test_what_only_some_nodes_see_is_told(cluster: Cluster, tmp_path: Path) -> None:
@@ -115,6 +118,13 @@ def test_what_only_some_nodes_see_is_told(cluster: Cluster, tmp_path: Path) -> N
 def test_what_no_node_can_make_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="threads: a run needs 3 cores of a node, and the largest has 2"):
         made(planned(tmp_path), RayEngine(threads=3))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1"])
+def test_where_no_cluster_answers_one_line_says_so(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=r"no cluster can be joined \(\[Errno \d+\] .*\): see RAY_ADDRESS"):
+        next(RayEngine()(Path(PLAN), {}))
 
 
 def test_without_ray_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
