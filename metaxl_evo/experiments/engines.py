@@ -60,7 +60,7 @@ class LocalEngine:
         gpus = visible_gpus()
         jobs = self.jobs or max(1, len(gpus))
         threads = self.threads or max(1, (os.cpu_count() or 1) // jobs)
-        waiting, free, running = list(folders), list(range(jobs)), dict[int, _Process]()
+        waiting, free, running = list(folders), list(range(jobs)), dict[int, RunProcess]()
         with ExitStack() as at_the_end:
             at_the_end.callback(_end_all, running)
             while waiting or running:
@@ -68,7 +68,7 @@ class LocalEngine:
                     number, place = waiting.pop(0), free.pop(0)
                     own = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
                     environment = {"OMP_NUM_THREADS": str(threads), **own}
-                    running[place] = _Process(plan, number, folders[number] / LOG, environment)
+                    running[place] = RunProcess(plan, number, folders[number] / LOG, environment)
                 over = [place for place, one in running.items() if one.code is not None]
                 for place in over:
                     yield running.pop(place).ended()
@@ -78,15 +78,20 @@ class LocalEngine:
                     yield None
 
 
-def _end_all(running: Mapping[int, _Process]) -> None:
+def _end_all(running: Mapping[int, RunProcess]) -> None:
     for one in running.values():
         one.end()
 
 
-class _Process:
-    """One run in a process that ends with this one: it reads its input, whose end it sees."""
+class RunProcess:
+    """One run in a process that ends with this one: it reads its input, whose end it sees.
 
-    def __init__(self, plan: Path, number: int, log: Path, environment: Mapping[str, str]):
+    Args:
+        environment: variables that it has beside those of this process.
+        cwd: the folder that it works in (default: that of this process).
+    """
+
+    def __init__(self, plan: Path, number: int, log: Path, environment: Mapping[str, str], cwd: Path | None = None):
         self.number, self.log = number, log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stream:
@@ -96,6 +101,7 @@ class _Process:
                 stdout=stream,
                 stderr=stream,
                 env={**os.environ, **environment},
+                cwd=cwd,
             )
 
     @property
@@ -103,6 +109,7 @@ class _Process:
         return self._process.poll()
 
     def ended(self) -> Ended:
+        """Waits until it is over."""
         code = self._process.wait()
         return Ended(self.number, None if code == 0 else why(code, self.log))
 
