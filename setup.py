@@ -45,9 +45,9 @@ setup(
             "selenium>=4.25",  # the report is opened in a browser, where there is one
             "statsmodels>=0.14",  # an oracle of the comparison
             "ray>=2.40",
+            "psutil>=5.9",
         ],
         "dev": ["ruff>=0.9", "mypy>=1.14", "pre-commit>=4.0", "types-PyYAML>=6.0.12"],
-        "ray": ["ray>=2.40"],
         "plot": ["matplotlib>=3.9"],
         "report": ["plotly>=6", "jinja2>=3.1", "matplotlib>=3.9"],
         "ray": ["ray>=2.40"],

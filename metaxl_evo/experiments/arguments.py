@@ -92,10 +92,13 @@ class StudyArguments(RunsArguments):
         },
     )
     jobs: int | None = field(
-        default=None, metadata={"help": "Runs side by side (default: one a GPU; without any, one)."}
+        default=None,
+        metadata={
+            "help": "Runs side by side (default: one a GPU; without any, one; as many as fit on a Ray cluster)."
+        },
     )
     threads: int | None = field(
-        default=None, metadata={"help": "Threads of a run (default: the cores divided by jobs)."}
+        default=None, metadata={"help": "Threads of a run (default: the cores divided by jobs; on Ray, one)."}
     )
     plan: bool = field(
         default=False, metadata={"help": "Write plan.json, of which `metaxl-evo run` makes single runs, and stop."}

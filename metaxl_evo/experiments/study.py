@@ -62,9 +62,10 @@ class Study:
 
     def run(self) -> dict[int, str]:
         """Make what is not finished yet, compare and report; returns why runs failed, by their number."""
+        engine = self._engine()  # what is not installed is told first
         unfinished = self.prepare()
         self.write_plan()
-        errors = self._make(unfinished)
+        errors = self._make(engine, unfinished)
         self.report(errors)
         return errors
 
@@ -94,7 +95,7 @@ class Study:
         ]
         write_json(self.folder / PLAN, {"task": self.name, "options": self.options, "runs": planned})
 
-    def _make(self, unfinished: Sequence[int]) -> dict[int, str]:
+    def _make(self, engine: Engine, unfinished: Sequence[int]) -> dict[int, str]:
         """Why runs failed, by their number; all the others are made."""
         folders = {number: self.runs[number].folder for number in unfinished}
         errors: dict[int, str] = {}
@@ -103,7 +104,7 @@ class Study:
         with tqdm(
             total=len(self.chosen), initial=begun, desc="runs", unit="run", disable=off, mininterval=every
         ) as bar:
-            for ended in self._engine()(self.folder / PLAN, folders):
+            for ended in engine(self.folder / PLAN, folders):
                 if ended is not None:
                     folder = waiting.pop(ended.number)
                     if ended.error is not None and not (folder / RESULTS).exists():

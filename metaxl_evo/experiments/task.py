@@ -166,7 +166,7 @@ def find_task(name: str) -> Task[Any, Any]:
     except (ImportError, AttributeError, OSError) as error:
         raise ValueError(f"task {name}: cannot be imported ({one_line(error)})") from error
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ValueError(f"task {name}: {cls} must be a subclass of metaxl_evo.experiments.Task")
+        raise ValueError(f"task {name}: {cls} must be a subclass of metaxl_evo.Task")
     task: Task[Any, Any] = found()
     taken = {one.name for one in (*fields(StudyArguments), *fields(task.training))}
     double = sorted(taken & {one.name for one in fields(cast(Any, task.settings))})

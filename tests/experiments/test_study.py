@@ -132,7 +132,7 @@ REFUSED = [
     (["--task", "nre"], "unknown task 'nre': did you mean 'ner'.*, or file.py:Class"),
     (["--task", "trust.py:Trusted"], "task trust.py:Trusted: cannot be imported"),
     (["--task", "other.py:TrustTask"], "task other.py:TrustTask: cannot be imported"),
-    (["--task", "trust.py:Trust"], "Trust must be a subclass of metaxl_evo.experiments.Task"),
+    (["--task", "trust.py:Trust"], "Trust must be a subclass of metaxl_evo.Task"),
     (["--baselines", "basline"], "unknown baseline 'basline': did you mean 'baseline'"),
     (["--margin", "0"], "margin must be above 0"),
     (["--only", "run"], "only: 'run' must be run=NAME, case=NAME or seed=N"),
