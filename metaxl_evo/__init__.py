@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from metaxl_evo.bilevel import BilevelProblem, Response, hypergradient, run_episode
     from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
+    from metaxl_evo.experiments.scores import Rate
+    from metaxl_evo.experiments.task import Task
     from metaxl_evo.models.bilevel_module import BilevelModule
     from metaxl_evo.models.rtn import RepresentationTransform
     from metaxl_evo.models.weight_net import WeightNet
