@@ -191,6 +191,7 @@ def test_the_model_card(compared: Any, script: str) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     exec(code.replace("FOLDER", str(folder / "evo/2")), {})
     assert str(folder) not in card
+    assert "Data `random.npz`." in card
     assert "\n# out-evo-2\n" in card
     assert f"| accuracy | {results['test']['accuracy']:.4f} |" in card
     assert "| `learning_rate` | `0.01` |" in card
