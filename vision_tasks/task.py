@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 from metaxl_evo.experiments.folders import hub_id
@@ -32,7 +33,7 @@ class VisionTask(Task[Settings, Data]):
             raise ValueError("these tasks cannot join meta rows to train rows: set meta_portion to 1")
 
     def card_text(self, settings: Settings) -> str:
-        return f"Data `{hub_id(settings.data) or 'of a file or folder'}`."
+        return f"Data `{hub_id(settings.data) or Path(settings.data).name}`."
 
     def card_metadata(self, settings: Settings) -> dict[str, Any]:
         return {"dataset_tags": hub_id(settings.data, SYNTHETIC)}

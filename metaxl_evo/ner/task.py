@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from datasets import Dataset, concatenate_datasets
@@ -129,9 +130,10 @@ class NerTask(Task[NerArguments, TargetData]):
 
     def card_text(self, settings: NerArguments) -> str:
         sources = ", ".join(settings.source_languages) if settings.recipe.source else "none"
+        data = hub_id(settings.dataset) or Path(settings.dataset).name
         adapted = " Its LoRA adapter is merged into it, and in `adapter/` by itself." if settings.use_peft else ""
         return (
-            f"Method `{settings.method}`, source {sources}, data `{hub_id(settings.dataset) or 'of a folder'}`. "
+            f"Method `{settings.method}`, source {sources}, data `{data}`. "
             "The model here is a plain token classifier; the representation transformation network of the training is "
             f"in `rtn/` and is not needed for prediction.{adapted} Scores are of entities, by seqeval"
             f"{' (strict IOB2)' if settings.strict else ''}, in percent."

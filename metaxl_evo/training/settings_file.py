@@ -77,6 +77,8 @@ def read_config(file: Path) -> dict[str, Entry]:
     entries, read = _entries_of(file), {file.resolve()}
     while BASE in entries:
         named = entries.pop(BASE)
+        if not isinstance(named.node, yaml.ScalarNode) or named.node.tag == _NULL:
+            raise SettingsError(f"{named.place}: {BASE}: expected one file name")
         file = named.file.parent / str(named.node.value)
         if file.resolve() in read:
             raise SettingsError(f"{named.place}: {BASE}: {file} is read already: a file cannot build on itself")

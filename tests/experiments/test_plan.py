@@ -24,18 +24,20 @@ RUNS = {
 }
 
 
-def planned(folder: Path, which: dict[str, Any] | None = None, *, nested: bool = False, **fields: Any) -> list[Run]:
+def planned(
+    folder: Path, which: dict[str, Any] | None = None, *, nested: bool = False, **fields: Any
+) -> list[Run[Any]]:
     settings = NoisyLabelsArguments(noise_rate=0.3)
     args = arguments(folder, **fields)
     return plan_runs(NoisyLabelsTask(), RunsArguments(**which or {}), settings, args, nested=nested)
 
 
-def of_languages(folder: Path, which: dict[str, Any], *targets: str) -> list[Run]:
+def of_languages(folder: Path, which: dict[str, Any], *targets: str) -> list[Run[Any]]:
     settings = NerArguments(source_languages=["en"], target_languages=list(targets))
     return plan_runs(NerTask(), RunsArguments(**which), settings, tiny_arguments(folder))
 
 
-def folders(runs: list[Run], root: Path) -> list[str]:
+def folders(runs: list[Run[Any]], root: Path) -> list[str]:
     assert [Path(str(run.args.output_dir)) for run in runs] == [run.folder for run in runs]
     return [str(run.folder.relative_to(root)) for run in runs]
 

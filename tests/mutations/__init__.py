@@ -49,6 +49,9 @@ GRADIENT_OF_A_STEP = f"{DIAGNOSTICS}::test_nothing_of_the_step_is_taken_over_and
 SENTENCES = "ner/test_alignment.py::test_scores_are_those_of_one_sentence_a_pass[xlm-r, metaspace]"
 FEWSHOT_ROWS = "vision_tasks/test_fewshot_episodes.py"
 METER = "benchmark/test_meter.py"
+PLAN = "experiments/test_plan.py"
+COMPARISON = "experiments/test_comparison.py"
+STATISTICS = "experiments/test_statistics.py"
 
 _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
     "metaxl_evo/bilevel": [
@@ -271,12 +274,6 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "training/test_trainer_check.py::test_batches_whose_items_depend_on_each_other"),
         ("history-moved-not-relative", "/ (tree.norm(start) or 1.0)}", "}",
          "training/test_history.py::test_many_are_logged_by_how_far_they_moved"),
-        ("interval-of-90-percent", "stats.t.interval(0.95,", "stats.t.interval(0.9,",
-         "training/test_statistics.py::test_the_interval_is_the_textbooks"),
-        ("interval-of-the-wrong-degrees", "len(values) - 1, mean,", "len(values), mean,",
-         "training/test_statistics.py::test_the_interval_is_the_textbooks"),
-        ("reading-upside-down", '"better" if self.low > 0 else "worse"', '"better" if self.low < 0 else "worse"',
-         "training/test_statistics.py::test_the_reading"),
         # learned numbers
         ("sign-halving-where-signs-agree", 'sign * state["sign"] < 0', 'sign * state["sign"] > 0',
          "training/test_sign_halving.py::test_the_sequence_computed_by_hand"),
@@ -286,6 +283,47 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "training/test_cli.py::test_yaml_then_command_line"),
         ("dotted-override-drops-the-rest", "dict(base or {})", "{}",
          "training/test_cli.py::test_dotted_overrides_change_the_files_mapping_and_json_replaces_it"),
+    ],
+    "metaxl_evo/experiments": [
+        # which runs, with which settings
+        ("all-runs-with-one-seed", '"output_dir": str(folder), "seed": key[2]', '"output_dir": str(folder)',
+         f"{PLAN}::test_every_run_of_every_case_with_every_seed_has_a_folder"),
+        ("cases-without-their-settings", "{**runs[run], **cases[case]}", "runs[run]",
+         f"{PLAN}::test_every_run_of_every_case_with_every_seed_has_a_folder"),
+        ("baselines-learn-too", "if not task.learns(own):", "if False:",
+         f"{PLAN}::test_what_a_run_says_wins_over_the_rest"),
+        ("fields-of-another-estimator", '{"estimator_kwargs": None} | theirs', "theirs",
+         f"{PLAN}::test_what_a_run_says_wins_over_the_rest"),
+        ("another-runs-results-are-kept", "then.get(key) != now.get(key) and", "False and",
+         "experiments/test_folders.py::test_results_are_kept_where_the_settings_are_the_same"),
+        ("two-processes-make-a-run", "lock.acquire()", "pass",
+         "experiments/test_command.py::test_two_processes_do_not_make_the_same_run"),
+        # what is read of them
+        ("examples-in-the-wrong-columns", "table[name][list(PARTS)].to_numpy(float)",
+         "table[name][list(PARTS)[::-1]].to_numpy(float)",
+         "experiments/test_reporting.py::test_examples_outlive_the_process"),
+        ("failed-runs-in-the-summary", "finished = [record for record in comparison.records if record.error is None]\n"
+         "    return", "finished = list(comparison.records)\n    return",
+         "experiments/test_reporting.py::test_cases_are_a_level_of_their_own_and_failures_are_named"),
+        ("fractions-taken-for-percent", 'return 100.0 if self.units[score] == "%" else 1.0', "return 1.0",
+         f"{COMPARISON}::test_the_long_table"),
+        ("difference-the-other-way", "paired_difference(scores[:, 0], scores[:, 1],",
+         "paired_difference(scores[:, 1], scores[:, 0],", f"{COMPARISON}::test_the_average_is_taken_within_a_seed"),
+        ("reading-upside-down", "(bounds.mean > 0) == self.greater_is_better", "(bounds.mean > 0)",
+         f"{COMPARISON}::test_the_reading"),
+        ("tie-by-one-end", "-self.margin <= bounds.low and bounds.high <= self.margin", "bounds.high <= self.margin",
+         f"{COMPARISON}::test_the_reading"),
+        ("reading-uncorrected", "by_t = _corrected({run: one.p for run, one in family.items()})",
+         "by_t = {run: one.p for run, one in family.items()}", f"{COMPARISON}::test_a_reading_is_corrected_too"),
+        # statistics
+        ("interval-of-90-percent", "stats.t.interval(0.95,", "stats.t.interval(0.9,",
+         f"{STATISTICS}::test_the_interval_is_the_textbooks"),
+        ("interval-of-the-wrong-degrees", "len(values) - 1, mean,", "len(values), mean,",
+         f"{STATISTICS}::test_the_interval_is_the_textbooks"),
+        ("examples-not-in-the-interval", "sqrt(self.seed_variance + self.example_variance)",
+         "sqrt(self.seed_variance)", f"{STATISTICS}::test_the_standard_error_is_that_of_crossed_random_effects"),
+        ("holm-without-its-maximum", "np.maximum.accumulate(steps)", "steps",
+         f"{STATISTICS}::test_holm_is_that_of_statsmodels"),
     ],
     "metaxl_evo/ner": [
         ("label-on-every-sub-token", "if word is not None and word not in seen:", "if word is not None:", SENTENCES),
@@ -314,10 +352,11 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "ner/test_tagger.py::test_the_weights_of_the_two_means"),
         ("target-rows-are-mixed-too", "torch.where(language == TARGET, 1.0, mixing)", "mixing",
          "ner/test_tagger.py::test_the_inner_loss_and_its_gradients_are_those_by_hand"),
-        ("test-scores-of-the-dev-set", 'evaluation["test"].predict(trainer)', 'evaluation["dev"].predict(trainer)',
+        ("test-scores-of-the-dev-set", 'self._of_language(trainer, settings, "test")',
+         'self._of_language(trainer, settings, "dev")',
          "scripts/test_evaluate_ner.py::test_it_reproduces_the_scores_of_training"),
-        ("difference-the-other-way", "for one in (method, baseline)", "for one in (baseline, method)",
-         "ner/test_comparison.py::test_difference_is_paired"),
+        ("entities-found-taken-for-right", "len(true), len(found), len(true & found)",
+         "len(true), len(found), len(found)", "ner/test_metrics.py::test_scores_bring_their_sentences"),
     ],
     "vision_tasks": [
         ("weights-sum-to-one", "weights / total * len(costs) * costs", "weights / total * costs",
@@ -331,10 +370,10 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
         ("judges-are-trained-on", "train = train.take(~twins)", "train = train.take(twins | ~twins)",
          "vision_tasks/test_noisy_labels.py::test_images_that_are_there_twice_are_left_out"),
         ("train-and-meta-augmented-alike", "seed=2 * args.seed + 1)", "seed=2 * args.seed)",
-         "vision_tasks/test_experiment.py::test_train_and_meta_images_are_augmented_apart"),
+         "vision_tasks/test_tasks.py::test_train_and_meta_images_are_augmented_apart"),
         ("right-weights-called-wrong", '(("right", ~wrong), ("wrong", wrong)) if',
          '(("right", wrong), ("wrong", ~wrong)) if',
-         "vision_tasks/test_experiment.py::test_how_right_and_wrong_labels_are_weighted"),
+         "vision_tasks/test_tasks.py::test_how_right_and_wrong_labels_are_weighted"),
         ("turned-clockwise", "cos * x - sin * y", "cos * x + sin * y",
          "vision_tasks/test_rotation.py::test_values_and_gradients_are_those_of_grid_sample"),
         ("pixels-not-scaled", "(images - self.image_mean) / self.image_std", "images - self.image_mean",
@@ -360,14 +399,11 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "vision_tasks/test_images.py::test_augmented_rows_follow_the_epoch_alone"),
         ("flipped-upside-down", "image.flip(-1) if", "image.flip(-2) if",
          "vision_tasks/test_augmentation.py::test_flip_mirrors_left_and_right"),
-        ("differences-from-another-run", "paired_difference(values(name, compared), values(names[0], compared))",
-         "paired_difference(values(names[0], compared), values(name, compared))",
-         "vision_tasks/test_experiment.py::test_the_summary_of_several_seeds"),
         ("illustration-exact-curve", "(lam - 1) / (lam + 1) ** 3", "(lam - 1) / (lam + 1) ** 2",
          "vision_tasks/test_illustration.py::test_the_exact_hypergradient_is_that_at_the_inner_optimum"),
         ("channel-deviation-not-rooted", "np.sqrt((counts * (levels - centre[:, None]) ** 2).sum(1))",
          "(counts * (levels - centre[:, None]) ** 2).sum(1)",
-         "vision_tasks/test_experiment.py::test_pixel_statistics"),
+         "vision_tasks/test_tasks.py::test_pixel_statistics"),
     ],
     "metaxl_evo/benchmark": [
         ("time-in-seconds", "Spread(median / unit,", "Spread(median,", f"{METER}::test_ratio_is_that_of_medians"),
@@ -381,12 +417,6 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "benchmark/test_memory.py::test_freed_storages_are_given_back_and_views_cost_nothing"),
         ("yardstick-with-the-meta-network", "self.switch(row is not None)", "self.switch(True)",
          "benchmark/test_run.py::test_the_yardstick_is_a_plain_step"),
-    ],
-    "scripts": [
-        ("reproduced-with-one-seed", '"--seed", str(seed),', '"--seed", "0",',
-         "ner/test_comparison.py::test_the_script_gives_each_run_its_own_settings"),
-        ("reproduced-at-one-noise-rate", '"--noise_rate", rate]', '"--noise_rate", RATES[0]]',
-         "vision_tasks/test_comparison.py::test_the_script_starts_what_may_have_changed_and_draws"),
     ],
 }  # fmt: skip
 

@@ -17,7 +17,14 @@ from transformers import AutoTokenizer
 
 from metaxl_evo.ner.data import load_ner_dataset
 from metaxl_evo.ner.encoding import STRIDE, encode
-from metaxl_evo.ner.metrics import EntityF1, average, entity_scores, scores_table, word_predictions
+from metaxl_evo.ner.metrics import (
+    EntityF1,
+    average,
+    entity_scores,
+    scores_table,
+    with_sentences,
+    word_predictions,
+)
 
 # 4 entities; found: Ada (PER) and Rome (LOC). Wrong: the ORG is cut short, the second PER is taken for a LOC.
 REFERENCES = [["B-PER", "I-PER", "O", "B-ORG", "I-ORG"], ["B-LOC", "O", "B-PER"]]
@@ -49,6 +56,20 @@ def test_scores_are_those_of_seqeval(predictions: list[list[str]], strict: bool)
     scores = entity_scores(REFERENCES, predictions, strict=strict)
     for key, oracle in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
         assert scores[key] == pytest.approx(oracle(REFERENCES, predictions, zero_division=0, **mode), abs=1e-12)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_scores_bring_their_sentences(strict: bool) -> None:
+    """Those that are left out change the score as seqeval says."""
+    tags, rng = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"], np.random.default_rng(0)
+    true, found = ([rng.choice(tags, 1 + index % 7).tolist() for index in range(60)] for _ in range(2))
+    scores = with_sentences(entity_scores(true, found, strict=strict), true, found, strict=strict)
+    kept = rng.random(60) < 0.5
+    halves = [[one for one, keep in zip(part, kept, strict=True) if keep] for part in (true, found)]
+    for name, value in entity_scores(*halves, strict=strict).items():
+        if name in ("precision", "recall", "f1"):
+            above, below = scores[name].outcomes[kept].sum(0)
+            assert 0 < above / below == pytest.approx(value, rel=1e-12)
 
 
 def test_strict_scores_refuse_a_stray_inside() -> None:

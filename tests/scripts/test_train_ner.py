@@ -79,6 +79,20 @@ def test_several_targets(tmp_path: Path, model: Path, data: Path, capsys: pytest
     assert printed == ["language", "---", "beru", "celu", "average"]
 
 
+def test_methods_are_compared_over_languages(tmp_path: Path, model: Path, data: Path) -> None:
+    out, runs = tmp_path / "out", {"joint": {"method": "joint_training"}, "metaxl": {}}
+    results = train(model, data, out, runs=json.dumps(runs), target_languages="beru,celu", seed=5, max_steps=1)
+    assert results == read(out)
+    for run in runs:
+        for target in ("beru", "celu"):
+            own = read(out / run / target / "5")
+            assert_documented(own["test"], [target])
+            assert results["test"][run][target]["f1"]["values"] == [own["test"][target]["f1"]]
+            assert own["settings"]["target_languages"] == [target]
+    differences = [(one["run"], one["case"]) for one in results["differences"]]
+    assert differences == [("metaxl", case) for case in ("beru", "celu", "average")]
+
+
 def test_the_output_folder(trained: Path) -> None:
     results = read(trained)
     assert_documented(results["test"], ["beru"])

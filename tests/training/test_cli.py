@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainingArguments
 
 from metaxl_evo.training.cli import SettingsError
-from metaxl_evo.training.parser import parse_arguments
+from metaxl_evo.training.parser import given_text, parse_arguments, resolve_config
 
 
 @dataclass
@@ -129,6 +129,47 @@ def test_yaml_value(config, text, key, value):
     found = getattr(parse("--config", config(text)), key)
     assert found == value
     assert type(found) is type(value)
+
+
+def test_a_file_builds_on_another(config, tmp_path):
+    """Each is read from the folder of the one that names it; null leaves the default, not what the base says."""
+    (tmp_path / "more").mkdir()
+    config("rate: 0.1\nsteps: 3\nname: deep\nlanguages: [sw, ig]\n", "more/deep.yaml")
+    config("base: deep.yaml\nrate: 0.2\nname: middle\n", "more/middle.yaml")
+    found = parse("--config", config("base: more/middle.yaml\nname: null\nlanguages: [rw]\n"), "--order", "lookahead")
+    assert (found.rate, found.steps, found.name, found.languages, found.order) == (0.2, 3, None, ["rw"], "lookahead")
+    assert complaint("--config", config("base: more/deep.yaml\nstep: 1\n")).startswith(
+        f"{tmp_path}/run.yaml:2: unknown"
+    )
+    assert complaint("--config", config("base: more/bad.yaml\n")).endswith("Valid: deep.yaml, middle.yaml")
+
+
+@pytest.mark.parametrize("text", ["base: [a.yaml]", "base:", "base: {a: b}"])
+def test_a_base_is_one_file(config, text):
+    assert complaint("--config", config(text)).endswith("run.yaml:1: base: expected one file name")
+
+
+def test_a_file_cannot_build_on_itself(config):
+    config("base: run.yaml\n", "other.yaml")
+    message = complaint("--config", config("base: other.yaml\n"))
+    assert message.endswith(
+        "other.yaml:1: base: " + config("base: other.yaml\n") + " is read already: a file cannot build on itself"
+    )
+
+
+def test_options_say_what_a_file_does(config):
+    file = config("rate: 1e-4\nfast: no\nlanguages: [no, sw]\nname: null\nestimator_kwargs: {a: {b: 1}}\n")
+    given = ["--config", file, "--steps", "4", "--estimator_kwargs.c", "2"]
+    options = resolve_config((RunArguments,), given)
+    assert not any("config" in option for option in options)
+    assert parse(*options) == parse(*given)
+
+
+def test_one_setting_is_known_before_the_others(config):
+    file = config("task: rotation\nleaning_rate: 1\n")
+    assert given_text("task", ["--config", file]) == "rotation"
+    assert given_text("task", ["--config", file, "--task", "ner"]) == "ner"
+    assert given_text("task", ["--x", "1"]) is None
 
 
 COMMAND_LINES = [
@@ -250,7 +291,7 @@ BAD_COMMAND_LINES = [
     ("--estimator_kwargs.copies.x 8", "copies is 2 here, not a mapping"),
     ("--estimator_kwargs.x [1", "--estimator_kwargs.x: '[1' is not a value"),
     ("--options file.json --options.a 1", "options is 'file.json' here, not a mapping"),
-    ("--config", "--config: expected one file name"),
+    ("--config", "--config: expected one value"),
     ("--conf run.yaml", "unknown option '--conf': did you mean '--config'?"),
 ]
 
