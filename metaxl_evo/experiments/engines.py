@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from metaxl_evo.experiments.folders import RESULTS
 from metaxl_evo.messages import one_line
 
 LOG = "run.log"
@@ -111,7 +112,10 @@ class RunProcess:
     def ended(self) -> Ended:
         """Waits until it is over."""
         code = self._process.wait()
-        return Ended(self.number, None if code == 0 else why(code, self.log))
+        if code:
+            return Ended(self.number, why(code, self.log))
+        made = (self.log.parent / RESULTS).exists()
+        return Ended(self.number, None if made else f"left no {RESULTS}: was the plan replaced meanwhile?")
 
     def end(self) -> None:
         self._process.kill()

@@ -43,10 +43,10 @@ class Study:
         self.options = [*resolve_config(types, argv), "--resume_from_checkpoint=latest"]
         parsed: tuple[StudyArguments, Any, MetaTrainingArguments] = parse_arguments(types, self.options)
         self.arguments, self.settings, self.args = parsed
-        if self.args.hub_token is not None:
-            raise ValueError(f"hub_token would stand in {PLAN}: leave it out, and log in by `hf auth login`")
         self.folder = Path(str(self.args.output_dir))
         self.runs: list[Run[Any]] = plan_runs(self.task, self.arguments, self.settings, self.args, nested=True)
+        if any(args.hub_token is not None for args in (self.args, *(run.args for run in self.runs))):
+            raise ValueError(f"hub_token would stand in {PLAN}: leave it out, and log in by `hf auth login`")
         self.chosen = list(selected(self.runs, self.arguments.only))
         asked = self.arguments.score, self.arguments.baselines, self.arguments.margin
         self.question = Question.of(self.task, self.runs, *asked)
@@ -73,7 +73,8 @@ class Study:
         """Try every chosen run up to its first step; returns those that are not finished.
 
         Raises:
-            ValueError: for the first that cannot work, was made with other settings, or would overwrite something.
+            ValueError: for the first that cannot work or would overwrite something, and for any of the plan, chosen or
+                not, that was made with other settings: the report would mix them.
         """
         plan, unfinished = self.folder / PLAN, []
         ours = plan.exists()
@@ -81,14 +82,16 @@ class Study:
             raise ValueError(f"{self.folder} holds a study of the task {other}: choose another output_dir")
         for folder in dict.fromkeys([self.folder, *(run.folder for run in self.runs)]):
             refuse_another_run(folder, ours, self.task.own_files)
-        for number in tqdm(self.chosen, desc="checks", disable=self.args.disable_tqdm):
-            if not keep_finished(self.task, self.runs[number]):
-                try_out(self.task, self.runs[number])
+        for number, run in enumerate(tqdm(self.runs, desc="checks", disable=self.args.disable_tqdm)):
+            if not keep_finished(self.task, run) and number in self.chosen:
+                try_out(self.task, run)
                 unfinished.append(number)
         return unfinished
 
     def write_plan(self) -> None:
         """`plan.json`: all that a process needs to make one of the runs by its number, and the runs to read."""
+        if not self.args.should_save:
+            return
         planned = [
             {"run": run.name, "case": run.case, "seed": run.seed, "folder": str(run.folder.relative_to(self.folder))}
             for run in self.runs
@@ -145,7 +148,9 @@ class Study:
 
     def report(self, errors: Mapping[int, str] | None = None) -> dict[str, Any]:
         """Compare all runs of the plan as they stand; write and print what comes of it."""
-        return report_runs(self.task, self.runs, self.folder, self.question, errors)
+        if not self.args.should_save:
+            return {}
+        return report_runs(self.task, self.runs, self.folder, self.question, errors, log=self.args.should_log)
 
     def check(self) -> dict[str, list[str]]:
         """A few steps of each method, on the first case with the first seed; prints findings, returns problems.

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from metaxl_evo.cli import main
+from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.experiments.own_task import blocks, write_own_task
 
@@ -88,6 +89,23 @@ def test_a_part_of_a_study(study: Study) -> None:
     assert set(failed.values()) == {"not made yet"}
 
 
+def test_a_part_does_not_bring_other_settings(study: Study) -> None:
+    """Which the report would mix with those of the rest."""
+    study("--only", "run=baseline,case=one,seed=0")
+    with pytest.raises(ValueError, match=r"one/0/results.json was made with another learning_rate: give the settings"):
+        study("--only", "run=baseline,case=one,seed=1", "--learning_rate", "0.1")
+
+
+def test_one_process_of_a_launch_writes_for_all(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("should_save", "should_log"):
+        monkeypatch.setattr(MetaTrainingArguments, name, False)
+    assert study("--only", "run=baseline,case=one,seed=0") == 0
+    assert not [path for path in Path("out").rglob("*") if path.is_file()]
+    assert "##" not in capsys.readouterr().out
+
+
 def test_runs_that_fail_are_told_and_the_others_go_on(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     runs = {"baseline": None, "one_step": None, "well": {}, "fails": {"method": "fails"}, "nan": {"method": "nan"}}
     given = ["--task", "trust.py:Unwell", "--runs", json.dumps(runs), "--cases.two", "null", "--seeds", "0"]
@@ -144,6 +162,7 @@ REFUSED = [
     (["--runs.one_step.estimatr", "sama"], "unknown setting of run one_step 'estimatr'"),
     (["--runs.one_step.seed", "1"], "unknown setting of run one_step 'seed'"),
     (["--hub_token", "secret"], "hub_token would stand in plan.json: leave it out, and log in by `hf auth login`"),
+    (["--runs.one_step.hub_token", "secret"], "hub_token would stand in plan.json: leave it out"),
     (["--score", "acuracy"], "unknown score 'acuracy': did you mean 'accuracy'"),
 ]
 
