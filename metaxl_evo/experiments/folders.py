@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from metaxl_evo.experiments.curves import CURVES, PICTURE
+from metaxl_evo.experiments.scores import OUTCOMES
 from metaxl_evo.messages import one_line
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.checkpoint import as_named
@@ -16,7 +18,10 @@ from metaxl_evo.training.history import HISTORY
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-OWN_FILES = (RESULTS, "config.json", "model.safetensors", "README.md", "training_args.bin", HISTORY)
+OWN_FILES = (
+    *(RESULTS, "config.json", "model.safetensors", "README.md", "training_args.bin"),
+    *(HISTORY, CURVES, PICTURE, OUTCOMES),
+)
 ALWAYS_NAMED = (
     "estimator",
     "estimator_kwargs",

@@ -11,9 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from metaxl_evo.experiments.arguments import StudyArguments
-from metaxl_evo.experiments.command import check_run
+from metaxl_evo.experiments.command import check_run, refuse_other_runs
 from metaxl_evo.experiments.engines import Ended, Engine, LocalEngine
-from metaxl_evo.experiments.folders import RESULTS, refuse_another_run, write_json
+from metaxl_evo.experiments.folders import RESULTS, write_json
 from metaxl_evo.experiments.plan import Run, plan_runs, selected
 from metaxl_evo.experiments.progress import part_made
 from metaxl_evo.experiments.reporting import Question, report_runs
@@ -80,8 +80,7 @@ class Study:
         ours = plan.exists()
         if ours and (other := _read(plan)["task"]) != self.name:
             raise ValueError(f"{self.folder} holds a study of the task {other}: choose another output_dir")
-        for folder in dict.fromkeys([self.folder, *(run.folder for run in self.runs)]):
-            refuse_another_run(folder, ours, self.task.own_files)
+        refuse_other_runs(self.task, self.folder, self.runs, ours)
         for number, run in enumerate(tqdm(self.runs, desc="checks", disable=self.args.disable_tqdm)):
             if not keep_finished(self.task, run) and number in self.chosen:
                 try_out(self.task, run)

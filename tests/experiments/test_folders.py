@@ -35,7 +35,7 @@ def test_a_folder_with_a_run_is_refused_unless_it_goes_on(tmp_path: Path, sign: 
 
 
 def test_the_signs_are_these() -> None:
-    assert len(SIGNS) == 11
+    assert len(SIGNS) == 14
     assert RESULTS == "results.json"
 
 

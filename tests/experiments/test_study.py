@@ -198,7 +198,7 @@ def test_a_study_of_another_task_is_left_alone(study: Study) -> None:
 
 def test_a_folder_that_is_no_study_is_left_alone(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MetaTrainer, "training_step", no_step)
-    for place in ("out/config.json", "deep/one_step/two/2/model.safetensors"):
+    for place in ("out/config.json", "page/report.md", "deep/one_step/two/2/outcomes.csv"):
         Path(place).parent.mkdir(parents=True)
         Path(place).write_text("mine", encoding="utf-8")
         with pytest.raises(ValueError, match=r"holds another run \(.*\): choose another output_dir"):
