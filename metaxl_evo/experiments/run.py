@@ -1,7 +1,8 @@
-"""A run's life, whatever its task: what was trained is kept first; at last `results.json` says that all is done."""
+"""A run's life, whatever its task: what was trained is kept first, and `results.json` says that it is finished."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -69,7 +70,7 @@ def keep_finished(task: Task[Any, Any], run: Run[Any]) -> dict[str, Any] | None:
 def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
     """Train, test and save one run; returns what `results.json` holds.
 
-    In this order: model, scores with their examples, history, card, pictures, `results.json`, upload.
+    In this order: model, scores with their examples, history, card, `results.json`, pictures, upload.
 
     Raises:
         ValueError: for whatever cannot work, or where another process makes this run.
@@ -83,7 +84,7 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
         begun = time.perf_counter()
         trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
         facts = {"steps": trainer.state.global_step, "train_seconds": time.perf_counter() - begun}
-        trainer.save_model()
+        _save_model(trainer)
         results: dict[str, Any] = {"test": task.score(trainer, run.settings, data)}
         dev = task.dev_score(trainer, run.settings, data)
         results |= {} if dev is None else {"dev": dev}
@@ -91,6 +92,16 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
         results["run"] = facts | _facts(trainer) | task.describe(trainer, run.settings, data, start)
         _leave(task, run, trainer, results)
     return results
+
+
+def _save_model(trainer: MetaTrainer) -> None:
+    """Here alone: the Trainer would upload it at once, without scores, and lose them where the Hub is away."""
+    args, trainer.args = trainer.args, copy.copy(trainer.args)
+    trainer.args.push_to_hub = False
+    try:
+        trainer.save_model()
+    finally:
+        trainer.args = args
 
 
 def _facts(trainer: MetaTrainer) -> dict[str, Any]:
@@ -112,9 +123,9 @@ def _leave(task: Task[Settings, Any], run: Run[Settings], trainer: MetaTrainer, 
         write_outcomes(run.folder, task.flat_scores(results["test"]))
         write_curves(run.folder, trainer.state.log_history)
         trainer.create_model_card(**card)
+        write_results(run.folder, results)
         if find_spec("matplotlib"):
             task.plot(run.folder, results)
-        write_results(run.folder, results)
     if run.args.push_to_hub:
         trainer.push_to_hub(**card)
 

@@ -109,9 +109,10 @@ class Study:
             for ended in engine(self.folder / PLAN, folders):
                 if ended is not None:
                     folder = waiting.pop(ended.number)
-                    if ended.error is not None and not (folder / RESULTS).exists():
-                        errors[ended.number] = ended.error
+                    if ended.error is not None:
                         bar.write(f"{self.runs[ended.number]}: {ended.error}")
+                        if not (folder / RESULTS).exists():
+                            errors[ended.number] = ended.error
                 made = len(self.chosen) - len(waiting) + part_made(waiting.values())
                 bar.update(round(made, 2) - bar.n)
         return errors

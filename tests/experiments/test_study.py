@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from metaxl_evo.cli import main
+from metaxl_evo.experiments.task import Task
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.experiments.own_task import blocks, write_own_task
@@ -121,6 +122,18 @@ def test_runs_that_fail_are_told_and_the_others_go_on(study: Study, capsys: pyte
     page = Path("out/report.md").read_text(encoding="utf-8")
     assert "no score to be had" in page
     assert "no score to be had" in capsys.readouterr().out
+
+
+def test_a_picture_that_fails_costs_no_results(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plot(self: Task[Any, Any], folder: Path, results: Any) -> None:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(Task, "plot", plot)
+    assert study("--only", "run=baseline,case=one,seed=0") == 0
+    assert "baseline, one, seed 0: no picture" in capsys.readouterr().out
+    assert "accuracy" in read("out/baseline/one/0/results.json")["test"]
 
 
 def test_a_plan_and_its_runs_one_by_one(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
