@@ -48,9 +48,10 @@ class Question:
         for one in baselines or ():
             if one not in names:
                 raise ValueError(unknown("baseline", one, names))
-        if score is not None and score not in task.units:
-            raise ValueError(unknown("score", score, task.units))
-        return cls(score or next(iter(task.units)), baselines or names[:1], margin)
+        compared = [one for one in task.units if one not in task.shown_only]
+        if score is not None and score not in compared:
+            raise ValueError(unknown("score", score, compared))
+        return cls(score or compared[0], baselines or names[:1], margin)
 
 
 def report_runs(
