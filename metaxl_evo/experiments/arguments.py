@@ -9,7 +9,7 @@ from typing import Any
 from metaxl_evo.messages import unknown
 
 ENGINES = ("local", "ray", "inline")
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+NAME = re.compile(r"[\w-][\w.-]*")
 KEYS = ("run", "case", "seed")
 
 

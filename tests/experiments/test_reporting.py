@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from math import sqrt
+from math import nan, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ def records(case: str = "", seeds: tuple[int, ...] = (1, 2, 5)) -> list[Record]:
     ]  # fmt: skip
 
 
-def summary(found: list[Record], **asked: Any) -> dict[str, Any]:
-    return summarise(compare(RotationTask(), found, Question(**asked)))
+def summary(found: list[Record], score: str = "accuracy", baseline: str = "base") -> dict[str, Any]:
+    return summarise(compare(RotationTask(), found, Question(score, [baseline])))
 
 
 def test_what_is_neither_better_nor_worse_is_not_compared() -> None:
@@ -86,14 +86,23 @@ def test_the_summary_of_one_seed_is_plain_json() -> None:
     json.dumps(found, allow_nan=False)
 
 
-def test_what_is_asked() -> None:
-    found = summary(records(), score="degrees", baselines=["evo"])
-    (difference,) = found["differences"]
+def test_what_is_asked(tmp_path: Path) -> None:
+    (difference,) = summary(records(), "degrees", "evo")["differences"]
     assert (difference["run"], difference["baseline"], difference["mean"]) == ("base", "evo", 0)
+    args = arguments(tmp_path)
+    runs = [Run(name, "", 1, tmp_path / name, RotationArguments(), args) for name in ("base", "evo")]
+    assert Question.of(RotationTask(), runs) == Question("accuracy", ["base"])
     with pytest.raises(ValueError, match="unknown score 'acuracy': did you mean 'accuracy'"):
-        summary(records(), score="acuracy")
+        Question.of(RotationTask(), runs, score="acuracy")
     with pytest.raises(ValueError, match="unknown baseline 'bas': did you mean 'base'"):
-        summary(records(), baselines=["bas"])
+        Question.of(RotationTask(), runs, baselines=["bas"])
+
+
+def test_a_score_that_is_no_number_is_a_failure() -> None:
+    lost = Record("evo", "", 7, Path("evo/7"), scores={"accuracy": nan})
+    found = summary([*records(), lost])
+    assert found["failed"] == {"evo/7": "its accuracy is nan"}
+    assert found["test"]["evo"]["accuracy"]["values"] == EVO
 
 
 def test_settings_that_all_have_alike() -> None:
