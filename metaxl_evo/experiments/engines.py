@@ -17,7 +17,7 @@ import torch
 from metaxl_evo.experiments.folders import RESULTS
 from metaxl_evo.messages import one_line
 
-LOG = "run.log"
+LOG = "_run.log"  # which an upload leaves out, for its paths
 TURN = 0.2  # seconds between two looks at the processes
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from metaxl_evo.experiments.comparison import Comparison, Difference
 from metaxl_evo.experiments.tables import (
+    PANELS,
     Differences,
     Table,
     cost_table,
@@ -32,7 +33,6 @@ from metaxl_evo.training.figures import figure
 logger = logging.getLogger(__name__)
 
 REPORT = ("report.md", "scores.csv", "differences.csv", "scores.png", "report.html")
-PANELS = 4  # side by side
 
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:

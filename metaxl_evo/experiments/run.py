@@ -68,7 +68,7 @@ def keep_finished(task: Task[Any, Any], run: Run[Any]) -> dict[str, Any] | None:
 
 
 def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
-    """Train, test and save one run; returns what `results.json` holds.
+    """Train, test and save one run, unless it resumes a finished one; returns what `results.json` holds.
 
     In this order: model, scores with their examples, history, card, `results.json`, pictures, upload.
 
@@ -76,6 +76,9 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
         ValueError: for whatever cannot work, or where another process makes this run.
     """
     with _alone(run):
+        resuming = run.args.resume_from_checkpoint is not None
+        if resuming and (kept := keep_finished(task, run)) is not None:  # by another process, meanwhile
+            return kept
         data, trainer = prepare(task, run)
         settings = run.all_settings(trainer.args)
         trainer.run_settings = checkpoint_settings(settings)
@@ -107,6 +110,7 @@ def _save_model(trainer: MetaTrainer) -> None:
 def _facts(trainer: MetaTrainer) -> dict[str, Any]:
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     return {
+        "processes": trainer.args.world_size,
         "skipped_meta_steps": trainer.skipped_meta_steps,
         "base_parameters": tree.size(trainer.model.base_parameters()),
         "meta_parameters": tree.size(trainer.model.meta_parameters()),
@@ -145,9 +149,9 @@ def _alone(run: Run[Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        for name in (LOCK, PROGRESS):
+        for name in (LOCK, PROGRESS):  # while it is held: after the release it may be another's
             (run.folder / name).unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager

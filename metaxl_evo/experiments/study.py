@@ -43,6 +43,8 @@ class Study:
         self.options = [*resolve_config(types, argv), "--resume_from_checkpoint=latest"]
         parsed: tuple[StudyArguments, Any, MetaTrainingArguments] = parse_arguments(types, self.options)
         self.arguments, self.settings, self.args = parsed
+        if given_text("output_dir", self.options) is None and not self.arguments.check:
+            raise ValueError("output_dir: name the folder of the study, as in --output_dir runs/study")
         self.folder = Path(str(self.args.output_dir))
         self.runs: list[Run[Any]] = plan_runs(self.task, self.arguments, self.settings, self.args, nested=True)
         if any(args.hub_token is not None for args in (self.args, *(run.args for run in self.runs))):
@@ -114,7 +116,7 @@ class Study:
                         if not (folder / RESULTS).exists():
                             errors[ended.number] = ended.error
                 made = len(self.chosen) - len(waiting) + part_made(waiting.values())
-                bar.update(round(made, 2) - bar.n)
+                bar.update(max(0.0, round(made, 2) - bar.n))
         return errors
 
     def _engine(self) -> Engine:
@@ -135,8 +137,7 @@ class Study:
         Raises:
             ValueError: for whatever cannot work.
         """
-        if not keep_finished(self.task, self.runs[number]):
-            make_run(self.task, self.runs[number])
+        make_run(self.task, self.runs[number])
 
     def _inline(self, plan: Path, folders: Mapping[int, Path]) -> Iterator[Ended]:
         for number in folders:

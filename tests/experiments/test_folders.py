@@ -77,7 +77,7 @@ def test_results_are_kept_where_the_settings_are_the_same(tmp_path: Path) -> Non
 def test_a_default_of_earlier_versions_is_known(tmp_path: Path) -> None:
     """Of 0.5 they said nothing."""
     file = tmp_path / "results.json"
-    file.write_text(json.dumps({"settings": {"seed": 1}}), encoding="utf-8")
+    file.write_text(json.dumps({"test": {}, "settings": {"seed": 1}, "run": {}}), encoding="utf-8")
     finished_run(file, {"seed": 1, "meta_portion": 0.5})
     with pytest.raises(ValueError, match="made with another meta_portion"):
         finished_run(file, {"seed": 1, "meta_portion": 1.0})

@@ -145,6 +145,9 @@ def test_a_plan_and_its_runs_one_by_one(study: Study, capsys: pytest.CaptureFixt
     Path("out").rename("moved")
     assert main(["run", "moved/plan.json", "--index", "2"]) == 0
     assert [str(file.parent) for file in Path().rglob("results.json")] == ["moved/baseline/two/5"]
+    assert "one_step" not in capsys.readouterr().out
+    assert main(["run", "moved/plan.json", "--index", "2"]) == 0
+    assert capsys.readouterr().out == "baseline, two, seed 5: moved/baseline/two/5\n"
     with pytest.raises(ValueError, match=r"index: moved/plan.json has the runs 0 to 3, not 4"):
         main(["run", "moved/plan.json", "--index", "4"])
     with pytest.raises(ValueError, match=r"trust.yaml is no plan of a study .*: give OUT/plan.json"):
@@ -174,6 +177,10 @@ REFUSED = [
     (["--cases", '{"a/b": {}}'], "cases: 'a/b' names a folder"),
     (["--runs.one_step.estimatr", "sama"], "unknown setting of run one_step 'estimatr'"),
     (["--runs.one_step.seed", "1"], "unknown setting of run one_step 'seed'"),
+    (
+        ["--runs", '{"report.html": {}}'],
+        "runs: 'report.html' names a folder, beside files of such names: leave its ending",
+    ),
     (["--hub_token", "secret"], "hub_token would stand in plan.json: leave it out, and log in by `hf auth login`"),
     (["--runs.one_step.hub_token", "secret"], "hub_token would stand in plan.json: leave it out"),
     (["--score", "acuracy"], "unknown score 'acuracy': did you mean 'accuracy'"),
@@ -224,6 +231,9 @@ def test_a_folder_that_is_no_study_is_left_alone(study: Study, monkeypatch: pyte
         (["studdy"], "unknown command 'studdy': did you mean 'study'"),
         (["run"], "run: name the plan, as in metaxl-evo run OUT/plan.json --index 0"),
         (["report"], "report: name the folder of a study"),
+        (["report", "nowhere"], "nowhere holds no plan.json: give the folder of a study"),
+        (["study"], "study: name its settings file first, as in metaxl-evo study CONFIG --output_dir OUT"),
+        (["study", "--output_dir", "out", "trust.yaml"], "study: name its settings file first"),
         (["study", "absent.yaml"], "--config absent.yaml: "),
     ],
 )
@@ -233,5 +243,10 @@ def test_commands_that_cannot_be(argv: list[str], message: str) -> None:
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == main(["--help"]) == 0
-    assert capsys.readouterr().out.count("metaxl-evo study CONFIG") == 4
+    assert main([]) == main(["--help"]) == main(["run", "--help"]) == main(["report", "-h"]) == 0
+    assert capsys.readouterr().out.count("metaxl-evo study CONFIG") == 8
+
+
+def test_a_study_wants_a_folder(study: Study) -> None:
+    with pytest.raises(ValueError, match="output_dir: name the folder of the study, as in --output_dir runs/study"):
+        main(["study", "trust.yaml", *QUICK])
