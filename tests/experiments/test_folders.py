@@ -59,7 +59,7 @@ def test_what_can_be_no_folder_is_refused(tmp_path: Path, resuming: bool) -> Non
 
 def test_results_are_kept_where_the_settings_are_the_same(tmp_path: Path) -> None:
     settings = {"learning_rate": 0.1, "sizes": (1, 2), "where": tmp_path, "output_dir": "here", "seed": 1}
-    results = {"test": {"accuracy": 0.5}, "settings": settings}
+    results = {"test": {"accuracy": 0.5}, "settings": settings, "run": {}}
     write_results(tmp_path / "new/run", results)
     file = tmp_path / "new/run" / RESULTS
     assert json.loads(file.read_text()) == results | {"settings": settings | {"sizes": [1, 2], "where": str(tmp_path)}}
