@@ -31,7 +31,11 @@ class RunArguments:
 
 def study(argv: Sequence[str]) -> int:
     """Make, check or plan a study; 1 where runs failed or a check found problems."""
-    made = Study(["--config", *argv] if argv and not argv[0].startswith("-") else argv)
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    if not any(one.partition("=")[0] == "--config" for one in argv):
+        raise ValueError("study: name its settings file first, as in metaxl-evo study CONFIG --output_dir OUT")
+    made = Study(argv)
     if made.arguments.check:
         return int(any(made.check().values()))
     if made.arguments.plan:
@@ -53,6 +57,7 @@ def run(argv: Sequence[str]) -> int:
     if not 0 <= settings.index < len(planned.runs):
         raise ValueError(f"index: {argv[0]} has the runs 0 to {len(planned.runs) - 1}, not {settings.index}")
     planned.make(settings.index)
+    print(f"{planned.runs[settings.index]}: {planned.runs[settings.index].folder}")
     return 0
 
 
@@ -60,10 +65,13 @@ def report(argv: Sequence[str]) -> int:
     """Compare and report the runs of a study that are finished."""
     if len(argv) != 1:
         raise ValueError("report: name the folder of a study, as in metaxl-evo report OUT")
-    Study.read(Path(argv[0]) / PLAN).report()
+    if not (plan := Path(argv[0]) / PLAN).exists():
+        raise ValueError(f"{argv[0]} holds no {PLAN}: give the folder of a study, OUT of metaxl-evo study")
+    Study.read(plan).report()
     return 0
 
 
+HELP = ("-h", "--help")
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"study": study, "run": run, "report": report}
 
 
@@ -71,7 +79,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"study": study, "run": ru
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    if not given or given[0] in ("-h", "--help"):
+    if not given or given[0] in HELP or (given[0] in ("run", "report") and set(HELP) & set(given)):
         print(__doc__)
         return 0
     if given[0] not in COMMANDS:
@@ -81,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script() -> None:
     """The console entry."""
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped: the same command goes on, with what is finished kept")
 
 
 def _end_with_parent() -> None:

@@ -67,6 +67,7 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
     )
     own_files = (SUBFOLDER,)
     units: ClassVar = {"accuracy": "%", "interval": "%"}
+    shown_only = ("interval",)
     training = EpisodicTrainingArguments
     chooses = True  # on val classes of the seen domains
 

@@ -69,6 +69,7 @@ class RotationTask(VisionTask[RotationArguments, RotationData]):
     usage = f"{USAGE}\n# The angle is in rotation/config.json."
     own_files = (SUBFOLDER,)
     units: ClassVar = {"accuracy": "%", "accuracy_upright": "%", "degrees": "°"}
+    shown_only = ("degrees",)
 
     def learns(self, settings: RotationArguments) -> bool:
         return settings.method == "rotation"

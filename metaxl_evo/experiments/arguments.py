@@ -10,6 +10,7 @@ from metaxl_evo.messages import unknown
 
 ENGINES = ("local", "ray", "inline")
 NAME = re.compile(r"[\w-][\w.-]*")
+FILES = (".json", ".md", ".csv", ".png", ".html")
 KEYS = ("run", "case", "seed")
 
 
@@ -53,6 +54,8 @@ def _named(what: str, given: dict[str, Any]) -> dict[str, Any]:
     for name, settings in held.items():
         if not NAME.fullmatch(name):
             raise ValueError(f"{what}: {name!r} names a folder: use letters, digits, dots, - and _")
+        if name.endswith(FILES):
+            raise ValueError(f"{what}: {name!r} names a folder, beside files of such names: leave its ending out")
         if not isinstance(settings, dict):
             raise ValueError(f"{what}: {name} must be a mapping of settings, as in {{}}, not {settings!r}")
     return held

@@ -11,6 +11,7 @@ from transformers import set_seed
 from metaxl_evo.experiments.arguments import RunsArguments
 from metaxl_evo.experiments.folders import RESULTS, refuse_another_run, write_results
 from metaxl_evo.experiments.plan import Key, Run, plan_runs
+from metaxl_evo.experiments.report import REPORT
 from metaxl_evo.experiments.reporting import Question, report_runs
 from metaxl_evo.experiments.run import keep_finished, make_run, try_out
 from metaxl_evo.experiments.task import Data, Settings, Task
@@ -41,8 +42,7 @@ def run_here(
     root, resuming = Path(str(args.output_dir)), args.resume_from_checkpoint is not None
     if resuming and len(runs) > 1 and str(args.resume_from_checkpoint).lower() not in LATEST:
         raise ValueError("resume_from_checkpoint: one checkpoint cannot continue several runs: use latest, or one run")
-    for folder in _folders(root, runs):
-        refuse_another_run(folder, resuming, task.own_files)
+    refuse_other_runs(task, root, runs, resuming)
     if len(runs) > 1 and any((root / name).exists() for name in SINGLE):
         raise ValueError(f"{root} holds a single run: choose another output_dir for several")
     finished: dict[Key, dict[str, Any]] = {}
@@ -98,11 +98,10 @@ def check_runs(
     runs = plan_runs(task, which, settings, args)
     run = next((one for one in runs if task.learns(one.settings)), runs[0])
     report = check_run(task, run)
-    for folder in _folders(Path(str(args.output_dir)), runs):
-        try:
-            refuse_another_run(folder, args.resume_from_checkpoint is not None, task.own_files)
-        except ValueError as error:
-            report.problems.append(str(error))
+    try:
+        refuse_other_runs(task, Path(str(args.output_dir)), runs, args.resume_from_checkpoint is not None)
+    except ValueError as error:
+        report.problems.append(str(error))
     if args.should_log:
         print(report)
     return report.as_dict()
@@ -124,5 +123,14 @@ def check_run(task: Task[Settings, Data], run: Run[Settings]) -> CheckReport:
     return report
 
 
-def _folders(root: Path, runs: Sequence[Run[Any]]) -> list[Path]:
-    return list(dict.fromkeys([root, *(run.folder for run in runs)]))
+def refuse_other_runs(task: Task[Any, Any], root: Path, runs: Sequence[Run[Any]], resuming: bool) -> None:
+    """Nothing of the user's is overwritten, neither by the runs nor by the report above several.
+
+    Raises:
+        ValueError: for the first folder that holds files of their names, where these runs are not resumed.
+    """
+    places = dict.fromkeys(run.folder for run in runs)
+    if root not in places:
+        refuse_another_run(root, resuming, (*task.own_files, *REPORT))
+    for folder in places:
+        refuse_another_run(folder, resuming, task.own_files)

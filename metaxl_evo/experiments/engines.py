@@ -14,9 +14,10 @@ from typing import Protocol
 
 import torch
 
+from metaxl_evo.experiments.folders import RESULTS
 from metaxl_evo.messages import one_line
 
-LOG = "run.log"
+LOG = "_run.log"  # which an upload leaves out, for its paths
 TURN = 0.2  # seconds between two looks at the processes
 
 
@@ -111,7 +112,10 @@ class RunProcess:
     def ended(self) -> Ended:
         """Waits until it is over."""
         code = self._process.wait()
-        return Ended(self.number, None if code == 0 else why(code, self.log))
+        if code:
+            return Ended(self.number, why(code, self.log))
+        made = (self.log.parent / RESULTS).exists()
+        return Ended(self.number, None if made else f"left no {RESULTS}: was the plan replaced meanwhile?")
 
     def end(self) -> None:
         self._process.kill()

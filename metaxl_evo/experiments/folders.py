@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from metaxl_evo.experiments.curves import CURVES, PICTURE
+from metaxl_evo.experiments.scores import OUTCOMES
 from metaxl_evo.messages import one_line
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.checkpoint import as_named
@@ -16,7 +18,10 @@ from metaxl_evo.training.history import HISTORY
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-OWN_FILES = (RESULTS, "config.json", "model.safetensors", "README.md", "training_args.bin", HISTORY)
+OWN_FILES = (
+    *(RESULTS, "config.json", "model.safetensors", "README.md", "training_args.bin"),
+    *(HISTORY, CURVES, PICTURE, OUTCOMES),
+)
 ALWAYS_NAMED = (
     "estimator",
     "estimator_kwargs",
@@ -78,11 +83,8 @@ def finished_run(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: where they were made with other settings than these.
     """
-    try:
-        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        then = as_named(results["settings"], settings)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} holds no results ({one_line(error)}): remove it, and the run goes on") from error
+    results = read_results(file)
+    then = as_named(results["settings"], settings)
     now = json.loads(json.dumps(settings, default=str))
     changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in OUTSIDE)
     if changed:
@@ -91,6 +93,21 @@ def finished_run(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     logger.info("%s is finished: its results are kept", file.parent)
     return results
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """What `write_results` left: `test` and `run`, and the `settings` that it was made with.
+
+    Raises:
+        ValueError: for a file that holds something else.
+    """
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not all(isinstance(found[part], dict) for part in ("test", "settings", "run")):
+            raise TypeError("no scores, settings or facts")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} holds no results ({one_line(error)}): remove it, and the run goes on") from error
+    return found
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:

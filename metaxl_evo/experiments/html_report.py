@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from metaxl_evo.experiments.comparison import Comparison
 from metaxl_evo.experiments.tables import (
+    PANELS,
     Differences,
     cost_table,
     describe,
@@ -35,8 +36,7 @@ from metaxl_evo.training.history import MOVED, VALUE
 
 TEMPLATE = "report.html.jinja"
 POINTS = 500  # of a curve; of longer ones evenly spaced rows are drawn
-PANELS = 4  # side by side
-CURVES, ROW, TOP, GAP = 240, 30, 40, 60  # heights in pixels: of curves, of a run's dots, above and below a panel
+CURVE_HEIGHT, ROW, TOP, GAP = 240, 30, 40, 60  # heights in pixels: of curves, of a run's dots, above and below a panel
 GRID, CLEAR = "rgba(128, 128, 128, 0.25)", "rgba(0, 0, 0, 0)"
 CURVE = ["run", "case", "seed", "column"]
 
@@ -96,7 +96,7 @@ def _history(comparison: Comparison) -> pd.DataFrame:
 
 def _lines(comparison: Comparison, column: str, rows: pd.DataFrame) -> Figure:
     """A line a run, in the colour of its method."""
-    panels = _panels(comparison, rows, column, CURVES)
+    panels = _panels(comparison, rows, column, CURVE_HEIGHT)
     return _laid_out(px.line(_escaped(rows), x="step", y="value", line_group="seed", render_mode="svg", **panels))
 
 

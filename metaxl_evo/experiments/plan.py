@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from metaxl_evo.experiments.arguments import NAME, RunsArguments
+from metaxl_evo.experiments.comparison import AVERAGE
 from metaxl_evo.experiments.folders import training_settings
 from metaxl_evo.experiments.task import Settings, Task
 from metaxl_evo.messages import unknown
@@ -65,6 +66,8 @@ def plan_runs(
     runs = {name: _typed(task, f"run {name}", changes) for name, changes in which.runs.items()} or {ALONE: {}}
     cases = {name: _typed(task, f"case {name}", changes) for name, changes in which.cases.items()}
     cases = cases or cases_of(task, settings)
+    if AVERAGE in cases:
+        raise ValueError(f"no case can be named {AVERAGE!r}, that is the mean over the cases: rename it")
     seeds = which.seeds or [args.seed]
     for (run, mine), (case, its) in product(runs.items(), cases.items()):
         double = sorted(mine.keys() & its.keys())

@@ -13,6 +13,7 @@ import pandas as pd
 
 from metaxl_evo.experiments.comparison import Comparison, Difference
 from metaxl_evo.experiments.tables import (
+    PANELS,
     Differences,
     Table,
     cost_table,
@@ -31,7 +32,7 @@ from metaxl_evo.training.figures import figure
 
 logger = logging.getLogger(__name__)
 
-PANELS = 4  # side by side
+REPORT = ("report.md", "scores.csv", "differences.csv", "scores.png", "report.html")
 
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
@@ -41,20 +42,20 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
         The files written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / name for name in ("report.md", "scores.csv", "differences.csv")]
+    *files, picture, page = (folder / name for name in REPORT)
     differences = differences_by_baseline(comparison)
     files[0].write_text(_report_text(comparison, differences), encoding="utf-8")
     comparison.frame().to_csv(files[1], index=False)
     rows = [asdict(one) for found in differences.values() for one in found]
     pd.DataFrame(rows, columns=[one.name for one in fields(Difference)]).to_csv(files[2], index=False)
     try:
-        files.append(plot_scores(comparison, folder / "scores.png"))
+        files.append(plot_scores(comparison, picture))
     except ImportError:
         logger.warning("no scores.png: pip install 'metaxl_evo[plot]' draws one")
     try:
         from metaxl_evo.experiments.html_report import write_html
 
-        files.append(write_html(comparison, differences, folder / "report.html"))
+        files.append(write_html(comparison, differences, page))
     except ImportError:
         logger.warning("no report.html: pip install 'metaxl_evo[report]' makes one")
     return files

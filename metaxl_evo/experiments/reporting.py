@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ from typing import Any
 
 from metaxl_evo.experiments.comparison import Comparison
 from metaxl_evo.experiments.curves import read_curves
-from metaxl_evo.experiments.folders import OUTSIDE, RESULTS, write_results
+from metaxl_evo.experiments.folders import OUTSIDE, RESULTS, read_results, write_results
 from metaxl_evo.experiments.plan import Run
 from metaxl_evo.experiments.records import NOT_MADE, Record
 from metaxl_evo.experiments.report import comparison_text, write_report
@@ -48,9 +47,10 @@ class Question:
         for one in baselines or ():
             if one not in names:
                 raise ValueError(unknown("baseline", one, names))
-        if score is not None and score not in task.units:
-            raise ValueError(unknown("score", score, task.units))
-        return cls(score or next(iter(task.units)), baselines or names[:1], margin)
+        compared = [one for one in task.units if one not in task.shown_only]
+        if score is not None and score not in compared:
+            raise ValueError(unknown("score", score, compared))
+        return cls(score or compared[0], baselines or names[:1], margin)
 
 
 def report_runs(
@@ -89,7 +89,10 @@ def read_record(task: Task[Any, Any], run: Run[Any], error: str | None = None) -
     file = run.folder / RESULTS
     if error is not None or not file.is_file():
         return Record(*where, error or NOT_MADE, history=history)
-    results = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        results = read_results(file)
+    except ValueError as damaged:
+        return Record(*where, str(damaged), history=history)
     scores = {
         name: value for name, value in task.flat_scores(results["test"]).items() if isinstance(value, int | float)
     }

@@ -1,7 +1,8 @@
-"""A run's life, whatever its task: what was trained is kept first; at last `results.json` says that all is done."""
+"""A run's life, whatever its task: what was trained is kept first, and `results.json` says that it is finished."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -67,14 +68,17 @@ def keep_finished(task: Task[Any, Any], run: Run[Any]) -> dict[str, Any] | None:
 
 
 def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
-    """Train, test and save one run; returns what `results.json` holds.
+    """Train, test and save one run, unless it resumes a finished one; returns what `results.json` holds.
 
-    In this order: model, scores with their examples, history, card, pictures, `results.json`, upload.
+    In this order: model, scores with their examples, history, card, `results.json`, pictures, upload.
 
     Raises:
         ValueError: for whatever cannot work, or where another process makes this run.
     """
     with _alone(run):
+        resuming = run.args.resume_from_checkpoint is not None
+        if resuming and (kept := keep_finished(task, run)) is not None:  # by another process, meanwhile
+            return kept
         data, trainer = prepare(task, run)
         settings = run.all_settings(trainer.args)
         trainer.run_settings = checkpoint_settings(settings)
@@ -83,7 +87,7 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
         begun = time.perf_counter()
         trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
         facts = {"steps": trainer.state.global_step, "train_seconds": time.perf_counter() - begun}
-        trainer.save_model()
+        _save_model(trainer)
         results: dict[str, Any] = {"test": task.score(trainer, run.settings, data)}
         dev = task.dev_score(trainer, run.settings, data)
         results |= {} if dev is None else {"dev": dev}
@@ -93,9 +97,20 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
     return results
 
 
+def _save_model(trainer: MetaTrainer) -> None:
+    """Here alone: the Trainer would upload it at once, without scores, and lose them where the Hub is away."""
+    args, trainer.args = trainer.args, copy.copy(trainer.args)
+    trainer.args.push_to_hub = False
+    try:
+        trainer.save_model()
+    finally:
+        trainer.args = args
+
+
 def _facts(trainer: MetaTrainer) -> dict[str, Any]:
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     return {
+        "processes": trainer.args.world_size,
         "skipped_meta_steps": trainer.skipped_meta_steps,
         "base_parameters": tree.size(trainer.model.base_parameters()),
         "meta_parameters": tree.size(trainer.model.meta_parameters()),
@@ -112,9 +127,9 @@ def _leave(task: Task[Settings, Any], run: Run[Settings], trainer: MetaTrainer, 
         write_outcomes(run.folder, task.flat_scores(results["test"]))
         write_curves(run.folder, trainer.state.log_history)
         trainer.create_model_card(**card)
+        write_results(run.folder, results)
         if find_spec("matplotlib"):
             task.plot(run.folder, results)
-        write_results(run.folder, results)
     if run.args.push_to_hub:
         trainer.push_to_hub(**card)
 
@@ -134,9 +149,9 @@ def _alone(run: Run[Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        for name in (LOCK, PROGRESS):
+        for name in (LOCK, PROGRESS):  # while it is held: after the release it may be another's
             (run.folder / name).unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager

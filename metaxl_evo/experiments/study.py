@@ -11,9 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from metaxl_evo.experiments.arguments import StudyArguments
-from metaxl_evo.experiments.command import check_run
+from metaxl_evo.experiments.command import check_run, refuse_other_runs
 from metaxl_evo.experiments.engines import Ended, Engine, LocalEngine
-from metaxl_evo.experiments.folders import RESULTS, refuse_another_run, write_json
+from metaxl_evo.experiments.folders import RESULTS, write_json
 from metaxl_evo.experiments.plan import Run, plan_runs, selected
 from metaxl_evo.experiments.progress import part_made
 from metaxl_evo.experiments.reporting import Question, report_runs
@@ -43,10 +43,12 @@ class Study:
         self.options = [*resolve_config(types, argv), "--resume_from_checkpoint=latest"]
         parsed: tuple[StudyArguments, Any, MetaTrainingArguments] = parse_arguments(types, self.options)
         self.arguments, self.settings, self.args = parsed
-        if self.args.hub_token is not None:
-            raise ValueError(f"hub_token would stand in {PLAN}: leave it out, and log in by `hf auth login`")
+        if given_text("output_dir", self.options) is None and not self.arguments.check:
+            raise ValueError("output_dir: name the folder of the study, as in --output_dir runs/study")
         self.folder = Path(str(self.args.output_dir))
         self.runs: list[Run[Any]] = plan_runs(self.task, self.arguments, self.settings, self.args, nested=True)
+        if any(args.hub_token is not None for args in (self.args, *(run.args for run in self.runs))):
+            raise ValueError(f"hub_token would stand in {PLAN}: leave it out, and log in by `hf auth login`")
         self.chosen = list(selected(self.runs, self.arguments.only))
         asked = self.arguments.score, self.arguments.baselines, self.arguments.margin
         self.question = Question.of(self.task, self.runs, *asked)
@@ -73,22 +75,24 @@ class Study:
         """Try every chosen run up to its first step; returns those that are not finished.
 
         Raises:
-            ValueError: for the first that cannot work, was made with other settings, or would overwrite something.
+            ValueError: for the first that cannot work or would overwrite something, and for any of the plan, chosen or
+                not, that was made with other settings: the report would mix them.
         """
         plan, unfinished = self.folder / PLAN, []
         ours = plan.exists()
         if ours and (other := _read(plan)["task"]) != self.name:
             raise ValueError(f"{self.folder} holds a study of the task {other}: choose another output_dir")
-        for folder in dict.fromkeys([self.folder, *(run.folder for run in self.runs)]):
-            refuse_another_run(folder, ours, self.task.own_files)
-        for number in tqdm(self.chosen, desc="checks", disable=self.args.disable_tqdm):
-            if not keep_finished(self.task, self.runs[number]):
-                try_out(self.task, self.runs[number])
+        refuse_other_runs(self.task, self.folder, self.runs, ours)
+        for number, run in enumerate(tqdm(self.runs, desc="checks", disable=self.args.disable_tqdm)):
+            if not keep_finished(self.task, run) and number in self.chosen:
+                try_out(self.task, run)
                 unfinished.append(number)
         return unfinished
 
     def write_plan(self) -> None:
         """`plan.json`: all that a process needs to make one of the runs by its number, and the runs to read."""
+        if not self.args.should_save:
+            return
         planned = [
             {"run": run.name, "case": run.case, "seed": run.seed, "folder": str(run.folder.relative_to(self.folder))}
             for run in self.runs
@@ -107,11 +111,12 @@ class Study:
             for ended in engine(self.folder / PLAN, folders):
                 if ended is not None:
                     folder = waiting.pop(ended.number)
-                    if ended.error is not None and not (folder / RESULTS).exists():
-                        errors[ended.number] = ended.error
+                    if ended.error is not None:
                         bar.write(f"{self.runs[ended.number]}: {ended.error}")
+                        if not (folder / RESULTS).exists():
+                            errors[ended.number] = ended.error
                 made = len(self.chosen) - len(waiting) + part_made(waiting.values())
-                bar.update(round(made, 2) - bar.n)
+                bar.update(max(0.0, round(made, 2) - bar.n))
         return errors
 
     def _engine(self) -> Engine:
@@ -132,8 +137,7 @@ class Study:
         Raises:
             ValueError: for whatever cannot work.
         """
-        if not keep_finished(self.task, self.runs[number]):
-            make_run(self.task, self.runs[number])
+        make_run(self.task, self.runs[number])
 
     def _inline(self, plan: Path, folders: Mapping[int, Path]) -> Iterator[Ended]:
         for number in folders:
@@ -145,7 +149,9 @@ class Study:
 
     def report(self, errors: Mapping[int, str] | None = None) -> dict[str, Any]:
         """Compare all runs of the plan as they stand; write and print what comes of it."""
-        return report_runs(self.task, self.runs, self.folder, self.question, errors)
+        if not self.args.should_save:
+            return {}
+        return report_runs(self.task, self.runs, self.folder, self.question, errors, log=self.args.should_log)
 
     def check(self) -> dict[str, list[str]]:
         """A few steps of each method, on the first case with the first seed; prints findings, returns problems.

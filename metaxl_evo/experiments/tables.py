@@ -18,6 +18,7 @@ from metaxl_evo.experiments.records import NOT_MADE, Record
 from metaxl_evo.experiments.statistics import spread
 
 Differences = Mapping[str, Sequence[Difference]]  # by baseline
+PANELS = 4  # side by side, in every figure
 LISTED = 3  # values of a setting that changes within a run
 
 
@@ -166,6 +167,7 @@ def run_table(comparison: Comparison, folder: Path) -> Table:
 
 def notes(comparison: Comparison, differences: Differences) -> list[str]:
     """How the tables are to be read."""
+    zero = sum(record.scores.get(comparison.score) == 0 for record in comparison.records)
     few = {one.pairs: one.smallest_p for found in differences.values() for one in found if one.adjusted_p is None}
     return [
         f"A {'higher' if comparison.greater_is_better else 'lower'} {comparison.score} is better.",
@@ -181,6 +183,11 @@ def notes(comparison: Comparison, differences: Differences) -> list[str]:
             if smallest is not None
         ),
         *(["A single pair has no interval."] if 1 in few else []),
+        *(
+            [f"{zero} runs have a {comparison.score} of 0: a tie of runs that find nothing tells nothing."]
+            if zero
+            else []
+        ),
         *(f"No run has a pair with {baseline}." for baseline, found in differences.items() if not found),
     ]
 

@@ -37,6 +37,7 @@ class Task(ABC, Generic[Settings, Data]):
         training: that of the training arguments, where the task has defaults of its own.
         title: of the model card.
         units: test score -> its unit, of those in tables; "%" shows a fraction as percent. The first is compared.
+        shown_only: of these scores, those that are neither better nor worse where they are higher.
         greater_is_better: of the score that is compared.
         case: a setting that is a list (languages, ...): each of its items is a case, trained and tested by itself.
         sources: what the card cites.
@@ -48,6 +49,7 @@ class Task(ABC, Generic[Settings, Data]):
     training: type[MetaTrainingArguments] = MetaTrainingArguments
     title: str = "Training run"
     units: ClassVar[Mapping[str, str]] = {"accuracy": "%"}
+    shown_only: Sequence[str] = ()
     greater_is_better: bool = True
     case: str | None = None
     sources: Sequence[str] = ()
@@ -133,7 +135,10 @@ class Task(ABC, Generic[Settings, Data]):
 
     def table(self, test: Mapping[str, Any]) -> str:
         """The test scores of one method, in Markdown."""
-        rows = [f"| {name} | {self.flat_scores(test)[name]:.4f} |" for name in self.units]
+        scores = self.flat_scores(test)
+        if missing := [name for name in self.units if name not in scores]:
+            raise ValueError(unknown("score in units of the task", missing[0], scores))
+        rows = [f"| {name} | {scores[name]:.4f} |" for name in self.units]
         return "\n".join(["| score | value |", "|---|---:|", *rows])
 
     def summarise(self, results: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:

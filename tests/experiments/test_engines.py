@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from metaxl_evo.cli import main
-from metaxl_evo.experiments.engines import why
+from metaxl_evo.experiments import engines
 from tests.experiments.own_task import ROOT, write_own_task
 
 FIELDS = ["--max_steps", "4", "--logging_steps", "2", "--task", "trust.py:Unwell", "--threads", "1"]
@@ -56,19 +56,26 @@ def test_processes_make_the_same_numbers_and_one_that_dies_harms_no_other(
     runs = {"dies": {"method": "dies"}, "one_step": {"estimator": "one_step"}}
     given = ["--cases.two", "null", "--seeds", "0", "--runs"]
     assert main(options("local", "--jobs", "2", *given, json.dumps({"baseline": None, **runs}))) == 1
-    assert "dies, one, seed 0: ended by signal 9 (see local/dies/one/0/run.log)" in capsys.readouterr().out
+    assert "dies, one, seed 0: ended by signal 9 (see local/dies/one/0/_run.log)" in capsys.readouterr().out
     main(options("inline", "--engine", "inline", *given, json.dumps({"baseline": None, "one_step": runs["one_step"]})))
     assert scores("local") == scores("inline")
     assert not processes_of("local")
 
 
 def test_why_a_process_ended(tmp_path: Path) -> None:
-    log = tmp_path / "run.log"
+    log = tmp_path / "_run.log"
     log.write_text("a step\nerror: the data are gone\n", encoding="utf-8")
-    assert why(1, log) == f"the data are gone (see {log})"
-    assert why(-11, log) == f"ended by signal 11 (see {log})"
+    assert engines.why(1, log) == f"the data are gone (see {log})"
+    assert engines.why(-11, log) == f"ended by signal 11 (see {log})"
     log.write_text("", encoding="utf-8")
-    assert why(3, log) == f"exit code 3 (see {log})"
+    assert engines.why(3, log) == f"exit code 3 (see {log})"
+
+
+def test_a_process_that_made_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends well, and its folder stays empty."""
+    monkeypatch.setattr(engines, "command", lambda *of: [sys.executable, "-c", ""])
+    process = engines.RunProcess(tmp_path / "plan.json", 3, tmp_path / "_run.log", {})
+    assert process.ended() == engines.Ended(3, "left no results.json: was the plan replaced meanwhile?")
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def test_a_folder_with_a_run_is_refused_unless_it_goes_on(tmp_path: Path, sign: 
 
 
 def test_the_signs_are_these() -> None:
-    assert len(SIGNS) == 11
+    assert len(SIGNS) == 14
     assert RESULTS == "results.json"
 
 
@@ -59,7 +59,7 @@ def test_what_can_be_no_folder_is_refused(tmp_path: Path, resuming: bool) -> Non
 
 def test_results_are_kept_where_the_settings_are_the_same(tmp_path: Path) -> None:
     settings = {"learning_rate": 0.1, "sizes": (1, 2), "where": tmp_path, "output_dir": "here", "seed": 1}
-    results = {"test": {"accuracy": 0.5}, "settings": settings}
+    results = {"test": {"accuracy": 0.5}, "settings": settings, "run": {}}
     write_results(tmp_path / "new/run", results)
     file = tmp_path / "new/run" / RESULTS
     assert json.loads(file.read_text()) == results | {"settings": settings | {"sizes": [1, 2], "where": str(tmp_path)}}
@@ -77,7 +77,7 @@ def test_results_are_kept_where_the_settings_are_the_same(tmp_path: Path) -> Non
 def test_a_default_of_earlier_versions_is_known(tmp_path: Path) -> None:
     """Of 0.5 they said nothing."""
     file = tmp_path / "results.json"
-    file.write_text(json.dumps({"settings": {"seed": 1}}), encoding="utf-8")
+    file.write_text(json.dumps({"test": {}, "settings": {"seed": 1}, "run": {}}), encoding="utf-8")
     finished_run(file, {"seed": 1, "meta_portion": 0.5})
     with pytest.raises(ValueError, match="made with another meta_portion"):
         finished_run(file, {"seed": 1, "meta_portion": 1.0})

@@ -150,6 +150,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"runs": {"a": 3}}, "runs: a must be a mapping of settings, as in {}, not 3"),
     ({"cases": {"a": [1]}}, r"cases: a must be a mapping of settings, as in {}, not \[1\]"),
     ({"runs": {"../a": {}}}, "runs: '../a' names a folder: use letters, digits, dots, - and _"),
+    ({"cases": {"average": {}}}, "no case can be named 'average', .*: rename it"),
     ({"cases": {"..": {}}}, "cases: '..' names a folder"),
     ({"runs": {"": {}}}, "runs: '' names a folder"),
     ({"runs": {"a": {"method": "basline"}}}, "unknown method 'basline': did you mean 'baseline'"),

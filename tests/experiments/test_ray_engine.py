@@ -61,7 +61,7 @@ def scores(study: Study) -> list[Any]:
 
 
 def found_in_logs(study: Study, pattern: str) -> list[list[str]]:
-    return [re.findall(pattern, log.read_text()) for log in sorted(study.folder.rglob("run.log"))]
+    return [re.findall(pattern, log.read_text()) for log in sorted(study.folder.rglob("_run.log"))]
 
 
 def test_a_run_whose_node_is_lost_goes_on_from_its_checkpoint_on_another(cluster: Cluster, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(cluster: Cluster, tmp_pat
     runs = {"fails": {"event": "raise"}, "kills": {"event": "kill"}, "works": {}}
     study = planned(tmp_path, runs=json.dumps(runs))
     errors = made(study, RayEngine(jobs=1, retries=1))
-    log = study.runs[0].folder / "run.log"
+    log = study.runs[0].folder / "_run.log"
     assert list(errors.items()) == [(0, f"not this one (see {log})"), (1, errors[1]), (2, None)]
     assert "worker died" in str(errors[1])
     assert found_in_logs(study, "from step (.)") == [["0"], ["0", "2"], ["0"]]

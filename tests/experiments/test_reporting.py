@@ -17,6 +17,7 @@ from metaxl_evo.experiments.records import Record
 from metaxl_evo.experiments.reporting import Question, compare, read_record, shared, summarise
 from metaxl_evo.experiments.scores import Rate, read_outcomes, write_outcomes
 from tests.vision_tasks.small import arguments
+from vision_tasks.fewshot_task import FewShotTask
 from vision_tasks.rotation_task import RotationArguments, RotationTask
 
 BASE, EVO = [0.5, 0.7, 0.6], [0.62, 0.81, 0.73]
@@ -36,6 +37,17 @@ def records(case: str = "", seeds: tuple[int, ...] = (1, 2, 5)) -> list[Record]:
 
 def summary(found: list[Record], score: str = "accuracy", baseline: str = "base") -> dict[str, Any]:
     return summarise(compare(RotationTask(), found, Question(score, [baseline])))
+
+
+def test_what_is_neither_better_nor_worse_is_not_compared() -> None:
+    for task, score in ((RotationTask(), "degrees"), (FewShotTask(), "interval")):
+        with pytest.raises(ValueError, match=f"unknown score '{score}': .*Valid: accuracy"):
+            Question.of(task, [], score)
+
+
+def test_a_card_lacks_a_score_that_its_task_announced() -> None:
+    with pytest.raises(ValueError, match=r"unknown score in units of the task 'accuracy_upright': .*Valid: accuracy$"):
+        RotationTask().table({"accuracy": 1.0})
 
 
 def test_the_summary_of_several_seeds() -> None:

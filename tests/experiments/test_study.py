@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 
 from metaxl_evo.cli import main
+from metaxl_evo.experiments.task import Task
+from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.experiments.own_task import blocks, write_own_task
 
@@ -88,6 +90,23 @@ def test_a_part_of_a_study(study: Study) -> None:
     assert set(failed.values()) == {"not made yet"}
 
 
+def test_a_part_does_not_bring_other_settings(study: Study) -> None:
+    """Which the report would mix with those of the rest."""
+    study("--only", "run=baseline,case=one,seed=0")
+    with pytest.raises(ValueError, match=r"one/0/results.json was made with another learning_rate: give the settings"):
+        study("--only", "run=baseline,case=one,seed=1", "--learning_rate", "0.1")
+
+
+def test_one_process_of_a_launch_writes_for_all(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("should_save", "should_log"):
+        monkeypatch.setattr(MetaTrainingArguments, name, False)
+    assert study("--only", "run=baseline,case=one,seed=0") == 0
+    assert not [path for path in Path("out").rglob("*") if path.is_file()]
+    assert "##" not in capsys.readouterr().out
+
+
 def test_runs_that_fail_are_told_and_the_others_go_on(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     runs = {"baseline": None, "one_step": None, "well": {}, "fails": {"method": "fails"}, "nan": {"method": "nan"}}
     given = ["--task", "trust.py:Unwell", "--runs", json.dumps(runs), "--cases.two", "null", "--seeds", "0"]
@@ -105,6 +124,18 @@ def test_runs_that_fail_are_told_and_the_others_go_on(study: Study, capsys: pyte
     assert "no score to be had" in capsys.readouterr().out
 
 
+def test_a_picture_that_fails_costs_no_results(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plot(self: Task[Any, Any], folder: Path, results: Any) -> None:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(Task, "plot", plot)
+    assert study("--only", "run=baseline,case=one,seed=0") == 0
+    assert "baseline, one, seed 0: no picture" in capsys.readouterr().out
+    assert "accuracy" in read("out/baseline/one/0/results.json")["test"]
+
+
 def test_a_plan_and_its_runs_one_by_one(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     assert study("--plan", "true", "--seeds", "5") == 0
     assert "4 runs: metaxl-evo run out/plan.json --index 0 to 3" in capsys.readouterr().out
@@ -114,6 +145,9 @@ def test_a_plan_and_its_runs_one_by_one(study: Study, capsys: pytest.CaptureFixt
     Path("out").rename("moved")
     assert main(["run", "moved/plan.json", "--index", "2"]) == 0
     assert [str(file.parent) for file in Path().rglob("results.json")] == ["moved/baseline/two/5"]
+    assert "one_step" not in capsys.readouterr().out
+    assert main(["run", "moved/plan.json", "--index", "2"]) == 0
+    assert capsys.readouterr().out == "baseline, two, seed 5: moved/baseline/two/5\n"
     with pytest.raises(ValueError, match=r"index: moved/plan.json has the runs 0 to 3, not 4"):
         main(["run", "moved/plan.json", "--index", "4"])
     with pytest.raises(ValueError, match=r"trust.yaml is no plan of a study .*: give OUT/plan.json"):
@@ -143,7 +177,12 @@ REFUSED = [
     (["--cases", '{"a/b": {}}'], "cases: 'a/b' names a folder"),
     (["--runs.one_step.estimatr", "sama"], "unknown setting of run one_step 'estimatr'"),
     (["--runs.one_step.seed", "1"], "unknown setting of run one_step 'seed'"),
+    (
+        ["--runs", '{"report.html": {}}'],
+        "runs: 'report.html' names a folder, beside files of such names: leave its ending",
+    ),
     (["--hub_token", "secret"], "hub_token would stand in plan.json: leave it out, and log in by `hf auth login`"),
+    (["--runs.one_step.hub_token", "secret"], "hub_token would stand in plan.json: leave it out"),
     (["--score", "acuracy"], "unknown score 'acuracy': did you mean 'accuracy'"),
 ]
 
@@ -179,7 +218,7 @@ def test_a_study_of_another_task_is_left_alone(study: Study) -> None:
 
 def test_a_folder_that_is_no_study_is_left_alone(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MetaTrainer, "training_step", no_step)
-    for place in ("out/config.json", "deep/one_step/two/2/model.safetensors"):
+    for place in ("out/config.json", "page/report.md", "deep/one_step/two/2/outcomes.csv"):
         Path(place).parent.mkdir(parents=True)
         Path(place).write_text("mine", encoding="utf-8")
         with pytest.raises(ValueError, match=r"holds another run \(.*\): choose another output_dir"):
@@ -192,6 +231,9 @@ def test_a_folder_that_is_no_study_is_left_alone(study: Study, monkeypatch: pyte
         (["studdy"], "unknown command 'studdy': did you mean 'study'"),
         (["run"], "run: name the plan, as in metaxl-evo run OUT/plan.json --index 0"),
         (["report"], "report: name the folder of a study"),
+        (["report", "nowhere"], "nowhere holds no plan.json: give the folder of a study"),
+        (["study"], "study: name its settings file first, as in metaxl-evo study CONFIG --output_dir OUT"),
+        (["study", "--output_dir", "out", "trust.yaml"], "study: name its settings file first"),
         (["study", "absent.yaml"], "--config absent.yaml: "),
     ],
 )
@@ -201,5 +243,10 @@ def test_commands_that_cannot_be(argv: list[str], message: str) -> None:
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == main(["--help"]) == 0
-    assert capsys.readouterr().out.count("metaxl-evo study CONFIG") == 4
+    assert main([]) == main(["--help"]) == main(["run", "--help"]) == main(["report", "-h"]) == 0
+    assert capsys.readouterr().out.count("metaxl-evo study CONFIG") == 8
+
+
+def test_a_study_wants_a_folder(study: Study) -> None:
+    with pytest.raises(ValueError, match="output_dir: name the folder of the study, as in --output_dir runs/study"):
+        main(["study", "trust.yaml", *QUICK])

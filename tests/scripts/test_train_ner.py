@@ -271,6 +271,7 @@ def test_push_to_hub_carries_both_parts(
             root = Path(folder_path)
             files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
             assert list(ignore_patterns) == ["_*", "checkpoint-*"]
+            assert repo_id not in uploads  # once, when all is there
             uploads[repo_id] = {name for name in files if not name.startswith(("_", "checkpoint-"))}
 
     monkeypatch.setattr("transformers.trainer.hf_api", Api)
