@@ -22,11 +22,11 @@ from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.hub import Instead, load_from_hub, require_reachable
 from vision_tasks.augmentation import Transform, to_float
+from vision_tasks.image_files import TableImages
 
 SYNTHETIC = "synthetic"
 PARTS = ("train", "test")
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "fine_label")
-GREY_MODES, COLOUR_MODES = ("1", "L", "LA"), ("RGB", "RGBA", "P", "CMYK", "YCbCr")
 INSTEAD = Instead("--data FILE.npz", "MNIST: ylecun/mnist")
 MOST_CLASSES = 100_000  # a label beyond is no number of a class
 
@@ -227,29 +227,10 @@ def _of_table(table: Dataset, where: str) -> ImageSet:
     kind = table.features[label]
     if not isinstance(kind, ClassLabel):
         raise ValueError(f"{where}: {label} must be a ClassLabel, which says how many classes there are")
-    pixels = [as_array(one, f"{where}, row {row}") for row, one in enumerate(table[image])]
+    pixels = list(TableImages(table, image, where))
     if len({one.shape for one in pixels}) != 1:
         raise ValueError(f"{where}: its images differ in size: this task needs them alike, resize them first")
     return ImageSet(np.stack(pixels), np.asarray(table[label], np.int64), tuple(kind.names), where)
-
-
-def as_array(image: Any, where: str) -> np.ndarray:
-    """A PIL image as uint8 (H, W, 1) where it is grey, else (H, W, 3).
-
-    Raises:
-        ValueError: for what is not an image of 8 bits a channel.
-    """
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"{where} holds {type(image).__name__}, not an image: name a data set of images")
-    require_mode(image, where)
-    array = np.array(image.convert("L" if image.mode in GREY_MODES else "RGB"))
-    return array if array.ndim == 3 else array[..., None]
-
-
-def require_mode(image: Image.Image, where: str) -> None:
-    """Refuse an image of more than 8 bits a channel, or of other colours."""
-    if image.mode not in (*GREY_MODES, *COLOUR_MODES):
-        raise ValueError(f"{where} has mode {image.mode}: convert it to 8 bits a channel, grey or RGB")
 
 
 def _column(table: Dataset, names: Sequence[str], where: str) -> str:

@@ -257,7 +257,7 @@ def test_a_palette_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
             [Picture.new("I;16", (4, 4))] * 2,
             [1, 0],
             {},
-            r"some/pets, train, row 0 has mode I;16: convert it to 8 bits a channel",
+            r"some/pets, train, column image, row 0 has mode I;16: convert it to 8 bits a channel",
         ),
         (pictures(), [1, -1], {}, "some/pets, train: label -1 is none of the 2 classes"),
         (pictures(), [1, 0], {"kind": Value("int64")}, "some/pets, train: label must be a ClassLabel, which says"),
