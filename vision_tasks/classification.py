@@ -18,7 +18,8 @@ from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.arguments import VisionArguments
 from vision_tasks.backbones import BACKBONES
-from vision_tasks.images import ImageRows, ImageSet
+from vision_tasks.image_sources import Layout
+from vision_tasks.images import SYNTHETIC, ImageRows, ImageSet
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,17 @@ class ClassifierArguments(VisionArguments):
         ValueError: for a backbone that there is not.
     """
 
+    data: str = field(
+        default=SYNTHETIC,
+        metadata={
+            "help": "An .npz file (x_train, y_train, x_test, y_test), a folder {train,test}/CLASS/IMAGE, of "
+            "save_to_disk or of parquet files, a Hub id, or `synthetic`: generated."
+        },
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Of a table (default: image or img)."})
+    label_column: str | None = field(default=None, metadata={"help": "Of a table (default: label or fine_label)."})
+    train_split: str = field(default="train", metadata={"help": "The split or folder of the training images."})
+    test_split: str = field(default="test", metadata={"help": "That of the test images."})
     backbone: str = field(default="lenet", metadata={"help": f"One of {', '.join(BACKBONES)}."})
     image_mean: list[float] | None = field(
         default=None, metadata={"help": "Of pixels in [0, 1], a channel each (default: of the training images)."}
@@ -46,6 +58,12 @@ class ClassifierArguments(VisionArguments):
 
     def __post_init__(self) -> None:
         self.require_known("backbone", self.backbone, BACKBONES)
+        if self.train_split == self.test_split:
+            raise ValueError(f"test_split: {self.test_split} is trained on: name another")
+
+    def layout(self) -> Layout:
+        """Which columns and splits of the data are read."""
+        return Layout(self.image_column, self.label_column, None, self.train_split, self.test_split)
 
 
 class ImageTask(BilevelModule):

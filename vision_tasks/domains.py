@@ -37,7 +37,7 @@ from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.hub import Instead, load_from_hub, require_reachable
 from vision_tasks.fewshot_episodes import SPLITS, Domain, interleaved, whole
 from vision_tasks.image_files import EncodedImages, TableImages, class_files, subfolders
-from vision_tasks.images import IMAGE_COLUMNS, LABEL_COLUMNS, read_npz
+from vision_tasks.image_sources import IMAGE_COLUMNS, LABEL_COLUMNS, read_npz
 from vision_tasks.symbols import LOOKS, draw_symbols
 
 SYNTHETIC = "synthetic:"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,8 @@ from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.augmentation import PadCropFlip
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.classification import USAGE, ClassifierArguments, accuracy, make_classifier, tell_fewer, tested
-from vision_tasks.images import ImageRows, ImageSet, load_images
+from vision_tasks.image_sources import Layout, load_images
+from vision_tasks.images import ImageRows, ImageSet
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
 from vision_tasks.noisy_labels_figures import plot_noise, plot_weight_curves, plot_weights
 from vision_tasks.task import VisionTask
@@ -64,7 +65,11 @@ class NoisyLabelsArguments(ClassifierArguments):
     meta_size: int = field(default=1000, metadata={"help": "Clean images that judge, equally many of each class."})
     meta_data: str | None = field(
         default=None,
-        metadata={"help": "An .npz file or Hub id whose training part is the clean set (default: split off)."},
+        metadata={"help": "A source as for `data` whose part `train` is the clean set (default: split off)."},
+    )
+    true_label_column: str | None = field(
+        default=None,
+        metadata={"help": "Of a table, or NAME of an .npz file's NAME_train: right labels of labels that are noisy."},
     )
     image_size: int | None = field(default=None, metadata={"help": "Average pixels down to this side."})
     augmentation: str = field(
@@ -83,6 +88,13 @@ class NoisyLabelsArguments(ClassifierArguments):
             raise ValueError(f"width multiplies the channels of resnet32; {self.backbone} has none: leave it out")
         if not 0 <= self.noise_rate < 1:
             raise ValueError(f"noise_rate must be at least 0 and below 1, not {self.noise_rate}")
+
+    def layout(self) -> Layout:
+        return replace(super().layout(), true_label_column=self.true_label_column)
+
+    def meta_layout(self) -> Layout:
+        """That of the clean set: the columns of the data, and the usual splits."""
+        return Layout(self.image_column, self.label_column)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +121,9 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
         return settings.method == "meta_weight_net"
 
     def load(self, settings: NoisyLabelsArguments, args: MetaTrainingArguments) -> NoisyLabelsData:
-        parts = load_images(settings.data)
-        meta = None if settings.meta_data is None else load_images(settings.meta_data)["train"]
+        parts = load_images(settings.data, settings.layout())
+        own = settings.meta_data
+        meta = None if own is None else load_images(own, settings.meta_layout(), ("train",))["train"]
         train, test = (parts[part].pooled(settings.image_size) for part in ("train", "test"))
         noisy = make_noisy(
             train.require_classes(),
@@ -125,7 +138,8 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
         leaked = found_in(noisy.meta, test)
         if settings.meta_data is not None and leaked.any():
             raise ValueError(
-                f"the meta set overlaps the test set: {leaked.sum()} of its images are in {test.where}: take them out"
+                f"the meta set overlaps the test set: {leaked.sum()} of its images are in {test.where}: take them out "
+                f"({noisy.meta.named(leaked)})"
             )
         return NoisyLabelsData(noisy, test.require_classes())
 

@@ -294,7 +294,7 @@ BAD: list[tuple[Any, str]] = [
      "neither a folder nor a reachable Hub id"),
     (folder_of(y_train=None), "packed.npz has no array 'y_train'; present: x_train, x_test, y_test"),
     (folder_of(x_train=np.zeros((40, 8, 8))), "pixels must be uint8 from 0 to 255, not float64"),
-    (folder_of(y_train=np.full(40, 11), y_test=np.full(20, 11)), "packed: class '0' of its base split has no images"),
+    (folder_of(y_train=np.full(40, 11), y_test=np.full(20, 11)), "packed has 1 base classes, an episode needs 3"),
     (cut_off, "packed.npz cannot be read as .npz"),
     (photos("base/a", "val/b", *NOVEL, images=4), "photos: class 'a' has 4 images, an episode needs 2 . 3: lower"),
     (photos("base/a", "val/b"), "domain photos has no novel split: it has base, val"),

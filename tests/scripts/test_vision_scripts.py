@@ -380,15 +380,18 @@ OF_BOTH: list[tuple[Any, str]] = [
     ({"data": "/absent/images.npz", "optim_args": "x"}, "optim_args x: cannot be used"),  # before data are read
     ({"data": "no-such-organisation-here/absent"}, HUB),
     ({"data": "mnist.py"}, "Dataset scripts are no longer supported: use .*or --data FILE.npz"),
-    (lambda folder: {"data": folder}, "is a folder: give one of its files with --data FILE.npz, or a Hub id"),
+    (
+        lambda folder: {"data": folder},
+        "train has no folder of images; .* holds no folder: it should hold train/CLASS/IMAGE and test/CLASS/IMAGE",
+    ),
     (text_file, r"given.npz cannot be read as .npz \(File is not a zip file\): give another --data"),
     (cut_off, "given.npz cannot be read as .npz"),
     (npz(y_train=None), "given.npz has no array 'y_train'; present: x_train, x_test, y_test"),
     (npz(x_train=np.zeros((40, 8, 8))), "given.npz, train: pixels must be uint8 from 0 to 255, not float64"),
     (npz(x_test=np.zeros((20, 4, 4), np.uint8)), "a model trained on the one cannot be tested on the other"),
     (npz(**WIDE), "given.npz, train: images must be square, not 8 x 6 pixels"),
-    (npz(y_train=labels_of(_0=-1)), "given.npz, train: label -1 is none of the 10 classes"),
-    (npz(y_train=labels_of(_0=12)), "class '10' has 0 images and needs 1"),
+    (npz(y_train=labels_of(_0=-1)), "given.npz, train: label -1 is no class: renumber"),
+    (npz(y_train=labels_of(_0=12)), "class '12' has [01] images and needs [12]"),
     (config_of("meta_lr: 1"), r"run\.yaml:1: unknown key 'meta_lr'"),
     (config_of("data: synthetic\nruns: {a: 1}"), "runs: a must be a mapping of settings, as in {}, not 1"),
     (config_of("data: synthetic\nruns: [a]"), "runs"),
@@ -417,7 +420,7 @@ OF_ONE: list[tuple[str, Any, str]] = [
     ("noisy_labels", {"weight_normalisation": "max"}, "unknown weight_normalisation 'max': .*Valid: sum, mean"),
     ("noisy_labels", {"weight_net_hidden": 0}, "weight_net_hidden must be a whole number of at least 1"),
     ("noisy_labels", {"meta_data": "/absent.npz"}, "/absent.npz cannot be read"),
-    ("noisy_labels", lambda folder: {"meta_data": pack(folder / "own.npz")}, "overlaps the training set: 40 train"),
+    ("noisy_labels", lambda folder: {"meta_data": pack(folder / "own.npz")}, r"the training set: 40 train.*\(0, 1, "),
     (
         "noisy_labels",
         lambda folder: {"meta_data": seen_in_tests(folder / "own.npz")},
@@ -425,6 +428,8 @@ OF_ONE: list[tuple[str, Any, str]] = [
     ),
     ("noisy_labels", npz(x_train=np.zeros((40, 8, 8), np.uint8)), "every image equals one of the meta set"),
     ("noisy_labels", npz(y_train=np.arange(40) % 2, y_test=np.arange(20) % 2), "flip2 needs more than 2 classes"),
+    ("noisy_labels", {"test_split": "train"}, "test_split: train is trained on: name another"),
+    ("noisy_labels", {"true_label_column": "truth"}, "random.npz has no array 'truth_train'; present: x_train"),
 ]
 BAD = [*((list(SCRIPTS)[index % 2], *case) for index, case in enumerate(OF_BOTH)), *OF_ONE]
 
@@ -452,7 +457,7 @@ def test_bad_input_is_one_line_before_any_step(
 
 
 def test_the_table_of_bad_input_is_whole() -> None:
-    assert (len(OF_BOTH), len(OF_ONE)) == (32, 23)
+    assert (len(OF_BOTH), len(OF_ONE)) == (32, 25)
 
 
 # The Hub
