@@ -20,6 +20,7 @@ from vision_tasks.arguments import VisionArguments
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.image_sources import Layout
 from vision_tasks.images import SYNTHETIC, ImageRows, ImageSet
+from vision_tasks.task import CLASS_ACCURACY
 
 logger = logging.getLogger(__name__)
 
@@ -138,10 +139,12 @@ def tell_fewer(name: str, asked: int | None, found: int) -> None:
         logger.warning("%s is %d, there are only %d images: taking all", name, asked, found)
 
 
-def tested(trainer: MetaTrainer, images: ImageSet) -> Rate:
-    """The accuracy of the trained base on these images."""
+def tested(trainer: MetaTrainer, images: ImageSet) -> dict[str, Any]:
+    """The trained base on these images: `accuracy`, and `class_accuracy`, class -> its own."""
     found: Any = trainer.predict(cast(Any, ImageRows(images)))
-    return Rate.mean(found.predictions.argmax(-1) == found.label_ids)
+    hits = found.predictions.argmax(-1) == found.label_ids
+    of_class = {name: float(hits[found.label_ids == number].mean()) for number, name in enumerate(images.names)}
+    return {"accuracy": Rate.mean(hits), CLASS_ACCURACY: of_class}
 
 
 def pixel_statistics(

@@ -30,12 +30,14 @@ class NoisyLabels:
         true_labels: (N,) of `train`.
         meta: clean, and balanced where it was split off; no image of it is in `train`.
         left_out: train images that equal a meta image and were left out.
+        known: whether the true labels are; those of a noisy set that came without them are taken for right.
     """
 
     train: ImageSet
     true_labels: np.ndarray
     meta: ImageSet
     left_out: int = 0
+    known: bool = True
 
     @property
     def wrong(self) -> np.ndarray:
@@ -104,6 +106,7 @@ def make_noisy(
     """
     if images.true_labels is not None and rate:
         raise ValueError(f"{images.where}: its labels are noisy, true ones are beside them: set noise_rate to 0")
+    known = rate > 0 or images.true_labels is not None or meta is None
     generator = np.random.default_rng(seed)
     matrix = noise_matrix(kind, rate, len(images.names), generator)
     left_out = 0
@@ -131,7 +134,8 @@ def make_noisy(
     if train_size is not None:
         train = train.take(np.arange(min(train_size, len(train)))).require_classes()
     labels = corrupted(train.labels, matrix, generator)
-    return NoisyLabels(replace(train, labels=labels), train.clean().labels, meta.require_classes(), left_out)
+    made = replace(train, labels=labels)
+    return NoisyLabels(made, train.clean().labels, meta.require_classes(), left_out, known)
 
 
 def _balanced(images: ImageSet, size: int, generator: np.random.Generator) -> np.ndarray:

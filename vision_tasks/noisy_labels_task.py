@@ -9,8 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.experiments.records import Record
@@ -25,6 +24,7 @@ from vision_tasks.images import ImageRows, ImageSet
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
 from vision_tasks.noisy_labels_figures import plot_noise, plot_weight_curves, plot_weights
 from vision_tasks.task import VisionTask
+from vision_tasks.training_images import SHEET, TABLE, contact_sheet, judge, table_of
 from vision_tasks.weight_net import NORMALISATIONS, WeightedClassifier
 
 METHODS = ("meta_weight_net", "baseline")
@@ -115,7 +115,7 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
         f"{USAGE}\n\nfrom metaxl_evo.models.weight_net import WeightNet\n\n"
         'weigh = WeightNet.from_pretrained("FOLDER")  # losses (B,) -> weights (B,)'
     )
-    own_files = (SUBFOLDER,)
+    own_files = (SUBFOLDER, TABLE, SHEET)
 
     def learns(self, settings: NoisyLabelsArguments) -> bool:
         return settings.method == "meta_weight_net"
@@ -174,8 +174,8 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
             compute_metrics=accuracy,
         )
 
-    def score(self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData) -> dict[str, float]:
-        return {"accuracy": tested(trainer, data.test)}
+    def score(self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData) -> dict[str, Any]:
+        return tested(trainer, data.test)
 
     def describe(
         self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData, start: Tree
@@ -184,11 +184,18 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
             "train_images": len(data.noisy.train),
             "meta_images": len(data.noisy.meta),
             "left_out": data.noisy.left_out,
-            "wrong_labels": float(data.noisy.wrong.mean()),
+            "wrong_labels": float(data.noisy.wrong.mean()) if data.noisy.known else None,
         }
         if self.learns(settings):
             found["weights"] = weights_of(cast(WeightedClassifier, trainer.model), data.noisy)
         return found
+
+    def write_files(
+        self, folder: Path, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData
+    ) -> None:
+        table = table_of(cast(WeightedClassifier, trainer.model), data.noisy)
+        table.to_csv(folder / TABLE, index=False)
+        contact_sheet(data.noisy.train, table, folder / SHEET)
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         if "weights" in results["run"]:
@@ -204,7 +211,7 @@ def weights_of(module: WeightedClassifier, noisy: NoisyLabels, batch_size: int =
 
     Weights are sigmoids as they come, of unaugmented images at the final weights in evaluation mode.
     """
-    costs = _costs(module, noisy.train, batch_size)
+    costs, _ = judge(module, noisy.train, batch_size)
     with torch.no_grad():
         weights = module.meta(costs).cpu().numpy()
         curve = module.meta(CURVE.to(costs)).cpu()
@@ -225,16 +232,3 @@ def weights_of(module: WeightedClassifier, noisy: NoisyLabels, batch_size: int =
         },
         "curve": {"loss": CURVE.tolist(), "weight": curve.tolist()},
     }
-
-
-def _costs(module: WeightedClassifier, images: ImageSet, batch_size: int) -> Tensor:
-    """The loss of every image, in evaluation mode, (N,)."""
-    device, training = module.image_mean.device, module.training
-    module.eval()
-    with torch.no_grad():
-        found = [
-            module.costs(batch["images"].to(device), batch["labels"].to(device))
-            for batch in DataLoader(cast(Any, ImageRows(images)), batch_size)
-        ]
-    module.train(training)
-    return torch.cat(found)

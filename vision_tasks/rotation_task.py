@@ -108,10 +108,10 @@ class RotationTask(VisionTask[RotationArguments, RotationData]):
             compute_metrics=accuracy,
         )
 
-    def score(self, trainer: MetaTrainer, settings: RotationArguments, data: RotationData) -> dict[str, float]:
+    def score(self, trainer: MetaTrainer, settings: RotationArguments, data: RotationData) -> dict[str, Any]:
         return {
-            "accuracy": tested(trainer, data.test),
-            "accuracy_upright": tested(trainer, data.upright),
+            **tested(trainer, data.test),
+            "accuracy_upright": tested(trainer, data.upright)["accuracy"],
             "degrees": cast(Rotation, trainer.model.meta).degrees,
         }
 

@@ -125,6 +125,9 @@ class Task(ABC, Generic[Settings, Data]):
             *(["## Citation\n\n" + "\n".join(f"- {line}" for line in cited)] if cited else []),
         ]
 
+    def write_files(self, folder: Path, trainer: MetaTrainer, settings: Settings, data: Data) -> None:
+        """Files of a trained run beyond those of any."""
+
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         """Pictures of one run, where matplotlib is installed."""
 

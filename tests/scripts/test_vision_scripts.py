@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from tests.hub_cache import REPOSITORY, prepare_image_cache
 from tests.scripts.refusals import assert_refused, config_of, contents, offline, truncate, yaml_of
 from tests.scripts.runs import OF_A_RUN, OF_SEVERAL, argv, cut_off_after, keep_checkpoints, read, same
 from tests.vision_tasks.small import pack, random_images
+from vision_tasks.training_images import SHEET, TABLE
 
 SCRIPTS: dict[str, Callable[..., Any]] = {"rotation": train_rotation, "noisy_labels": train_noisy_labels}
 OWN = {
@@ -106,6 +108,7 @@ def test_every_run_has_a_folder_of_its_own(compared: Any, script: str) -> None:
     above, drawn = {*OF_SEVERAL}, set()
     if script == "noisy_labels":
         above, drawn = above | {"noise.png", "weights.png"}, {f"evo/{seed}/weights.png" for seed in (1, 2)}
+        one += [TABLE, SHEET]
     assert files == above | drawn | {f"{run}/{seed}/{name}" for run in RUNS for seed in (1, 2) for name in one}
     assert len({tuple(weights(folder / run / str(seed))["classifier.0.weight"].flatten().tolist())
                 for run in RUNS for seed in (1, 2)}) == 4  # fmt: skip
@@ -139,6 +142,37 @@ def test_the_results_of_a_comparison(compared: Any, images: Path, script: str) -
     assert results["seeds"] == [1, 2]
     assert results["settings"].items() >= {"data": str(images), "max_steps": 4}.items()
     assert "seed" not in results["settings"]
+
+
+@each_script
+def test_classes_have_scores_of_their_own(compared: Any, images: Path, script: str) -> None:
+    """Those of `pack` are equally many, so that their mean is the accuracy; the card shows them."""
+    folder, _ = compared[script]
+    scores = read(folder / "evo/1")["test"]
+    assert list(scores["class_accuracy"]) == list("0123456789")
+    assert set(scores["class_accuracy"].values()) <= {0, 0.5, 1}
+    assert np.mean(list(scores["class_accuracy"].values())) == pytest.approx(scores["accuracy"])
+    card = (folder / "evo/1/README.md").read_text(encoding="utf-8")
+    assert "| class, the worst of 10 first | accuracy |" in card
+    assert f"\n| 9 | {scores['class_accuracy']['9']:.4f} |\n" in card
+
+
+def test_noise_of_the_users_own_in_image_folders(tmp_path: Path) -> None:
+    """Two classes, a clean folder beside them, files named as they are found."""
+    for seed, place in enumerate(("noisy/train", "noisy/test", "clean")):
+        for number, pixels in enumerate(random_images(16, seed=seed, channels=3).images):
+            file = tmp_path / place / ("cat", "dog")[number % 2] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+    fields = {"noise_rate": 0, "meta_data": tmp_path / "clean", "max_steps": 2}
+    results = train("noisy_labels", tmp_path / "noisy", tmp_path / "out", **fields)
+    assert list(results["test"]["class_accuracy"]) == ["cat", "dog"]
+    assert (results["run"]["train_images"], results["run"]["wrong_labels"]) == (16, None)
+    table = pd.read_csv(tmp_path / "out" / TABLE)
+    assert set(table.image) == {f"train/{('cat', 'dog')[n % 2]}/{n}.png" for n in range(16)}
+    assert (table.label == table.image.str.split("/").str[1]).all()
+    assert table.loss.is_monotonic_decreasing
+    assert table.weight.between(0, 1).all()
 
 
 def test_only_the_run_that_learns_turns(compared: Any) -> None:
