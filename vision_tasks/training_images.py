@@ -72,6 +72,6 @@ def contact_sheet(images: ImageSet, table: pd.DataFrame, file: Path) -> None:
         pixels = images.images[row.Index]
         picture = Image.fromarray(pixels[..., 0] if images.channels == 1 else pixels)
         sheet.paste(picture.resize((TILE, TILE), Image.Resampling.BOX), (left, top))
-        lines = [str(row.image)[-LONGEST:], f"is: {row.label}"[:LONGEST], f"like: {row.predicted}"[:LONGEST]]
+        lines = [str(row.image)[-LONGEST:], f"label: {row.label}"[:LONGEST], f"model: {row.predicted}"[:LONGEST]]
         draw.text((left + 2, top + TILE), "\n".join(lines), fill="black", spacing=0)
     sheet.save(file)
