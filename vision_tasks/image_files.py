@@ -99,10 +99,12 @@ def class_files(folder: Path) -> dict[str, list[Path]]:
     """The image files of each class of a folder CLASS/IMAGE, all in sorted order; hidden ones are no images.
 
     Raises:
-        ValueError: for a class without images.
+        ValueError: for a class without images, or with folders of its own.
     """
     found = {}
     for place in subfolders(folder):
+        if inner := subfolders(place):
+            raise ValueError(f"{place} holds the folder {inner[0].name!r}: {folder} should hold CLASS/IMAGE alone")
         files = sorted(file for file in place.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         found[place.name] = [file for file in files if not file.name.startswith(".")]  # macOS leaves ._NAME.png
         if not found[place.name]:

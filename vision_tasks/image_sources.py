@@ -147,8 +147,8 @@ def _of_folders(path: Path, layout: Layout, parts: Sequence[str]) -> dict[str, _
             present = ", ".join(one.name for one in subfolders(path)) or "no folder"
             raise ValueError(
                 f"{place} has no folder of images; {path} holds {present}: it should hold "
-                f"{layout.train_split}/CLASS/IMAGE and {layout.test_split}/CLASS/IMAGE, parquet files or what "
-                "save_to_disk leaves; or give one of its .npz files"
+                f"{layout.train_split}/CLASS/IMAGE and {layout.test_split}/CLASS/IMAGE (or set train_split and "
+                "test_split), parquet files or what save_to_disk leaves; or give one of its .npz files"
             )
         turns = sorted((turn, name, file) for name, files in classes.items() for turn, file in enumerate(files))
         files, labels = [file for *_, file in turns], np.array([name for _, name, _ in turns])

@@ -33,7 +33,10 @@ def test_a_photo_is_turned_as_its_exif_data_say(tmp_path: Path, orientation: int
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     Image.fromarray(COLOURS).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(decode(tmp_path / "a.png", "a"), UPRIGHT[orientation](COLOURS))
+    upright = UPRIGHT[orientation](COLOURS)
+    assert np.array_equal(decode(tmp_path / "a.png", "a"), upright)
+    table = Dataset.from_dict({"image": [str(tmp_path / "a.png")]}, features=Features({"image": ImageFeature()}))
+    assert np.array_equal(TableImages(table, "image", "pets")[0], upright)  # once, though `datasets` turns it too
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -65,6 +68,9 @@ def test_hidden_files_are_no_images(tmp_path: Path) -> None:
     assert found == {"a": ["1.png"], "b": ["1.JPG", "2.png"]}
     (tmp_path / "a/1.png").rename(tmp_path / "a/._1.png")
     with pytest.raises(ValueError, match=r"/a has no images .*: fill or remove the folder"):
+        class_files(tmp_path)
+    (tmp_path / "a/b").mkdir()
+    with pytest.raises(ValueError, match=r"/a holds the folder 'b': .* should hold CLASS/IMAGE alone"):
         class_files(tmp_path)
 
 
