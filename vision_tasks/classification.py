@@ -18,7 +18,7 @@ from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.arguments import VisionArguments
 from vision_tasks.backbones import BACKBONES
-from vision_tasks.image_sources import Layout
+from vision_tasks.image_parts import Layout
 from vision_tasks.images import SYNTHETIC, ImageRows, ImageSet
 from vision_tasks.task import CLASS_ACCURACY
 

@@ -19,7 +19,8 @@ from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.augmentation import PadCropFlip
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.classification import USAGE, ClassifierArguments, accuracy, make_classifier, tell_fewer, tested
-from vision_tasks.image_sources import Layout, load_images
+from vision_tasks.image_parts import Layout
+from vision_tasks.image_sources import load_images
 from vision_tasks.images import ImageRows, ImageSet
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
 from vision_tasks.noisy_labels_figures import plot_noise, plot_weight_curves, plot_weights
@@ -69,7 +70,7 @@ class NoisyLabelsArguments(ClassifierArguments):
     )
     true_label_column: str | None = field(
         default=None,
-        metadata={"help": "Of a table, or NAME of an .npz file's NAME_train: right labels of labels that are noisy."},
+        metadata={"help": "Of a table, or NAME of an .npz file's NAME_train: right labels beside noisy ones."},
     )
     image_size: int | None = field(default=None, metadata={"help": "Average pixels down to this side."})
     augmentation: str = field(

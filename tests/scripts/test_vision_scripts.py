@@ -175,6 +175,16 @@ def test_noise_of_the_users_own_in_image_folders(tmp_path: Path) -> None:
     assert table.weight.between(0, 1).all()
 
 
+@each_script
+def test_a_baseline_that_diverges_ends_with_advice_and_leaves_nothing(
+    tmp_path: Path, images: Path, script: str
+) -> None:
+    given = settings_of(script, images, tmp_path / "out", BASELINE | {"learning_rate": 1e38})
+    assert_refused(
+        SCRIPTS[script], given, "weights are not finite, the training has diverged: lower", tmp_path / "out"
+    )
+
+
 def test_only_the_run_that_learns_turns(compared: Any) -> None:
     folder, results = compared["rotation"]
     assert results["test"]["base"]["degrees"]["values"] == [0, 0]

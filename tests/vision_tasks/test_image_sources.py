@@ -13,7 +13,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Picture
 
 from tests.vision_tasks.small import pack, random_images
-from vision_tasks.image_sources import Layout, load_images
+from vision_tasks.image_parts import Layout
+from vision_tasks.image_sources import load_images
 
 PIXELS = np.zeros((3, 4, 4, 1), np.uint8)
 LABELS = np.array([0, 1, 0])
@@ -48,14 +49,22 @@ def test_class_numbers_may_start_anywhere_and_have_gaps(tmp_path: Path) -> None:
     assert parts["test"].labels.tolist() == [1, 3] * 10
 
 
-def test_other_parts_and_true_labels_of_an_npz_file(tmp_path: Path) -> None:
-    right = np.arange(40) % 10
-    file = pack(tmp_path / "a.npz", y_train=np.zeros(40, int), truth_train=right, truth_test=right[:20], x_test=None)
+def test_a_clean_file_may_have_its_training_part_alone(tmp_path: Path) -> None:
+    file = pack(tmp_path / "a.npz", x_test=None, y_test=None)
+    assert len(load_images(str(file), parts=["train"])["train"]) == 40
     with pytest.raises(ValueError, match="no array 'x_test'; present: x_train, y_train"):
         load_images(str(file))
-    found = load_images(str(file), Layout(true_label_column="truth"), ["train"])
-    assert list(found) == ["train"]
-    assert (found["train"].labels.tolist(), found["train"].true_labels.tolist()) == ([0] * 40, right.tolist())
+
+
+@pytest.mark.parametrize("of_test", [True, False])
+def test_true_labels_of_an_npz_file(tmp_path: Path, of_test: bool) -> None:
+    """A test counts the right ones, where they are known."""
+    right, wrong = np.arange(20) % 10, np.zeros(20, int)
+    arrays = {"x_train": random_images(20).images, "y_train": wrong, "truth_train": right}
+    arrays |= {"y_test": wrong, "truth_test": right} if of_test else {"y_test": right}
+    found = load_images(str(pack(tmp_path / "a.npz", **arrays)), Layout(true_label_column="truth"))
+    assert found["train"].labels.tolist() == wrong.tolist()
+    assert found["train"].true_labels.tolist() == found["test"].labels.tolist() == right.tolist()
 
 
 BAD_ARRAYS: list[tuple[dict[str, Any], str]] = [
@@ -235,8 +244,7 @@ def test_columns_and_splits_of_other_names(monkeypatch: pytest.MonkeyPatch) -> N
     named = {"image": "photo", "label": "noisy"}
     table(monkeypatch, pictures(), ["b", "a"], named=named, kind=Value("string"), splits=("all", "valid"))
     parts = load_images("some/pets", Layout("photo", "noisy", "noisy", "all", "valid"))
-    for part in parts.values():
-        assert (part.names, part.labels.tolist(), part.true_labels.tolist()) == (("a", "b"), [1, 0], [1, 0])
+    assert [(part.names, part.labels.tolist()) for part in parts.values()] == [(("a", "b"), [1, 0])] * 2
 
 
 def test_a_grey_image_among_coloured_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,12 +332,18 @@ def test_tables_on_disk(tmp_path: Path, how: str) -> None:
     expected = np.arange(16, dtype=np.uint8).reshape(4, 4, 1)
     for part in parts.values():
         assert part.names == (("0", "1") if how == "plain" else ("cat", "dog"))
-        assert (part.labels.tolist(), part.true_labels.tolist(), part.ids.tolist()) == (
-            [1, 0, 1],
-            [1, 1, 0],
-            [0, 1, 2],
-        )
+        assert part.ids.tolist() == [0, 1, 2]
         assert np.array_equal(part.images, [expected] * 3)
+    assert (parts["train"].labels.tolist(), parts["train"].true_labels.tolist()) == ([1, 0, 1], [1, 1, 0])
+    assert parts["test"].labels.tolist() == [1, 1, 0]  # the right ones
+
+
+def test_a_test_split_without_noisy_labels(tmp_path: Path) -> None:
+    tables = parts_of()
+    tables["test"] = tables["test"].remove_columns("label")
+    tables.save_to_disk(str(tmp_path / "a"))
+    found = load_images(str(tmp_path / "a"), Layout(label_column="label", true_label_column="clean"))
+    assert (found["train"].labels.tolist(), found["test"].labels.tolist()) == ([1, 0, 1], [1, 1, 0])
 
 
 def test_a_table_alone_and_damaged_tables(tmp_path: Path) -> None:
@@ -360,4 +374,4 @@ def test_parts_that_declare_other_classes_are_refused(tmp_path: Path) -> None:
     ):
         load_images(str(tmp_path / "a"))
     with pytest.raises(ValueError, match="a, test: label and clean name other classes"):
-        load_images(str(tmp_path / "a"), Layout(true_label_column="clean"))
+        load_images(str(tmp_path / "a"), Layout(train_split="test", true_label_column="clean"), ["train"])
