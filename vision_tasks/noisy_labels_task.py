@@ -217,19 +217,15 @@ def weights_of(module: WeightedClassifier, noisy: NoisyLabels, batch_size: int =
         weights = module.meta(costs).cpu().numpy()
         curve = module.meta(CURVE.to(costs)).cpu()
     wrong = noisy.wrong
-    means = {
-        name: float(weights[which].mean()) for name, which in (("right", ~wrong), ("wrong", wrong)) if which.any()
-    }
+    groups = {"right": ~wrong, "wrong": wrong} if noisy.known else {"all": np.ones_like(wrong)}
+    means = {name: float(weights[which].mean()) for name, which in groups.items() if which.any()}
     bins = np.linspace(0, 1, 41)
     return {
         "mean": means,
         "ratio": means["right"] / means["wrong"] if len(means) == 2 and means["wrong"] else None,
         "histogram": {
             "bins": bins.tolist(),
-            **{
-                name: np.histogram(weights[which], bins)[0].tolist()
-                for name, which in (("right", ~wrong), ("wrong", wrong))
-            },
+            **{name: np.histogram(weights[which], bins)[0].tolist() for name, which in groups.items()},
         },
         "curve": {"loss": CURVE.tolist(), "weight": curve.tolist()},
     }

@@ -26,6 +26,7 @@ from tests.hub_cache import REPOSITORY, prepare_image_cache
 from tests.scripts.refusals import assert_refused, config_of, contents, offline, truncate, yaml_of
 from tests.scripts.runs import OF_A_RUN, OF_SEVERAL, argv, cut_off_after, keep_checkpoints, read, same
 from tests.vision_tasks.small import pack, random_images
+from vision_tasks.noisy_labels_figures import plot_weights
 from vision_tasks.training_images import SHEET, TABLE
 
 SCRIPTS: dict[str, Callable[..., Any]] = {"rotation": train_rotation, "noisy_labels": train_noisy_labels}
@@ -168,6 +169,9 @@ def test_noise_of_the_users_own_in_image_folders(tmp_path: Path) -> None:
     results = train("noisy_labels", tmp_path / "noisy", tmp_path / "out", **fields)
     assert list(results["test"]["class_accuracy"]) == ["cat", "dog"]
     assert (results["run"]["train_images"], results["run"]["wrong_labels"]) == (16, None)
+    assert list(results["run"]["weights"]["mean"]) == ["all"]  # which are right is not known
+    plot_weights(results["run"]["weights"], tmp_path / "weights.png")
+    assert (tmp_path / "weights.png").is_file()
     table = pd.read_csv(tmp_path / "out" / TABLE)
     assert set(table.image) == {f"train/{('cat', 'dog')[n % 2]}/{n}.png" for n in range(16)}
     assert (table.label == table.image.str.split("/").str[1]).all()
