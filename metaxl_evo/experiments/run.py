@@ -69,8 +69,7 @@ def keep_finished(task: Task[Any, Any], run: Run[Any]) -> dict[str, Any] | None:
 def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
     """Train, test and save one run; returns what `results.json` holds.
 
-    In this order: model, files of the task, scores with their examples, history, card, pictures, `results.json`,
-    upload.
+    In this order: model, scores with their examples, history, card, pictures, `results.json`, upload.
 
     Raises:
         ValueError: for whatever cannot work, or where another process makes this run.

@@ -126,7 +126,7 @@ class Task(ABC, Generic[Settings, Data]):
         ]
 
     def write_files(self, folder: Path, trainer: MetaTrainer, settings: Settings, data: Data) -> None:
-        """Files of a trained run beyond those of any."""
+        """Files of a run beyond those of any, behind its model; name them in `own_files`."""
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         """Pictures of one run, where matplotlib is installed."""
