@@ -18,7 +18,9 @@ from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.arguments import VisionArguments
 from vision_tasks.backbones import BACKBONES
-from vision_tasks.images import ImageRows, ImageSet
+from vision_tasks.image_parts import Layout
+from vision_tasks.images import SYNTHETIC, ImageRows, ImageSet
+from vision_tasks.task import CLASS_ACCURACY
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,17 @@ class ClassifierArguments(VisionArguments):
         ValueError: for a backbone that there is not.
     """
 
+    data: str = field(
+        default=SYNTHETIC,
+        metadata={
+            "help": "An .npz file (x_train, y_train, x_test, y_test), a folder {train,test}/CLASS/IMAGE, of "
+            "save_to_disk or of parquet files, a Hub id, or `synthetic`: generated."
+        },
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Of a table (default: image or img)."})
+    label_column: str | None = field(default=None, metadata={"help": "Of a table (default: label or fine_label)."})
+    train_split: str = field(default="train", metadata={"help": "The split or folder of the training images."})
+    test_split: str = field(default="test", metadata={"help": "That of the test images."})
     backbone: str = field(default="lenet", metadata={"help": f"One of {', '.join(BACKBONES)}."})
     image_mean: list[float] | None = field(
         default=None, metadata={"help": "Of pixels in [0, 1], a channel each (default: of the training images)."}
@@ -46,6 +59,12 @@ class ClassifierArguments(VisionArguments):
 
     def __post_init__(self) -> None:
         self.require_known("backbone", self.backbone, BACKBONES)
+        if self.train_split == self.test_split:
+            raise ValueError(f"test_split: {self.test_split} is trained on: name another")
+
+    def layout(self) -> Layout:
+        """Which columns and splits of the data are read."""
+        return Layout(self.image_column, self.label_column, None, self.train_split, self.test_split)
 
 
 class ImageTask(BilevelModule):
@@ -120,10 +139,12 @@ def tell_fewer(name: str, asked: int | None, found: int) -> None:
         logger.warning("%s is %d, there are only %d images: taking all", name, asked, found)
 
 
-def tested(trainer: MetaTrainer, images: ImageSet) -> Rate:
-    """The accuracy of the trained base on these images."""
+def tested(trainer: MetaTrainer, images: ImageSet) -> dict[str, Any]:
+    """The trained base on these images: `accuracy`, and `class_accuracy`, class -> its own."""
     found: Any = trainer.predict(cast(Any, ImageRows(images)))
-    return Rate.mean(found.predictions.argmax(-1) == found.label_ids)
+    hits = found.predictions.argmax(-1) == found.label_ids
+    of_class = {name: float(hits[found.label_ids == number].mean()) for number, name in enumerate(images.names)}
+    return {"accuracy": Rate.mean(hits), CLASS_ACCURACY: of_class}
 
 
 def pixel_statistics(

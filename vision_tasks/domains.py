@@ -7,7 +7,7 @@ A domain is named by one text, `SOURCE` or `SOURCE?option=value&option=value`:
 | `synthetic:LOOK` | drawn symbols, nothing is downloaded; LOOK is one of LOOKS |
 | `FILE.npz` | `x_train y_train x_test y_test`, all their images together |
 | `FILE.zip`, or a folder of them | Omniglot: ALPHABET/CHARACTER/*.png, a class a character |
-| another folder | CLASS/IMAGE, or {base,val,novel}/CLASS/IMAGE |
+| another folder | CLASS/IMAGE, or {base,val,novel}/CLASS/IMAGE; train and test are other names of base and novel |
 | anything else | a data set of the Hub, its splits together |
 
 | option | what |
@@ -22,11 +22,9 @@ A domain is named by one text, `SOURCE` or `SOURCE?option=value&option=value`:
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -34,17 +32,17 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 from datasets import ClassLabel, concatenate_datasets
-from PIL import Image
 
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.hub import Instead, load_from_hub, require_reachable
 from vision_tasks.fewshot_episodes import SPLITS, Domain, interleaved, whole
-from vision_tasks.images import IMAGE_COLUMNS, LABEL_COLUMNS, as_array, read_npz, require_mode
+from vision_tasks.image_files import EncodedImages, TableImages, class_files, subfolders
+from vision_tasks.image_sources import IMAGE_COLUMNS, LABEL_COLUMNS, read_npz
 from vision_tasks.symbols import LOOKS, draw_symbols
 
 SYNTHETIC = "synthetic:"
 CLASS_SPLITS: dict[str, Callable[[int], dict[str, tuple[int, ...]]]] = {"interleaved": interleaved, "whole": whole}
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SPLIT_FOLDERS = (SPLITS, ("train", "val", "test"))
 INSTEAD = Instead("an image folder or an .npz file", "CIFAR-100: uoft-cs/cifar100")
 
 
@@ -78,7 +76,7 @@ class Raw:
 
 
 def read_domain(text: str) -> Domain:
-    """The domain that a text names (see above).
+    """The domain that a text names (see above), all of whose images can be decoded.
 
     Raises:
         ValueError: in one line, where it cannot be read or is not what it should be.
@@ -88,7 +86,10 @@ def read_domain(text: str) -> Domain:
     raw = _read(source, options)
     if not len(raw.labels):
         raise ValueError(f"{source} has no images")
-    return _made(name_of(text), raw, options)
+    domain = _made(name_of(text), raw, options)
+    for _ in domain.images:  # decodes each: none may turn out damaged when training is over
+        pass
+    return domain
 
 
 def name_of(text: str) -> str:
@@ -191,74 +192,38 @@ def _packed(path: Path) -> Raw:
 # Image files
 
 
-@dataclass(frozen=True, eq=False)
-class _Encoded(Sequence[Any]):
-    """Images decoded on access, from files or from the bytes of files."""
-
-    sources: Sequence[Path | bytes]
-    names: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, index: Any) -> Any:
-        return decode(self.sources[index], self.names[index])
-
-
-def decode(source: Path | bytes, name: str) -> np.ndarray:
-    """An image file as uint8 (H, W, 1) where it is grey, else (H, W, 3).
-
-    Raises:
-        ValueError: for what is not an image of 8 bits a channel.
-    """
-    with _opening(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return as_array(image, name)
-
-
-@contextmanager
-def _opening(name: str) -> Iterator[None]:
-    """One line for what PIL raises of a damaged file."""
-    try:
-        yield
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name} cannot be read as an image ({one_line(error)}): replace or remove it") from error
-
-
 def _folder(path: Path) -> Raw:
     """CLASS/IMAGE, or {base,val,novel}/CLASS/IMAGE; everything in sorted order."""
-    tops = _subfolders(path)
-    if tops and {top.name for top in tops} <= set(SPLITS):
-        by_split = {top.name: _subfolders(top) for top in sorted(tops, key=lambda top: SPLITS.index(top.name))}
+    tops = {top.name for top in subfolders(path)}
+    given = next((names for names in SPLIT_FOLDERS if tops and tops <= set(names)), None)
+    if given is None:
+        held = {"": class_files(path)}
     else:
-        by_split = {"": tops}
-    files: list[Path] = []
-    raw, splits = Raw(None), dict[str, tuple[int, ...]]()
-    for split, folders in by_split.items():
-        first = len(raw.names)
-        for folder in folders:
-            found = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise ValueError(f"{folder} has no images ({' '.join(IMAGE_SUFFIXES)}): fill or remove the folder")
-            raw.labels += [len(raw.names)] * len(found)
-            raw.names.append(folder.name)
-            files += found
-        splits[split] = tuple(range(first, len(raw.names)))
-    if not files:
+        held = {split: class_files(path / name) for split, name in zip(SPLITS, given, strict=True) if name in tops}
+    raw, sources, splits = Raw(None), list[Path](), dict[str, tuple[int, ...]]()
+    for split, classes in held.items():
+        splits[split] = tuple(range(len(raw.names), len(raw.names) + len(classes)))
+        for number, files in zip(splits[split], classes.values(), strict=True):
+            raw.labels += [number] * len(files)
+            sources += files
+        raw.names += classes
+    if not sources:
         raise ValueError(f"{path} has no folder of images: it should hold CLASS/IMAGE or base/CLASS/IMAGE")
-    for file in files:
-        _require_image(file)
-    raw.images, raw.splits = _Encoded(files, [str(file) for file in files]), None if "" in splits else splits
+    if given not in (None, SPLITS):
+        _require_different_classes(path, raw.names, tops)
+    raw.images = EncodedImages(sources, [str(file) for file in sources])
+    raw.splits = splits if given else None
     return raw
 
 
-def _subfolders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _require_image(file: Path) -> None:
-    """Raise ValueError where a file's head is not that of an image that can be read."""
-    with _opening(str(file)), Image.open(file) as image:
-        require_mode(image, str(file))
+def _require_different_classes(path: Path, names: Sequence[str], folders: Collection[str]) -> None:
+    """Refuse folders train, val and test of the same classes, which are no splits of few-shot learning."""
+    double = [name for name, count in Counter(names).items() if count > 1]
+    if double:
+        raise ValueError(
+            f"{path}: class {double[0]!r} is in several of {', '.join(sorted(folders))}, and few-shot tests are of "
+            "other classes than training: name one of these folders as the domain"
+        )
 
 
 def _omniglot(archives: Sequence[Path], alphabets: str | None) -> Raw:
@@ -278,7 +243,7 @@ def _omniglot(archives: Sequence[Path], alphabets: str | None) -> Raw:
         sources += found[character].values()
         raw.labels += [len(raw.names)] * len(found[character])
         raw.names.append(character)
-    raw.images = _Encoded(sources, names)
+    raw.images = EncodedImages(sources, names)
     return raw
 
 
@@ -293,7 +258,8 @@ def _characters(archive: Path) -> dict[str, dict[str, bytes]]:
         with zipfile.ZipFile(archive) as opened:
             for file in sorted(opened.namelist()):
                 parts = file.split("/")
-                if len(parts) > 2 and file.lower().endswith(".png") and "__MACOSX" not in parts:
+                hidden = "__MACOSX" in parts or parts[-1].startswith(".")
+                if len(parts) > 2 and file.lower().endswith(".png") and not hidden:
                     found.setdefault("/".join(parts[-3:-1]), {})[f"{archive}:{file}"] = opened.read(file)
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{archive} cannot be read as a zip file ({one_line(error)})") from error
@@ -305,21 +271,6 @@ def _characters(archive: Path) -> dict[str, dict[str, bytes]]:
 # The Hub
 
 
-@dataclass(frozen=True, eq=False)
-class _HubImages(Sequence[Any]):
-    """The image column of a data set, decoded on access."""
-
-    rows: Any
-    column: str
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return as_array(self.rows[int(index)][self.column], f"{self.name}, column {self.column}, row {index}")
-
-
 def _hub(source: str, config: str | None) -> Raw:
     require_reachable(source, INSTEAD)
     held = load_from_hub(source, config, instead=INSTEAD)
@@ -327,10 +278,10 @@ def _hub(source: str, config: str | None) -> Raw:
     image, label = (_column(source, rows.column_names, names) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
     values, feature = list(rows[label]), rows.features[label]
     if isinstance(feature, ClassLabel):
-        return Raw(_HubImages(rows, image, source), values, list(feature.names))
+        return Raw(TableImages(rows, image, source), values, list(feature.names))
     names = sorted(set(values))
     number = {name: place for place, name in enumerate(names)}
-    return Raw(_HubImages(rows, image, source), [number[value] for value in values], [str(name) for name in names])
+    return Raw(TableImages(rows, image, source), [number[value] for value in values], [str(name) for name in names])
 
 
 def _column(source: str, columns: Sequence[str], known: Sequence[str]) -> str:

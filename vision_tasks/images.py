@@ -1,4 +1,4 @@
-"""Labelled images: from the Hub, from a packed .npz file, or generated; and the rows that a trainer sees of them.
+"""Labelled images, read or generated, and the rows that a trainer sees of them.
 
 Pixels are uint8 until a row is read, floats in [0, 1] from there on; whoever applies a model normalises them, so that
 what is done to an image (a rotation, a crop) is done before.
@@ -6,29 +6,21 @@ what is done to an image (a rotation, a crop) is done before.
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from metaxl_evo.bilevel.randomness import mix_seed
-from metaxl_evo.messages import one_line, unknown
-from metaxl_evo.training.hub import Instead, load_from_hub, require_reachable
+from metaxl_evo.messages import unknown
 from vision_tasks.augmentation import Transform, to_float
 
 SYNTHETIC = "synthetic"
 PARTS = ("train", "test")
-IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "fine_label")
-GREY_MODES, COLOUR_MODES = ("1", "L", "LA"), ("RGB", "RGBA", "P", "CMYK", "YCbCr")
-INSTEAD = Instead("--data FILE.npz", "MNIST: ylecun/mnist")
-MOST_CLASSES = 100_000  # a label beyond is no number of a class
+SHOWN = 10  # images that a message names
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +32,8 @@ class ImageSet:
         labels: (N,) int64, numbers of `names`.
         names: of the classes.
         where: for error messages.
+        ids: (N,) of the images in their source: paths or row numbers (default: from 0).
+        true_labels: (N,) where `labels` are known to be partly wrong.
 
     Raises:
         ValueError: one line for another shape, dtype or range.
@@ -49,8 +43,12 @@ class ImageSet:
     labels: np.ndarray
     names: tuple[str, ...]
     where: str = "the images"
+    ids: Any = None
+    true_labels: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        if self.ids is None:
+            object.__setattr__(self, "ids", np.arange(len(self.images)))
         shape, dtype = self.images.shape, self.images.dtype
         if dtype != np.uint8:
             raise ValueError(f"{self.where}: pixels must be uint8 from 0 to 255, not {dtype}: convert them")
@@ -58,13 +56,14 @@ class ImageSet:
             raise ValueError(
                 f"{self.where}: images must have the shape (N, height, width, 1 or 3), not {shape}: transpose or stack"
             )
-        if self.labels.shape != shape[:1]:
-            raise ValueError(f"{self.where}: {shape[0]} images and labels of shape {self.labels.shape}: one an image")
-        outside = (self.labels < 0) | (self.labels >= len(self.names))
-        if outside.any():
-            raise ValueError(
-                f"{self.where}: label {self.labels[outside][0]} is none of the {len(self.names)} classes: renumber"
-            )
+        for labels in (self.labels,) if self.true_labels is None else (self.labels, self.true_labels):
+            if labels.shape != shape[:1]:
+                raise ValueError(f"{self.where}: {shape[0]} images and labels of shape {labels.shape}: one an image")
+            outside = (labels < 0) | (labels >= len(self.names))
+            if outside.any():
+                raise ValueError(
+                    f"{self.where}: label {labels[outside][0]} is none of the {len(self.names)} classes: renumber"
+                )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,7 +86,44 @@ class ImageSet:
 
     def take(self, indices: Any) -> ImageSet:
         """These images, in this order."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        true = None if self.true_labels is None else self.true_labels[indices]
+        return replace(
+            self,
+            images=self.images[indices],
+            labels=self.labels[indices],
+            ids=self.ids[indices],
+            true_labels=true,
+        )
+
+    def clean(self) -> ImageSet:
+        """With the true labels, where others are known to be wrong."""
+        return self if self.true_labels is None else replace(self, labels=self.true_labels)
+
+    def named(self, which: np.ndarray) -> str:
+        """The ids of these images, for a message; of many the first."""
+        ids = self.ids[which].tolist()
+        more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+        return ", ".join(map(str, ids[:SHOWN])) + more
+
+    def numbered_as(self, images: ImageSet) -> ImageSet:
+        """With its classes numbered as those of `images`: by their names, or by numbers where only those have names.
+
+        Raises:
+            ValueError: for a class that the others have not.
+        """
+        known, own = images.names, self.names
+        if own == known:
+            return self
+        if all(map(str.isdecimal, own)) and not any(map(str.isdecimal, known)):
+            numbers = [int(name) for name in own]
+        else:
+            numbers = [known.index(name) if name in known else len(known) for name in own]
+        absent = [name for name, number in zip(own, numbers, strict=True) if number >= len(known)]
+        if absent:
+            raise ValueError(
+                f"{self.where}: {unknown('class', absent[0], known)}, those of {images.where}: rename or remove it"
+            )
+        return replace(self, labels=np.array(numbers)[self.labels], names=known, true_labels=None)
 
     def counts(self) -> np.ndarray:
         """Images of each class, (classes,)."""
@@ -147,116 +183,6 @@ class ImageRows:
             return {"images": to_float(image), "labels": label}
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch, index))
         return {"images": self.transform(image, generator), "labels": label}
-
-
-def load_images(data: str) -> dict[str, ImageSet]:
-    """The train and the test part of a data set, over the same classes.
-
-    Args:
-        data: an .npz file with x_train, y_train, x_test and y_test; a Hub id; or the word `synthetic`.
-
-    Raises:
-        ValueError: one line for what is missing, unreadable or out of range.
-        OSError: `data` is neither a file nor a Hub id that can be reached or is in the cache.
-    """
-    if data == SYNTHETIC:
-        return {part: drawn(200 if part == "train" else 50, seed=number) for number, part in enumerate(PARTS)}
-    path = Path(data).expanduser()
-    if path.is_dir():
-        raise ValueError(f"{data} is a folder: give one of its files with {INSTEAD.option}, or a Hub id")
-    parts = read_npz(path) if path.suffix == ".npz" or path.is_file() else read_hub(data)
-    train, test = (parts[part] for part in PARTS)
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise ValueError(
-            f"{train.where}: images of {train.images.shape[1:]} pixels, but {test.where}: of "
-            f"{test.images.shape[1:]}: a model trained on the one cannot be tested on the other"
-        )
-    return parts
-
-
-def read_npz(path: Path) -> dict[str, ImageSet]:
-    """A file with the arrays `x_train, y_train, x_test, y_test`; grey images may lack the channel.
-
-    Raises:
-        ValueError: for a file that cannot be read or lacks an array.
-    """
-    needed = [f"{letter}_{part}" for part in PARTS for letter in "xy"]
-    try:
-        with zipfile.ZipFile(path), np.load(path) as file:  # numpy alone advises to trust what is no archive
-            present = list(file.files)
-            found = {key: file[key] for key in needed if key in present}
-    except Exception as error:  # numpy, zipfile and zlib have kinds of their own
-        raise ValueError(f"{path} cannot be read as .npz ({one_line(error)}): give another --data") from error
-    missing = [key for key in needed if key not in found]
-    if missing:
-        raise ValueError(f"{path} has no array {missing[0]!r}; present: {', '.join(present) or 'none'}")
-    arrays = {part: (found[f"x_{part}"], found[f"y_{part}"]) for part in PARTS}
-    for part, (_, labels) in arrays.items():
-        if labels.dtype.kind not in "iu":
-            raise ValueError(f"{path}: y_{part} must be whole numbers, not {labels.dtype}: number the classes from 0")
-    classes = 1 + max(int(labels.max(initial=0)) for _, labels in arrays.values())
-    if classes > MOST_CLASSES:
-        raise ValueError(f"{path}: labels go up to {classes - 1}: number the classes from 0")
-    names = tuple(map(str, range(classes)))
-    return {
-        part: ImageSet(
-            images if images.ndim != 3 else images[..., None],
-            (labels if labels.shape[1:] != (1,) else labels[:, 0]).astype(np.int64),  # Keras' CIFAR has (N, 1)
-            names,
-            f"{path}, {part}",
-        )
-        for part, (images, labels) in arrays.items()
-    }
-
-
-def read_hub(dataset: str) -> dict[str, ImageSet]:
-    """The splits `train` and `test` of a Hub data set with a column of images and one of class labels."""
-    require_reachable(dataset, INSTEAD)
-    loaded = load_from_hub(dataset, instead=INSTEAD)
-    return {part: _of_table(_split(loaded, part, dataset), f"{dataset}, {part}") for part in PARTS}
-
-
-def _split(loaded: DatasetDict, part: str, dataset: str) -> Dataset:
-    if part not in loaded:
-        raise ValueError(f"{dataset} has no split {part!r}; present: {', '.join(map(str, loaded))}")
-    return loaded[part]
-
-
-def _of_table(table: Dataset, where: str) -> ImageSet:
-    image, label = (_column(table, names, where) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
-    kind = table.features[label]
-    if not isinstance(kind, ClassLabel):
-        raise ValueError(f"{where}: {label} must be a ClassLabel, which says how many classes there are")
-    pixels = [as_array(one, f"{where}, row {row}") for row, one in enumerate(table[image])]
-    if len({one.shape for one in pixels}) != 1:
-        raise ValueError(f"{where}: its images differ in size: this task needs them alike, resize them first")
-    return ImageSet(np.stack(pixels), np.asarray(table[label], np.int64), tuple(kind.names), where)
-
-
-def as_array(image: Any, where: str) -> np.ndarray:
-    """A PIL image as uint8 (H, W, 1) where it is grey, else (H, W, 3).
-
-    Raises:
-        ValueError: for what is not an image of 8 bits a channel.
-    """
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"{where} holds {type(image).__name__}, not an image: name a data set of images")
-    require_mode(image, where)
-    array = np.array(image.convert("L" if image.mode in GREY_MODES else "RGB"))
-    return array if array.ndim == 3 else array[..., None]
-
-
-def require_mode(image: Image.Image, where: str) -> None:
-    """Refuse an image of more than 8 bits a channel, or of other colours."""
-    if image.mode not in (*GREY_MODES, *COLOUR_MODES):
-        raise ValueError(f"{where} has mode {image.mode}: convert it to 8 bits a channel, grey or RGB")
-
-
-def _column(table: Dataset, names: Sequence[str], where: str) -> str:
-    for name in names:
-        if name in table.column_names:
-            return name
-    raise ValueError(f"{where}: {unknown('column', names[0], table.column_names)}")
 
 
 def drawn(per_class: int, *, classes: int = 10, side: int = 28, seed: int = 0) -> ImageSet:

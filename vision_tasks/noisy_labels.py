@@ -30,12 +30,14 @@ class NoisyLabels:
         true_labels: (N,) of `train`.
         meta: clean, and balanced where it was split off; no image of it is in `train`.
         left_out: train images that equal a meta image and were left out.
+        known: whether the true labels are; those of a noisy set that came without them are taken for right.
     """
 
     train: ImageSet
     true_labels: np.ndarray
     meta: ImageSet
     left_out: int = 0
+    known: bool = True
 
     @property
     def wrong(self) -> np.ndarray:
@@ -57,6 +59,8 @@ def noise_matrix(kind: str, rate: float, classes: int, generator: np.random.Gene
     if not 0 <= rate < 1:
         raise ValueError(f"noise_rate must be at least 0 and below 1, not {rate}")
     others = {"unif": 0, "flip": 1, "flip2": 2}[kind]
+    if rate == 0 and classes <= others:
+        return np.eye(classes)
     if classes <= others:
         raise ValueError(f"noise {kind} needs more than {others} classes, here are {classes}: use unif")
     if kind == "unif":
@@ -87,6 +91,8 @@ def make_noisy(
 ) -> NoisyLabels:
     """Take a clean balanced meta set out of `images` and spoil the labels of the others.
 
+    Where `images` have true labels beside their own, these are the spoilt ones, and the meta set gets the true ones.
+
     Args:
         kind, rate: of `noise_matrix`.
         meta_size: images of the meta set, a multiple of the number of classes.
@@ -98,13 +104,17 @@ def make_noisy(
         ValueError: for a class with too few images, a size that cannot be balanced, or a meta set whose images are
             trained on.
     """
+    if images.true_labels is not None and rate:
+        raise ValueError(f"{images.where}: its labels are noisy, true ones are beside them: set noise_rate to 0")
+    known = rate > 0 or images.true_labels is not None or meta is None
     generator = np.random.default_rng(seed)
     matrix = noise_matrix(kind, rate, len(images.names), generator)
     left_out = 0
     if meta is None:
-        chosen = _balanced(images, meta_size, generator)
+        clean = images.clean()
+        chosen = _balanced(clean, meta_size, generator)
         rest = np.setdiff1d(np.arange(len(images)), chosen)
-        meta, train = images.take(chosen), images.take(rest)
+        meta, train = clean.take(chosen), images.take(rest)
         twins = found_in(train, meta)
         left_out = int(twins.sum())
         if left_out:  # the data set holds an image twice
@@ -114,16 +124,18 @@ def make_noisy(
             train = train.take(~twins)
     else:
         _require_alike(meta, images)
+        meta = meta.numbered_as(images)
         train, twins = images, found_in(images, meta)
         if twins.any():
             raise ValueError(
-                f"the meta set overlaps the training set: {twins.sum()} train images are in {meta.where}: "
-                "take them out of one of them"
+                f"the meta set overlaps the training set: {twins.sum()} train images are in {meta.where}: take them "
+                f"out of one of them ({images.named(twins)})"
             )
     if train_size is not None:
         train = train.take(np.arange(min(train_size, len(train)))).require_classes()
     labels = corrupted(train.labels, matrix, generator)
-    return NoisyLabels(replace(train, labels=labels), train.labels, meta.require_classes(), left_out)
+    made = replace(train, labels=labels)
+    return NoisyLabels(made, train.clean().labels, meta.require_classes(), left_out, known)
 
 
 def _balanced(images: ImageSet, size: int, generator: np.random.Generator) -> np.ndarray:
@@ -145,8 +157,8 @@ def found_in(images: ImageSet, others: ImageSet) -> np.ndarray:
 
 
 def _require_alike(meta: ImageSet, images: ImageSet) -> None:
-    if meta.images.shape[1:] != images.images.shape[1:] or len(meta.names) != len(images.names):
+    if meta.images.shape[1:] != images.images.shape[1:]:
         raise ValueError(
-            f"{meta.where} has {len(meta.names)} classes of {meta.images.shape[1:]} pixels, {images.where} "
-            f"{len(images.names)} of {images.images.shape[1:]}: the meta set must be of the same kind"
+            f"{meta.where} has images of {meta.images.shape[1:]} pixels, {images.where} of "
+            f"{images.images.shape[1:]}: the meta set must be of the same kind"
         )

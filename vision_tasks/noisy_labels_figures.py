@@ -23,8 +23,8 @@ def plot_weights(weights: Mapping[str, Any], file: Path) -> None:
         left.plot(weights["curve"]["loss"], weights["curve"]["weight"])
         left.set(xlabel="loss of an image", ylabel="learned weight", ylim=(0, None), title="weight against loss")
         bins = weights["histogram"]["bins"]
-        for name, colour in (("right", "C0"), ("wrong", "C3")):
-            counts = np.array(weights["histogram"][name])
+        for name, colour in (("right", "C0"), ("wrong", "C3"), ("all", "C0")):
+            counts = np.array(weights["histogram"].get(name, ()))
             if counts.sum():
                 right.stairs(counts / counts.sum(), bins, fill=True, alpha=0.5, color=colour, label=f"{name} labels")
         right.set(xlabel="learned weight", ylabel="share of the images", title="training images at the end")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.experiments.records import Record
@@ -20,10 +19,13 @@ from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.augmentation import PadCropFlip
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.classification import USAGE, ClassifierArguments, accuracy, make_classifier, tell_fewer, tested
-from vision_tasks.images import ImageRows, ImageSet, load_images
+from vision_tasks.image_parts import Layout
+from vision_tasks.image_sources import load_images
+from vision_tasks.images import ImageRows, ImageSet
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
 from vision_tasks.noisy_labels_figures import plot_noise, plot_weight_curves, plot_weights
 from vision_tasks.task import VisionTask
+from vision_tasks.training_images import SHEET, TABLE, contact_sheet, judge, table_of
 from vision_tasks.weight_net import NORMALISATIONS, WeightedClassifier
 
 METHODS = ("meta_weight_net", "baseline")
@@ -64,7 +66,11 @@ class NoisyLabelsArguments(ClassifierArguments):
     meta_size: int = field(default=1000, metadata={"help": "Clean images that judge, equally many of each class."})
     meta_data: str | None = field(
         default=None,
-        metadata={"help": "An .npz file or Hub id whose training part is the clean set (default: split off)."},
+        metadata={"help": "A source as for `data` whose part `train` is the clean set (default: split off)."},
+    )
+    true_label_column: str | None = field(
+        default=None,
+        metadata={"help": "Of a table, or NAME of an .npz file's NAME_train: right labels beside noisy ones."},
     )
     image_size: int | None = field(default=None, metadata={"help": "Average pixels down to this side."})
     augmentation: str = field(
@@ -83,6 +89,13 @@ class NoisyLabelsArguments(ClassifierArguments):
             raise ValueError(f"width multiplies the channels of resnet32; {self.backbone} has none: leave it out")
         if not 0 <= self.noise_rate < 1:
             raise ValueError(f"noise_rate must be at least 0 and below 1, not {self.noise_rate}")
+
+    def layout(self) -> Layout:
+        return replace(super().layout(), true_label_column=self.true_label_column)
+
+    def meta_layout(self) -> Layout:
+        """That of the clean set: the columns of the data, and the usual splits."""
+        return Layout(self.image_column, self.label_column)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +116,15 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
         f"{USAGE}\n\nfrom metaxl_evo.models.weight_net import WeightNet\n\n"
         'weigh = WeightNet.from_pretrained("FOLDER")  # losses (B,) -> weights (B,)'
     )
-    own_files = (SUBFOLDER,)
+    own_files = (SUBFOLDER, TABLE, SHEET)
 
     def learns(self, settings: NoisyLabelsArguments) -> bool:
         return settings.method == "meta_weight_net"
 
     def load(self, settings: NoisyLabelsArguments, args: MetaTrainingArguments) -> NoisyLabelsData:
-        parts = load_images(settings.data)
-        meta = None if settings.meta_data is None else load_images(settings.meta_data)["train"]
+        parts = load_images(settings.data, settings.layout())
+        own = settings.meta_data
+        meta = None if own is None else load_images(own, settings.meta_layout(), ("train",))["train"]
         train, test = (parts[part].pooled(settings.image_size) for part in ("train", "test"))
         noisy = make_noisy(
             train.require_classes(),
@@ -125,7 +139,8 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
         leaked = found_in(noisy.meta, test)
         if settings.meta_data is not None and leaked.any():
             raise ValueError(
-                f"the meta set overlaps the test set: {leaked.sum()} of its images are in {test.where}: take them out"
+                f"the meta set overlaps the test set: {leaked.sum()} of its images are in {test.where}: take them out "
+                f"({noisy.meta.named(leaked)})"
             )
         return NoisyLabelsData(noisy, test.require_classes())
 
@@ -160,8 +175,8 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
             compute_metrics=accuracy,
         )
 
-    def score(self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData) -> dict[str, float]:
-        return {"accuracy": tested(trainer, data.test)}
+    def score(self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData) -> dict[str, Any]:
+        return tested(trainer, data.test)
 
     def describe(
         self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData, start: Tree
@@ -170,11 +185,18 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
             "train_images": len(data.noisy.train),
             "meta_images": len(data.noisy.meta),
             "left_out": data.noisy.left_out,
-            "wrong_labels": float(data.noisy.wrong.mean()),
+            "wrong_labels": float(data.noisy.wrong.mean()) if data.noisy.known else None,
         }
         if self.learns(settings):
             found["weights"] = weights_of(cast(WeightedClassifier, trainer.model), data.noisy)
         return found
+
+    def write_files(
+        self, folder: Path, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData
+    ) -> None:
+        table = table_of(cast(WeightedClassifier, trainer.model), data.noisy)
+        table.to_csv(folder / TABLE, index=False)
+        contact_sheet(data.noisy.train, table, folder / SHEET)
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         if "weights" in results["run"]:
@@ -190,37 +212,20 @@ def weights_of(module: WeightedClassifier, noisy: NoisyLabels, batch_size: int =
 
     Weights are sigmoids as they come, of unaugmented images at the final weights in evaluation mode.
     """
-    costs = _costs(module, noisy.train, batch_size)
+    costs, _ = judge(module, noisy.train, batch_size)
     with torch.no_grad():
         weights = module.meta(costs).cpu().numpy()
         curve = module.meta(CURVE.to(costs)).cpu()
     wrong = noisy.wrong
-    means = {
-        name: float(weights[which].mean()) for name, which in (("right", ~wrong), ("wrong", wrong)) if which.any()
-    }
+    groups = {"right": ~wrong, "wrong": wrong} if noisy.known else {"all": np.ones_like(wrong)}
+    means = {name: float(weights[which].mean()) for name, which in groups.items() if which.any()}
     bins = np.linspace(0, 1, 41)
     return {
         "mean": means,
         "ratio": means["right"] / means["wrong"] if len(means) == 2 and means["wrong"] else None,
         "histogram": {
             "bins": bins.tolist(),
-            **{
-                name: np.histogram(weights[which], bins)[0].tolist()
-                for name, which in (("right", ~wrong), ("wrong", wrong))
-            },
+            **{name: np.histogram(weights[which], bins)[0].tolist() for name, which in groups.items()},
         },
         "curve": {"loss": CURVE.tolist(), "weight": curve.tolist()},
     }
-
-
-def _costs(module: WeightedClassifier, images: ImageSet, batch_size: int) -> Tensor:
-    """The loss of every image, in evaluation mode, (N,)."""
-    device, training = module.image_mean.device, module.training
-    module.eval()
-    with torch.no_grad():
-        found = [
-            module.costs(batch["images"].to(device), batch["labels"].to(device))
-            for batch in DataLoader(cast(Any, ImageRows(images)), batch_size)
-        ]
-    module.train(training)
-    return torch.cat(found)

@@ -12,7 +12,8 @@ from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.classification import USAGE, ClassifierArguments, accuracy, make_classifier, tell_fewer, tested
-from vision_tasks.images import ImageRows, ImageSet, load_images
+from vision_tasks.image_sources import load_images
+from vision_tasks.images import ImageRows, ImageSet
 from vision_tasks.rotation import SUBFOLDER, RotatedClassifier, Rotation, rotated
 from vision_tasks.task import VisionTask
 
@@ -75,7 +76,7 @@ class RotationTask(VisionTask[RotationArguments, RotationData]):
         return settings.method == "rotation"
 
     def load(self, settings: RotationArguments, args: MetaTrainingArguments) -> RotationData:
-        parts = load_images(settings.data)
+        parts = load_images(settings.data, settings.layout())
         images, test = parts["train"], parts["test"].require_classes()
         judging = len(images) // 6 if settings.meta_size is None else settings.meta_size
         available = len(images) - judging
@@ -108,10 +109,10 @@ class RotationTask(VisionTask[RotationArguments, RotationData]):
             compute_metrics=accuracy,
         )
 
-    def score(self, trainer: MetaTrainer, settings: RotationArguments, data: RotationData) -> dict[str, float]:
+    def score(self, trainer: MetaTrainer, settings: RotationArguments, data: RotationData) -> dict[str, Any]:
         return {
-            "accuracy": tested(trainer, data.test),
-            "accuracy_upright": tested(trainer, data.upright),
+            **tested(trainer, data.test),
+            "accuracy_upright": tested(trainer, data.upright)["accuracy"],
             "degrees": cast(Rotation, trainer.model.meta).degrees,
         }
 

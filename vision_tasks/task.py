@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from vision_tasks.arguments import VisionArguments, VisionTrainingArguments
 from vision_tasks.images import SYNTHETIC
 
 Settings = TypeVar("Settings", bound=VisionArguments)
+CLASS_ACCURACY = "class_accuracy"  # a score that is a mapping
+SHOWN = 10  # classes in a table
 
 
 class VisionTask(Task[Settings, Data]):
@@ -31,6 +34,18 @@ class VisionTask(Task[Settings, Data]):
             )
         if args.meta_portion != 1:  # clean images and episodes of other domains judge, and nothing else
             raise ValueError("these tasks cannot join meta rows to train rows: set meta_portion to 1")
+
+    def flat_scores(self, test: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: value for name, value in test.items() if name != CLASS_ACCURACY}
+
+    def table(self, test: Mapping[str, Any]) -> str:
+        """The scores, and of a classifier the classes that it finds least."""
+        if CLASS_ACCURACY not in test:
+            return super().table(test)
+        worst = sorted(test[CLASS_ACCURACY].items(), key=lambda found: found[1])[:SHOWN]
+        rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in worst)
+        head = f"| class, the worst of {len(test[CLASS_ACCURACY])} first | accuracy |"
+        return f"{super().table(test)}\n\n{head}\n|---|---:|\n{rows}"
 
     def card_text(self, settings: Settings) -> str:
         return f"Data `{hub_id(settings.data) or Path(settings.data).name}`."

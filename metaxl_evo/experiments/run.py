@@ -93,6 +93,8 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
         results |= {} if dev is None else {"dev": dev}
         results["settings"] = settings
         results["run"] = facts | _facts(trainer) | task.describe(trainer, run.settings, data, start)
+        if run.args.should_save:
+            task.write_files(run.folder, trainer, run.settings, data)
         _leave(task, run, trainer, results)
     return results
 

@@ -127,6 +127,9 @@ class Task(ABC, Generic[Settings, Data]):
             *(["## Citation\n\n" + "\n".join(f"- {line}" for line in cited)] if cited else []),
         ]
 
+    def write_files(self, folder: Path, trainer: MetaTrainer, settings: Settings, data: Data) -> None:
+        """Files of a run beyond those of any, behind its model; name them in `own_files`."""
+
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         """Pictures of one run, where matplotlib is installed."""
 

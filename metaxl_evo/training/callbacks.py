@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.hypergradients import Hypergradient
 from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.training.base_optimizer import BaseOptimizer
@@ -85,6 +86,33 @@ class LastLog(TrainerCallback):
     def _log_the_rest(self, args: Any, state: Any, control: Any) -> None:
         ends = control.should_training_stop or state.global_step >= state.max_steps
         control.should_log |= ends and args.logging_strategy != IntervalStrategy.NO
+
+
+class Divergence(TrainerCallback):
+    """Ends a training whose weights are not finite, before they are logged, evaluated or saved.
+
+    Behind `LastLog`, whose steps it looks at. Raises FloatingPointError, as a meta level does that learns nothing.
+    """
+
+    def __init__(self, trainer: HasMetaLevel):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_log or control.should_evaluate or control.should_save:
+            self._require_finite(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._require_finite(state)
+
+    def _require_finite(self, state: Any) -> None:
+        weights = self.trainer.model.base_parameters()
+        if tree.all_finite(weights):
+            return
+        lost = sum(int((~one.isfinite()).sum()) for one in weights.values())
+        raise FloatingPointError(
+            f"step {state.global_step}: {lost} of {tree.size(weights)} weights are not finite, the training has "
+            "diverged: lower learning_rate, warm it up, or set max_grad_norm"
+        )
 
 
 class Synchrony(TrainerCallback):

@@ -21,7 +21,7 @@ from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.losses import counts_of, set_totals, view_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.base_optimizer import BaseOptimizer
-from metaxl_evo.training.callbacks import LastLog, LevelEvents, MetaCallback, Synchrony
+from metaxl_evo.training.callbacks import Divergence, LastLog, LevelEvents, MetaCallback, Synchrony
 from metaxl_evo.training.check_report import CheckReport
 from metaxl_evo.training.checkpoint import (
     META_SHARE,
@@ -96,6 +96,7 @@ class MetaTrainer(TaskTrainer):
         events = [
             LevelEvents(self),
             LastLog(),
+            Divergence(self),
             Synchrony(self),
             History(lambda: Path(self._get_output_dir(self._trial))),
         ]

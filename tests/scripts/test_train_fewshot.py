@@ -267,6 +267,13 @@ def cut_off(folder: Path) -> dict[str, Any]:
     return given
 
 
+def cut_off_photo(folder: Path) -> dict[str, Any]:
+    """One that no training step reads, damaged behind its head."""
+    given = photos(*NOVEL)(folder)
+    truncate(folder / "photos/novel/c/5.png")
+    return given
+
+
 GENERATED = ["synthetic:ink", "synthetic:chalk"]
 NOVEL = [f"novel/{label}" for label in "abc"]
 BAD: list[tuple[Any, str]] = [
@@ -287,11 +294,12 @@ BAD: list[tuple[Any, str]] = [
      "neither a folder nor a reachable Hub id"),
     (folder_of(y_train=None), "packed.npz has no array 'y_train'; present: x_train, x_test, y_test"),
     (folder_of(x_train=np.zeros((40, 8, 8))), "pixels must be uint8 from 0 to 255, not float64"),
-    (folder_of(y_train=np.full(40, 11), y_test=np.full(20, 11)), "packed: class '0' of its base split has no images"),
+    (folder_of(y_train=np.full(40, 11), y_test=np.full(20, 11)), "packed has 1 base classes, an episode needs 3"),
     (cut_off, "packed.npz cannot be read as .npz"),
     (photos("base/a", "val/b", *NOVEL, images=4), "photos: class 'a' has 4 images, an episode needs 2 . 3: lower"),
     (photos("base/a", "val/b"), "domain photos has no novel split: it has base, val"),
     (photos("base/a", "novel/b"), "domain photos has 1 novel classes, an episode needs 3: lower n_way, or read it wi"),
+    (cut_off_photo, "place/photos/novel/c/5.png cannot be read as an image .*: replace or remove it"),
     (config_of("domains: {a: b}"), r"run\.yaml:1: domains: expected a list, found a mapping"),
     (config_of("crop_scale: [1, 2]"), "crop_scale must be two increasing numbers above 0 and at most 1"),
 ]  # fmt: skip
@@ -324,4 +332,4 @@ def test_a_config_says_what_the_command_line_does(tmp_path: Path) -> None:
 
 
 def test_the_table_of_bad_input_is_whole() -> None:
-    assert len(BAD) == 23
+    assert len(BAD) == 24

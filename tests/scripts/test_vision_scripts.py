@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +26,8 @@ from tests.hub_cache import REPOSITORY, prepare_image_cache
 from tests.scripts.refusals import assert_refused, config_of, contents, offline, truncate, yaml_of
 from tests.scripts.runs import OF_A_RUN, OF_SEVERAL, argv, cut_off_after, keep_checkpoints, read, same
 from tests.vision_tasks.small import pack, random_images
+from vision_tasks.noisy_labels_figures import plot_weights
+from vision_tasks.training_images import SHEET, TABLE
 
 SCRIPTS: dict[str, Callable[..., Any]] = {"rotation": train_rotation, "noisy_labels": train_noisy_labels}
 OWN = {
@@ -106,6 +109,7 @@ def test_every_run_has_a_folder_of_its_own(compared: Any, script: str) -> None:
     above, drawn = {*OF_SEVERAL}, set()
     if script == "noisy_labels":
         above, drawn = above | {"noise.png", "weights.png"}, {f"evo/{seed}/weights.png" for seed in (1, 2)}
+        one += [TABLE, SHEET]
     assert files == above | drawn | {f"{run}/{seed}/{name}" for run in RUNS for seed in (1, 2) for name in one}
     assert len({tuple(weights(folder / run / str(seed))["classifier.0.weight"].flatten().tolist())
                 for run in RUNS for seed in (1, 2)}) == 4  # fmt: skip
@@ -139,6 +143,50 @@ def test_the_results_of_a_comparison(compared: Any, images: Path, script: str) -
     assert results["seeds"] == [1, 2]
     assert results["settings"].items() >= {"data": str(images), "max_steps": 4}.items()
     assert "seed" not in results["settings"]
+
+
+@each_script
+def test_classes_have_scores_of_their_own(compared: Any, images: Path, script: str) -> None:
+    """Those of `pack` are equally many, so that their mean is the accuracy; the card shows them."""
+    folder, _ = compared[script]
+    scores = read(folder / "evo/1")["test"]
+    assert list(scores["class_accuracy"]) == list("0123456789")
+    assert set(scores["class_accuracy"].values()) <= {0, 0.5, 1}
+    assert np.mean(list(scores["class_accuracy"].values())) == pytest.approx(scores["accuracy"])
+    card = (folder / "evo/1/README.md").read_text(encoding="utf-8")
+    assert "| class, the worst of 10 first | accuracy |" in card
+    assert f"\n| 9 | {scores['class_accuracy']['9']:.4f} |\n" in card
+
+
+def test_noise_of_the_users_own_in_image_folders(tmp_path: Path) -> None:
+    """Two classes, a clean folder beside them, files named as they are found."""
+    for seed, place in enumerate(("noisy/train", "noisy/test", "clean")):
+        for number, pixels in enumerate(random_images(16, seed=seed, channels=3).images):
+            file = tmp_path / place / ("cat", "dog")[number % 2] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+    fields = {"noise_rate": 0, "meta_data": tmp_path / "clean", "max_steps": 2}
+    results = train("noisy_labels", tmp_path / "noisy", tmp_path / "out", **fields)
+    assert list(results["test"]["class_accuracy"]) == ["cat", "dog"]
+    assert (results["run"]["train_images"], results["run"]["wrong_labels"]) == (16, None)
+    assert list(results["run"]["weights"]["mean"]) == ["all"]  # which are right is not known
+    plot_weights(results["run"]["weights"], tmp_path / "weights.png")
+    assert (tmp_path / "weights.png").is_file()
+    table = pd.read_csv(tmp_path / "out" / TABLE)
+    assert set(table.image) == {f"train/{('cat', 'dog')[n % 2]}/{n}.png" for n in range(16)}
+    assert (table.label == table.image.str.split("/").str[1]).all()
+    assert table.loss.is_monotonic_decreasing
+    assert table.weight.between(0, 1).all()
+
+
+@each_script
+def test_a_baseline_that_diverges_ends_with_advice_and_leaves_nothing(
+    tmp_path: Path, images: Path, script: str
+) -> None:
+    given = settings_of(script, images, tmp_path / "out", BASELINE | {"learning_rate": 1e38})
+    assert_refused(
+        SCRIPTS[script], given, "weights are not finite, the training has diverged: lower", tmp_path / "out"
+    )
 
 
 def test_only_the_run_that_learns_turns(compared: Any) -> None:
@@ -380,15 +428,18 @@ OF_BOTH: list[tuple[Any, str]] = [
     ({"data": "/absent/images.npz", "optim_args": "x"}, "optim_args x: cannot be used"),  # before data are read
     ({"data": "no-such-organisation-here/absent"}, HUB),
     ({"data": "mnist.py"}, "Dataset scripts are no longer supported: use .*or --data FILE.npz"),
-    (lambda folder: {"data": folder}, "is a folder: give one of its files with --data FILE.npz, or a Hub id"),
+    (
+        lambda folder: {"data": folder},
+        "train has no folder of images; .* holds no folder: it should hold train/CLASS/IMAGE and test/CLASS/IMAGE",
+    ),
     (text_file, r"given.npz cannot be read as .npz \(File is not a zip file\): give another --data"),
     (cut_off, "given.npz cannot be read as .npz"),
     (npz(y_train=None), "given.npz has no array 'y_train'; present: x_train, x_test, y_test"),
     (npz(x_train=np.zeros((40, 8, 8))), "given.npz, train: pixels must be uint8 from 0 to 255, not float64"),
     (npz(x_test=np.zeros((20, 4, 4), np.uint8)), "a model trained on the one cannot be tested on the other"),
     (npz(**WIDE), "given.npz, train: images must be square, not 8 x 6 pixels"),
-    (npz(y_train=labels_of(_0=-1)), "given.npz, train: label -1 is none of the 10 classes"),
-    (npz(y_train=labels_of(_0=12)), "class '10' has 0 images and needs 1"),
+    (npz(y_train=labels_of(_0=-1)), "given.npz, train: label -1 is no class: renumber"),
+    (npz(y_train=labels_of(_0=12)), "class '12' has [01] images and needs [12]"),
     (config_of("meta_lr: 1"), r"run\.yaml:1: unknown key 'meta_lr'"),
     (config_of("data: synthetic\nruns: {a: 1}"), "runs: a must be a mapping of settings, as in {}, not 1"),
     (config_of("data: synthetic\nruns: [a]"), "runs"),
@@ -417,7 +468,7 @@ OF_ONE: list[tuple[str, Any, str]] = [
     ("noisy_labels", {"weight_normalisation": "max"}, "unknown weight_normalisation 'max': .*Valid: sum, mean"),
     ("noisy_labels", {"weight_net_hidden": 0}, "weight_net_hidden must be a whole number of at least 1"),
     ("noisy_labels", {"meta_data": "/absent.npz"}, "/absent.npz cannot be read"),
-    ("noisy_labels", lambda folder: {"meta_data": pack(folder / "own.npz")}, "overlaps the training set: 40 train"),
+    ("noisy_labels", lambda folder: {"meta_data": pack(folder / "own.npz")}, r"the training set: 40 train.*\(0, 1, "),
     (
         "noisy_labels",
         lambda folder: {"meta_data": seen_in_tests(folder / "own.npz")},
@@ -425,6 +476,8 @@ OF_ONE: list[tuple[str, Any, str]] = [
     ),
     ("noisy_labels", npz(x_train=np.zeros((40, 8, 8), np.uint8)), "every image equals one of the meta set"),
     ("noisy_labels", npz(y_train=np.arange(40) % 2, y_test=np.arange(20) % 2), "flip2 needs more than 2 classes"),
+    ("noisy_labels", {"test_split": "train"}, "test_split: train is trained on: name another"),
+    ("noisy_labels", {"true_label_column": "truth"}, "random.npz has no array 'truth_train'; present: x_train"),
 ]
 BAD = [*((list(SCRIPTS)[index % 2], *case) for index, case in enumerate(OF_BOTH)), *OF_ONE]
 
@@ -452,7 +505,7 @@ def test_bad_input_is_one_line_before_any_step(
 
 
 def test_the_table_of_bad_input_is_whole() -> None:
-    assert (len(OF_BOTH), len(OF_ONE)) == (32, 23)
+    assert (len(OF_BOTH), len(OF_ONE)) == (32, 25)
 
 
 # The Hub

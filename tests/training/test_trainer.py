@@ -688,6 +688,19 @@ def test_too_many_in_a_row_stop_the_run_with_advice(tmp_path: Path) -> None:
     assert trainer.skipped_meta_steps == 4
 
 
+@pytest.mark.parametrize(
+    ("fields", "step"), [({"logging_steps": 1}, 1), ({"save_steps": 2}, 2), ({"logging_strategy": "no"}, 3)]
+)
+def test_weights_that_are_not_finite_stop_any_run_with_advice(
+    tmp_path: Path, fields: dict[str, Any], step: int
+) -> None:
+    fields = {"max_steps": 3, "logging_steps": 100, "save_strategy": "steps", "save_steps": 100} | fields
+    trainer = tiny_trainer(tmp_path, estimator="none", learning_rate=1e300, **fields)
+    with pytest.raises(FloatingPointError, match=rf"step {step}: \d+ of \d+ weights are not finite.*lower learning_"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 # Trained twice
 
 

@@ -91,7 +91,7 @@ def test_options_choose_classes_and_images(tmp_path: Path) -> None:
         ({"x_test": np.zeros((2, 5, 5), np.uint8)}, "differ in shape"),
         ({"y_test": np.array([0, 1, 2])}, "labels"),
         ({"y_train": np.array([0.5] * 6)}, "whole numbers"),
-        ({"y_train": np.array([0, 1, 4, 3, 0, 1])}, "class '2' of its base split has no images"),
+        ({"y_train": np.array([0, 1, -4, 3, 0, 1])}, "label -4 is no class"),
     ],
 )
 def test_bad_arrays_are_refused(tmp_path: Path, arrays: dict[str, Any], part: str) -> None:
@@ -126,6 +126,19 @@ def test_a_folder_may_say_its_split(tmp_path: Path) -> None:
     assert read_domain(f"{path}?classes=whole").splits["novel"] == (0, 1, 2, 3)
 
 
+def test_splits_may_have_their_usual_names_and_then_are_of_different_classes(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "mini", {"train/a/1.png": 0, "val/b/1.png": 1, "test/c/1.png": 2, "test/d/1.png": 3})
+    domain = read_domain(str(path))
+    assert domain.classes == ("a", "b", "c", "d")
+    assert domain.splits == {"base": (0,), "val": (1,), "novel": (2, 3)}
+    folder_of(path, {"test/a/1.png": 4})
+    assert refusal(str(path)).endswith(
+        "mini: class 'a' is in several of test, train, val, and few-shot tests are of other classes than training: "
+        "name one of these folders as the domain"
+    )
+    assert read_domain(f"{path / 'test'}?classes=whole").classes == ("a", "c", "d")
+
+
 def test_grey_palette_and_transparent_images(tmp_path: Path) -> None:
     for mode in ("1", "L", "P", "RGBA", "LA"):
         (tmp_path / mode).mkdir()
@@ -148,8 +161,8 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     assert "b/1.png has mode I;16: convert it to 8 bits" in refusal(str(path))
     picture(1).save(path / "b/1.png")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)).save(path / "a/1.png")
-    (path / "a/1.png").write_bytes((path / "a/1.png").read_bytes()[:500])
-    assert "a/1.png cannot be read as an image" in refusal(str(path))  # cut off behind its head
+    (path / "b/1.png").write_bytes((path / "a/1.png").read_bytes()[:500])
+    assert "b/1.png cannot be read as an image" in refusal(str(path))  # the last one, cut off behind its head
 
 
 # Omniglot ------------------------------------------------------------------------------------------------------------
@@ -158,6 +171,7 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
 def archive(path: Path, characters: Sequence[str], value: int) -> None:
     with zipfile.ZipFile(path, "w") as opened:
         for number, character in enumerate(characters):
+            opened.writestr(f"{path.stem}/{character}/._{number:04}_01.png", b"what macOS leaves")
             for drawing in (2, 1):
                 opened.writestr(f"{path.stem}/{character}/{number:04}_0{drawing}.png", png(value + drawing))
 

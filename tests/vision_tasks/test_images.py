@@ -1,21 +1,18 @@
-"""Labelled images: what is refused, pooling, rows that follow the epoch, .npz files and tables of the Hub."""
+"""Labelled images: what is refused, pooling, class numbers, and rows that follow the epoch."""
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from PIL import Image as Picture
 
 from metaxl_evo.training.meta_rows import DrawnByEpoch
-from tests.vision_tasks.small import pack, random_images
+from tests.vision_tasks.small import random_images
 from vision_tasks.augmentation import PadCropFlip
-from vision_tasks.images import ImageRows, ImageSet, drawn, load_images
+from vision_tasks.image_sources import load_images
+from vision_tasks.images import ImageRows, ImageSet, drawn
 
 PIXELS = np.zeros((3, 4, 4, 1), np.uint8)
 LABELS = np.array([0, 1, 0])
@@ -57,6 +54,43 @@ def test_sizes_and_choices() -> None:
     wide = ImageSet(np.zeros((1, 4, 6, 1), np.uint8), np.array([0]), ("a",), "here")
     with pytest.raises(ValueError, match="here: images must be square, not 4 x 6 pixels"):
         wide.side  # noqa: B018
+
+
+def test_ids_and_true_labels_go_along() -> None:
+    images = ImageSet(PIXELS, LABELS, ("a", "b"), "here", np.array(["x", "y", "z"]), 1 - LABELS)
+    chosen = images.take([2, 0])
+    assert (chosen.ids.tolist(), chosen.labels.tolist(), chosen.clean().labels.tolist()) == (
+        ["z", "x"],
+        [0, 0],
+        [1, 1],
+    )
+    assert images.named(np.array([True, False, True])) == "x, z"
+    assert random_images(40).named(np.arange(40) > 20) == "21, 22, 23, 24, 25, 26, 27, 28, 29, 30 and 9 more"
+    with pytest.raises(ValueError, match="here: label 2 is none of the 2 classes"):
+        ImageSet(PIXELS, LABELS, ("a", "b"), "here", true_labels=LABELS + 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "known", "labels"),
+    [
+        (("a", "b"), ("a", "b"), [0, 1, 0]),
+        (("b", "a"), ("a", "b", "c"), [1, 0, 1]),
+        (("1", "2"), ("0", "1", "2"), [1, 2, 1]),
+        (("1", "2"), ("a", "b", "c"), [1, 2, 1]),  # numbers of named classes
+    ],
+)
+def test_classes_are_matched_by_name(own: tuple[str, ...], known: tuple[str, ...], labels: list[int]) -> None:
+    others = ImageSet(PIXELS, LABELS, known, "there")
+    found = ImageSet(PIXELS, LABELS, own, "here").numbered_as(others)
+    assert (found.names, found.labels.tolist()) == (known, labels)
+
+
+@pytest.mark.parametrize(
+    ("own", "known"), [(("a", "x"), ("a", "b")), (("1", "2"), ("a", "b")), (("0", "1"), ("1", "2"))]
+)
+def test_a_class_of_no_name_is_refused(own: tuple[str, ...], known: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"here: unknown class '[x20]': .*, those of there: rename or remove it"):
+        ImageSet(PIXELS, LABELS, own, "here").numbered_as(ImageSet(PIXELS, LABELS, known, "there"))
 
 
 # Pooling
@@ -118,159 +152,6 @@ def test_augmented_rows_follow_the_epoch_alone() -> None:
     assert torch.equal(torch.stack([rows[index]["images"] for index in reversed(range(12))]).flip(0), second)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(read(ImageRows(images), 0), read(ImageRows(images), 1))
-
-
-# Files
-
-
-def test_an_npz_file(tmp_path: Path) -> None:
-    file = pack(tmp_path / "a.npz")
-    parts = load_images(str(file))
-    assert list(parts) == ["train", "test"]
-    for number, (part, count) in enumerate({"train": 40, "test": 20}.items(), start=1):
-        expected = random_images(count, seed=number, classes=10)
-        assert np.array_equal(parts[part].images, expected.images)
-        assert np.array_equal(parts[part].labels, expected.labels)
-        assert parts[part].labels.dtype == np.int64
-        assert parts[part].names == tuple("0123456789")
-    coloured = {f"x_{part}": np.zeros((count, 4, 4, 3), np.uint8) for part, count in (("train", 40), ("test", 20))}
-    assert load_images(str(pack(tmp_path / "b.npz", **coloured)))["test"].channels == 3
-
-
-def test_classes_are_those_of_both_parts(tmp_path: Path) -> None:
-    parts = load_images(str(pack(tmp_path / "a.npz", y_test=np.arange(20, dtype=np.uint8) % 12)))
-    assert [len(part.names) for part in parts.values()] == [12, 12]
-
-
-BAD_ARRAYS: list[tuple[dict[str, Any], str]] = [
-    ({"y_test": None}, r"a.npz has no array 'y_test'; present: x_train, x_test, y_train$"),
-    ({"x_train": None}, r"has no array 'x_train'; present: "),
-    ({"x_train": np.zeros((40, 8, 8))}, r"a.npz, train: pixels must be uint8 from 0 to 255, not float64"),
-    ({"x_test": np.zeros((20, 64), np.uint8)}, r"a.npz, test: images must have the shape .* not \(20, 64\)"),
-    ({"x_test": np.zeros((20, 4, 4), np.uint8)}, r"a.npz, train: images of \(8, 8, 1\) pixels, but .*of \(4, 4, 1\)"),
-    ({"x_train": np.zeros((40, 8, 8, 3), np.uint8)}, r"a.npz, train: images of \(8, 8, 3\) pixels, but "),
-    ({"y_train": np.zeros(40)}, r"a.npz: y_train must be whole numbers, not float64: number the classes from 0"),
-    ({"y_test": np.array(["a"] * 20)}, r"y_test must be whole numbers"),
-    ({"y_train": np.arange(39)}, r"40 images and labels of shape \(39,\)"),
-    ({"y_train": np.r_[np.arange(39) % 10, -1]}, r"a.npz, train: label -1 is none of the 10 classes"),
-    ({"y_train": np.r_[np.arange(39), 2**62]}, r"a.npz: labels go up to 4611686018427387904: number the classes"),
-    ({"x_test": np.array([None] * 20)}, r"a.npz cannot be read as .npz \(Object arrays cannot be loaded .*--data$"),
-]
-
-
-@pytest.mark.parametrize(("arrays", "message"), BAD_ARRAYS)
-def test_bad_arrays_are_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_images(str(pack(tmp_path / "a.npz", **arrays)))
-
-
-def damaged(file: Path, how: str) -> Path:
-    whole = pack(file).read_bytes()
-    if how == "no .npz":
-        other = io.BytesIO()
-        np.save(other, PIXELS)
-        whole = other.getvalue()
-    elif how == "packed data":
-        np.savez_compressed(file, x_train=PIXELS, y_train=LABELS, x_test=PIXELS, y_test=LABELS)
-        whole = file.read_bytes()
-        whole = whole[:60] + bytes(30) + whole[90:]
-    elif how == "a bit":
-        at = whole.index(random_images(40, seed=1, classes=10).images.tobytes()) + 500
-        whole = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
-    ends = {"half": len(whole) // 2, "its last byte": -1, "all": 0}
-    file.write_bytes(b"hello" if how == "text" else whole[: ends.get(how, len(whole))])
-    return file
-
-
-@pytest.mark.parametrize("how", ["half", "its last byte", "all", "text", "no .npz", "packed data", "a bit"])
-def test_damaged_files_are_named(tmp_path: Path, how: str) -> None:
-    with pytest.raises(ValueError, match=r"a.npz cannot be read as .npz \(.+\): give another --data$") as error:
-        load_images(str(damaged(tmp_path / "a.npz", how)))
-    assert "allow_pickle=`" not in str(error.value)
-
-
-def test_other_places_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"absent.npz cannot be read as .npz \(.*No such file.*\)"):
-        load_images(str(tmp_path / "absent.npz"))
-    (tmp_path / "b.npz").mkdir()
-    for folder in (tmp_path, tmp_path / "b.npz"):
-        with pytest.raises(ValueError, match=r"is a folder: give one of its files with --data FILE.npz, or a Hub id"):
-            load_images(str(folder))
-    with pytest.raises(ValueError, match=r"Dataset scripts are no longer supported: use .*ylecun/mnist"):
-        load_images("mnist.py")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        OSError, match=r"neither a folder nor a reachable Hub id .*: use --data FILE.npz, or HF_HUB_OFF"
-    ):
-        load_images("no-such-organisation-here/absent")
-
-
-# The Hub
-
-
-def table(monkeypatch: pytest.MonkeyPatch, pictures: list[Any], labels: list[Any], **columns: Any) -> None:
-    """`load_dataset` gives this in both splits."""
-    names = {"image": "image", "label": "label"} | columns.pop("named", {})
-    kind = columns.pop("kind", ClassLabel(names=["cat", "dog"]))
-    features = Features({names["image"]: Image(), names["label"]: kind})
-    rows = Dataset.from_dict({names["image"]: pictures, names["label"]: labels}, features=features)
-    splits = columns.pop("splits", ("train", "test"))
-    monkeypatch.setattr(
-        "vision_tasks.images.load_from_hub", lambda name, instead: DatasetDict(dict.fromkeys(splits, rows))
-    )
-    monkeypatch.setattr("vision_tasks.images.require_reachable", lambda name, instead: None)
-
-
-def pictures(mode: str = "L", sides: tuple[int, ...] = (4, 4)) -> list[Any]:
-    channels = () if mode == "L" else (len(mode),)
-    return [
-        Picture.fromarray(np.arange(s * s * int(np.prod(channels)), dtype=np.uint8).reshape(s, s, *channels))
-        for s in sides
-    ]
-
-
-@pytest.mark.parametrize("named", [{}, {"image": "img", "label": "fine_label"}])
-@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
-def test_a_table_of_the_hub(monkeypatch: pytest.MonkeyPatch, mode: str, channels: int, named: dict[str, str]) -> None:
-    table(monkeypatch, pictures(mode), [1, 0], named=named)
-    parts = load_images("some/pets")
-    assert parts["train"].names == ("cat", "dog")
-    assert parts["test"].labels.tolist() == [1, 0]
-    expected = np.arange(16 * channels, dtype=np.uint8).reshape(4, 4, channels)
-    assert np.array_equal(parts["test"].images[1], expected)
-
-
-def test_a_palette_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    colours = [Picture.new("RGB", (4, 4), colour) for colour in ((200, 30, 10), (5, 100, 255))]
-    table(monkeypatch, [one.convert("P", palette=Picture.Palette.ADAPTIVE) for one in colours], [1, 0])
-    found = load_images("some/pets")["train"]
-    assert [image[0, 0].tolist() for image in found.images] == [[200, 30, 10], [5, 100, 255]]
-
-
-@pytest.mark.parametrize(
-    ("pixels", "labels", "settings", "message"),
-    [
-        (pictures(), [1, 0], {"splits": ("train", "valid")}, "some/pets has no split 'test'; present: train, valid$"),
-        (pictures(sides=(4, 5)), [1, 0], {}, "some/pets, train: its images differ in size: .* resize them first"),
-        (
-            [Picture.new("I;16", (4, 4))] * 2,
-            [1, 0],
-            {},
-            r"some/pets, train, row 0 has mode I;16: convert it to 8 bits a channel",
-        ),
-        (pictures(), [1, -1], {}, "some/pets, train: label -1 is none of the 2 classes"),
-        (pictures(), [1, 0], {"kind": Value("int64")}, "some/pets, train: label must be a ClassLabel, which says"),
-        (pictures(), [1, 0], {"named": {"image": "photo"}}, "train: unknown column 'image': Valid: photo, label"),
-        (pictures(), [1, 0], {"named": {"label": "coarse"}}, "train: unknown column 'label': Valid: image, coarse"),
-    ],
-)
-def test_tables_that_are_refused(
-    monkeypatch: pytest.MonkeyPatch, pixels: Any, labels: Any, settings: dict[str, Any], message: str
-) -> None:
-    table(monkeypatch, pixels, labels, **settings)
-    with pytest.raises(ValueError, match=message):
-        load_images("some/pets")
 
 
 # Generated images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,11 @@ def test_without_noise_nothing_changes() -> None:
     assert np.array_equal(corrupted(labels, matrix("flip", 0.0), np.random.default_rng(0)), labels)
 
 
+@pytest.mark.parametrize("kind", NOISES)
+def test_without_noise_its_kind_does_not_matter(kind: str) -> None:
+    assert np.array_equal(matrix(kind, 0.0, 2), np.eye(2))
+
+
 # The split
 
 
@@ -186,13 +192,29 @@ def test_a_clean_set_of_the_users_own() -> None:
     assert np.array_equal(found.true_labels, images.labels)
     overlapping = random_images(30, seed=8, classes=10)
     overlapping.images[[3, 4]] = images.images[[7, 9]]
-    with pytest.raises(ValueError, match="the meta set overlaps the training set: 2 train images are in the images"):
+    with pytest.raises(ValueError, match=r"overlaps the training set: 2 train images are in the images: .* \(7, 9\)$"):
         made(images, meta=overlapping)
-    for other in (random_images(30, classes=9), random_images(30, classes=10, side=4)):
-        with pytest.raises(ValueError, match="the meta set must be of the same kind"):
-            made(images, meta=other)
+    with pytest.raises(ValueError, match="the meta set must be of the same kind"):
+        made(images, meta=random_images(30, classes=10, side=4))
+    with pytest.raises(ValueError, match="class 'j' has 0 images and needs 1"):
+        made(images, meta=random_images(30, seed=8, classes=9))
+    turned = replace(own, labels=9 - own.labels, names=own.names[::-1])
+    assert np.array_equal(made(images, meta=turned).meta.labels, own.labels)
     with pytest.raises(ValueError, match="class 'd' has 0 images and needs 1"):
         made(images, meta=own.take([0, 1, 2]))
+
+
+def test_noise_of_the_users_own_with_true_labels_beside_it() -> None:
+    """The judges get the true labels, and what is trained on stays as it came."""
+    images = random_images(400, classes=10)
+    own = replace(images, labels=np.roll(images.labels, 1), true_labels=images.labels)
+    found = made(own, rate=0.0)
+    assert np.array_equal(found.train.labels, own.labels[found.train.ids])
+    assert np.array_equal(found.true_labels, images.labels[found.train.ids])
+    assert np.array_equal(found.meta.labels, images.labels[found.meta.ids])
+    assert found.wrong.all()
+    with pytest.raises(ValueError, match="its labels are noisy, true ones are beside them: set noise_rate to 0"):
+        made(own)
 
 
 @pytest.mark.parametrize(

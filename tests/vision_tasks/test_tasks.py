@@ -87,6 +87,8 @@ def test_clean_data_of_the_users_own(tmp_path: Path) -> None:
     own = pack(tmp_path / "b.npz", x_train=random_images(40, seed=5, classes=10).images)
     found = noisy(train, meta_data=str(own))
     assert len(found.noisy.meta) == len(found.noisy.train) == 40
+    assert found.noisy.known
+    assert not noisy(train, meta_data=str(own), noise_rate=0).noisy.known
     with pytest.raises(ValueError, match="the meta set overlaps the training set: 40 train images are in"):
         noisy(train, meta_data=str(train))
 

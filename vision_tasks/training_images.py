@@ -1,0 +1,77 @@
+"""Which training images are labelled wrong, as the trained model sees it: a table, the worst first, and a picture.
+
+Names that begin with `_` stay out of an upload: they show images of the user's.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from vision_tasks.images import ImageRows, ImageSet
+from vision_tasks.noisy_labels import NoisyLabels
+from vision_tasks.weight_net import WeightedClassifier
+
+TABLE, SHEET = "_training_images.csv", "_worst_images.png"
+SHOWN, COLUMNS, TILE, LINE, LONGEST = 48, 8, 96, 12, 15  # images, images a row, pixels, pixels, letters
+
+
+def judge(module: WeightedClassifier, images: ImageSet, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """The loss and the likeliest class of every image, not augmented, in evaluation mode; (N,) each."""
+    device, training = module.image_mean.device, module.training
+    losses, likeliest = [], []
+    module.eval()
+    with torch.no_grad():
+        for batch in DataLoader(cast(Any, ImageRows(images)), batch_size):
+            logits = module.base(pixel_values=module.normalised(batch["images"].to(device))).logits
+            losses.append(F.cross_entropy(logits, batch["labels"].to(device), reduction="none"))
+            likeliest.append(logits.argmax(-1))
+    module.train(training)
+    return torch.cat(losses), torch.cat(likeliest)
+
+
+def table_of(module: WeightedClassifier, noisy: NoisyLabels) -> pd.DataFrame:
+    """A row a training image, the largest loss first; the index is its place in `noisy.train`.
+
+    Columns: image (its id), label (as trained on), predicted, loss; weight where it is learned, true_label where
+    some are known to be wrong.
+    """
+    losses, likeliest = judge(module, noisy.train)
+    names = np.array(noisy.train.names)
+    columns: dict[str, Any] = {
+        "image": noisy.train.ids,
+        "label": names[noisy.train.labels],
+        "predicted": names[likeliest.cpu().numpy()],
+        "loss": losses.cpu().numpy(),
+    }
+    if module.weighted:
+        with torch.no_grad():
+            columns["weight"] = module.meta(losses).cpu().numpy()
+    if noisy.wrong.any():
+        columns["true_label"] = names[noisy.true_labels]
+    return pd.DataFrame(columns).sort_values("loss", ascending=False, kind="stable")
+
+
+def contact_sheet(images: ImageSet, table: pd.DataFrame, file: Path) -> None:
+    """The first images of a table, row by row, each above its id, its label and what the model takes it for."""
+    shown = table.head(SHOWN)
+    height = TILE + 4 * LINE
+    sheet = Image.new("RGB", (COLUMNS * TILE, math.ceil(len(shown) / COLUMNS) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, row in enumerate(shown.itertuples()):
+        left, top = place % COLUMNS * TILE, place // COLUMNS * height
+        pixels = images.images[row.Index]
+        picture = Image.fromarray(pixels[..., 0] if images.channels == 1 else pixels)
+        sheet.paste(picture.resize((TILE, TILE), Image.Resampling.BOX), (left, top))
+        lines = [str(row.image)[-LONGEST:], f"label: {row.label}"[:LONGEST], f"model: {row.predicted}"[:LONGEST]]
+        draw.text((left + 2, top + TILE), "\n".join(lines), fill="black", spacing=0)
+    sheet.save(file)
