@@ -26,7 +26,7 @@ setup(
         "numpy>=1.26",
         "pandas>=2.2",
         "filelock>=3.15",
-        "pillow>=10",
+        "pillow>=10.1",
         "scipy>=1.11",
         "tqdm>=4.66",
         "pyyaml>=6",

@@ -62,13 +62,15 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """The tables of scores and differences, in Markdown."""
-    return _tables_text(comparison, differences_by_baseline(comparison))
+    """What a command prints at its end: the first table of scores, the differences and how to read them (Markdown)."""
+    differences = differences_by_baseline(comparison)
+    tables = [*score_tables(comparison)[:1], *difference_tables(comparison, differences)]
+    return "\n".join([*map(_markdown, filter(None, tables)), _items(notes(comparison, differences))])
 
 
 def _tables_text(comparison: Comparison, differences: Differences) -> str:
     tables = [*score_tables(comparison), *difference_tables(comparison, differences)]
-    return "\n".join(_markdown(table) for table in tables if table)
+    return "\n".join(map(_markdown, filter(None, tables)))
 
 
 def _report_text(comparison: Comparison, differences: Differences) -> str:
