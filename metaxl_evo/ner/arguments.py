@@ -11,6 +11,7 @@ from transformers.utils.import_utils import is_peft_available
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.rtn_networks import KINDS
+from metaxl_evo.ner.layout import LayoutArguments
 from metaxl_evo.training.arguments import MetaTrainingArguments
 
 PAPER_LANGUAGES = ("qu", "cdo", "ilo", "xmf", "mhr", "mi", "tk", "gn")
@@ -73,7 +74,7 @@ class NerTrainingArguments(MetaTrainingArguments):
 
 
 @dataclass
-class NerArguments:
+class NerArguments(LayoutArguments):
     """Model, data, RTN and method; the optimisation is in NerTrainingArguments.
 
     Raises:
@@ -131,6 +132,7 @@ class NerArguments:
     strict: bool = field(default=False, metadata={"help": "Count only well-formed IOB2 entities."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, valid in (("method", METHODS), ("rtn_kind", KINDS), ("select", SELECTIONS)):
             if getattr(self, name) not in valid:
                 raise ValueError(unknown(name, str(getattr(self, name)), valid))

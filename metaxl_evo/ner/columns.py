@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-INVISIBLE = r"\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"  # marks that would make another type of a tag
-LABEL = re.compile(rf"O|[BI]-[^\s{INVISIBLE}]+")
+from metaxl_evo.ner.layout import Layout
+
 CODE = r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]{1,8})*|simple"  # of a language, as WikiAnn writes it before each token
 DOCUMENT = "-DOCSTART-"
 MANY = 200  # lines, among which some words come twice
@@ -27,7 +27,7 @@ class Line(NamedTuple):
     columns: list[str]
 
 
-def read_columns(path: Path, language: str) -> tuple[list[list[str]], list[list[str]]]:
+def read_columns(path: Path, language: str, layout: Layout) -> tuple[list[list[str]], list[list[str]]]:
     """The tokens and the tags of each sentence of a text file.
 
     A line holds `token<TAB>tag` or, separated by spaces, CoNLL columns with the token first, or behind a running
@@ -36,11 +36,11 @@ def read_columns(path: Path, language: str) -> tuple[list[list[str]], list[list[
     Raises:
         ValueError: with the file and the line, for what is not laid out so.
     """
-    sentences = _sentences(path)
+    sentences = _sentences(path, layout)
     if not sentences:
         raise ValueError(f"{path} is empty: it must hold at least one sentence")
     place = _token_column(path, sentences)
-    _require_one_tag(path, sentences, place)
+    _require_one_tag(path, sentences, place, layout)
     lines = [line for sentence in sentences for line in sentence]
     names = without_prefix(
         [line.columns[place] for line in lines], language, [f"{path}:{line.number}" for line in lines]
@@ -79,7 +79,7 @@ def without_prefix(tokens: Sequence[str], language: str, places: Sequence[str]) 
     return list(tokens)
 
 
-def _sentences(path: Path) -> list[list[Line]]:
+def _sentences(path: Path, layout: Layout) -> list[list[Line]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -100,7 +100,7 @@ def _sentences(path: Path) -> list[list[Line]]:
                 f"{path}:{number}: NUL bytes or old Mac line ends, not a text file of this system: convert it"
             )
         tag = columns[-1] if len(columns) > 1 else ""
-        fits = LABEL.fullmatch(tag) and len(columns) == width
+        fits = layout.scheme.tag.fullmatch(tag) and len(columns) == width
         if _is_comment(columns) and not sentences[-1]:
             if not fits:
                 continue
@@ -109,8 +109,8 @@ def _sentences(path: Path) -> list[list[Line]]:
                 raise ValueError(
                     f"{path}:{number}: a comment, or the token {columns[0]}? Take it out, or separate columns by tabs"
                 )
-        if not LABEL.fullmatch(tag):
-            raise ValueError(f"{path}:{number}: malformed tag {tag!r}: {LAYOUT}, a tag O, B-TYPE or I-TYPE")
+        if not layout.scheme.tag.fullmatch(tag):
+            raise ValueError(f"{path}:{number}: {layout.scheme.refusal(tag)} ({LAYOUT})")
         if not fits:
             raise ValueError(
                 f"{path}:{number}: {len(columns)} columns where most lines have {width}: {LAYOUT}, and a token with a "
@@ -185,12 +185,12 @@ def _counts(texts: list[str]) -> bool:
     return all(text.isdecimal() and int(text) == int(texts[0]) + step for step, text in enumerate(texts))
 
 
-def _require_one_tag(path: Path, sentences: list[list[Line]], place: int) -> None:
+def _require_one_tag(path: Path, sentences: list[list[Line]], place: int, layout: Layout) -> None:
     """Refuse two layers of the same entity types: nested ones, or truth and predictions."""
     lines = [line.columns for sentence in sentences for line in sentence]
     last = {columns[-1][2:] for columns in lines} - {""}
     for other in range(place + 1, len(lines[0]) - 1):
-        if not all(LABEL.fullmatch(columns[other]) for columns in lines):
+        if not all(layout.scheme.tag.fullmatch(columns[other]) for columns in lines):
             continue
         types = {columns[other][2:] for columns in lines} - {""}
         if types and (types & last or not last):

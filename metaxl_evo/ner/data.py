@@ -15,6 +15,8 @@ from datasets import Dataset, DatasetDict, Features
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.ner.labels import label_names, ner_features
+from metaxl_evo.ner.layout import Layout
+from metaxl_evo.ner.schemes import IOB2, TagScheme
 from metaxl_evo.ner.sources import SPLITS, Corpus, Sentences, read_folder, read_hub, read_table
 from metaxl_evo.ner.synthetic import SyntheticFamily
 
@@ -29,6 +31,7 @@ def load_ner_dataset(
     names: Sequence[str] | None = None,
     names_of: str = "the model",
     synthetic: SyntheticFamily | None = None,
+    layout: Layout | None = None,
 ) -> dict[str, DatasetDict]:
     """Load the requested splits of every language, all with one label set.
 
@@ -41,6 +44,7 @@ def load_ner_dataset(
         names: the label names of a trained model, which the data must then fit, instead of those of the data.
         names_of: whose names these are, for error messages.
         synthetic: the family that the word `synthetic` stands for; the default one if None.
+        layout: what the data do not say of themselves; whatever their tag scheme, IOB2 comes out.
 
     Raises:
         ValueError: an unknown language, a missing or empty split, a file that cannot be read, a malformed line or tag,
@@ -50,17 +54,20 @@ def load_ner_dataset(
     for split in splits:
         if split not in SPLITS:
             raise ValueError(unknown("split", split, SPLITS))
+    layout = layout or Layout()
     wanted = list(dict.fromkeys(SPLITS[split] for split in splits))
     languages = list(dict.fromkeys(languages))
     if dataset == "synthetic":
-        corpus = _read_synthetic(synthetic, languages, wanted)
+        corpus = _read_synthetic(synthetic, languages, wanted, layout)
     elif Path(dataset).expanduser().is_dir():
-        corpus = read_folder(Path(dataset).expanduser(), languages, wanted)
+        corpus = read_folder(Path(dataset).expanduser(), languages, wanted, layout)
     else:
-        corpus = read_hub(dataset, languages, wanted)
+        corpus = read_hub(dataset, languages, wanted, layout)
     for language, parts in corpus.items():
         for split, part in parts.items():
-            _check_sentences(part, f"{dataset}, {language}, {split}")
+            where = f"{dataset}, {language}, {split}"
+            _check_sentences(part, where)
+            parts[split] = _in_iob2(part, layout.scheme, where)
     features = ner_features(_shared_names(corpus, names, names_of))
     return {
         language: DatasetDict({split: _to_dataset(part, features) for split, part in parts.items()})
@@ -93,11 +100,13 @@ def _to_dataset(part: Sentences, features: Features) -> Dataset:
     return Dataset.from_dict({"tokens": part.tokens, "ner_tags": part.tags}, features=features)
 
 
-def _read_synthetic(family: SyntheticFamily | None, languages: Sequence[str], splits: Sequence[str]) -> Corpus:
+def _read_synthetic(
+    family: SyntheticFamily | None, languages: Sequence[str], splits: Sequence[str], layout: Layout
+) -> Corpus:
     family = family or SyntheticFamily()
     loaded = {language: family.load(language) for language in languages}
     return {
-        language: {split: read_table(parts[split], f"synthetic, {language}, {split}") for split in splits}
+        language: {split: read_table(parts[split], f"synthetic, {language}, {split}", layout) for split in splits}
         for language, parts in loaded.items()
     }
 
@@ -112,9 +121,18 @@ def _check_sentences(part: Sentences, where: str) -> None:
             )
     if not any(word.strip() for words in part.tokens for word in words):
         raise ValueError(f"{where} has only empty tokens: repair the data")
-    stray = sum(map(_stray_insides, part.tags))
+
+
+def _in_iob2(part: Sentences, scheme: TagScheme, where: str) -> Sentences:
+    """The same entities in IOB2; tags that are not as their scheme has them are counted and logged."""
+    tags = list(map(scheme.to_iob2, part.tags))
+    stray = sum(map(_stray_insides, tags))
+    odd = 0 if scheme.name == IOB2 else sum(not scheme.is_well_formed(row) for row in part.tags)
     if stray:
         logger.warning("%s: %d I- tags do not continue an entity of their type (kept as they are)", where, stray)
+    if odd:
+        logger.warning("%s: %d sentences are no well-formed %s (read leniently)", where, odd, scheme.name.upper())
+    return Sentences(part.tokens, tags, part.declared and scheme.names_in_iob2(part.declared))
 
 
 def _stray_insides(tags: list[str]) -> int:

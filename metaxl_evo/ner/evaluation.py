@@ -21,6 +21,7 @@ from metaxl_evo.messages import unknown
 from metaxl_evo.ner.arguments import SHORTEST
 from metaxl_evo.ner.data import load_ner_dataset
 from metaxl_evo.ner.encoding import IGNORED, PadRight, encode, lost_words, plain_labels
+from metaxl_evo.ner.layout import LayoutArguments
 from metaxl_evo.ner.metrics import (
     Scores,
     average,
@@ -43,7 +44,7 @@ from metaxl_evo.training.checkpoint import require_writable
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(LayoutArguments):
     """What is evaluated on what.
 
     Raises:
@@ -66,6 +67,7 @@ class EvaluationArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.split not in SPLITS:
             raise ValueError(unknown("split", self.split, SPLITS))
         for name, least in (("batch_size", 1), ("max_length", SHORTEST)):
@@ -198,7 +200,9 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
             f"{settings.model_name_or_path} has no trained token-classification head: train one with "
             "scripts/train_ner.py and give its output folder"
         )
-    data = load_ner_dataset(settings.dataset, settings.languages, splits=[settings.split], names=names)
+    data = load_ner_dataset(
+        settings.dataset, settings.languages, splits=[settings.split], names=names, layout=settings.layout()
+    )
     base, tokenizer = load_classifier(settings.model_name_or_path, names)
     if output is not None:
         require_writable(output.parent, "output_file")

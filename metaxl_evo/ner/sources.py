@@ -17,7 +17,8 @@ from datasets import ClassLabel, Dataset, LargeList, List, Value
 from huggingface_hub import is_offline_mode
 
 from metaxl_evo.messages import one_line, unknown
-from metaxl_evo.ner.columns import LABEL, read_columns, without_prefix
+from metaxl_evo.ner.columns import read_columns, without_prefix
+from metaxl_evo.ner.layout import Layout
 from metaxl_evo.training.hub import Instead, configurations_of, load_from_hub, require_reachable, script_message
 
 SPLITS = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
@@ -37,7 +38,7 @@ class Sentences(NamedTuple):
 Corpus = dict[str, dict[str, Sentences]]  # language -> split -> sentences
 
 
-def read_folder(root: Path, languages: Sequence[str], splits: Sequence[str]) -> Corpus:
+def read_folder(root: Path, languages: Sequence[str], splits: Sequence[str], layout: Layout) -> Corpus:
     """Read `root/LANGUAGE/SPLIT`, a text file or parquet files each."""
     if (root / f"{root.resolve().name}.py").is_file():
         raise ValueError(script_message(str(root), INSTEAD))
@@ -51,12 +52,12 @@ def read_folder(root: Path, languages: Sequence[str], splits: Sequence[str]) -> 
         for split in splits:
             _require_split(split, present[language], str(root / language))
     return {
-        language: {split: _read_files(present[language][split], language) for split in splits}
+        language: {split: _read_files(present[language][split], language, layout) for split in splits}
         for language in languages
     }
 
 
-def read_hub(dataset: str, languages: Sequence[str], splits: Sequence[str]) -> Corpus:
+def read_hub(dataset: str, languages: Sequence[str], splits: Sequence[str], layout: Layout) -> Corpus:
     """Read one configuration a language from the Hub, or in offline mode from the cache of `datasets`."""
     require_reachable(dataset, INSTEAD)
     _require_configurations(dataset, languages)
@@ -67,14 +68,14 @@ def read_hub(dataset: str, languages: Sequence[str], splits: Sequence[str]) -> C
         for split in splits:
             _require_split(split, parts, f"{dataset}, {language}")
         corpus[language] = {
-            split: _plain(read_table(parts[split], where), language, where)
+            split: _plain(read_table(parts[split], where, layout), language, where)
             for split in splits
             for where in [f"{dataset}, {language}, {split}"]
         }
     return corpus
 
 
-def read_table(table: Dataset, where: str) -> Sentences:
+def read_table(table: Dataset, where: str, layout: Layout) -> Sentences:
     """Read the columns `tokens` and `ner_tags`, the latter of a `ClassLabel` or of strings."""
     if not {"tokens", "ner_tags"} <= set(table.column_names):
         raise ValueError(
@@ -97,8 +98,8 @@ def read_table(table: Dataset, where: str) -> Sentences:
         except KeyError as error:
             raise ValueError(f"{where}: label id {error} has no name among {', '.join(declared)}") from error
     for tag in declared or {tag for row in tags for tag in row}:
-        if not LABEL.fullmatch(tag):
-            raise ValueError(f"{where}: malformed tag {tag!r}: a tag is O, B-TYPE or I-TYPE")
+        if not layout.scheme.tag.fullmatch(tag):
+            raise ValueError(f"{where}: {layout.scheme.refusal(tag)}")
     return Sentences(tokens, tags, declared)
 
 
@@ -129,11 +130,11 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _read_files(paths: list[Path], language: str) -> Sentences:
+def _read_files(paths: list[Path], language: str, layout: Layout) -> Sentences:
     _require_one_set(paths)
     if paths[0].suffix != ".parquet":
-        return Sentences(*read_columns(paths[0], language))
-    parts = [_plain(read_table(_read_parquet(path), str(path)), language, str(path)) for path in paths]
+        return Sentences(*read_columns(paths[0], language, layout))
+    parts = [_plain(read_table(_read_parquet(path), str(path), layout), language, str(path)) for path in paths]
     tokens = [words for part in parts for words in part.tokens]
     return Sentences(tokens, [tags for part in parts for tags in part.tags], parts[0].declared)
 

@@ -31,14 +31,16 @@ def load_target(ner: NerArguments, target: str, names: Sequence[str] | None = No
     Raises:
         ValueError: for languages, splits or labels that are not there.
     """
-    recipe, sources = ner.recipe, ner.source_languages
+    recipe, sources, layout = ner.recipe, ner.source_languages, ner.layout()
     wants_dev = ner.select == "dev"
     target_splits = ["train"] * recipe.target + ["validation"] * (wants_dev and recipe.target) + ["test"]
     source_splits = ["train"] + ["validation"] * (wants_dev and not recipe.target)
-    loaded = load_ner_dataset(ner.dataset, sources, splits=source_splits, names=names)
+    loaded = load_ner_dataset(ner.dataset, sources, splits=source_splits, names=names, layout=layout)
     names_of = "the model" if names is not None else sources[0]
     names = names or loaded[sources[0]]["train"].features["ner_tags"].feature.names
-    of_target = load_ner_dataset(ner.dataset, [target], splits=target_splits, names=names, names_of=names_of)[target]
+    of_target = load_ner_dataset(
+        ner.dataset, [target], splits=target_splits, names=names, names_of=names_of, layout=layout
+    )[target]
     train = sample(of_target["train"], ner.target_train_size, ner.sample_seed, name=target) if recipe.target else None
     dev = None
     if wants_dev:  # a zero-shot run knows no target labels, not even for choosing a checkpoint
