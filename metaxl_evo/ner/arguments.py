@@ -60,11 +60,18 @@ METHODS = {
 
 @dataclass
 class NerTrainingArguments(MetaTrainingArguments):
-    """MetaTrainingArguments of a task whose target rows train as well: half of each draw, as published."""
+    """MetaTrainingArguments of a task whose target rows train as well: half of each draw, as published.
+
+    `label_names`, which a Trainer has for the labels of its batches, here always `labels`, are those of integer tags.
+    """
 
     meta_portion: float = field(
         default=0.5,
         metadata={"help": "Share of each draw of target rows that judges (outer loss); the rest trains."},
+    )
+
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of tags that are integers, from 0 on, e.g. O,B-PER,I-PER."}
     )
 
     def __post_init__(self) -> None:
@@ -176,8 +183,6 @@ def refuse_fields(args: TrainingArguments) -> None:
         raise ValueError(
             "dispatch_batches cannot send batches of unequal lengths, as sentences make them: leave it out"
         )
-    if args.label_names not in (None, ["labels"]):
-        raise ValueError(f"label_names must be labels, not {', '.join(args.label_names or ())}: leave it out")
 
 
 def steps_of(epochs: float, sentences: int, batch_size: int, accumulation: int) -> int:

@@ -57,6 +57,9 @@ class EvaluationArguments(LayoutArguments):
     )
     languages: list[str] = field(metadata={"help": "Languages to evaluate on, each on its own."})
     split: str = field(default="test", metadata={"help": f"One of {', '.join(SPLITS)}."})
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of tags that are integers, from 0 on, e.g. O,B-PER,I-PER."}
+    )
     strict: bool = field(default=False, metadata={"help": "Count only well-formed IOB2 entities."})
     batch_size: int = field(default=32, metadata={"help": "Sentences per device and pass."})
     max_length: int = field(
@@ -140,6 +143,10 @@ class EvaluationSet:
 class WordTrainer(Trainer):
     """A Trainer whose evaluation leaves no row out, and brings label ids back beside the numbered labels of words."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.label_names = ["labels"]  # whatever the arguments call so
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -201,7 +208,11 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
             "scripts/train_ner.py and give its output folder"
         )
     data = load_ner_dataset(
-        settings.dataset, settings.languages, splits=[settings.split], names=names, layout=settings.layout()
+        settings.dataset,
+        settings.languages,
+        splits=[settings.split],
+        names=names,
+        layout=settings.layout(settings.label_names),
     )
     base, tokenizer = load_classifier(settings.model_name_or_path, names)
     if output is not None:
@@ -226,7 +237,6 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
                 per_device_eval_batch_size=settings.batch_size,
                 use_cpu=settings.use_cpu,
                 report_to="none",
-                label_names=["labels"],
                 remove_unused_columns=False,
             ),
             data_collator=PadRight(tokenizer.pad_token_id),

@@ -25,13 +25,17 @@ class TargetData:
     overlap: int
 
 
-def load_target(ner: NerArguments, target: str, names: Sequence[str] | None = None) -> TargetData:
+def load_target(
+    ner: NerArguments, target: str, names: Sequence[str] | None = None, label_names: Sequence[str] | None = None
+) -> TargetData:
     """Source, target and evaluation sentences of one run, all with one label set: `names`, or that of the data.
+
+    `label_names` are those of integer tags.
 
     Raises:
         ValueError: for languages, splits or labels that are not there.
     """
-    recipe, sources, layout = ner.recipe, ner.source_languages, ner.layout()
+    recipe, sources, layout = ner.recipe, ner.source_languages, ner.layout(label_names)
     wants_dev = ner.select == "dev"
     target_splits = ["train"] * recipe.target + ["validation"] * (wants_dev and recipe.target) + ["test"]
     source_splits = ["train"] + ["validation"] * (wants_dev and not recipe.target)

@@ -75,7 +75,7 @@ class NerTask(Task[NerArguments, TargetData]):
 
     def load(self, settings: NerArguments, args: MetaTrainingArguments) -> TargetData:
         (target,) = settings.target_languages
-        data = load_target(settings, target, trained_labels(settings.model_name_or_path))
+        data = load_target(settings, target, trained_labels(settings.model_name_or_path), args.label_names)
         require_enough(settings, args, target, data)
         return data
 
