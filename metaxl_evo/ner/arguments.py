@@ -117,6 +117,9 @@ class NerArguments(LayoutArguments):
     rtn_module_path: str | None = field(
         default=None, metadata={"help": "Where the model's list of encoder layers is, if it is not found by itself."}
     )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Give the model a new head where its own has other labels than the data."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel of the base model."})
     use_peft: bool = field(
         default=False,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features
 
 from metaxl_evo.messages import unknown
-from metaxl_evo.ner.labels import label_names, ner_features
+from metaxl_evo.ner.labels import label_names, map_types, ner_features
 from metaxl_evo.ner.layout import Layout
 from metaxl_evo.ner.schemes import IOB2, TagScheme
 from metaxl_evo.ner.sources import SPLITS, Corpus, Sentences, read_folder, read_hub, read_table
@@ -48,13 +48,27 @@ def load_ner_dataset(
 
     Raises:
         ValueError: an unknown language, a missing or empty split, a file that cannot be read, a malformed line or tag,
-            or label sets that differ. A stray I- is no error: it is counted and logged.
+            label sets that differ, or a map of types that are not there. A stray I- is no error: it is counted and
+            logged.
         OSError: `dataset` is neither a folder nor a Hub id that can be reached or is in the cache.
     """
+    layout = layout or Layout()
+    corpus = read_corpus(dataset, languages, splits, layout, synthetic)
+    require_types(layout.label_map, corpus)
+    return label_corpus(corpus, layout.label_map, names, names_of)
+
+
+def read_corpus(
+    dataset: str,
+    languages: Sequence[str],
+    splits: Sequence[str],
+    layout: Layout,
+    synthetic: SyntheticFamily | None = None,
+) -> Corpus:
+    """The first half of `load_ner_dataset`: the sentences as read and checked, in IOB2, the types not mapped yet."""
     for split in splits:
         if split not in SPLITS:
             raise ValueError(unknown("split", split, SPLITS))
-    layout = layout or Layout()
     wanted = list(dict.fromkeys(SPLITS[split] for split in splits))
     languages = list(dict.fromkeys(languages))
     if dataset == "synthetic":
@@ -68,11 +82,38 @@ def load_ner_dataset(
             where = f"{dataset}, {language}, {split}"
             _check_sentences(part, where)
             parts[split] = _in_iob2(part, layout.scheme, where)
+    return corpus
+
+
+def require_types(label_map: Mapping[str, str], corpus: Corpus) -> None:
+    """Refuse a map of a type that no language has, as of a name that is misspelt."""
+    parts = [part for splits in corpus.values() for part in splits.values()]
+    there = {tag[2:] for part in parts for tags in (*part.tags, part.declared or ()) for tag in tags} - {""}
+    for kind in label_map:
+        if kind not in there:
+            raise ValueError(unknown(f"entity type of {', '.join(corpus)} in label_map", kind, sorted(there)))
+
+
+def label_corpus(
+    corpus: Corpus, label_map: Mapping[str, str], names: Sequence[str] | None = None, names_of: str = "the model"
+) -> dict[str, DatasetDict]:
+    """The second half of `load_ner_dataset`: the types mapped, and all languages with one label set."""
+    if label_map:
+        corpus = {
+            language: {split: _mapped(part, label_map) for split, part in parts.items()}
+            for language, parts in corpus.items()
+        }
     features = ner_features(_shared_names(corpus, names, names_of))
     return {
         language: DatasetDict({split: _to_dataset(part, features) for split, part in parts.items()})
         for language, parts in corpus.items()
     }
+
+
+def _mapped(part: Sentences, label_map: Mapping[str, str]) -> Sentences:
+    declared = [name for tag in part.declared or () for name in map_types([tag], label_map)]
+    tags = [map_types(tags, label_map) for tags in part.tags]
+    return Sentences(part.tokens, tags, list(dict.fromkeys(declared)) or None)
 
 
 def sample(dataset: Dataset, size: int | None, seed: int, *, name: str = "the data set") -> Dataset:
@@ -155,6 +196,7 @@ def _shared_names(corpus: Corpus, names: Sequence[str] | None, names_of: str) ->
         if not (same and set(labels) <= set(chosen)):
             raise ValueError(
                 f"label sets differ: {owner} has {', '.join(chosen)}, but {language} has {', '.join(labels)}: "
-                "use languages of one label set, and a model without a head or with a head for these labels"
+                "use languages of one label set, or join them by label_map, and a model without a head or with a head "
+                "for these labels (ignore_mismatched_sizes drops another)"
             )
     return chosen

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from metaxl_evo.ner.schemes import IOB2, PREFIXES, TagScheme
+from metaxl_evo.ner.schemes import IOB2, PREFIXES, TYPE, TagScheme
 
 INTEGER = re.compile(r"\d+")
 OF_A_TRAINER = ("labels",)  # the one value that `label_names` has where it names the labels of a batch
@@ -20,19 +20,24 @@ class Layout:
         tokens, tags: the names of these columns in a table, or their numbers in a text file, counted from 1; found by
             the reader if None.
         label_names: the tags that integers stand for, in the order of these; none where tags are written out.
+        label_map: other names for entity types, or O for those that are not wanted.
 
     Raises:
-        ValueError: for label names that are no tags, or come twice, and for one column as both.
+        ValueError: for a map to what is no type, label names that are no tags or come twice, or one column as both.
     """
 
     scheme: TagScheme = field(default_factory=TagScheme)
     tokens: str | None = None
     tags: str | None = None
     label_names: tuple[str, ...] = ()
+    label_map: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.tokens == self.tags:
             raise ValueError(f"tokens_column and label_column_name are both {self.tokens}: name two columns")
+        for kind in self.label_map.values():
+            if not (isinstance(kind, str) and TYPE.fullmatch(kind)):
+                raise ValueError(f"label_map maps an entity type to another, or to O, not to {kind!r}")
         for name in self.label_names:
             if not self.scheme.tag.fullmatch(name):
                 raise ValueError(f"label_names: {self.scheme.refusal(name)}")
@@ -75,6 +80,11 @@ class LayoutArguments:
         default=None, metadata={"help": "Type of all entities, where the tags are B, I and O alone (e.g. ENT)."}
     )
 
+    label_map: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Other names of entity types, or O to drop one, e.g. {DATE: O}: joins label sets."},
+    )
+
     def __post_init__(self) -> None:
         self.layout()
 
@@ -86,4 +96,5 @@ class LayoutArguments:
             tokens=self.tokens_column,
             tags=self.label_column_name,
             label_names=() if names == OF_A_TRAINER else names,
+            label_map=self.label_map or {},
         )

@@ -17,6 +17,7 @@ IOB2 = "iob2"
 PREFIXES = {IOB2: "BI", "iob1": "BI", "bioes": "BIES", "bilou": "BILU"}
 SAME_AS_BIOES = str.maketrans("LU", "ES")  # what BILOU calls the last word of an entity, and the only one
 INVISIBLE = r"\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"  # marks that would make another type of a tag
+TYPE = re.compile(rf"[^\s{INVISIBLE}]+")
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class TagScheme:
     def __post_init__(self) -> None:
         if self.name not in PREFIXES:
             raise ValueError(unknown("label_scheme", self.name, PREFIXES))
-        if self.entity_type is not None and not re.fullmatch(rf"[^\s{INVISIBLE}]+", self.entity_type):
+        if self.entity_type is not None and not TYPE.fullmatch(self.entity_type):
             raise ValueError(f"entity_type must be one word, e.g. ENT, not {self.entity_type!r}")
 
     @cached_property
     def tag(self) -> re.Pattern[str]:
         """What a tag looks like."""
-        kind = "" if self.entity_type else rf"-[^\s{INVISIBLE}]+"
+        kind = "" if self.entity_type else f"-{TYPE.pattern}"
         return re.compile(rf"O|[{PREFIXES[self.name]}]{kind}")
 
     def refusal(self, tag: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from metaxl_evo.ner.arguments import NerArguments
-from metaxl_evo.ner.data import load_ner_dataset, overlap, sample
+from metaxl_evo.ner.data import label_corpus, overlap, read_corpus, require_types, sample
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.meta_rows import MetaRows
 
@@ -39,12 +39,13 @@ def load_target(
     wants_dev = ner.select == "dev"
     target_splits = ["train"] * recipe.target + ["validation"] * (wants_dev and recipe.target) + ["test"]
     source_splits = ["train"] + ["validation"] * (wants_dev and not recipe.target)
-    loaded = load_ner_dataset(ner.dataset, sources, splits=source_splits, names=names, layout=layout)
+    source_corpus = read_corpus(ner.dataset, sources, source_splits, layout)
+    target_corpus = read_corpus(ner.dataset, [target], target_splits, layout)
+    require_types(layout.label_map, {**source_corpus, **target_corpus})
+    loaded = label_corpus(source_corpus, layout.label_map, names)
     names_of = "the model" if names is not None else sources[0]
     names = names or loaded[sources[0]]["train"].features["ner_tags"].feature.names
-    of_target = load_ner_dataset(
-        ner.dataset, [target], splits=target_splits, names=names, names_of=names_of, layout=layout
-    )[target]
+    of_target = label_corpus(target_corpus, layout.label_map, names, names_of)[target]
     train = sample(of_target["train"], ner.target_train_size, ner.sample_seed, name=target) if recipe.target else None
     dev = None
     if wants_dev:  # a zero-shot run knows no target labels, not even for choosing a checkpoint

@@ -75,7 +75,11 @@ class NerTask(Task[NerArguments, TargetData]):
 
     def load(self, settings: NerArguments, args: MetaTrainingArguments) -> TargetData:
         (target,) = settings.target_languages
-        data = load_target(settings, target, trained_labels(settings.model_name_or_path), args.label_names)
+        trained = trained_labels(settings.model_name_or_path)
+        names = None if settings.ignore_mismatched_sizes else trained
+        data = load_target(settings, target, names, args.label_names)
+        if trained is not None and names is None and set(data.names) <= set(trained):  # the head can stay
+            data = load_target(settings, target, trained, args.label_names)
         require_enough(settings, args, target, data)
         return data
 
@@ -151,7 +155,12 @@ class NerTask(Task[NerArguments, TargetData]):
 
 def build_trainer(ner: NerArguments, args: MetaTrainingArguments, data: TargetData) -> NerTrainer:
     """The trainer of one run, `args` being fitted to it."""
-    base, tokenizer = load_classifier(ner.model_name_or_path, data.names, ner.attn_implementation)
+    base, tokenizer = load_classifier(
+        ner.model_name_or_path,
+        data.names,
+        ner.attn_implementation,
+        ignore_mismatched_sizes=ner.ignore_mismatched_sizes,
+    )
     trained = [*(data.sources.values() if ner.recipe.source else ()), *([data.target] if data.target else ())]
     tokenizer = as_in_text(
         tokenizer, [words for part in (data.test, *trained) for words in part["tokens"][:100]], base.config
