@@ -81,12 +81,42 @@ def without_prefix(tokens: Sequence[str], language: str, places: Sequence[str]) 
     return list(tokens)
 
 
-def _sentences(path: Path, layout: Layout) -> list[list[Line]]:
+def read_words(path: Path, column: int) -> list[list[str]]:
+    """The words of sentences without tags, a word a line: its column, counted from 1; comments as in `read_columns`.
+
+    Raises:
+        ValueError: with the file, and the line that has no such column.
+    """
+    sentences: list[list[str]] = [[]]
+    for number, line in enumerate(text_lines(path), start=1):
+        columns = _split(line)
+        if not columns or columns[0].startswith(DOCUMENT):
+            sentences.append([])
+        elif len(columns) == 1 or sentences[-1] or not _is_comment(columns):
+            if len(columns) < column:
+                raise ValueError(
+                    f"{path}:{number}: {len(columns)} columns, tokens_column must be one of them, not {column}"
+                )
+            sentences[-1].append(columns[column - 1])
+    return list(filter(None, sentences))
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a text file.
+
+    Raises:
+        ValueError: for one that is not UTF-8.
+        OSError: for one that cannot be read.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv") from error
-    lines = text.split("\n")  # not splitlines: tokens hold U+2028 and the like
+    return text.split("\n")  # not splitlines: tokens hold U+2028 and the like
+
+
+def _sentences(path: Path, layout: Layout) -> list[list[Line]]:
+    lines = text_lines(path)
     split = [_split(line) for line in lines]
     width, found = _width(split), _tag_column(path, split, layout)
     if found is not None:

@@ -132,6 +132,11 @@ def sample(dataset: Dataset, size: int | None, seed: int, *, name: str = "the da
     return dataset.select(order[:size], keep_in_memory=True)
 
 
+def first_rows(dataset: Dataset, size: int | None) -> Dataset:
+    """The first `size` sentences (None: all), or all where there are fewer."""
+    return dataset if size is None else dataset.select(range(min(size, len(dataset))))
+
+
 def overlap(train: Dataset, test: Dataset) -> int:
     """The number of different train sentences that also stand in the test set."""
     return len(set(map(tuple, train["tokens"])) & set(map(tuple, test["tokens"])))

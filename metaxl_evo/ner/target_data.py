@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from metaxl_evo.ner.arguments import NerArguments
-from metaxl_evo.ner.data import label_corpus, overlap, read_corpus, require_types, sample
+from metaxl_evo.ner.data import first_rows, label_corpus, overlap, read_corpus, require_types, sample
+from metaxl_evo.ner.pretrained import trained_labels
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.meta_rows import MetaRows
 
@@ -23,6 +24,19 @@ class TargetData:
     test: Dataset
     names: list[str]
     overlap: int
+
+
+def load_for_model(ner: NerArguments, target: str, label_names: Sequence[str] | None) -> TargetData:
+    """As `load_target`, with the labels of the model's trained head where it has one that is to stay.
+
+    Raises:
+        ValueError: for languages, splits or labels that are not there.
+    """
+    trained = trained_labels(ner.model_name_or_path)
+    if trained is None or not ner.ignore_mismatched_sizes:
+        return load_target(ner, target, trained, label_names)
+    data = load_target(ner, target, None, label_names)
+    return load_target(ner, target, trained, label_names) if set(data.names) <= set(trained) else data
 
 
 def load_target(
@@ -53,8 +67,8 @@ def load_target(
     return TargetData(
         sources={one: sample(loaded[one]["train"], ner.train_size, ner.sample_seed, name=one) for one in sources},
         target=train,
-        dev=None if dev is None else _first(dev, ner.eval_size),
-        test=_first(of_target["test"], ner.eval_size),
+        dev=None if dev is None else first_rows(dev, ner.eval_size),
+        test=first_rows(of_target["test"], ner.eval_size),
         names=of_target["test"].features["ner_tags"].feature.names,
         overlap=0 if train is None else overlap(train, of_target["test"]),
     )
@@ -74,7 +88,3 @@ def require_enough(ner: NerArguments, args: MetaTrainingArguments, target: str, 
         MetaRows(data.target, rows, portion=portion, seed=0)
     except ValueError as error:
         raise ValueError(f"target {target}: {error}: raise target_train_size or per_device_meta_batch_size") from error
-
-
-def _first(rows: Dataset, size: int | None) -> Dataset:
-    return rows if size is None else rows.select(range(min(size, len(rows))))
