@@ -31,8 +31,8 @@ def read_columns(path: Path, language: str, layout: Layout) -> tuple[list[list[s
     """The tokens and the tags of each sentence of a text file.
 
     A line holds `token<TAB>tag` or, separated by spaces, CoNLL columns with the token first, or behind a running
-    number, and the tag last, or before columns that hold no tag at all; where it is otherwise, `layout` has the
-    numbers of the columns. `language:` before every token is taken off, as are comments before a sentence.
+    number, and the tag last, or behind number and token the only one in the line; where it is otherwise, `layout` has
+    the numbers of the columns. `language:` before every token is taken off, as are comments before a sentence.
 
     Raises:
         ValueError: with the file and the line, for what is not laid out so.
@@ -204,7 +204,8 @@ def _tag_column(path: Path, split: Sequence[list[str]], layout: Layout) -> tuple
     }
     tags = [at for at in range(1, narrowest) if all(held[at])]
     alone = len(tags) == 1 and not any(any(held[at]) for at in held if at > tags[0])
-    return (tags[0], tags[0]) if alone else None
+    # Without the number it may be CoNLL 2003, whose chunks look like tags, with entities that do not.
+    return (tags[0], tags[0]) if alone and all(line[0].isdecimal() for line in lines) else None
 
 
 def _token_column(path: Path, sentences: list[list[Line]]) -> int:

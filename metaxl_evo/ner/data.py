@@ -175,9 +175,10 @@ def _in_iob2(part: Sentences, scheme: TagScheme, where: str) -> Sentences:
     stray = sum(map(_stray_insides, tags))
     odd = 0 if scheme.name == IOB2 else sum(not scheme.is_well_formed(row) for row in part.tags)
     if stray:
-        logger.warning("%s: %d I- tags do not continue an entity of their type (kept as they are)", where, stray)
+        advice = "kept as they are; of IOB1 they are right, set label_scheme: iob1"
+        logger.warning("%s: %d I- tags do not continue an entity of their type (%s)", where, stray, advice)
     if odd:
-        logger.warning("%s: %d sentences are no well-formed %s (read leniently)", where, odd, scheme.name.upper())
+        logger.warning("%s: not well-formed %s in %d sentences (read leniently)", where, scheme.name.upper(), odd)
     return Sentences(part.tokens, tags, part.declared and scheme.names_in_iob2(part.declared))
 
 

@@ -45,12 +45,15 @@ def read_file(path: Path, layout: Layout) -> Dataset:
         ValueError: with the file, for what is not laid out so.
     """
     try:
-        return READERS[path.suffix](path, layout)
+        table = READERS[path.suffix](path, layout)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv") from error
     except (pyarrow.ArrowException, pandas.errors.ParserError, pandas.errors.EmptyDataError, OSError) as error:
         kind = path.suffix.removeprefix(".")
         raise ValueError(f"{path} is not a readable {kind} file: fetch it again ({one_line(error)})") from error
+    if not table.num_rows:
+        raise ValueError(f"{path} is empty: it must hold at least one sentence")
+    return table
 
 
 def _read_parquet(path: Path, layout: Layout) -> Dataset:
@@ -65,7 +68,7 @@ def _read_json(path: Path, layout: Layout) -> Dataset:
         lines = enumerate(text.split("\n"), start=1)  # not splitlines: tokens hold U+2028 and the like
         rows = [_parsed(line, f"{path}:{number}") for number, line in lines if line.strip()]
     if not rows:
-        raise ValueError(f"{path} is empty: it must hold at least one sentence")
+        return Dataset.from_dict({})
     if not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"{path} must hold objects with the words and the tags of a sentence each")
     there = list(dict.fromkeys(key for row in rows for key in row))

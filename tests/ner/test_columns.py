@@ -68,7 +68,7 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
 
 
 def test_layouts_are_as_many_as_they_were() -> None:
-    assert (len(LAYOUTS), len(HEADS), len(REFUSED)) == (20, 9, 23)
+    assert (len(LAYOUTS), len(HEADS), len(REFUSED)) == (20, 9, 24)
 
 
 def test_comments_stand_before_every_sentence(tmp_path: Path) -> None:
@@ -126,6 +126,7 @@ REFUSED = {
     "a comment, or the token #": ("# source text O\nAda NNP I-NP B-PER\n", r":1: a comment, or the token #\?"),
     "a comment within a sentence": ("Ada\tB-PER\n# note\nwrote\tO\n", ":2: malformed tag"),
     "a hashtag without a tag": ("#rome\nAda\tB-PER\n", ":1: malformed tag ''"),
+    "chunks before entities of no scheme": ("Ada N B-NP PER\nruns V B-VP LOC\n", ":1: malformed tag 'PER'"),
     "two layers before other columns": ("1\tAda\tB-PER\tB-PER\t-\n", ":1: malformed tag '-'.* label_column_name"),
     "empty tokens": ("\tB-PER\n\tO\n", ":1: an empty token, as on most lines"),
     "prefixes alone": ("sw:\tB-PER\nsw:\tO\n", ":1: an empty token, as on most lines"),

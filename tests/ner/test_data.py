@@ -289,6 +289,7 @@ def test_stray_inside_tags_are_counted_and_kept(tmp_path: Path, caplog: pytest.L
     assert tags_of(train) == [["I-PER", "I-PER"], ["B-LOC", "I-PER", "I-PER", "O", "I-LOC"]]
     (record,) = caplog.records
     assert "xx, train: 3 I- tags" in record.getMessage()
+    assert record.getMessage().endswith("set label_scheme: iob1)")
 
 
 # Bad input

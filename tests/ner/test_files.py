@@ -153,6 +153,8 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "no JSON": ("train.jsonl", ONE + "{", {}, "jsonl:2 is no JSON"),
     "JSON of something else": ("train.json", "[1]", {}, "must hold objects with the words and the tags"),
     "a number among words": ("train.jsonl", ONE.replace('"a"', '"a", 1'), {}, "is not a readable jsonl file"),
+    "a header alone": ("train.csv", "tokens,tags\n", {}, "train.csv is empty: it must hold at least one sentence"),
+    "no object": ("train.jsonl", "\n", {}, "train.jsonl is empty: it must hold at least one sentence"),
     "nothing in a CSV": ("train.csv", "", {}, "is not a readable csv file"),
     "a CSV without sentences": ("train.csv", "tokens,tags\na,O\n", {}, "needs one column that tells the sentences"),
     "a CSV that is not sorted": ("train.csv", "tokens,tags,sent\na,O,1\na,O,2\na,O,1\n", {}, "nowhere else: sort it"),

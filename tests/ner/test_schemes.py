@@ -96,7 +96,7 @@ def test_another_scheme_is_named(
 def test_tags_that_their_scheme_does_not_know_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train = read(tmp_path, "bioes", ["E-PER", "I-LOC", "B-LOC", "O", "S-LOC"], "text")
     assert tags_of(train) == [["B-PER", "B-LOC", "B-LOC", "O", "B-LOC"]]
-    assert "xx, train: 1 sentences are no well-formed BIOES (read leniently)" in caplog.text
+    assert "xx, train: not well-formed BIOES in 1 sentences (read leniently)" in caplog.text
 
 
 def test_schemes_that_there_are_not() -> None:
