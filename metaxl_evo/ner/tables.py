@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,12 @@ def read_file(path: Path, layout: Layout) -> Dataset:
         ValueError: with the file, for what is not laid out so.
     """
     try:
-        table = READERS[path.suffix](path, layout)
+        return READERS[path.suffix](path, layout)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv") from error
     except (pyarrow.ArrowException, pandas.errors.ParserError, pandas.errors.EmptyDataError, OSError) as error:
         kind = path.suffix.removeprefix(".")
         raise ValueError(f"{path} is not a readable {kind} file: fetch it again ({one_line(error)})") from error
-    if not table.num_rows:
-        raise ValueError(f"{path} is empty: it must hold at least one sentence")
-    return table
 
 
 def _read_parquet(path: Path, layout: Layout) -> Dataset:
@@ -67,12 +64,16 @@ def _read_json(path: Path, layout: Layout) -> Dataset:
     else:
         lines = enumerate(text.split("\n"), start=1)  # not splitlines: tokens hold U+2028 and the like
         rows = [_parsed(line, f"{path}:{number}") for number, line in lines if line.strip()]
-    if not rows:
-        return Dataset.from_dict({})
+    _require_rows(rows, path)
     if not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"{path} must hold objects with the words and the tags of a sentence each")
     there = list(dict.fromkeys(key for row in rows for key in row))
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns_of(there, layout, str(path))})
+
+
+def _require_rows(rows: Sized, path: Path) -> None:
+    if not len(rows):
+        raise ValueError(f"{path} is empty: it must hold at least one sentence")
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -84,6 +85,7 @@ def _parsed(text: str, where: str) -> Any:
 
 def _read_csv(path: Path, layout: Layout) -> Dataset:
     table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")  # "NA" is a word
+    _require_rows(table, path)
     there = list(table.columns)
     names = columns_of(there, layout, str(path))
     if all(table[name].str.startswith("[").all() for name in names):
