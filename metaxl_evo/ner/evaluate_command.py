@@ -11,8 +11,9 @@ from metaxl_evo.ner.data import first_rows, load_ner_dataset
 from metaxl_evo.ner.errors import confusion, errors_text, worst_sentences
 from metaxl_evo.ner.layout import LayoutArguments
 from metaxl_evo.ner.metrics import average, scores_table
-from metaxl_evo.ner.saved_tagger import SavedTagger, SavedTaggerArguments, conll, write_text
+from metaxl_evo.ner.saved_tagger import SavedTagger, SavedTaggerArguments, conll
 from metaxl_evo.ner.sources import SPLITS
+from metaxl_evo.training.checkpoint import require_writable
 
 
 @dataclass(kw_only=True)
@@ -59,11 +60,16 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
         ValueError: for a model without a trained head, data that do not fit it, or a file that exists or cannot be
             written.
     """
-    files = {name: settings.new_file(name) for name in ("output_file", "predictions")}
+    named = {name: settings.new_file(name) for name in ("output_file", "predictions")}
+    files = {name: file for name, file in named.items() if file is not None}
+    if len(set(files.values())) < len(files):
+        raise ValueError(f"output_file and predictions are both {settings.predictions}: name two files")
     names, layout = settings.labels(), settings.layout(settings.label_names)
     data = load_ner_dataset(settings.dataset, settings.languages, splits=[settings.split], names=names, layout=layout)
     parts = {one: first_rows(splits[SPLITS[settings.split]], settings.eval_size) for one, splits in data.items()}
     tagger = SavedTagger(settings, names, parts, settings.strict)
+    for name, file in files.items():
+        require_writable(file.parent, name)
     scores, errors, lines = {}, {}, []
     for language, one in tagger.sets.items():
         tokens, found = parts[language]["tokens"][:], tagger.tag(language)
@@ -85,6 +91,5 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
         print(scores_table(scores))
         texts = {"output_file": json.dumps(results, indent=2) + "\n", "predictions": "\n".join(lines)}
         for name, file in files.items():
-            if file is not None:
-                write_text(file, name, texts[name])
+            file.write_text(texts[name], encoding="utf-8")
     return results

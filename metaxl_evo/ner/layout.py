@@ -79,7 +79,6 @@ class LayoutArguments:
     entity_type: str | None = field(
         default=None, metadata={"help": "Type of all entities, where the tags are B, I and O alone (e.g. ENT)."}
     )
-
     label_map: dict[str, str] | None = field(
         default=None,
         metadata={"help": "Other names of entity types, or O to drop one, e.g. {DATE: O}: joins label sets."},

@@ -10,7 +10,8 @@ from datasets import Dataset
 from metaxl_evo.messages import one_line
 from metaxl_evo.ner.columns import read_words, text_lines
 from metaxl_evo.ner.labels import ner_features
-from metaxl_evo.ner.saved_tagger import SavedTagger, SavedTaggerArguments, Tagged, conll, write_text
+from metaxl_evo.ner.saved_tagger import SavedTagger, SavedTaggerArguments, Tagged, conll
+from metaxl_evo.training.checkpoint import require_writable
 
 
 @dataclass(kw_only=True)
@@ -70,8 +71,10 @@ def predict(settings: PredictionArguments) -> Tagged:
     blank = [[names.index("O")] * len(words) for words in tokens]
     rows = Dataset.from_dict({"tokens": tokens, "ner_tags": blank}, features=ner_features(names))
     tagger = SavedTagger(settings, names, {"text": rows}, strict=False)
+    if file is not None:
+        require_writable(file.parent, "output_file")
     found = tagger.tag("text")
     if tagger.trainer.is_world_process_zero():
         text = conll(tokens, *found)
-        print(text, end="") if file is None else write_text(file, "output_file", text)
+        print(text, end="") if file is None else file.write_text(text, encoding="utf-8")
     return found

@@ -23,7 +23,8 @@ from metaxl_evo.ner.pretrained import (
     trained_labels,
 )
 from metaxl_evo.ner.spacing import as_in_text
-from metaxl_evo.training.checkpoint import require_writable
+
+BREAKS = str.maketrans("\t\n\r", "   ")  # within a word of a table
 
 
 @dataclass(kw_only=True)
@@ -135,10 +136,6 @@ def conll(tokens: Sequence[Sequence[str]], *columns: Sequence[Sequence[Any]]) ->
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def write_text(file: Path, setting: str, text: str) -> None:
-    """Write a file, in a folder that is made where there is none."""
-    require_writable(file.parent, setting)
-    file.write_text(text, encoding="utf-8")
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value).translate(BREAKS)

@@ -167,6 +167,7 @@ def test_what_cannot_be_predicted(
     [
         (["--split", "tset"], "unknown split 'tset': did you mean 'test'"),
         (["--languages", "beruu"], "'beruu': did you mean 'beru'"),
+        (["--output_file", "there", "--predictions", "there"], "output_file and predictions are both there"),
         (["--eval_size", "0"], "eval_size must be at least 1"),
         (["--batch_size", "0"], "batch_size must be at least 1"),
         (["--max_length", "0"], "max_length must be at least 8"),
