@@ -24,6 +24,7 @@ SPLITS = {"train": "train", **dict.fromkeys(("dev", "val", "valid", "validation"
 TEXT_SUFFIXES = ("", ".txt", ".tsv", ".conll", ".conllu", ".iob2", ".bio")
 SUFFIXES = (*TEXT_SUFFIXES, *READERS)
 SHARD = re.compile(r"(?P<split>\w+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]+)?")
+ONLY = "default"  # what a data set of one configuration calls it
 INSTEAD = Instead("--dataset FOLDER", "WikiAnn: unimelb-nlp/wikiann")
 
 
@@ -205,7 +206,7 @@ def _by_name_of_split(dataset: str, languages: Sequence[str]) -> dict[str, dict[
         found.setdefault(language, {})[split] = part
     for language in languages:
         if language not in found or not language:
-            raise ValueError(unknown(f"language of {dataset}", language, filter(None, found)))
+            raise ValueError(unknown(f"language of {dataset}", language, list(filter(None, found)) or [ONLY]))
     return found
 
 

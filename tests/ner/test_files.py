@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import ClassLabel, Features, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
+from metaxl_evo.ner import sources
 from metaxl_evo.ner.data import load_ner_dataset
 from metaxl_evo.ner.layout import LayoutArguments
 from tests.hub_cache import REPOSITORY, prepare_cache, run_python
@@ -66,6 +67,20 @@ def test_every_line_of_the_page_reads_its_data_set(tmp_path: Path) -> None:
     lines = [[*line[:1], str(tmp_path / line[1]) if line[1] in FILES else line[1], *line[2:]] for line in LINES]
     printed = run_python(LOAD, tmp_path / "home", json.dumps(lines)).stdout.splitlines()
     assert [json.loads(line) for line in printed] == [[[WORDS, TAGS]] * 4] * 8
+
+
+@pytest.mark.parametrize(("splits", "valid"), [(("train_en", "val_en"), "en"), (("train", "test"), "default")])
+def test_one_configuration_on_the_hub(monkeypatch: pytest.MonkeyPatch, splits: tuple[str, ...], valid: str) -> None:
+    """Its languages are in the names of its splits, or it is the only one."""
+    part = Dataset.from_dict({"tokens": [WORDS], "ner_tags": [TAGS]})
+    monkeypatch.setattr(sources, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(sources, "require_reachable", lambda *of: None)
+    monkeypatch.setattr(sources, "configurations_of", lambda *of: ["default"])
+    monkeypatch.setattr(sources, "load_from_hub", lambda *of, **more: DatasetDict(dict.fromkeys(splits, part)))
+    train = load_ner_dataset("some/data", [valid], splits=["train"])[valid]["train"]
+    assert (list(train["tokens"]), tags_of(train)) == ([WORDS], [TAGS])
+    with pytest.raises(ValueError, match=f"unknown language of some/data 'xx': Valid: {valid}$"):
+        load_ner_dataset("some/data", ["xx"], splits=["train"])
 
 
 SENTENCES = [
