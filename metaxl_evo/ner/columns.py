@@ -118,7 +118,9 @@ def text_lines(path: Path) -> list[str]:
 def _sentences(path: Path, layout: Layout) -> list[list[Line]]:
     lines = text_lines(path)
     split = [_split(line) for line in lines]
-    width, found = _width(split), _tag_column(path, split, layout)
+    width = _width(split)
+    is_plain = width <= 2 and layout.tokens is None and layout.tags is None
+    found = None if is_plain else _tag_column(path, split, layout)
     if found is not None:
         kept, tag_column = found
         # What stands behind the tag, as Universal NER's annotators do, may lack on some lines if tabs tell the others.

@@ -93,7 +93,9 @@ class TagScheme:
         return ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")]
 
     def _typed(self, tags: Sequence[str]) -> list[str]:
-        return [f"{tag}-{self.entity_type}" if self.entity_type and tag != "O" else tag for tag in tags]
+        if self.entity_type is None:
+            return list(tags)
+        return [tag if tag == "O" else f"{tag}-{self.entity_type}" for tag in tags]
 
 
 def _as_bioes(tags: Sequence[str]) -> list[str]:
