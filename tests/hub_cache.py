@@ -58,7 +58,7 @@ def prepare_dataset_cache(
             ]
             for split, sentences in splits.items()
         }
-        _prepare(home, "unimelb-nlp/wikiann", language, features, rows)
+        prepare_cache(home, "unimelb-nlp/wikiann", language, features, rows)
 
 
 def prepare_image_cache(
@@ -78,16 +78,17 @@ def prepare_image_cache(
         {name: Image() if names is None else ClassLabel(names=names) for name, names in columns.items()}
     )
     rows = {split: [dict(zip(columns, row, strict=True)) for row in held] for split, held in splits.items()}
-    _prepare(home, dataset, configuration, features, rows)
+    prepare_cache(home, dataset, configuration, features, rows)
 
 
-def _prepare(
+def prepare_cache(
     home: Path,
     dataset: str,
     configuration: str,
     features: Features,
     splits: Mapping[str, Sequence[Mapping[str, object]]],
 ) -> None:
+    """What `load_dataset(dataset, configuration)` leaves of any data set: the rows of its splits."""
     name = dataset.rpartition("/")[2]
     folder = home / "datasets" / dataset.replace("/", "___") / configuration / "0.0.0" / "0123456789abcdef"
     folder.mkdir(parents=True)

@@ -11,6 +11,7 @@ from transformers.utils.import_utils import is_peft_available
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.rtn_networks import KINDS
+from metaxl_evo.ner.layout import LayoutArguments
 from metaxl_evo.training.arguments import MetaTrainingArguments
 
 PAPER_LANGUAGES = ("qu", "cdo", "ilo", "xmf", "mhr", "mi", "tk", "gn")
@@ -59,11 +60,18 @@ METHODS = {
 
 @dataclass
 class NerTrainingArguments(MetaTrainingArguments):
-    """MetaTrainingArguments of a task whose target rows train as well: half of each draw, as published."""
+    """MetaTrainingArguments of a task whose target rows train as well: half of each draw, as published.
+
+    `label_names`, which a Trainer has for the labels of its batches, here always `labels`, are those of integer tags.
+    """
 
     meta_portion: float = field(
         default=0.5,
         metadata={"help": "Share of each draw of target rows that judges (outer loss); the rest trains."},
+    )
+
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of tags that are integers, from 0 on, e.g. O,B-PER,I-PER."}
     )
 
     def __post_init__(self) -> None:
@@ -73,7 +81,7 @@ class NerTrainingArguments(MetaTrainingArguments):
 
 
 @dataclass
-class NerArguments:
+class NerArguments(LayoutArguments):
     """Model, data, RTN and method; the optimisation is in NerTrainingArguments.
 
     Raises:
@@ -109,6 +117,9 @@ class NerArguments:
     rtn_module_path: str | None = field(
         default=None, metadata={"help": "Where the model's list of encoder layers is, if it is not found by itself."}
     )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Give the model a new head where its own has other labels than the data."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel of the base model."})
     use_peft: bool = field(
         default=False,
@@ -131,6 +142,7 @@ class NerArguments:
     strict: bool = field(default=False, metadata={"help": "Count only well-formed IOB2 entities."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, valid in (("method", METHODS), ("rtn_kind", KINDS), ("select", SELECTIONS)):
             if getattr(self, name) not in valid:
                 raise ValueError(unknown(name, str(getattr(self, name)), valid))
@@ -174,8 +186,6 @@ def refuse_fields(args: TrainingArguments) -> None:
         raise ValueError(
             "dispatch_batches cannot send batches of unequal lengths, as sentences make them: leave it out"
         )
-    if args.label_names not in (None, ["labels"]):
-        raise ValueError(f"label_names must be labels, not {', '.join(args.label_names or ())}: leave it out")
 
 
 def steps_of(epochs: float, sentences: int, batch_size: int, accumulation: int) -> int:

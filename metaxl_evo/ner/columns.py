@@ -11,36 +11,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-INVISIBLE = r"\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"  # marks that would make another type of a tag
-LABEL = re.compile(rf"O|[BI]-[^\s{INVISIBLE}]+")
+from metaxl_evo.ner.layout import Layout
+
 CODE = r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]{1,8})*|simple"  # of a language, as WikiAnn writes it before each token
 DOCUMENT = "-DOCSTART-"
 MANY = 200  # lines, among which some words come twice
 CHANCE = 10  # tokens that look as if they had a prefix
-LAYOUT = "a line is TOKEN<TAB>TAG"
+LAYOUT = "a line is TOKEN<TAB>TAG, or label_column_name is the number of the tag's column"
 
 
 class Line(NamedTuple):
-    """A line of a file: its number, counted from 1, and its columns."""
+    """A line of a file: its number, counted from 1, and its columns up to the tag."""
 
     number: int
     columns: list[str]
 
 
-def read_columns(path: Path, language: str) -> tuple[list[list[str]], list[list[str]]]:
+def read_columns(path: Path, language: str, layout: Layout) -> tuple[list[list[str]], list[list[str]]]:
     """The tokens and the tags of each sentence of a text file.
 
     A line holds `token<TAB>tag` or, separated by spaces, CoNLL columns with the token first, or behind a running
-    number, and the tag last; `language:` before every token is taken off, as are comments before a sentence.
+    number, and the tag last, or behind number and token the only one in the line; where it is otherwise, `layout` has
+    the numbers of the columns. `language:` before every token is taken off, as are comments before a sentence.
 
     Raises:
         ValueError: with the file and the line, for what is not laid out so.
     """
-    sentences = _sentences(path)
+    sentences = _sentences(path, layout)
     if not sentences:
         raise ValueError(f"{path} is empty: it must hold at least one sentence")
-    place = _token_column(path, sentences)
-    _require_one_tag(path, sentences, place)
+    place = _token_column(path, sentences) if layout.tokens is None else int(layout.tokens) - 1
+    if layout.tags is None:
+        _require_one_tag(path, sentences, place, layout)
     lines = [line for sentence in sentences for line in sentence]
     names = without_prefix(
         [line.columns[place] for line in lines], language, [f"{path}:{line.number}" for line in lines]
@@ -79,14 +81,54 @@ def without_prefix(tokens: Sequence[str], language: str, places: Sequence[str]) 
     return list(tokens)
 
 
-def _sentences(path: Path) -> list[list[Line]]:
+def read_words(path: Path, column: int) -> list[list[str]]:
+    """The words of sentences without tags, a word a line: its column, counted from 1; comments as in `read_columns`.
+
+    Raises:
+        ValueError: with the file, and the line that has no such column.
+    """
+    sentences: list[list[str]] = [[]]
+    for number, line in enumerate(text_lines(path), start=1):
+        columns = _split(line)
+        if not columns or columns[0].startswith(DOCUMENT):
+            sentences.append([])
+        elif len(columns) == 1 or sentences[-1] or not _is_comment(columns):
+            if len(columns) < column:
+                raise ValueError(
+                    f"{path}:{number}: {len(columns)} columns, tokens_column must be one of them, not {column}"
+                )
+            sentences[-1].append(columns[column - 1])
+    return list(filter(None, sentences))
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a text file.
+
+    Raises:
+        ValueError: for one that is not UTF-8.
+        OSError: for one that cannot be read.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv") from error
-    lines = text.split("\n")  # not splitlines: tokens hold U+2028 and the like
+    return text.split("\n")  # not splitlines: tokens hold U+2028 and the like
+
+
+def _sentences(path: Path, layout: Layout) -> list[list[Line]]:
+    lines = text_lines(path)
     split = [_split(line) for line in lines]
     width = _width(split)
+    is_plain = width <= 2 and layout.tokens is None and layout.tags is None
+    found = None if is_plain else _tag_column(path, split, layout)
+    if found is not None:
+        kept, tag_column = found
+        # What stands behind the tag, as Universal NER's annotators do, may lack on some lines if tabs tell the others.
+        split = [
+            [*row[:kept], row[tag_column]] if len(row) > tag_column and (len(row) == width or "\t" in line) else row
+            for row, line in zip(split, lines, strict=True)
+        ]
+        width = kept + 1
     between = [
         {line[at] for line in split if len(line) == width and not _is_comment(line)} for at in range(1, width - 1)
     ]
@@ -100,7 +142,7 @@ def _sentences(path: Path) -> list[list[Line]]:
                 f"{path}:{number}: NUL bytes or old Mac line ends, not a text file of this system: convert it"
             )
         tag = columns[-1] if len(columns) > 1 else ""
-        fits = LABEL.fullmatch(tag) and len(columns) == width
+        fits = layout.tag.fullmatch(tag) and len(columns) == width
         if _is_comment(columns) and not sentences[-1]:
             if not fits:
                 continue
@@ -109,8 +151,8 @@ def _sentences(path: Path) -> list[list[Line]]:
                 raise ValueError(
                     f"{path}:{number}: a comment, or the token {columns[0]}? Take it out, or separate columns by tabs"
                 )
-        if not LABEL.fullmatch(tag):
-            raise ValueError(f"{path}:{number}: malformed tag {tag!r}: {LAYOUT}, a tag O, B-TYPE or I-TYPE")
+        if not layout.tag.fullmatch(tag):
+            raise ValueError(f"{path}:{number}: {layout.refusal(tag)} ({LAYOUT})")
         if not fits:
             raise ValueError(
                 f"{path}:{number}: {len(columns)} columns where most lines have {width}: {LAYOUT}, and a token with a "
@@ -142,6 +184,30 @@ def _width(split: Sequence[list[str]]) -> int:
     lines = [columns for columns in split if columns and not columns[0].startswith(DOCUMENT)]
     plain = [columns for columns in lines if not columns[0].startswith("#")]
     return Counter(map(len, plain or lines)).most_common(1)[0][0] if lines else 0
+
+
+def _tag_column(path: Path, split: Sequence[list[str]], layout: Layout) -> tuple[int, int] | None:
+    """How many columns to keep, and which, from 0, is the tag; None for all and the last."""
+    lines = [line for line in split if line and not _is_comment(line) and not line[0].startswith(DOCUMENT)]
+    widths = set(map(len, lines))
+    narrowest, widest = min(widths, default=0), max(widths, default=0)
+    for setting, number in (("tokens_column", layout.tokens), ("label_column_name", layout.tags)):
+        if number is not None and not (number.isdecimal() and 1 <= int(number) <= widest):
+            raise ValueError(
+                f"{setting} must be a number from 1 to {widest} for the columns of {path}, not {number!r}"
+            )
+    if layout.tags is not None:
+        tag, kept = int(layout.tags) - 1, max(int(layout.tags) - 1, int(layout.tokens or 0))
+        if not kept:
+            raise ValueError(f"label_column_name is the first column of {path}: set tokens_column too")
+        return kept, tag
+    held = {
+        at: [layout.tag.fullmatch(line[at]) is not None for line in lines if len(line) > at] for at in range(1, widest)
+    }
+    tags = [at for at in range(1, narrowest) if all(held[at])]
+    alone = len(tags) == 1 and not any(any(held[at]) for at in held if at > tags[0])
+    # Without the number it may be CoNLL 2003, whose chunks look like tags, with entities that do not.
+    return (tags[0], tags[0]) if alone and all(line[0].isdecimal() for line in lines) else None
 
 
 def _token_column(path: Path, sentences: list[list[Line]]) -> int:
@@ -185,15 +251,16 @@ def _counts(texts: list[str]) -> bool:
     return all(text.isdecimal() and int(text) == int(texts[0]) + step for step, text in enumerate(texts))
 
 
-def _require_one_tag(path: Path, sentences: list[list[Line]], place: int) -> None:
+def _require_one_tag(path: Path, sentences: list[list[Line]], place: int, layout: Layout) -> None:
     """Refuse two layers of the same entity types: nested ones, or truth and predictions."""
     lines = [line.columns for sentence in sentences for line in sentence]
     last = {columns[-1][2:] for columns in lines} - {""}
     for other in range(place + 1, len(lines[0]) - 1):
-        if not all(LABEL.fullmatch(columns[other]) for columns in lines):
+        if not all(layout.tag.fullmatch(columns[other]) for columns in lines):
             continue
         types = {columns[other][2:] for columns in lines} - {""}
         if types and (types & last or not last):
             raise ValueError(
-                f"{path}:{sentences[0][0].number}: columns {other + 1} and {len(lines[0])} both hold tags: keep one"
+                f"{path}:{sentences[0][0].number}: columns {other + 1} and {len(lines[0])} both hold tags: keep one, "
+                "or set label_column_name"
             )

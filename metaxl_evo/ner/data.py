@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features
 
 from metaxl_evo.messages import unknown
-from metaxl_evo.ner.labels import label_names, ner_features
+from metaxl_evo.ner.labels import label_names, map_types, ner_features
+from metaxl_evo.ner.layout import Layout
+from metaxl_evo.ner.schemes import IOB2, TagScheme
 from metaxl_evo.ner.sources import SPLITS, Corpus, Sentences, read_folder, read_hub, read_table
 from metaxl_evo.ner.synthetic import SyntheticFamily
 
@@ -29,6 +31,7 @@ def load_ner_dataset(
     names: Sequence[str] | None = None,
     names_of: str = "the model",
     synthetic: SyntheticFamily | None = None,
+    layout: Layout | None = None,
 ) -> dict[str, DatasetDict]:
     """Load the requested splits of every language, all with one label set.
 
@@ -41,31 +44,76 @@ def load_ner_dataset(
         names: the label names of a trained model, which the data must then fit, instead of those of the data.
         names_of: whose names these are, for error messages.
         synthetic: the family that the word `synthetic` stands for; the default one if None.
+        layout: what the data do not say of themselves; whatever their tag scheme, IOB2 comes out.
 
     Raises:
         ValueError: an unknown language, a missing or empty split, a file that cannot be read, a malformed line or tag,
-            or label sets that differ. A stray I- is no error: it is counted and logged.
+            label sets that differ, or a map of types that are not there. A stray I- is no error: it is counted and
+            logged.
         OSError: `dataset` is neither a folder nor a Hub id that can be reached or is in the cache.
     """
+    layout = layout or Layout()
+    corpus = read_corpus(dataset, languages, splits, layout, synthetic)
+    require_types(layout.label_map, corpus)
+    return label_corpus(corpus, layout.label_map, names, names_of)
+
+
+def read_corpus(
+    dataset: str,
+    languages: Sequence[str],
+    splits: Sequence[str],
+    layout: Layout,
+    synthetic: SyntheticFamily | None = None,
+) -> Corpus:
+    """The first half of `load_ner_dataset`: the sentences as read and checked, in IOB2, the types not mapped yet."""
     for split in splits:
         if split not in SPLITS:
             raise ValueError(unknown("split", split, SPLITS))
     wanted = list(dict.fromkeys(SPLITS[split] for split in splits))
     languages = list(dict.fromkeys(languages))
     if dataset == "synthetic":
-        corpus = _read_synthetic(synthetic, languages, wanted)
+        corpus = _read_synthetic(synthetic, languages, wanted, layout)
     elif Path(dataset).expanduser().is_dir():
-        corpus = read_folder(Path(dataset).expanduser(), languages, wanted)
+        corpus = read_folder(Path(dataset).expanduser(), languages, wanted, layout)
     else:
-        corpus = read_hub(dataset, languages, wanted)
+        corpus = read_hub(dataset, languages, wanted, layout)
     for language, parts in corpus.items():
         for split, part in parts.items():
-            _check_sentences(part, f"{dataset}, {language}, {split}")
+            where = f"{dataset}, {language}, {split}"
+            _check_sentences(part, where)
+            parts[split] = _in_iob2(part, layout.scheme, where)
+    return corpus
+
+
+def require_types(label_map: Mapping[str, str], corpus: Corpus) -> None:
+    """Refuse a map of a type that no language has, as of a name that is misspelt."""
+    parts = [part for splits in corpus.values() for part in splits.values()]
+    there = {tag[2:] for part in parts for tags in (*part.tags, part.declared or ()) for tag in tags} - {""}
+    for kind in label_map:
+        if kind not in there:
+            raise ValueError(unknown(f"entity type of {', '.join(corpus)} in label_map", kind, sorted(there)))
+
+
+def label_corpus(
+    corpus: Corpus, label_map: Mapping[str, str], names: Sequence[str] | None = None, names_of: str = "the model"
+) -> dict[str, DatasetDict]:
+    """The second half of `load_ner_dataset`: the types mapped, and all languages with one label set."""
+    if label_map:
+        corpus = {
+            language: {split: _mapped(part, label_map) for split, part in parts.items()}
+            for language, parts in corpus.items()
+        }
     features = ner_features(_shared_names(corpus, names, names_of))
     return {
         language: DatasetDict({split: _to_dataset(part, features) for split, part in parts.items()})
         for language, parts in corpus.items()
     }
+
+
+def _mapped(part: Sentences, label_map: Mapping[str, str]) -> Sentences:
+    declared = [name for tag in part.declared or () for name in map_types([tag], label_map)]
+    tags = [map_types(tags, label_map) for tags in part.tags]
+    return Sentences(part.tokens, tags, list(dict.fromkeys(declared)) or None)
 
 
 def sample(dataset: Dataset, size: int | None, seed: int, *, name: str = "the data set") -> Dataset:
@@ -84,6 +132,11 @@ def sample(dataset: Dataset, size: int | None, seed: int, *, name: str = "the da
     return dataset.select(order[:size], keep_in_memory=True)
 
 
+def first_rows(dataset: Dataset, size: int | None) -> Dataset:
+    """The first `size` sentences (None: all), or all where there are fewer."""
+    return dataset if size is None else dataset.select(range(min(size, len(dataset))))
+
+
 def overlap(train: Dataset, test: Dataset) -> int:
     """The number of different train sentences that also stand in the test set."""
     return len(set(map(tuple, train["tokens"])) & set(map(tuple, test["tokens"])))
@@ -93,11 +146,13 @@ def _to_dataset(part: Sentences, features: Features) -> Dataset:
     return Dataset.from_dict({"tokens": part.tokens, "ner_tags": part.tags}, features=features)
 
 
-def _read_synthetic(family: SyntheticFamily | None, languages: Sequence[str], splits: Sequence[str]) -> Corpus:
+def _read_synthetic(
+    family: SyntheticFamily | None, languages: Sequence[str], splits: Sequence[str], layout: Layout
+) -> Corpus:
     family = family or SyntheticFamily()
     loaded = {language: family.load(language) for language in languages}
     return {
-        language: {split: read_table(parts[split], f"synthetic, {language}, {split}") for split in splits}
+        language: {split: read_table(parts[split], f"synthetic, {language}, {split}", layout) for split in splits}
         for language, parts in loaded.items()
     }
 
@@ -112,9 +167,19 @@ def _check_sentences(part: Sentences, where: str) -> None:
             )
     if not any(word.strip() for words in part.tokens for word in words):
         raise ValueError(f"{where} has only empty tokens: repair the data")
-    stray = sum(map(_stray_insides, part.tags))
+
+
+def _in_iob2(part: Sentences, scheme: TagScheme, where: str) -> Sentences:
+    """The same entities in IOB2; tags that are not as their scheme has them are counted and logged."""
+    tags = list(map(scheme.to_iob2, part.tags))
+    stray = sum(map(_stray_insides, tags))
+    odd = 0 if scheme.name == IOB2 else sum(not scheme.is_well_formed(row) for row in part.tags)
     if stray:
-        logger.warning("%s: %d I- tags do not continue an entity of their type (kept as they are)", where, stray)
+        advice = "kept as they are; of IOB1 they are right, set label_scheme: iob1"
+        logger.warning("%s: %d I- tags do not continue an entity of their type (%s)", where, stray, advice)
+    if odd:
+        logger.warning("%s: not well-formed %s in %d sentences (read leniently)", where, scheme.name.upper(), odd)
+    return Sentences(part.tokens, tags, part.declared and scheme.names_in_iob2(part.declared))
 
 
 def _stray_insides(tags: list[str]) -> int:
@@ -137,6 +202,7 @@ def _shared_names(corpus: Corpus, names: Sequence[str] | None, names_of: str) ->
         if not (same and set(labels) <= set(chosen)):
             raise ValueError(
                 f"label sets differ: {owner} has {', '.join(chosen)}, but {language} has {', '.join(labels)}: "
-                "use languages of one label set, and a model without a head or with a head for these labels"
+                "use languages of one label set, or join them by label_map, and a model without a head or with a head "
+                "for these labels (ignore_mismatched_sizes drops another)"
             )
     return chosen

@@ -3,76 +3,24 @@
 from __future__ import annotations
 
 import copy
-import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 
-from metaxl_evo.messages import unknown
-from metaxl_evo.ner.arguments import SHORTEST
-from metaxl_evo.ner.data import load_ner_dataset
-from metaxl_evo.ner.encoding import IGNORED, PadRight, encode, lost_words, plain_labels
+from metaxl_evo.ner.encoding import IGNORED, encode, lost_words, plain_labels
 from metaxl_evo.ner.metrics import (
     Scores,
-    average,
     entity_scores,
     numbers_of,
-    scores_table,
     with_sentences,
     word_predictions,
 )
-from metaxl_evo.ner.pretrained import (
-    load_classifier,
-    longest_input,
-    require_padding_unseen,
-    require_readable,
-    trained_labels,
-)
-from metaxl_evo.ner.sources import SPLITS
-from metaxl_evo.ner.spacing import as_in_text
-from metaxl_evo.training.checkpoint import require_writable
-
-
-@dataclass
-class EvaluationArguments:
-    """What is evaluated on what.
-
-    Raises:
-        ValueError: one line for the first value that cannot be.
-    """
-
-    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a trained token classifier."})
-    dataset: str = field(
-        metadata={"help": "Hub id (a configuration a language), a folder LANG/SPLIT, or `synthetic`."}
-    )
-    languages: list[str] = field(metadata={"help": "Languages to evaluate on, each on its own."})
-    split: str = field(default="test", metadata={"help": f"One of {', '.join(SPLITS)}."})
-    strict: bool = field(default=False, metadata={"help": "Count only well-formed IOB2 entities."})
-    batch_size: int = field(default=32, metadata={"help": "Sentences per device and pass."})
-    max_length: int = field(
-        default=512, metadata={"help": "Sub-tokens of a sentence at most; words beyond count as O."}
-    )
-    output_file: str | None = field(default=None, metadata={"help": "JSON file for the scores (default: print only)."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace output_file where it exists."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
-
-    def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ValueError(unknown("split", self.split, SPLITS))
-        for name, least in (("batch_size", 1), ("max_length", SHORTEST)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if not self.languages:
-            raise ValueError("languages is empty: name at least one language")
 
 
 class EvaluationSet:
@@ -107,12 +55,23 @@ class EvaluationSet:
         Raises:
             ValueError: where these are not the labels of all words.
         """
+        return self.score_words(self.words(predictions, labels))
+
+    def words(self, predictions: Any, labels: Any) -> list[list[str]]:
+        """The predicted label of each word, from what `score` takes.
+
+        Raises:
+            ValueError: where these are not the labels of all words.
+        """
         if not np.array_equal(np.unique(numbers_of(labels)), self._labels):
             raise ValueError(
                 f"the labels that came back are not those of the {len(self._labels)} words to score: evaluate the "
                 "rows of this set, all of them, by a trainer of its kind"
             )
-        words = word_predictions(predictions, labels, list(map(len, self.references)), self.names)
+        return word_predictions(predictions, labels, list(map(len, self.references)), self.names)
+
+    def score_words(self, words: Sequence[Sequence[str]]) -> Scores:
+        """Entity scores of the predicted labels of all words."""
         counts = {
             "n_truncated_words": self.lost.truncated,
             "n_words_without_sub_token": self.lost.without_sub_token,
@@ -136,7 +95,17 @@ class EvaluationSet:
 
 
 class WordTrainer(Trainer):
-    """A Trainer whose evaluation leaves no row out, and brings label ids back beside the numbered labels of words."""
+    """A Trainer whose evaluation leaves no row out, and brings label ids back beside the numbered labels of words.
+
+    Attributes:
+        with_confidence: the predictions are pairs of the label ids and their probabilities.
+    """
+
+    with_confidence = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.label_names = ["labels"]  # whatever the arguments call so
 
     def prediction_step(
         self,
@@ -144,7 +113,7 @@ class WordTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Any, Any, Any]:
         """The loss of the plain labels; (B, T) predicted label ids and numbered labels, padded alike."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
@@ -153,7 +122,11 @@ class WordTrainer(Trainer):
         logits: Any = found  # with whatever else the model returns behind them
         if logits is None:
             return loss, None, None
-        return loss, (logits[0] if isinstance(logits, tuple) else logits).argmax(-1), labels
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        if not self.with_confidence:
+            return loss, logits.argmax(-1), labels
+        confidence, found = logits.float().softmax(-1).max(-1)
+        return loss, (found, confidence), labels
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """All rows, in their order."""
@@ -176,61 +149,3 @@ class WordTrainer(Trainer):
             yield
         finally:
             self.args = args
-
-
-def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
-    """Score a trained model on each language; prints a table, returns the scores and saves them where asked.
-
-    The result is `{SPLIT: {LANGUAGE: scores, "average": scores}, "settings": {...}}`, as in `results.json` of a run.
-
-    Raises:
-        ValueError: for a model without a trained head, data that do not fit it, or an output file that exists or
-            cannot be written.
-    """
-    output = None if settings.output_file is None else Path(settings.output_file)
-    if output is not None and output.is_dir():
-        raise ValueError(f"output_file: {output} is a folder: name a file in it")
-    if output is not None and output.exists() and not settings.overwrite:
-        raise ValueError(f"output_file: {output} exists: choose another name, or set overwrite: true")
-    names = trained_labels(settings.model_name_or_path)
-    if names is None:
-        raise ValueError(
-            f"{settings.model_name_or_path} has no trained token-classification head: train one with "
-            "scripts/train_ner.py and give its output folder"
-        )
-    data = load_ner_dataset(settings.dataset, settings.languages, splits=[settings.split], names=names)
-    base, tokenizer = load_classifier(settings.model_name_or_path, names)
-    if output is not None:
-        require_writable(output.parent, "output_file")
-    parts = {language: splits[SPLITS[settings.split]] for language, splits in data.items()}
-    tokenizer = as_in_text(
-        tokenizer, [words for part in parts.values() for words in part["tokens"][:100]], base.config
-    )
-    max_length = min(settings.max_length, longest_input(base))
-    sets = {
-        language: EvaluationSet(part, tokenizer, max_length, names, settings.strict)
-        for language, part in parts.items()
-    }
-    for one in sets.values():
-        require_readable(base, one.rows, "max_length")
-        require_padding_unseen(base, one.rows, tokenizer.pad_token_id, "batch_size", settings.batch_size)
-    with tempfile.TemporaryDirectory() as scratch:  # a Trainer wants a folder even where it writes nothing
-        trainer = WordTrainer(
-            base,
-            TrainingArguments(
-                scratch,
-                per_device_eval_batch_size=settings.batch_size,
-                use_cpu=settings.use_cpu,
-                report_to="none",
-                label_names=["labels"],
-                remove_unused_columns=False,
-            ),
-            data_collator=PadRight(tokenizer.pad_token_id),
-        )
-        scores = {language: one.predict(trainer) for language, one in sets.items()}
-    results = {settings.split: {**scores, "average": average(scores)}, "settings": asdict(settings)}
-    if trainer.is_world_process_zero():
-        print(scores_table(scores))
-        if output is not None:
-            output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from datasets import ClassLabel, Features, List, Value
 
@@ -15,3 +15,13 @@ def ner_features(names: Sequence[str]) -> Features:
 def label_names(types: Iterable[str]) -> list[str]:
     """The canonical label order: O, then B- and I- of each entity type, the types in alphabetical order."""
     return ["O", *(f"{position}-{kind}" for kind in sorted(types) for position in "BI")]
+
+
+def map_types(tags: Sequence[str], label_map: Mapping[str, str]) -> list[str]:
+    """A sentence's IOB2 tags with each type as `label_map` has it, a type or O; entities that touch stay apart."""
+    mapped: list[str] = []
+    for before, tag in zip(["O", *tags], tags, strict=False):
+        kind = label_map.get(tag[2:], tag[2:]) if tag != "O" else "O"
+        is_another = tag[2:] != before[2:] and bool(mapped) and mapped[-1][2:] == kind
+        mapped.append("O" if kind == "O" else f"{'B' if is_another else tag[0]}-{kind}")
+    return mapped

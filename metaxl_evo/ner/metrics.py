@@ -35,10 +35,16 @@ def word_predictions(predictions: Any, labels: Any, lengths: Sequence[int], name
             order and padded anywhere with negative labels; or lists of such batches.
         lengths: the words of each sentence.
     """
-    numbers, guesses = numbers_of(labels), _flat(predictions)[_flat(labels) >= 0]
-    words = ["O"] * sum(lengths)
-    for number, guess in zip((numbers // STRIDE).tolist(), guesses.tolist(), strict=True):
-        words[number] = names[guess]
+    found = by_word(predictions, labels, lengths)
+    return [["O" if guess is None else names[guess] for guess in row] for row in found]
+
+
+def by_word(values: Any, labels: Any, lengths: Sequence[int]) -> list[list[Any]]:
+    """The value at the first sub-token of each word, as in `word_predictions`; None for a word that has none."""
+    numbers, found = numbers_of(labels), _flat(values)[_flat(labels) >= 0]
+    words: list[Any] = [None] * sum(lengths)
+    for number, value in zip((numbers // STRIDE).tolist(), found.tolist(), strict=True):
+        words[number] = value
     ends = list(accumulate(lengths))
     return [words[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
@@ -95,14 +101,16 @@ def with_sentences(
 
 def _entity_counts(reference: Sequence[str], prediction: Sequence[str], strict: bool) -> tuple[int, int, int]:
     """Entities of one sentence: in the reference, in the prediction, in both."""
-    true, found = (_entities(list(tags), strict) for tags in (reference, prediction))
+    true, found = (entities(list(tags), strict) for tags in (reference, prediction))
     return len(true), len(found), len(true & found)
 
 
-def _entities(tags: list[str], strict: bool) -> set[Any]:
+def entities(tags: list[str], strict: bool) -> set[tuple[str, int, int]]:
+    """The entities of a sentence: type, and first and last word."""
     if not strict:
         return set(get_entities(tags))
-    return {one.to_tuple()[1:] for sentence in Entities([tags], IOB2).entities for one in sentence}
+    (found,) = Entities([tags], IOB2).entities
+    return {(one.tag, one.start, one.end - 1) for one in found}
 
 
 def average(scores: Mapping[str, Scores]) -> Scores:

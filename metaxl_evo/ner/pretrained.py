@@ -75,9 +75,16 @@ def trained_labels(model: str) -> list[str] | None:
 
 
 def load_classifier(
-    model: str, names: Sequence[str], attn_implementation: str | None = None
+    model: str,
+    names: Sequence[str],
+    attn_implementation: str | None = None,
+    *,
+    ignore_mismatched_sizes: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A float32 token classifier for the label names, whatever the checkpoint's dtype, and its fast tokenizer.
+
+    Args:
+        ignore_mismatched_sizes: a trained head of other labels makes way for a new one, of whatever size both are.
 
     Raises:
         ValueError: for a model that cannot be had or read, or whose trained head has other labels.
@@ -85,10 +92,11 @@ def load_classifier(
     if model == SYNTHETIC:
         return make_synthetic_tagger(SyntheticFamily())
     trained = trained_labels(model)
-    if trained is not None and trained != list(names):
+    is_other = trained not in (None, list(names))
+    if trained is not None and is_other and not ignore_mismatched_sizes:
         raise ValueError(
             f"the head of {model} knows {', '.join(trained)}, the data set has {', '.join(names)}: "
-            "use a model without a head, or data with the same labels"
+            "use a model without a head, data with the same labels, or ignore_mismatched_sizes: true for a new head"
         )
     place = Path(model).expanduser() if Path(model).expanduser().is_dir() else model
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
@@ -96,15 +104,27 @@ def load_classifier(
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
         base, found = AutoModelForTokenClassification.from_pretrained(
-            place, dtype="float32", output_loading_info=True, **labels, **kernel
+            place, dtype="float32", output_loading_info=True, ignore_mismatched_sizes=is_other, **labels, **kernel
         )
+        if is_other:
+            base, found = _with_new_head(base, **kernel)
     except pickle.UnpicklingError as error:  # whose text advises to run what it refused
         raise _unusable(model, ValueError("its pytorch_model.bin holds more than tensors")) from error
     except Exception as error:  # the content of a file leads the library into any
         raise _unusable(model, error) from error
     _require_tokens(model, tokenizer)
-    _require_whole(model, base, tokenizer, sorted(found["missing_keys"]), has_head=trained is not None)
+    has_head = trained is not None and not is_other
+    _require_whole(model, base, tokenizer, sorted(found["missing_keys"]), has_head=has_head)
     return base, tokenizer
+
+
+def _with_new_head(base: PreTrainedModel, **kernel: Any) -> Any:
+    """The encoder of a token classifier under a head as its class initialises one, and what loading it found."""
+    prefix = f"{base.base_model_prefix}."
+    encoder = {name: value for name, value in base.state_dict().items() if name.startswith(prefix)}
+    return type(base).from_pretrained(
+        None, config=base.config, state_dict=encoder, dtype="float32", output_loading_info=True, **kernel
+    )
 
 
 def longest_input(base: PreTrainedModel) -> int:

@@ -11,18 +11,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 from huggingface_hub import is_offline_mode
 
-from metaxl_evo.messages import one_line, unknown
-from metaxl_evo.ner.columns import LABEL, read_columns, without_prefix
+from metaxl_evo.messages import unknown
+from metaxl_evo.ner.columns import read_columns, without_prefix
+from metaxl_evo.ner.layout import Layout
+from metaxl_evo.ner.tables import READERS, columns_of, read_file
 from metaxl_evo.training.hub import Instead, configurations_of, load_from_hub, require_reachable, script_message
 
-SPLITS = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
-TEXT_SUFFIXES = ("", ".txt", ".tsv", ".conll", ".iob2")
+SPLITS = {"train": "train", **dict.fromkeys(("dev", "val", "valid", "validation"), "validation"), "test": "test"}
+TEXT_SUFFIXES = ("", ".txt", ".tsv", ".conll", ".conllu", ".iob2", ".bio")
+SUFFIXES = (*TEXT_SUFFIXES, *READERS)
 SHARD = re.compile(r"(?P<split>\w+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]+)?")
+ONLY = "default"  # what a data set of one configuration calls it
 INSTEAD = Instead("--dataset FOLDER", "WikiAnn: unimelb-nlp/wikiann")
 
 
@@ -37,69 +39,83 @@ class Sentences(NamedTuple):
 Corpus = dict[str, dict[str, Sentences]]  # language -> split -> sentences
 
 
-def read_folder(root: Path, languages: Sequence[str], splits: Sequence[str]) -> Corpus:
-    """Read `root/LANGUAGE/SPLIT`, a text file or parquet files each."""
+def read_folder(root: Path, languages: Sequence[str], splits: Sequence[str], layout: Layout) -> Corpus:
+    """Read `root/LANGUAGE/SPLIT`, a file of a known suffix, or parquet shards, each; `NAME-SPLIT` is a split's too."""
     if (root / f"{root.resolve().name}.py").is_file():
         raise ValueError(script_message(str(root), INSTEAD))
     folders = {folder.name: _split_files(folder) for folder in sorted(root.iterdir()) if folder.is_dir()}
-    present = {language: files for language, files in folders.items() if files}
+    present = [language for language, files in folders.items() if files or _unread(root / language)]
     if not present:
         raise ValueError(f"{root} holds no language: expected folders LANGUAGE with files train, dev and test")
     for language in languages:
         if language not in present:
             raise ValueError(unknown(f"language of {root}", language, present))
         for split in splits:
-            _require_split(split, present[language], str(root / language))
+            _require_split(split, folders[language], str(root / language), _unread(root / language))
     return {
-        language: {split: _read_files(present[language][split], language) for split in splits}
+        language: {split: _read_files(folders[language][split], language, layout) for split in splits}
         for language in languages
     }
 
 
-def read_hub(dataset: str, languages: Sequence[str], splits: Sequence[str]) -> Corpus:
-    """Read one configuration a language from the Hub, or in offline mode from the cache of `datasets`."""
+def read_hub(dataset: str, languages: Sequence[str], splits: Sequence[str], layout: Layout) -> Corpus:
+    """Read one configuration a language from the Hub, or in offline mode from the cache of `datasets`.
+
+    A data set of one configuration has its languages in the names of its splits: `train_en`.
+    """
     require_reachable(dataset, INSTEAD)
-    _require_configurations(dataset, languages)
+    loaded = _load_languages(dataset, languages)
     corpus = {}
     for language in languages:
-        loaded = load_from_hub(dataset, language, instead=INSTEAD, what=f"language {language!r}")
-        parts = {SPLITS.get(str(split), str(split)): part for split, part in loaded.items()}
+        parts = {SPLITS.get(name, name): part for name, part in loaded[language].items()}
         for split in splits:
             _require_split(split, parts, f"{dataset}, {language}")
         corpus[language] = {
-            split: _plain(read_table(parts[split], where), language, where)
+            split: _plain(read_table(parts[split], where, layout), language, where)
             for split in splits
             for where in [f"{dataset}, {language}, {split}"]
         }
     return corpus
 
 
-def read_table(table: Dataset, where: str) -> Sentences:
-    """Read the columns `tokens` and `ner_tags`, the latter of a `ClassLabel` or of strings."""
-    if not {"tokens", "ner_tags"} <= set(table.column_names):
+def read_table(table: Dataset, where: str, layout: Layout) -> Sentences:
+    """Read the columns of tokens and tags, the latter of a `ClassLabel`, of strings or of integers with names."""
+    words, labels = columns_of(table.column_names, layout, where)
+    if not _is_text(_kind_of_items(table, words)):
+        raise ValueError(f"{where}: {words} must be a list of strings for each sentence: split them into words")
+    tokens, tags = table[words][:], table[labels][:]
+    kind = _kind_of_items(table, labels)
+    if not (isinstance(kind, ClassLabel) or _is_text(kind) or (_is_integer(kind) and layout.label_names)):
         raise ValueError(
-            f"{where} needs the columns tokens and ner_tags, but has {', '.join(table.column_names) or 'none'}"
+            f"{where}: {labels} has no label names: make it a list of ClassLabel or of strings, or set label_names"
         )
-    if not _is_text(_kind_of_items(table, "tokens")):
-        raise ValueError(f"{where}: tokens must be a list of strings for each sentence: split them into words")
-    tokens, tags, declared = table["tokens"][:], table["ner_tags"][:], None
-    kind = _kind_of_items(table, "ner_tags")
-    if not (isinstance(kind, ClassLabel) or _is_text(kind)):
-        raise ValueError(f"{where}: ner_tags has no label names: make it a list of ClassLabel or of strings")
     for number, row in enumerate(zip(tokens, tags, strict=True)):
         if any(part is None or None in part for part in row):
             raise ValueError(f"{where}: sentence {number} has a missing token or tag: repair the data")
     if isinstance(kind, ClassLabel):
-        declared = kind.names
-        names = dict(enumerate(declared))
-        try:
-            tags = [[names[tag] for tag in row] for row in tags]
-        except KeyError as error:
-            raise ValueError(f"{where}: label id {error} has no name among {', '.join(declared)}") from error
-    for tag in declared or {tag for row in tags for tag in row}:
-        if not LABEL.fullmatch(tag):
-            raise ValueError(f"{where}: malformed tag {tag!r}: a tag is O, B-TYPE or I-TYPE")
-    return Sentences(tokens, tags, declared)
+        if layout.label_names:
+            raise ValueError(f"{where} has label names of its own, {', '.join(kind.names)}: leave label_names out")
+        _require_tags(kind.names, where, layout)
+        return _named(tokens, tags, kind.names, where)
+    _require_tags({str(tag) for row in tags for tag in row}, where, layout)
+    return _named(tokens, tags, layout.label_names, where)
+
+
+def _require_tags(tags: Iterable[str], where: str, layout: Layout) -> None:
+    for tag in tags:
+        if not layout.tag.fullmatch(tag):
+            raise ValueError(f"{where}: {layout.refusal(tag)}")
+
+
+def _named(tokens: list[list[str]], tags: list[list[Any]], names: Sequence[str], where: str) -> Sentences:
+    """With the names of the numbers that the tags are; without names the tags are names themselves."""
+    if not names:
+        return Sentences(tokens, tags)
+    known = dict(enumerate(names))
+    try:
+        return Sentences(tokens, [[known[int(tag)] for tag in row] for row in tags], list(names))
+    except KeyError as error:
+        raise ValueError(f"{where}: label id {error} has no name among {', '.join(names)}") from error
 
 
 def _plain(part: Sentences, language: str, where: str) -> Sentences:
@@ -119,21 +135,35 @@ def _is_text(kind: Any) -> bool:
     return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
 
 
+def _is_integer(kind: Any) -> bool:
+    return isinstance(kind, Value) and kind.dtype.startswith(("int", "uint"))
+
+
 def _split_files(folder: Path) -> dict[str, list[Path]]:
-    files: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
+    """The files of each split: those of its name, else those whose name ends so, as `en_ewt-ud-train.iob2` does."""
+    exact: dict[str, list[Path]] = {}
+    ending: dict[str, list[Path]] = {}
+    for path in sorted(filter(Path.is_file, folder.iterdir())):
         shard = SHARD.fullmatch(path.stem) if path.suffix == ".parquet" else None
-        stem = path.stem if shard is None else shard["split"]
-        if path.is_file() and stem in SPLITS and path.suffix in (*TEXT_SUFFIXES, ".parquet"):
-            files.setdefault(SPLITS[stem], []).append(path)
-    return files
+        name = path.stem if shard is None else shard["split"]
+        split = SPLITS.get(re.split("[-_]", name)[-1])
+        if split is not None and path.suffix in SUFFIXES:
+            (exact if name in SPLITS else ending).setdefault(split, []).append(path)
+    return {**ending, **exact}
 
 
-def _read_files(paths: list[Path], language: str) -> Sentences:
+def _unread(folder: Path) -> list[str]:
+    """The names of files that are named as splits are, but of no suffix that is known."""
+    files = sorted(filter(Path.is_file, folder.iterdir()))
+    return [path.name for path in files if path.name.split(".")[0] in SPLITS and path.suffix not in SUFFIXES]
+
+
+def _read_files(paths: list[Path], language: str, layout: Layout) -> Sentences:
     _require_one_set(paths)
-    if paths[0].suffix != ".parquet":
-        return Sentences(*read_columns(paths[0], language))
-    parts = [_plain(read_table(_read_parquet(path), str(path)), language, str(path)) for path in paths]
+    if paths[0].suffix in TEXT_SUFFIXES:
+        tokens, tags = read_columns(paths[0], language, layout)
+        return _named(tokens, tags, layout.label_names, str(paths[0]))
+    parts = [_plain(read_table(read_file(path, layout), str(path), layout), language, str(path)) for path in paths]
     tokens = [words for part in parts for words in part.tokens]
     return Sentences(tokens, [tags for part in parts for tags in part.tags], parts[0].declared)
 
@@ -150,22 +180,38 @@ def _require_one_set(paths: list[Path]) -> None:
         raise ValueError(f"{paths[0]} is one of {max(counts)} shards, {len(paths)} are there: fetch them all")
 
 
-def _read_parquet(path: Path) -> Dataset:
-    try:
-        return Dataset(pyarrow.parquet.read_table(path))  # Dataset.from_parquet would fill the user's cache folder
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: fetch it again ({one_line(error)})") from error
-
-
-def _require_configurations(dataset: str, languages: Sequence[str]) -> None:
-    if is_offline_mode():
-        return  # the names are not known here; the error of a failed load lists those in the cache
-    configurations = configurations_of(dataset, INSTEAD)
+def _load_languages(dataset: str, languages: Sequence[str]) -> dict[str, dict[str, Dataset]]:
+    """The splits of each language, by their names."""
+    # Offline the names are not known here; the error of a failed load lists those in the cache.
+    there = [] if is_offline_mode() else configurations_of(dataset, INSTEAD)
+    if len(there) == 1 and there[0] not in languages:
+        return _by_name_of_split(dataset, languages)
     for language in languages:
-        if language not in configurations:
-            raise ValueError(unknown(f"language of {dataset}", language, configurations))
+        if there and language not in there:
+            raise ValueError(unknown(f"language of {dataset}", language, there))
+    try:
+        loaded = {one: load_from_hub(dataset, one, instead=INSTEAD, what=f"language {one!r}") for one in languages}
+    except ValueError as error:
+        try:
+            return _by_name_of_split(dataset, languages)
+        except ValueError:
+            raise error from error.__cause__
+    return {one: {str(name): part for name, part in splits.items()} for one, splits in loaded.items()}
 
 
-def _require_split(split: str, present: Iterable[str], where: str) -> None:
+def _by_name_of_split(dataset: str, languages: Sequence[str]) -> dict[str, dict[str, Dataset]]:
+    found: dict[str, dict[str, Dataset]] = {}
+    for name, part in load_from_hub(dataset, instead=INSTEAD).items():
+        split, _, language = str(name).partition("_")
+        found.setdefault(language, {})[split] = part
+    for language in languages:
+        if language not in found or not language:
+            raise ValueError(unknown(f"language of {dataset}", language, list(filter(None, found)) or [ONLY]))
+    return found
+
+
+def _require_split(split: str, present: Iterable[str], where: str, unread: Sequence[str] = ()) -> None:
     if split not in present:
-        raise ValueError(f"{where} has no split {split!r}; present: {', '.join(present) or 'none'}")
+        suffixes = ", ".join(suffix or "none" for suffix in SUFFIXES)
+        advice = f" ({', '.join(unread)}: the suffixes that are read are {suffixes})" if unread else ""
+        raise ValueError(f"{where} has no split {split!r}; present: {', '.join(present) or 'none'}{advice}")

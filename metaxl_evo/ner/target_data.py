@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from metaxl_evo.ner.arguments import NerArguments
-from metaxl_evo.ner.data import load_ner_dataset, overlap, sample
+from metaxl_evo.ner.data import first_rows, label_corpus, overlap, read_corpus, require_types, sample
+from metaxl_evo.ner.pretrained import trained_labels
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.meta_rows import MetaRows
 
@@ -25,20 +26,40 @@ class TargetData:
     overlap: int
 
 
-def load_target(ner: NerArguments, target: str, names: Sequence[str] | None = None) -> TargetData:
-    """Source, target and evaluation sentences of one run, all with one label set: `names`, or that of the data.
+def load_for_model(ner: NerArguments, target: str, label_names: Sequence[str] | None) -> TargetData:
+    """As `load_target`, with the labels of the model's trained head where it has one that is to stay.
 
     Raises:
         ValueError: for languages, splits or labels that are not there.
     """
-    recipe, sources = ner.recipe, ner.source_languages
+    trained = trained_labels(ner.model_name_or_path)
+    if trained is None or not ner.ignore_mismatched_sizes:
+        return load_target(ner, target, trained, label_names)
+    data = load_target(ner, target, None, label_names)
+    return load_target(ner, target, trained, label_names) if set(data.names) <= set(trained) else data
+
+
+def load_target(
+    ner: NerArguments, target: str, names: Sequence[str] | None = None, label_names: Sequence[str] | None = None
+) -> TargetData:
+    """Source, target and evaluation sentences of one run, all with one label set: `names`, or that of the data.
+
+    `label_names` are those of integer tags.
+
+    Raises:
+        ValueError: for languages, splits or labels that are not there.
+    """
+    recipe, sources, layout = ner.recipe, ner.source_languages, ner.layout(label_names)
     wants_dev = ner.select == "dev"
     target_splits = ["train"] * recipe.target + ["validation"] * (wants_dev and recipe.target) + ["test"]
     source_splits = ["train"] + ["validation"] * (wants_dev and not recipe.target)
-    loaded = load_ner_dataset(ner.dataset, sources, splits=source_splits, names=names)
+    source_corpus = read_corpus(ner.dataset, sources, source_splits, layout)
+    target_corpus = read_corpus(ner.dataset, [target], target_splits, layout)
+    require_types(layout.label_map, {**source_corpus, **target_corpus})
+    loaded = label_corpus(source_corpus, layout.label_map, names)
     names_of = "the model" if names is not None else sources[0]
     names = names or loaded[sources[0]]["train"].features["ner_tags"].feature.names
-    of_target = load_ner_dataset(ner.dataset, [target], splits=target_splits, names=names, names_of=names_of)[target]
+    of_target = label_corpus(target_corpus, layout.label_map, names, names_of)[target]
     train = sample(of_target["train"], ner.target_train_size, ner.sample_seed, name=target) if recipe.target else None
     dev = None
     if wants_dev:  # a zero-shot run knows no target labels, not even for choosing a checkpoint
@@ -46,8 +67,8 @@ def load_target(ner: NerArguments, target: str, names: Sequence[str] | None = No
     return TargetData(
         sources={one: sample(loaded[one]["train"], ner.train_size, ner.sample_seed, name=one) for one in sources},
         target=train,
-        dev=None if dev is None else _first(dev, ner.eval_size),
-        test=_first(of_target["test"], ner.eval_size),
+        dev=None if dev is None else first_rows(dev, ner.eval_size),
+        test=first_rows(of_target["test"], ner.eval_size),
         names=of_target["test"].features["ner_tags"].feature.names,
         overlap=0 if train is None else overlap(train, of_target["test"]),
     )
@@ -67,7 +88,3 @@ def require_enough(ner: NerArguments, args: MetaTrainingArguments, target: str, 
         MetaRows(data.target, rows, portion=portion, seed=0)
     except ValueError as error:
         raise ValueError(f"target {target}: {error}: raise target_train_size or per_device_meta_batch_size") from error
-
-
-def _first(rows: Dataset, size: int | None) -> Dataset:
-    return rows if size is None else rows.select(range(min(size, len(rows))))

@@ -32,11 +32,10 @@ from metaxl_evo.ner.pretrained import (
     longest_input,
     require_padding_unseen,
     require_readable,
-    trained_labels,
 )
 from metaxl_evo.ner.spacing import as_in_text
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
-from metaxl_evo.ner.target_data import TargetData, load_target, require_enough
+from metaxl_evo.ner.target_data import TargetData, load_for_model, require_enough
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 
@@ -75,7 +74,7 @@ class NerTask(Task[NerArguments, TargetData]):
 
     def load(self, settings: NerArguments, args: MetaTrainingArguments) -> TargetData:
         (target,) = settings.target_languages
-        data = load_target(settings, target, trained_labels(settings.model_name_or_path))
+        data = load_for_model(settings, target, args.label_names)
         require_enough(settings, args, target, data)
         return data
 
@@ -151,7 +150,8 @@ class NerTask(Task[NerArguments, TargetData]):
 
 def build_trainer(ner: NerArguments, args: MetaTrainingArguments, data: TargetData) -> NerTrainer:
     """The trainer of one run, `args` being fitted to it."""
-    base, tokenizer = load_classifier(ner.model_name_or_path, data.names, ner.attn_implementation)
+    place, drop = ner.model_name_or_path, ner.ignore_mismatched_sizes
+    base, tokenizer = load_classifier(place, data.names, ner.attn_implementation, ignore_mismatched_sizes=drop)
     trained = [*(data.sources.values() if ner.recipe.source else ()), *([data.target] if data.target else ())]
     tokenizer = as_in_text(
         tokenizer, [words for part in (data.test, *trained) for words in part["tokens"][:100]], base.config

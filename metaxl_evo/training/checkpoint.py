@@ -30,7 +30,11 @@ MANIFEST, META_STATE = "manifest.json", "meta_state.pt"
 META_SHARE = "meta_state_{}.pt"  # of each process, what an estimator remembers of its own rows
 LATEST = ("latest", "true")
 NEEDED = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, META_STATE)
-FORMER_DEFAULTS = {"meta_portion": 0.5}  # which runs of earlier versions left unsaid
+FORMER_DEFAULTS = {  # which runs of earlier versions left unsaid
+    "meta_portion": 0.5,
+    "label_scheme": "iob2",
+    "ignore_mismatched_sizes": False,
+}
 ADVICE = "resume from an earlier checkpoint, or start anew in another output_dir"
 
 

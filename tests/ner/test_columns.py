@@ -30,6 +30,7 @@ LAYOUTS = {
     "indented by a tab": "\t{w}\t{t}",
     "columns between": "{w} NNP I-NP {t}",
     "columns of underscores": "{w} _ _ {t}",
+    "columns behind the tag": "{j}\t{w}\t{t}\t-\tan annotator",
     "spaces around tabs": "{w} \t {t} ",
 }
 HEADS = {
@@ -67,7 +68,7 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
 
 
 def test_layouts_are_as_many_as_they_were() -> None:
-    assert (len(LAYOUTS), len(HEADS), len(REFUSED)) == (19, 9, 23)
+    assert (len(LAYOUTS), len(HEADS), len(REFUSED)) == (20, 9, 24)
 
 
 def test_comments_stand_before_every_sentence(tmp_path: Path) -> None:
@@ -125,7 +126,8 @@ REFUSED = {
     "a comment, or the token #": ("# source text O\nAda NNP I-NP B-PER\n", r":1: a comment, or the token #\?"),
     "a comment within a sentence": ("Ada\tB-PER\n# note\nwrote\tO\n", ":2: malformed tag"),
     "a hashtag without a tag": ("#rome\nAda\tB-PER\n", ":1: malformed tag ''"),
-    "columns behind the tag": ("1\tAda\tB-PER\t-\t-\n", ":1: malformed tag '-'"),
+    "chunks before entities of no scheme": ("Ada N B-NP PER\nruns V B-VP LOC\n", ":1: malformed tag 'PER'"),
+    "two layers before other columns": ("1\tAda\tB-PER\tB-PER\t-\n", ":1: malformed tag '-'.* label_column_name"),
     "empty tokens": ("\tB-PER\n\tO\n", ":1: an empty token, as on most lines"),
     "prefixes alone": ("sw:\tB-PER\nsw:\tO\n", ":1: an empty token, as on most lines"),
     "comments alone": ("# text = Ada\n", "xx/train is empty"),

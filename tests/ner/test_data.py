@@ -289,15 +289,16 @@ def test_stray_inside_tags_are_counted_and_kept(tmp_path: Path, caplog: pytest.L
     assert tags_of(train) == [["I-PER", "I-PER"], ["B-LOC", "I-PER", "I-PER", "O", "I-LOC"]]
     (record,) = caplog.records
     assert "xx, train: 3 I- tags" in record.getMessage()
+    assert record.getMessage().endswith("set label_scheme: iob1)")
 
 
 # Bad input
 
 
-@pytest.mark.parametrize("line", ["w\tPER", "w\tB-", "w\tb-PER", "w\tB-PER I", "w", "xx:w\t", "w\tE-LOC"])
+@pytest.mark.parametrize("line", ["w\tPER", "w\tB-", "w\tb-PER", "w\tB-PER I", "w", "xx:w\t", "w\tM-LOC"])
 def test_malformed_tag_names_file_and_line(tmp_path: Path, line: str) -> None:
     write(tmp_path, train=f"xx:a\tO\n\n{line}\n")
-    with pytest.raises(ValueError, match=rf"{tmp_path}/xx/train:3: malformed tag .* a tag O, B-TYPE or I-TYPE$"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/xx/train:3: malformed tag .*: a tag is O, B-TYPE or I-TYPE"):
         load_train(tmp_path)
 
 

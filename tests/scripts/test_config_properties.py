@@ -26,7 +26,7 @@ from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.estimators import ESTIMATORS
 from metaxl_evo.experiments.arguments import RunsArguments, StudyArguments
 from metaxl_evo.ner.arguments import NerArguments, NerTrainingArguments
-from metaxl_evo.ner.evaluation import EvaluationArguments
+from metaxl_evo.ner.evaluate_command import EvaluationArguments
 from metaxl_evo.training.cli import ends_with_one_line
 from metaxl_evo.training.parser import parse_arguments
 from scripts import train_ner

@@ -54,7 +54,7 @@ WORKING = {  # one run each, with all of its fields off their defaults
 REFUSED: dict[str, tuple[Any, str]] = {
     **{name: ("true", f"{name} cannot be set for NER: .*: leave it out$") for name in UNFIT if name != "debug"},
     "debug": ("underflow_overflow", "debug cannot be set for NER: .*: leave it out$"),
-    "label_names": ("tags", "label_names must be labels, not tags: leave it out$"),
+    "label_names": ("tags", "label_names: malformed tag 'tags': a tag is O, B-TYPE or I-TYPE$"),
     "label_smoothing_factor": (0.1, "label_smoothing_factor must be 0"),
     "fp16": ("true", "does not run with fp16"),
     "tf32": ("true", "tf32 requires Ampere"),
