@@ -81,8 +81,9 @@ class EvaluationSet:
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """The three rates, for the Trainer's log and model selection."""
-        scores = self.score(prediction.predictions, prediction.label_ids)
-        return {key: float(scores[key]) for key in ("precision", "recall", "f1")}
+        words = self.words(prediction.predictions, prediction.label_ids)
+        scores = entity_scores(self.references, words, strict=self.strict)
+        return {key: scores[key] for key in ("precision", "recall", "f1")}
 
     def predict(self, trainer: Trainer) -> Scores:
         """Run the trainer's model over the sentences and score it."""

@@ -34,6 +34,8 @@ FORMER_DEFAULTS = {  # which runs of earlier versions left unsaid
     "meta_portion": 0.5,
     "label_scheme": "iob2",
     "ignore_mismatched_sizes": False,
+    "train_split": "train",
+    "test_split": "test",
 }
 ADVICE = "resume from an earlier checkpoint, or start anew in another output_dir"
 
