@@ -62,6 +62,31 @@ def test_processes_make_the_same_numbers_and_one_that_dies_harms_no_other(
     assert not processes_of("local")
 
 
+@pytest.mark.parametrize(("named", "expected"), [(None, {"0", "1"}), ("4,7", {"4", "7"})])
+def test_gpus_and_cores_are_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None, expected: set[str]
+) -> None:
+    """A run a GPU at a time: each process writes which it sees, and whether it met another one there."""
+    see = (
+        "import os, sys, time; gpu = os.environ['CUDA_VISIBLE_DEVICES']; os.mkdir(gpu); time.sleep(0.3); os.rmdir(gpu)"
+    )
+    see += "; print(gpu, os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.setattr("metaxl_evo.experiments.engines.command", lambda plan, number: [sys.executable, "-c", see])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    if named is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    folders = {number: tmp_path / str(number) for number in range(5)}
+    ended = [one for one in engines.LocalEngine()(tmp_path / "plan.json", folders) if one is not None]
+    assert sorted(one.number for one in ended) == [0, 1, 2, 3, 4]
+    assert all(one.error is None for one in ended)
+    seen = [(folder / engines.LOG).read_text(encoding="utf-8").split() for folder in folders.values()]
+    assert {gpu for gpu, _ in seen} == expected
+    assert {threads for _, threads in seen} == {"4"}
+
+
 def test_why_a_process_ended(tmp_path: Path) -> None:
     log = tmp_path / "_run.log"
     log.write_text("a step\nerror: the data are gone\n", encoding="utf-8")
