@@ -67,11 +67,16 @@ def test_gpus_and_cores_are_divided(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None, expected: set[str]
 ) -> None:
     """A run a GPU at a time: each process writes which it sees, and whether it met another one there."""
-    see = (
-        "import os, sys, time; gpu = os.environ['CUDA_VISIBLE_DEVICES']; os.mkdir(gpu); time.sleep(0.3); os.rmdir(gpu)"
-    )
-    see += "; print(gpu, os.environ['OMP_NUM_THREADS'])"
-    monkeypatch.setattr("metaxl_evo.experiments.engines.command", lambda plan, number: [sys.executable, "-c", see])
+    see = """if True:
+        import os, sys, time
+        gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+        os.mkdir("gpu" + gpu)  # fails where another one is there
+        time.sleep(0.3)
+        os.rmdir("gpu" + gpu)
+        print(gpu, os.environ["OMP_NUM_THREADS"])
+        open(sys.argv[1] + "/results.json", "w").close()"""
+    command = [sys.executable, "-c", see]
+    monkeypatch.setattr(engines, "command", lambda plan, number: [*command, str(plan.parent / str(number))])
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     if named is None:
