@@ -95,6 +95,7 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
         results["run"] = facts | _facts(trainer) | task.describe(trainer, run.settings, data, start)
         if run.args.should_save:
             task.write_files(run.folder, trainer, run.settings, data)
+        trainer.card_data = task.card_data(run.settings, data, results)
         _leave(task, run, trainer, results)
     return results
 

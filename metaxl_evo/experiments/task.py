@@ -111,6 +111,10 @@ class Task(ABC, Generic[Settings, Data]):
         """What the card's metadata say: fields of `MetaTrainer.create_model_card`."""
         return {}
 
+    def card_data(self, settings: Settings, data: Data, results: Mapping[str, Any]) -> dict[str, Any]:
+        """Further metadata: fields of `huggingface_hub.ModelCardData`, such as `eval_results` and `widget`."""
+        return {}
+
     def card_sections(
         self, results: Mapping[str, Any], settings: Settings, estimator: Estimator | None
     ) -> Sequence[str]:

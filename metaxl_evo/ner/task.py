@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from datasets import Dataset, concatenate_datasets
+from huggingface_hub import EvalResult
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -146,6 +147,25 @@ class NerTask(Task[NerArguments, TargetData]):
             "dataset_tags": hub_id(settings.dataset, SYNTHETIC),
             "finetuned_from": hub_id(settings.model_name_or_path, SYNTHETIC),
         }
+
+    def card_data(self, settings: NerArguments, data: TargetData, results: Mapping[str, Any]) -> dict[str, Any]:
+        """The three rates for the Hub's model-index; of public data, sentences of the target language to try."""
+        (target,) = settings.target_languages
+        public, rates = hub_id(settings.dataset), self.flat_scores(results["test"])
+        found = [
+            EvalResult(
+                task_type="token-classification",
+                dataset_name=Path(settings.dataset).name,
+                dataset_type=public or "local",
+                dataset_config=target,
+                dataset_split="test",
+                metric_type=name,
+                metric_value=float(rates[name]),
+            )
+            for name in self.units
+        ]
+        examples = [{"text": " ".join(words)} for words in data.test["tokens"][:3]]
+        return {"eval_results": found, **({} if public is None else {"widget": examples})}
 
 
 def build_trainer(ner: NerArguments, args: MetaTrainingArguments, data: TargetData) -> NerTrainer:

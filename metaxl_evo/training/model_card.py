@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -18,11 +19,13 @@ def write_model_card(
     tags: str | list[str] | None,
     finetuned_from: str | None,
     dataset_tags: str | None,
+    further: Mapping[str, Any],
 ) -> None:
     """Write `README.md` with metadata for the Hub, a title and the sections (Markdown).
 
     Args:
         finetuned_from, dataset_tags: Hub ids; None for what is not on the Hub.
+        further: other fields of `ModelCardData`, such as `eval_results` (the Hub's model-index) and `widget`.
     """
     metadata = ModelCardData(
         language=language,
@@ -31,6 +34,8 @@ def write_model_card(
         tags=["metaxl-evo", "generated_from_trainer", *([tags] if isinstance(tags, str) else tags or [])],
         base_model=finetuned_from,
         datasets=dataset_tags,
+        model_name=model_name or folder.name,
+        **further,
     )
     text = "\n\n".join([f"---\n{metadata.to_yaml()}\n---", f"# {model_name or folder.name}", *sections])
     ModelCard(text + "\n").save(folder / "README.md")

@@ -40,6 +40,7 @@ class TaskTrainer(Trainer):
         if self.args.label_names is None:
             self.label_names = ["labels"]
         self.card_sections: list[str] = []
+        self.card_data: dict[str, Any] = {}
         self.run_settings: dict[str, Any] = {}
         self._said = set[str]()
 
@@ -150,7 +151,7 @@ class TaskTrainer(Trainer):
         dataset_tags: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """A card of what is known: metadata for the Hub, the estimator, and `card_sections` (Markdown).
+        """A card of what is known: metadata for the Hub, the estimator, `card_sections` (Markdown) and `card_data`.
 
         Args:
             finetuned_from, dataset_tags: Hub ids; leave out what is not on the Hub.
@@ -167,6 +168,7 @@ class TaskTrainer(Trainer):
                 tags=tags,
                 finetuned_from=finetuned_from,
                 dataset_tags=dataset_tags,
+                further=self.card_data,
             )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModelForTokenClassification, pipeline
 
@@ -119,11 +120,20 @@ def test_the_model_card(trained: Path) -> None:
     assert "Xia et al., MetaXL" in card
     assert ESTIMATORS["one_step"]().citation in card
     assert "- metaxl-evo" in card
+    found = {one.metric_type: one for one in ModelCard(card).data.eval_results}
+    assert {name: one.metric_value for name, one in found.items()} == {
+        name: pytest.approx(row[name]) for name in ("f1", "precision", "recall")
+    }
+    assert (found["f1"].dataset_type, found["f1"].dataset_config) == ("local", "beru")
+    assert ModelCard(card).data.get("widget") is None  # sentences of the user's own files stay there
 
 
 def test_the_words_synthetic(tmp_path: Path) -> None:
     settings = {"model_name_or_path": "synthetic", "dataset": "synthetic", "output_dir": tmp_path / "out"}
     results = main(argv(settings | TINY | {"train_size": 20, "max_steps": 2, "eval_size": 15}))
+    card = ModelCard.load(tmp_path / "out/README.md").data
+    assert len(card.get("widget")) == 3
+    assert card.eval_results[0].dataset_name == "synthetic"
     assert results["test"]["beru"]["n_sentences"] == 15
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         path.name for path in (tmp_path / "out").iterdir()
