@@ -34,8 +34,8 @@ def write_model_card(
         tags=["metaxl-evo", "generated_from_trainer", *([tags] if isinstance(tags, str) else tags or [])],
         base_model=finetuned_from,
         datasets=dataset_tags,
-        model_name=model_name or folder.name,
         **further,
+        **({"model_name": model_name or folder.name} if "eval_results" in further else {}),
     )
     text = "\n\n".join([f"---\n{metadata.to_yaml()}\n---", f"# {model_name or folder.name}", *sections])
     ModelCard(text + "\n").save(folder / "README.md")
