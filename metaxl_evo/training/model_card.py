@@ -27,6 +27,7 @@ def write_model_card(
         finetuned_from, dataset_tags: Hub ids; None for what is not on the Hub.
         further: other fields of `ModelCardData`, such as `eval_results` (the Hub's model-index) and `widget`.
     """
+    named = {"model_name": model_name or folder.name, **further} if "eval_results" in further else dict(further)
     metadata = ModelCardData(
         language=language,
         library_name="transformers",
@@ -34,8 +35,7 @@ def write_model_card(
         tags=["metaxl-evo", "generated_from_trainer", *([tags] if isinstance(tags, str) else tags or [])],
         base_model=finetuned_from,
         datasets=dataset_tags,
-        **further,
-        **({"model_name": model_name or folder.name} if "eval_results" in further else {}),
+        **named,
     )
     text = "\n\n".join([f"---\n{metadata.to_yaml()}\n---", f"# {model_name or folder.name}", *sections])
     ModelCard(text + "\n").save(folder / "README.md")
