@@ -110,6 +110,7 @@ def test_a_case_is_measured_as_if_it_were_alone() -> None:
     assert after.peak_mib == pytest.approx(alone.peak_mib, rel=0.02)
 
 
+@pytest.mark.slow
 def test_meta_weight_net_holds_no_graph_of_the_network() -> None:
     """Its weights enter behind the network: only double backward keeps the graph, here of a ResNet-32."""
     settings = small("weight_net", 16, blocks=5, image_size=32)

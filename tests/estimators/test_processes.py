@@ -153,7 +153,9 @@ def error(found: Hypergradient, expected: Hypergradient) -> float:
 
 
 @pytest.mark.parametrize(
-    ("count", "dtype", "cases"), [(2, torch.float64, 3), (3, torch.float64, 3), (2, torch.float32, 2)], ids=str
+    ("count", "dtype", "cases"),
+    [(2, torch.float64, 3), pytest.param(3, torch.float64, 3, marks=pytest.mark.slow), (2, torch.float32, 2)],
+    ids=str,
 )
 def test_the_hypergradient_of_several_processes_is_that_of_one(count: int, dtype: torch.dtype, cases: int) -> None:
     ranks, worst = together(count, dtype), dict[str, float]()
