@@ -134,6 +134,7 @@ def test_an_error_stays_in_its_row(tmp_path: Path, broken: None) -> None:
 # Steps of a MetaTrainer ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tagger_in_both_orders() -> None:
     settings = small(estimators=["first_order", "one_step"], orders=["after_step", "lookahead"])
     settings.variants = {"one_step": ENGINES}

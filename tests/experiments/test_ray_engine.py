@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,6 +18,7 @@ import pytest
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
+from metaxl_evo.experiments import ray_engine  # noqa: E402
 from metaxl_evo.experiments.ray_engine import RayEngine  # noqa: E402
 from metaxl_evo.experiments.study import PLAN, Study  # noqa: E402
 from tests.experiments import gated_task  # noqa: E402
@@ -107,10 +110,13 @@ def test_runs_end_with_their_study_and_a_cluster_joined_before_stays(cluster: Cl
         assert ray.is_initialized()
 
 
-def test_what_only_some_nodes_see_is_told(cluster: Cluster, tmp_path: Path) -> None:
+def test_what_only_some_nodes_see_is_told(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, elsewhere = planned(tmp_path / "study"), tmp_path / "elsewhere"
-    (unseen,) = filter(None, RayEngine()(study.folder / PLAN, {0: elsewhere}))
-    assert str(unseen.error).startswith(f"{elsewhere / 'results.json'} is not to be seen here: output_dir must be on")
+    folder = study.runs[0].folder
+    with monkeypatch.context() as patched:  # as a driver on another filesystem than the node's
+        patched.setattr(ray_engine, "os", SimpleNamespace(listdir=lambda folder: [], environ=os.environ))
+        (unseen,) = filter(None, RayEngine()(study.folder / PLAN, {0: folder}))
+    assert str(unseen.error).startswith(f"{folder / 'results.json'} is not to be seen here: output_dir must be on")
     (blind,) = filter(None, RayEngine()(elsewhere / PLAN, {0: elsewhere}))
     assert f"does not see {elsewhere / PLAN}: output_dir must be on" in str(blind.error)
 

@@ -121,8 +121,9 @@ def _on_a_rank(folder: str, root: str, scratch: str) -> list[dict[str, Any]]:
     return [scored(Path(folder), Path(root), scratch, per_device_eval_batch_size=7, **one) for one in SETTINGS]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, 3])
 def test_scores_on_several_processes(count: int, tmp_path: Path) -> None:
     root, folder = write_test(tmp_path / "data"), save_as_trained("bloom, unframed, left", tmp_path)
     expected = scores_by_hand(folder, root / "xx/test")

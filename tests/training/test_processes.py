@@ -228,6 +228,7 @@ def test_the_tagger_is_the_same_however_a_batch_is_cut_up(layout: str, dtype: to
     assert_as_one(records(taggers, layout, dtype), records(taggers, "8 x 1", dtype)[0], bound)
 
 
+@pytest.mark.slow
 def test_learned_optimisers_and_diagnostics_are_the_same() -> None:
     one = records(tuned_and_diagnosed, "8 x 1")[0]
     assert len(TUNED) == 11
