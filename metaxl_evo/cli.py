@@ -39,7 +39,7 @@ def study(argv: Sequence[str]) -> int:
     if made.arguments.check:
         return int(any(made.check().values()))
     if made.arguments.plan:
-        made.prepare()
+        made.try_runs()
         made.write_plan()
         print(f"{len(made.runs)} runs: metaxl-evo run {made.folder / PLAN} --index 0 to {len(made.runs) - 1}")
         return 0

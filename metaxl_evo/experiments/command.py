@@ -74,7 +74,7 @@ def _results(
     if len(runs) == 1:
         summary = results[runs[0].key]
     elif not which.runs and not which.seeds:
-        summary = task.summarise({run.case: results[run.key] for run in runs})
+        summary = task.join_cases({run.case: results[run.key] for run in runs})
         if summary is not None and args.should_save:
             write_results(root, summary)
     if summary is None:

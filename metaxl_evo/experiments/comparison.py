@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite
 
 import numpy as np
@@ -108,6 +109,11 @@ class Comparison:
             if record.error is None and score in record.scores
         ]
         return pd.DataFrame(rows, columns=["run", "case", "seed", "score", "value"])
+
+    @cached_property
+    def by_baseline(self) -> dict[str, list[Difference]]:
+        """The differences from each of the baselines, made once: of many seeds they take a while."""
+        return {baseline: self.differences(baseline) for baseline in self.baselines}
 
     def differences(self, baseline: str) -> list[Difference]:
         """Every other run against `baseline`: run by run, each case and, of several, `average` last.

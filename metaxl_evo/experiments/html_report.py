@@ -19,7 +19,6 @@ from plotly.offline import get_plotlyjs
 from metaxl_evo.experiments.comparison import Comparison
 from metaxl_evo.experiments.tables import (
     PANELS,
-    Differences,
     cost_table,
     describe,
     difference_tables,
@@ -41,7 +40,7 @@ GRID, CLEAR = "rgba(128, 128, 128, 0.25)", "rgba(0, 0, 0, 0)"
 CURVE = ["run", "case", "seed", "column"]
 
 
-def write_html(comparison: Comparison, differences: Differences, file: Path) -> Path:
+def write_html(comparison: Comparison, file: Path) -> Path:
     """Write the page, whose links lead from its folder into those of the runs; returns the file."""
     differing, common = setting_tables(comparison)
     figures = charts(comparison)
@@ -49,8 +48,8 @@ def write_html(comparison: Comparison, differences: Differences, file: Path) -> 
         comparison=comparison,
         failures=[(describe(one), one.error) for one in failures(comparison)],
         scores=score_tables(comparison),
-        differences=difference_tables(comparison, differences),
-        notes=notes(comparison, differences),
+        differences=difference_tables(comparison),
+        notes=notes(comparison),
         cost=cost_table(comparison),
         differing=differing,
         common=common,

@@ -14,12 +14,10 @@ import pandas as pd
 from metaxl_evo.experiments.comparison import Comparison, Difference
 from metaxl_evo.experiments.tables import (
     PANELS,
-    Differences,
     Table,
     cost_table,
     describe,
     difference_tables,
-    differences_by_baseline,
     failures,
     label,
     notes,
@@ -43,10 +41,9 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     *files, picture, page = (folder / name for name in REPORT)
-    differences = differences_by_baseline(comparison)
-    files[0].write_text(_report_text(comparison, differences), encoding="utf-8")
+    files[0].write_text(_report_text(comparison), encoding="utf-8")
     comparison.frame().to_csv(files[1], index=False)
-    rows = [asdict(one) for found in differences.values() for one in found]
+    rows = [asdict(one) for found in comparison.by_baseline.values() for one in found]
     pd.DataFrame(rows, columns=[one.name for one in fields(Difference)]).to_csv(files[2], index=False)
     try:
         files.append(plot_scores(comparison, picture))
@@ -55,7 +52,7 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     try:
         from metaxl_evo.experiments.html_report import write_html
 
-        files.append(write_html(comparison, differences, page))
+        files.append(write_html(comparison, page))
     except ImportError:
         logger.warning("no report.html: pip install 'metaxl_evo[report]' makes one")
     return files
@@ -63,19 +60,18 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
 
 def comparison_text(comparison: Comparison) -> str:
     """What a command prints at its end: the first table of scores, the differences and how to read them (Markdown)."""
-    differences = differences_by_baseline(comparison)
-    tables = [*score_tables(comparison)[:1], *difference_tables(comparison, differences)]
-    return "\n".join([*map(_markdown, filter(None, tables)), _items(notes(comparison, differences))])
+    tables = [*score_tables(comparison)[:1], *difference_tables(comparison)]
+    return "\n".join([*map(_markdown, filter(None, tables)), _items(notes(comparison))])
 
 
-def _tables_text(comparison: Comparison, differences: Differences) -> str:
-    tables = [*score_tables(comparison), *difference_tables(comparison, differences)]
+def _tables_text(comparison: Comparison) -> str:
+    tables = [*score_tables(comparison), *difference_tables(comparison)]
     return "\n".join(map(_markdown, filter(None, tables)))
 
 
-def _report_text(comparison: Comparison, differences: Differences) -> str:
-    parts = [f"# {_escaped(comparison.title)}\n", _tables_text(comparison, differences)]
-    parts.append(_items(map(_escaped, notes(comparison, differences))))
+def _report_text(comparison: Comparison) -> str:
+    parts = [f"# {_escaped(comparison.title)}\n", _tables_text(comparison)]
+    parts.append(_items(map(_escaped, notes(comparison))))
     if lost := failures(comparison):
         parts.append(f"## Without results: {len(lost)} of {len(comparison.records)} runs\n")
         parts.append(_items([f"{_escaped(describe(one))}: {_escaped(one_line(one.error))}" for one in lost]))

@@ -123,7 +123,7 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
     finished = [record for record in comparison.records if record.error is None]
     return {
         "test": _nested(finished, _described),
-        "differences": [asdict(one) for baseline in comparison.baselines for one in comparison.differences(baseline)],
+        "differences": [asdict(one) for found in comparison.by_baseline.values() for one in found],
         "failed": {str(record.folder): record.error for record in comparison.records if record.error is not None},
         "seeds": comparison.seeds,
         "settings": shared([record.settings for record in finished]),

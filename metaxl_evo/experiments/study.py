@@ -65,13 +65,13 @@ class Study:
     def run(self) -> dict[int, str]:
         """Make what is not finished yet, compare and report; returns why runs failed, by their number."""
         engine = self._engine()  # what is not installed is told first
-        unfinished = self.prepare()
+        unfinished = self.try_runs()
         self.write_plan()
         errors = self._make(engine, unfinished)
         self.report(errors)
         return errors
 
-    def prepare(self) -> list[int]:
+    def try_runs(self) -> list[int]:
         """Try every chosen run up to its first step; returns those that are not finished.
 
         Raises:

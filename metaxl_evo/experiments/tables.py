@@ -17,7 +17,6 @@ from metaxl_evo.experiments.comparison import AVERAGE, CLAIMED_PAIRS, Comparison
 from metaxl_evo.experiments.records import NOT_MADE, Record
 from metaxl_evo.experiments.statistics import spread
 
-Differences = Mapping[str, Sequence[Difference]]  # by baseline
 PANELS = 4  # side by side, in every figure
 LISTED = 3  # values of a setting that changes within a run
 
@@ -78,11 +77,6 @@ def panel_cases(comparison: Comparison, rows: pd.DataFrame) -> list[str]:
     return [case for case in (*comparison.cases, AVERAGE) if case in set(rows["case"])]
 
 
-def differences_by_baseline(comparison: Comparison) -> Differences:
-    """Made once: of many seeds they take a while."""
-    return {baseline: comparison.differences(baseline) for baseline in comparison.baselines}
-
-
 def score_tables(comparison: Comparison) -> list[Table]:
     """Mean ± standard deviation over the seeds, a row a run: of one case all scores, of several a table a score."""
     frame = scores(comparison)
@@ -103,7 +97,7 @@ def score_tables(comparison: Comparison) -> list[Table]:
     ]
 
 
-def difference_tables(comparison: Comparison, differences: Differences) -> list[Table]:
+def difference_tables(comparison: Comparison) -> list[Table]:
     """A table a baseline: how much the others score above it, and how sure that is."""
     frame = comparison.frame()
     decimals = _decimals(frame["value"][frame["score"] == comparison.score])
@@ -114,7 +108,7 @@ def difference_tables(comparison: Comparison, differences: Differences) -> list[
             columns,
             [_difference_row(one, decimals) for one in found],
         )
-        for baseline, found in differences.items()
+        for baseline, found in comparison.by_baseline.items()
     ]
 
 
@@ -165,9 +159,10 @@ def run_table(comparison: Comparison, folder: Path) -> Table:
     return _without_empty("Runs", ["run", "case", "seed", *shown, "folder", "status"], [*map(row, comparison.records)])
 
 
-def notes(comparison: Comparison, differences: Differences) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
     """How the tables are to be read."""
     zero = sum(record.scores.get(comparison.score) == 0 for record in comparison.records)
+    differences = comparison.by_baseline
     few = {one.pairs: one.smallest_p for found in differences.values() for one in found if one.adjusted_p is None}
     return [
         f"A {'higher' if comparison.greater_is_better else 'lower'} {comparison.score} is better.",

@@ -148,7 +148,7 @@ class Task(ABC, Generic[Settings, Data]):
         rows = [f"| {name} | {scores[name]:.4f} |" for name in self.units]
         return "\n".join(["| score | value |", "|---|---:|", *rows])
 
-    def summarise(self, results: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    def join_cases(self, results: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
         """What stands above the runs of one method on several cases (case -> results), in place of a comparison."""
         return None
 

@@ -105,7 +105,7 @@ class NerTask(Task[NerArguments, TargetData]):
     def table(self, test: Mapping[str, Any]) -> str:
         return scores_table({language: row for language, row in test.items() if language != "average"})
 
-    def summarise(self, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    def join_cases(self, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The scores of several languages and their average, in the form of one."""
         summary: dict[str, Any] = {}
         for split in ("test", "dev"):

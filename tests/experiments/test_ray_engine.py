@@ -43,7 +43,7 @@ def planned(folder: Path, **options: Any) -> Study:
     fixed = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "use_cpu": True, "disable_tqdm": True}
     settings = {"task": f"{gated_task.__file__}:GatedTask", "output_dir": folder, **fixed, **options}
     study = Study([f"--{name}={value}" for name, value in settings.items()])
-    study.prepare()
+    study.try_runs()
     study.write_plan()
     return study
 
