@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
     (settings,) = parse_arguments((RunArguments,), argv[1:])
     if settings.with_parent:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    planned = Study.read(Path(argv[0]), [] if sys.stdout.isatty() else ["--disable_tqdm=true"])
+    planned = Study.read(Path(argv[0]))
     if not 0 <= settings.index < len(planned.runs):
         raise ValueError(f"index: {argv[0]} has the runs 0 to {len(planned.runs) - 1}, not {settings.index}")
     planned.make(settings.index)

@@ -80,8 +80,8 @@ def _results(
     if summary is None:
         return report_runs(task, runs, root, Question.of(task, runs), log=args.should_log) if args.should_save else {}
     if args.should_log:
-        print(task.table(summary["test"]))
         print(f"models, cards and {RESULTS}: {', '.join(str(run.folder) for run in runs)}")
+        print(task.table(summary["test"]))
     return summary
 
 

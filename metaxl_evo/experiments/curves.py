@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from metaxl_evo.training.history import plot_history, read_history
+from metaxl_evo.training.history import MOVED, VALUE, plot_history, read_history
 
 CURVES, PICTURE = "history.csv", "history.png"
+ROWS, OUTLINED = 6, ("step", "loss", "meta_loss")  # of an outline
 OF_THE_CLOCK = ("train_", "total_", "eval_runtime", "eval_samples_per", "eval_steps_per")
 
 
@@ -29,6 +30,25 @@ def write_curves(folder: Path, log: Sequence[Mapping[str, Any]]) -> None:
     table.to_csv(folder / CURVES, index=False)
     if find_spec("matplotlib") and len(table) > 1:  # a line has two ends
         plot_history(read_history(folder / CURVES), folder / PICTURE)
+
+
+def outline(log: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """What the meta level did in a few rows, the first and the last that were logged among them.
+
+    Returns:
+        step, loss, meta loss, and the meta parameters: up to 8 numbers by value, more by |lam - lam_0| / |lam_0|.
+    """
+    rows = [row for row in log if "meta_loss" in row]
+    chosen = sorted({round(part * (len(rows) - 1) / (ROWS - 1)) for part in range(ROWS)}) if rows else []
+    names = [*OUTLINED, *(name for name in (rows or [{}])[0] if name.startswith((MOVED, VALUE)))]
+    return [{name: rows[at][name] for name in names} for at in chosen]
+
+
+def outline_table(rows: Sequence[Mapping[str, float]]) -> str:
+    """The rows of `outline` in Markdown."""
+    columns = list(rows[0])
+    lines = [f"| {' | '.join(columns)} |", f"|{'---:|' * len(columns)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(f'{row[name]:.4g}' for name in columns)} |" for row in rows)])
 
 
 def read_curves(folder: Path) -> list[dict[str, float]]:

@@ -78,8 +78,8 @@ def report_runs(
     if find_spec("matplotlib"):
         task.plot_study(folder, [record for record in records if record.error is None])
     if log:
-        print(comparison_text(comparison))
         print(f"report: {', '.join(map(str, written))}")
+        print(comparison_text(comparison))
     return summary
 
 

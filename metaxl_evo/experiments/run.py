@@ -14,13 +14,14 @@ from filelock import FileLock, Timeout
 from transformers import set_seed
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.experiments.curves import write_curves
+from metaxl_evo.experiments.curves import PICTURE, outline, write_curves
 from metaxl_evo.experiments.folders import RESULTS, checkpoint_settings, finished_run, write_results
 from metaxl_evo.experiments.plan import Run
 from metaxl_evo.experiments.progress import PROGRESS, Progress
 from metaxl_evo.experiments.scores import write_outcomes
 from metaxl_evo.experiments.task import Data, Settings, Task
 from metaxl_evo.messages import one_line
+from metaxl_evo.training.logs import is_watched
 from metaxl_evo.training.trainer import MetaTrainer
 
 LOCK = "_lock"  # which an upload leaves out
@@ -35,7 +36,9 @@ def prepare(task: Task[Settings, Data], run: Run[Settings]) -> tuple[Data, MetaT
     set_seed(run.args.seed)
     data = task.load(run.settings, run.args)
     with _telling_of_the_hub():
-        return data, task.build_trainer(run.settings, task.fit_arguments(run.settings, run.args, data), data)
+        args = copy.copy(task.fit_arguments(run.settings, run.args, data))
+        args.disable_tqdm = args.disable_tqdm or not is_watched()
+        return data, task.build_trainer(run.settings, args, data)
 
 
 def try_out(task: Task[Any, Any], run: Run[Any]) -> None:
@@ -92,6 +95,7 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
         dev = task.dev_score(trainer, run.settings, data)
         results |= {} if dev is None else {"dev": dev}
         results["settings"] = settings
+        facts |= {"meta_history": outline(trainer.state.log_history)}
         results["run"] = facts | _facts(trainer) | task.describe(trainer, run.settings, data, start)
         if run.args.should_save:
             task.write_files(run.folder, trainer, run.settings, data)
@@ -129,6 +133,8 @@ def _leave(task: Task[Settings, Any], run: Run[Settings], trainer: MetaTrainer, 
     if run.args.should_save:
         write_outcomes(run.folder, task.flat_scores(results["test"]))
         write_curves(run.folder, trainer.state.log_history)
+        if (run.folder / PICTURE).is_file():
+            trainer.card_sections.append(f"## Learning curves\n\n![losses, scores and meta parameters]({PICTURE})")
         trainer.create_model_card(**card)
         write_results(run.folder, results)
         if find_spec("matplotlib"):

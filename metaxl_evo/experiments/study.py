@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from metaxl_evo.experiments.run import keep_finished, make_run, try_out
 from metaxl_evo.experiments.task import Task, find_task
 from metaxl_evo.messages import one_line
 from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.logs import is_watched
 from metaxl_evo.training.parser import given_text, parse_arguments, resolve_config
 
 PLAN = "plan.json"
@@ -83,7 +83,7 @@ class Study:
         if ours and (other := _read(plan)["task"]) != self.name:
             raise ValueError(f"{self.folder} holds a study of the task {other}: choose another output_dir")
         refuse_other_runs(self.task, self.folder, self.runs, ours)
-        for number, run in enumerate(tqdm(self.runs, desc="checks", disable=self.args.disable_tqdm)):
+        for number, run in enumerate(self._bar(self.runs, desc="checks")):
             if not keep_finished(self.task, run) and number in self.chosen:
                 try_out(self.task, run)
                 unfinished.append(number)
@@ -104,10 +104,7 @@ class Study:
         folders = {number: self.runs[number].folder for number in unfinished}
         errors: dict[int, str] = {}
         begun, waiting = len(self.chosen) - len(unfinished), dict(folders)
-        off, every = self.args.disable_tqdm, 0.5 if sys.stderr.isatty() else 30.0
-        with tqdm(
-            total=len(self.chosen), initial=begun, desc="runs", unit="run", disable=off, mininterval=every
-        ) as bar:
+        with self._bar(total=len(self.chosen), initial=begun, desc="runs", unit="run") as bar:
             for ended in engine(self.folder / PLAN, folders):
                 if ended is not None:
                     folder = waiting.pop(ended.number)
@@ -118,6 +115,10 @@ class Study:
                 made = len(self.chosen) - len(waiting) + part_made(waiting.values())
                 bar.update(max(0.0, round(made, 2) - bar.n))
         return errors
+
+    def _bar(self, *args: Any, **kwargs: Any) -> tqdm:
+        """One that a log file sees twice a minute."""
+        return tqdm(*args, disable=self.args.disable_tqdm, mininterval=0.5 if is_watched() else 30.0, **kwargs)
 
     def _engine(self) -> Engine:
         named = self.arguments.engine

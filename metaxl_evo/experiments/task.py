@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.experiments.arguments import StudyArguments
+from metaxl_evo.experiments.curves import outline_table
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.arguments import MetaTrainingArguments
@@ -126,7 +127,8 @@ class Task(ABC, Generic[Settings, Data]):
         return [
             f"## {self.title}\n\nOne training run, {weights}. {self.card_text(settings)}".strip(),
             *([f"## Use\n\n```python\n{self.usage}\n```"] if self.usage else []),
-            f"## Test scores\n\n{self.table(results['test'])}",
+            f"## Test scores\n\n{self.card_scores(results['test'])}",
+            *([f"## Meta level\n\n{outline_table(facts['meta_history'])}"] if facts.get("meta_history") else []),
             settings_section(results["settings"]),
             *(["## Citation\n\n" + "\n".join(f"- {line}" for line in cited)] if cited else []),
         ]
@@ -147,6 +149,10 @@ class Task(ABC, Generic[Settings, Data]):
             raise ValueError(unknown("score in units of the task", missing[0], scores))
         rows = [f"| {name} | {scores[name]:.4f} |" for name in self.units]
         return "\n".join(["| score | value |", "|---|---:|", *rows])
+
+    def card_scores(self, test: Mapping[str, Any]) -> str:
+        """The test scores in the model card, in Markdown."""
+        return self.table(test)
 
     def join_cases(self, results: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
         """What stands above the runs of one method on several cases (case -> results), in place of a comparison."""

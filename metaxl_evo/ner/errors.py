@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metaxl_evo.ner.metrics import Scores, entities
+from metaxl_evo.ner.metrics import Scores, entities, types_table
 
 NONE = "O"  # the type of words where there is no entity
 WORST = 10  # sentences
@@ -51,10 +51,7 @@ def worst_sentences(
 
 def errors_text(language: str, scores: Scores, errors: Mapping[str, Any]) -> str:
     """Markdown: the rates of each type in percent, what is taken for what, and the words of the worst sentences."""
-    lines = [f"{language}, by type:", "", "| type | F1 | precision | recall | entities |", "|---|---:|---:|---:|---:|"]
-    for kind, row in scores["per_type"].items():
-        rates = " | ".join(f"{100 * row[key]:.2f}" for key in ("f1", "precision", "recall"))
-        lines.append(f"| {kind} | {rates} | {row['n_entities']} |")
+    lines = [f"{language}, by type:", "", types_table(scores)]
     types = list(errors["confusion"])
     lines += ["", f"{language}, entities that are (rows) and were found to be:", ""]
     lines += [f"| | {' | '.join(types)} |", f"|---|{'---:|' * len(types)}"]

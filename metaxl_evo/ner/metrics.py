@@ -126,9 +126,20 @@ def scores_table(scores: Mapping[str, Scores]) -> str:
     """A Markdown table, one row a language and their average last; rates in percent."""
     lines = ["| language | F1 | precision | recall | sentences | entities |", "|---|---:|---:|---:|---:|---:|"]
     for language, row in [*scores.items(), ("average", average(scores))]:
-        rates = " | ".join(f"{100 * row[key]:.2f}" for key in ("f1", "precision", "recall"))
-        lines.append(f"| {language} | {rates} | {row['n_sentences']} | {row['n_entities']} |")
+        lines.append(f"| {language} | {_percent(row)} | {row['n_sentences']} | {row['n_entities']} |")
     return "\n".join(lines)
+
+
+def types_table(scores: Scores) -> str:
+    """A Markdown table of one language's scores, one row a type of entity; rates in percent."""
+    lines = ["| type | F1 | precision | recall | entities |", "|---|---:|---:|---:|---:|"]
+    for kind, row in scores["per_type"].items():
+        lines.append(f"| {kind} | {_percent(row)} | {row['n_entities']} |")
+    return "\n".join(lines)
+
+
+def _percent(row: Mapping[str, Any]) -> str:
+    return " | ".join(f"{100 * row[key]:.2f}" for key in ("f1", "precision", "recall"))
 
 
 def _entity_rates(row: Mapping[str, Any]) -> Scores:

@@ -30,6 +30,7 @@ from metaxl_evo.ner.arguments import SHORTEST
 from metaxl_evo.ner.synthetic import SyntheticFamily
 from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
 from metaxl_evo.training.hub import HUB_TIMEOUT
+from metaxl_evo.training.logs import without_load_report
 
 SYNTHETIC = "synthetic"
 ALL_LINEAR = "all-linear"
@@ -103,11 +104,12 @@ def load_classifier(
     kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
-        base, found = AutoModelForTokenClassification.from_pretrained(
-            place, dtype="float32", output_loading_info=True, ignore_mismatched_sizes=is_other, **labels, **kernel
-        )
-        if is_other:
-            base, found = _with_new_head(base, **kernel)
+        with without_load_report():
+            base, found = AutoModelForTokenClassification.from_pretrained(
+                place, dtype="float32", output_loading_info=True, ignore_mismatched_sizes=is_other, **labels, **kernel
+            )
+            if is_other:
+                base, found = _with_new_head(base, **kernel)
     except pickle.UnpicklingError as error:  # whose text advises to run what it refused
         raise _unusable(model, ValueError("its pytorch_model.bin holds more than tensors")) from error
     except Exception as error:  # the content of a file leads the library into any

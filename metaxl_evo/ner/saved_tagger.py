@@ -23,6 +23,7 @@ from metaxl_evo.ner.pretrained import (
     trained_labels,
 )
 from metaxl_evo.ner.spacing import as_in_text
+from metaxl_evo.training.logs import is_watched
 
 BREAKS = str.maketrans("\t\n\r", "   ")  # within a word of a table
 
@@ -113,6 +114,7 @@ class SavedTagger:
             per_device_eval_batch_size=settings.batch_size,
             use_cpu=settings.use_cpu,
             report_to="none",
+            disable_tqdm=not is_watched(),
             remove_unused_columns=False,
         )
         self.trainer = WordTrainer(base, args, data_collator=PadRight(tokenizer.pad_token_id))

@@ -25,7 +25,7 @@ from metaxl_evo.ner.arguments import NerArguments, NerTrainingArguments, refuse_
 from metaxl_evo.ner.check import evaluation_findings, sentence_findings
 from metaxl_evo.ner.encoding import PadRight, encode
 from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
-from metaxl_evo.ner.metrics import average, scores_table
+from metaxl_evo.ner.metrics import average, scores_table, types_table
 from metaxl_evo.ner.pretrained import (
     SYNTHETIC,
     add_lora,
@@ -104,6 +104,9 @@ class NerTask(Task[NerArguments, TargetData]):
 
     def table(self, test: Mapping[str, Any]) -> str:
         return scores_table({language: row for language, row in test.items() if language != "average"})
+
+    def card_scores(self, test: Mapping[str, Any]) -> str:
+        return f"{self.table(test)}\n\n{types_table(self.flat_scores(test))}"
 
     def join_cases(self, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The scores of several languages and their average, in the form of one."""

@@ -1,4 +1,4 @@
-"""How a script ends where its input is bad: with one line."""
+"""How a script begins and ends: no bars in a log file; where its input is bad, one line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from metaxl_evo.messages import one_line
+from metaxl_evo.training.logs import hide_unwatched_bars
 
 Result = TypeVar("Result")
 
@@ -20,6 +21,7 @@ def ends_with_one_line(main: Callable[[Sequence[str] | None], Result]) -> Callab
 
     @functools.wraps(main)
     def ended(argv: Sequence[str] | None = None) -> Result:
+        hide_unwatched_bars()
         try:
             return main(argv)
         except (ValueError, OSError, FloatingPointError) as error:

@@ -35,7 +35,6 @@ TINY: dict[str, Any] = {
     "save_strategy": "no",
     "meta_history": "false",
     "use_cpu": "true",
-    "disable_tqdm": "true",
 }
 OF_A_RUN = (  # files that any leaves
     *("README.md", "config.json", "model.safetensors", "results.json", "training_args.bin"),

@@ -62,7 +62,7 @@ def test_estimators_and_orders(tmp_path: Path, model: Path, data: Path, estimato
     assert results["run"]["skipped_meta_steps"] == 0
 
 
-def test_several_targets(tmp_path: Path, model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_targets(tmp_path: Path, model: Path, data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     results = train(model, data, out, target_languages="beru,celu", **WITH_DEV)
     assert results == read(out)
@@ -76,8 +76,12 @@ def test_several_targets(tmp_path: Path, model: Path, data: Path, capsys: pytest
         assert own["run"]["best_checkpoint"].startswith(str(out / target / "checkpoint-"))
         assert AutoModelForTokenClassification.from_pretrained(out / target).config.num_labels == 7
     assert not (out / "config.json").exists()
-    printed = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert printed == ["language", "---", "beru", "celu", "average"]
+    printed, logged = capfd.readouterr()
+    assert [line.split("|")[1].strip() for line in printed.splitlines()[-5:]] == [
+        *("language", "---", "beru", "celu", "average")
+    ]
+    assert "'meta_loss': " in printed
+    assert not [sign for sign in ("\r", "LOAD REPORT") if sign in printed + logged]
 
 
 def test_methods_are_compared_over_languages(tmp_path: Path, model: Path, data: Path) -> None:
@@ -112,9 +116,15 @@ def test_the_output_folder(trained: Path) -> None:
 
 def test_the_model_card(trained: Path) -> None:
     card = (trained / "README.md").read_text(encoding="utf-8")
-    row = read(trained)["test"]["beru"]
+    row, history = read(trained)["test"]["beru"], read(trained)["run"]["meta_history"]
     rates = " | ".join(f"{100 * row[rate]:.2f}" for rate in ("f1", "precision", "recall"))
     assert f"| beru | {rates} | 30 | {row['n_entities']} |" in card
+    for kind, own in row["per_type"].items():
+        assert f"| {kind} | {100 * own['f1']:.2f} | " in card
+    first, last = (f"| {one['step']} | {one['loss']:.4g} | {one['meta_loss']:.4g} |" for one in history)
+    assert f"## Meta level\n\n| step | loss | meta_loss | meta_moved |\n|---:|---:|---:|---:|\n{first}" in card
+    assert f"\n{last} {read(trained)['run']['rtn_relative_change']:.4g} |\n" in card
+    assert (trained / "history.png").exists() == ("(history.png)" in card)
     assert "| `learning_rate` | `0.001` |" in card
     assert "| `method` | `metaxl` |" in card
     assert "Xia et al., MetaXL" in card
