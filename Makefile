@@ -75,9 +75,15 @@ COSTS = OMP_NUM_THREADS=1 $(BIN)/python scripts/benchmark_estimators.py --config
 	--output_dir runs/vision_cpu/cost_$(1)
 BOTH := --estimators one_step,evograd --orders after_step --training.use_cpu true
 
+WIKIANN = --model_name_or_path $(call below,models,xlmr-mini) --dataset $(call below,data,wikiann)
+
 reproduce-ner-cpu: $(VENV)/.installed-report
-	$(BIN)/metaxl-evo study configs/study/ner_cpu.yaml --output_dir runs/ner_cpu \
-		--model_name_or_path $(call below,models,xlmr-mini) --dataset $(call below,data,wikiann)
+	$(BIN)/metaxl-evo study configs/study/ner_cpu.yaml --output_dir runs/ner_cpu $(WIKIANN)
+	test -e runs/rtn_horizon/steps/horizons.csv || $(BIN)/python scripts/compare_horizons.py \
+		--config configs/ner/wikiann_cpu.yaml --target_languages sw --seeds 0,1,2 --output_dir runs/rtn_horizon/steps $(WIKIANN)
+	$(BIN)/python scripts/train_ner.py --config configs/ner/wikiann_cpu_unroll.yaml --output_dir runs/rtn_horizon/found \
+		--resume_from_checkpoint latest $(WIKIANN)
+	$(BIN)/metaxl-evo study configs/study/rtn_horizon_cpu.yaml --output_dir runs/rtn_horizon/frozen $(WIKIANN)
 
 reproduce-vision-cpu: $(VENV)/.installed-report
 	$(BIN)/metaxl-evo study configs/study/fewshot_cpu.yaml --output_dir runs/vision_cpu/fewshot --data $(IMAGES)

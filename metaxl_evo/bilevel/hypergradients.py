@@ -160,6 +160,7 @@ def run_episode(
     val_batch: Any,
     *,
     generator: torch.Generator | None = None,
+    update_state: UpdateState | None = None,
 ) -> Hypergradient:
     """Run the inner steps from `w0` with lam held fixed and estimate the hypergradient at the end, without a Trainer.
 
@@ -167,6 +168,9 @@ def run_episode(
     is learned (MAML): the derivative through `w0` is part of the hypergradient. `unroll` and `forward_mode` can do it.
     An estimator that asks for an episode of its own first (HyperDistill's fit) gets one over the same batches. The
     result's `w` holds the weights after the last step; its counts are of the estimator's work alone, over all steps.
+
+    Args:
+        update_state: the inner optimiser's state before the first step (default: fresh).
 
     Raises:
         ValueError: for an empty sequence of batches, or where the estimator cannot serve this problem.
@@ -181,14 +185,14 @@ def run_episode(
     estimator.prepare(first, w0, lam, train_batches[0])
 
     def run(state: Any) -> tuple[PassContext, InnerStep, Any]:
-        w, update_state = w0, problem.update.init(w0)
+        w, before = w0, problem.update.init(w0) if update_state is None else update_state
         for index, batch in enumerate(train_batches):
             passes = PassContext(problem, seed=mix_seed(seed, index), devices=devices)  # one randomness a step
-            step = look_ahead(passes, InnerStep(w, lam, batch, update_state, val_batch=val_batch))
+            step = look_ahead(passes, InnerStep(w, lam, batch, before, val_batch=val_batch))
             assert step.made is not None
             passes.counts = counts  # the step itself is not the estimator's work
             state = estimator.observe(passes, step, state)
-            w, update_state = step.current, step.made.update_state
+            w, before = step.current, step.made.update_state
         return passes, step, state
 
     passes, step, state = run(estimator.init(problem, w0, lam))

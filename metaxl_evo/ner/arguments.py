@@ -114,6 +114,9 @@ class NerArguments(LayoutArguments):
     rtn_kind: str = field(default="gated_tied", metadata={"help": f"One of {', '.join(KINDS)}."})
     rtn_bottleneck: int | None = field(default=None, metadata={"help": "Width of the RTN (default: by its kind)."})
     rtn_per_language: bool = field(default=True, metadata={"help": "A network of its own for each source language."})
+    rtn_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a trained RTN to begin with (default: a random one)."}
+    )
     rtn_module_path: str | None = field(
         default=None, metadata={"help": "Where the model's list of encoder layers is, if it is not found by itself."}
     )

@@ -130,7 +130,7 @@ def scores_table(scores: Mapping[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-def types_table(scores: Scores) -> str:
+def types_table(scores: Mapping[str, Any]) -> str:
     """A Markdown table of one language's scores, one row a type of entity; rates in percent."""
     lines = ["| type | F1 | precision | recall | entities |", "|---|---:|---:|---:|---:|"]
     for kind, row in scores["per_type"].items():

@@ -257,6 +257,8 @@ def build_tagger(ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrained
         bottleneck=ner.rtn_bottleneck,
         languages=ner.source_languages if ner.rtn_per_language else ["source"],
     )
+    if ner.rtn_name_or_path is not None:
+        _load_rtn(rtn, ner.rtn_name_or_path)
     recipe = ner.recipe
     return CrossLingualTagger(
         _with_lora(ner, base),
@@ -267,6 +269,20 @@ def build_tagger(ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrained
         target_weight=recipe.weight,
         module_path=ner.rtn_module_path,
     )
+
+
+def _load_rtn(rtn: RepresentationTransform, place: str) -> None:
+    """Give a new RTN the weights of a trained one.
+
+    Raises:
+        ValueError: where there is none, or one of another form, with the settings that differ.
+    """
+    trained = RepresentationTransform.from_pretrained(place)
+    then, now = trained.config, rtn.config
+    if differing := [name for name in now if now[name] != then[name]]:
+        pairs = ", ".join(f"{name} {then[name]}, not {now[name]}" for name in differing)
+        raise ValueError(f"rtn_name_or_path: the RTN of {place} has {pairs}: set rtn_layers, rtn_kind, ... as it has")
+    rtn.load_state_dict(trained.state_dict())
 
 
 def _with_lora(ner: NerArguments, base: PreTrainedModel) -> nn.Module:

@@ -43,6 +43,18 @@ def test_every_method(tmp_path: Path, model: Path, data: Path, method: str) -> N
     assert results["settings"]["method"] == method
 
 
+def test_it_begins_with_a_trained_rtn(tmp_path: Path, model: Path, data: Path, trained: Path) -> None:
+    begun = tmp_path / "out"
+    train(model, data, begun, method="frozen_rtn", rtn_name_or_path=trained, seed=5)
+    found, given = (
+        {name: leaf for name, leaf in weights(folder).items() if name.startswith("rtn.")}
+        for folder in (begun, trained)
+    )
+    assert same(found, given)
+    with pytest.raises(ValueError, match=r"has layers \[2\], not \[1\]: set rtn_layers, rtn_kind, \.\.\. as it has$"):
+        train(model, data, tmp_path / "other", rtn_name_or_path=trained, rtn_layers=1)
+
+
 def test_the_methods_are_six() -> None:
     assert len(METHODS) == 6
 
