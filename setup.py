@@ -1,12 +1,31 @@
 """What `metaxl_evo` needs and holds. Tool settings are in pyproject.toml, the tested pins in constraints.txt."""
 
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+
+
+class WithConfigs(build_py):
+    """Puts the settings files, which stand at the top of the repository, into the package that is built."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "configs", Path(self.build_lib, "metaxl_evo", "configs"), dirs_exist_ok=True)
+
 
 setup(
     name="metaxl_evo",
-    version="0.1.0.dev0",  # the only place; at run time: importlib.metadata.version("metaxl_evo")
+    version="0.2.0",  # the only place; at run time: importlib.metadata.version("metaxl_evo")
     description="Meta-learning with Hugging Face models: hypergradients inside the Trainer, cross-lingual NER first",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    cmdclass={"build_py": WithConfigs},
     python_requires=">=3.11",
     package_dir={"": "."},  # an editable install then puts this folder on the path: packages added later are found too
     packages=find_packages(include=["metaxl_evo", "metaxl_evo.*", "vision_tasks", "vision_tasks.*"]),

@@ -1,10 +1,4 @@
-"""The command `metaxl-evo`.
-
-metaxl-evo study CONFIG --output_dir OUT [--jobs N] [--any_field value]   make runs x cases x seeds, compare, report
-metaxl-evo study CONFIG --check                                           a few steps of each run, a verdict, no files
-metaxl-evo run OUT/plan.json --index N                                    make one run of a study's plan
-metaxl-evo report OUT                                                     compare and report what is there
-"""
+"""The command `metaxl-evo`: every door of the package, each with settings of its own (`metaxl-evo COMMAND --help`)."""
 
 from __future__ import annotations
 
@@ -13,12 +7,21 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+from metaxl_evo.experiments.command import run_command
 from metaxl_evo.experiments.study import PLAN, Study
+from metaxl_evo.experiments.task import find_task
 from metaxl_evo.messages import unknown
 from metaxl_evo.training.cli import ends_with_one_line
+from metaxl_evo.training.environment import environment
 from metaxl_evo.training.parser import parse_arguments
+from metaxl_evo.training.shipped_configs import described, launch_profile
+
+HELP = ("-h", "--help")
+LAUNCH = "--accelerate_config"
 
 
 @dataclass
@@ -29,11 +32,53 @@ class RunArguments:
     with_parent: bool = field(default=False, metadata={"help": "End with the process that started this one."})
 
 
+@dataclass(frozen=True)
+class Command:
+    """One word behind `metaxl-evo`.
+
+    Attributes:
+        does: in a line.
+        run: takes the options, returns the exit code.
+        launched: whether `--accelerate_config` starts it by `accelerate launch`.
+        shows_help: whether it answers `--help` itself.
+    """
+
+    does: str
+    run: Callable[[Sequence[str]], int]
+    launched: bool = False
+    shows_help: bool = True
+
+
+def task(name: str) -> Callable[[Sequence[str]], int]:
+    """The command of a task: train and test; 1 where a check found problems."""
+    return lambda argv: int(bool(run_command(find_task(name), argv).get("problems")))
+
+
+def plain(module: str, settings: str, function: str, room: str | None = None) -> Callable[[Sequence[str]], int]:
+    """The command of a function of settings, imported when it is called."""
+
+    def run(argv: Sequence[str]) -> int:
+        here: Any = import_module(module)
+        getattr(here, function)(*parse_arguments((getattr(here, settings),), argv, room))
+        return 0
+
+    return run
+
+
+def check(argv: Sequence[str]) -> int:
+    """`--check` of another command."""
+    able = {name: command for name, command in COMMANDS.items() if command.launched or name == "study"}
+    able = {name: command for name, command in able.items() if name not in ("evaluate", "predict")}
+    if not argv or argv[0] not in able:
+        raise ValueError(unknown("command to check", argv[0] if argv else "", able))
+    return able[argv[0]].run([*argv[1:], "--check=true"])
+
+
 def study(argv: Sequence[str]) -> int:
     """Make, check or plan a study; 1 where runs failed or a check found problems."""
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
-    if not any(one.partition("=")[0] == "--config" for one in argv):
+    if not {"--config", *HELP, "--help_all"} & {one.partition("=")[0] for one in argv}:
         raise ValueError("study: name its settings file first, as in metaxl-evo study CONFIG --output_dir OUT")
     made = Study(argv)
     if made.arguments.check:
@@ -71,20 +116,70 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
-HELP = ("-h", "--help")
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"study": study, "run": run, "report": report}
+def configs(argv: Sequence[str]) -> int:
+    """List the settings files that `--config` knows by name."""
+    print("\n".join(described()))
+    return 0
+
+
+def env(argv: Sequence[str]) -> int:
+    """What a bug report needs."""
+    print("\n".join(f"{name}: {value}" for name, value in environment().items()))
+    return 0
+
+
+COMMANDS = {
+    "ner": Command("train a cross-lingual NER tagger, and test it", task("ner"), launched=True),
+    "noisy-labels": Command("train an image classifier on noisy labels", task("noisy_labels"), launched=True),
+    "fewshot": Command("few-shot classification on an unseen image domain", task("fewshot"), launched=True),
+    "rotation": Command("learn the angle of a test set", task("rotation"), launched=True),
+    "study": Command("CONFIG --output_dir OUT: make runs x cases x seeds, compare, report", study),
+    "run": Command(f"OUT/{PLAN} --index N: make one run of a study's plan", run, shows_help=False),
+    "report": Command("OUT: compare and report what a study has made so far", report, shows_help=False),
+    "check": Command("COMMAND ...: a few steps of it and a verdict; writes nothing", check, shows_help=False),
+    "evaluate": Command(
+        "entity scores of a trained tagger, and where it errs",
+        plain("metaxl_evo.ner.evaluate_command", "EvaluationArguments", "evaluate_model"),
+        launched=True,
+    ),
+    "predict": Command(
+        "labels and confidences for text without any",
+        plain("metaxl_evo.ner.predict_command", "PredictionArguments", "predict"),
+        launched=True,
+    ),
+    "benchmark": Command(
+        "estimators side by side: time, memory, distance from the exact hypergradient",
+        plain("metaxl_evo.benchmark.run", "BenchmarkArguments", "run_benchmark", "benchmark"),
+    ),
+    "illustrate": Command(
+        "what estimators make of a hypergradient that is known exactly",
+        plain("vision_tasks.illustration_report", "IllustrationArguments", "run_illustration", "vision"),
+    ),
+    "configs": Command("list the settings files that --config knows by name", configs, shows_help=False),
+    "env": Command("what a bug report needs", env, shows_help=False),
+}
 
 
 @ends_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    if not given or given[0] in HELP or (given[0] in ("run", "report") and set(HELP) & set(given)):
-        print(__doc__)
+    name, *options = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in HELP:
+        print(_help())
         return 0
-    if given[0] not in COMMANDS:
-        raise ValueError(unknown("command", given[0], COMMANDS))
-    return COMMANDS[given[0]](given[1:])
+    if name not in COMMANDS:
+        raise ValueError(unknown("command", name, COMMANDS))
+    command = COMMANDS[name]
+    if set(HELP) & set(options) and not command.shows_help:
+        print(f"metaxl-evo {name} {command.does}")
+        return 0
+    profile, options = _taken(LAUNCH, options)
+    if profile is not None:
+        if not command.launched:
+            raise ValueError(f"{LAUNCH}: {name} starts its processes itself, or needs none: leave it out")
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(launch_profile(profile))]
+        os.execv(sys.executable, [sys.executable, *launcher, "-m", "metaxl_evo", name, *options])
+    return command.run(options)
 
 
 def script() -> None:
@@ -93,6 +188,31 @@ def script() -> None:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit("stopped: the same command goes on, with what is finished kept")
+
+
+def _help() -> str:
+    lines = [f"  {name:<13} {command.does}" for name, command in COMMANDS.items()]
+    launched = ", ".join(name for name, command in COMMANDS.items() if command.launched)
+    return "\n".join([
+        "metaxl-evo COMMAND [--config FILE or NAME] [--any_setting value]",
+        "",
+        *lines,
+        "",
+        f"{LAUNCH} NAME or FILE starts {launched} by `accelerate launch`.",
+    ])  # fmt: skip
+
+
+def _taken(option: str, options: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of an option, and all the others."""
+    rest, value = list[str](), None
+    tokens = iter(options)
+    for token in tokens:
+        name, equals, text = token.partition("=")
+        if name != option:
+            rest.append(token)
+        elif not (value := text if equals else next(tokens, "")):
+            raise ValueError(f"{option}: expected a profile or a file")
+    return value, rest
 
 
 def _end_with_parent() -> None:

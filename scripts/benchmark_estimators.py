@@ -17,7 +17,7 @@ from metaxl_evo.training.parser import parse_arguments
 @ends_with_one_line
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Parse the settings and run the benchmark; results.json, table.md and plots go into the output folder."""
-    (settings,) = parse_arguments((BenchmarkArguments,), argv)
+    (settings,) = parse_arguments((BenchmarkArguments,), argv, "benchmark")
     return run_benchmark(settings)
 
 

@@ -17,7 +17,7 @@ from vision_tasks.illustration_report import run_illustration
 @ends_with_one_line
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse the settings and run both studies; results.json and the figures go into the output folder."""
-    (settings,) = parse_arguments((IllustrationArguments,), argv)
+    (settings,) = parse_arguments((IllustrationArguments,), argv, "vision")
     return run_illustration(settings)
 
 

@@ -25,6 +25,7 @@ class VisionTask(Task[Settings, Data]):
     """
 
     training = VisionTrainingArguments
+    configs = "vision"
     chooses: bool = False
 
     def refuse(self, settings: Settings, args: MetaTrainingArguments) -> None:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from metaxl_evo.benchmark.rows import Row, Spread
+from metaxl_evo.training.environment import environment
 from metaxl_evo.training.figures import figure
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -54,20 +49,6 @@ def write_report(folder: Path, settings: Any, rows: Sequence[Row]) -> str:
     if find_spec("matplotlib"):
         plot(rows, folder)
     return text
-
-
-def environment() -> dict[str, Any]:
-    """Where the numbers were made."""
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-    }
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -203,21 +184,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cpu() -> str:
-    """The processor's name; Linux tells it in a file only."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _commit() -> str | None:
-    """The commit of the working tree, with `-dirty` where it differs; None outside one."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -26,7 +26,7 @@ SINGLE = ("model.safetensors", "config.json")  # what a folder of several runs h
 
 def run_command(task: Task[Any, Any], argv: Sequence[str] | None) -> dict[str, Any]:
     """Parse the settings, then make the runs, or check one with `--check`."""
-    which, settings, args = parse_arguments((RunsArguments, task.settings, task.training), argv)
+    which, settings, args = parse_arguments((RunsArguments, task.settings, task.training), argv, task.configs)
     return (check_runs if which.check else run_here)(task, which, settings, args)
 
 

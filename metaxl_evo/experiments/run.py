@@ -95,7 +95,6 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
         dev = task.dev_score(trainer, run.settings, data)
         results |= {} if dev is None else {"dev": dev}
         results["settings"] = settings
-        facts |= {"meta_history": outline(trainer.state.log_history)}
         results["run"] = facts | _facts(trainer) | task.describe(trainer, run.settings, data, start)
         if run.args.should_save:
             task.write_files(run.folder, trainer, run.settings, data)
@@ -122,6 +121,7 @@ def _facts(trainer: MetaTrainer) -> dict[str, Any]:
         "base_parameters": tree.size(trainer.model.base_parameters()),
         "meta_parameters": tree.size(trainer.model.meta_parameters()),
         "best_checkpoint": best,
+        "meta_history": outline(trainer.state.log_history),
     }
 
 

@@ -23,7 +23,7 @@ from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.logs import is_watched
 from metaxl_evo.training.parser import given_text, parse_arguments, resolve_config
 
-PLAN = "plan.json"
+PLAN, CONFIGS = "plan.json", "study"
 
 
 class Study:
@@ -37,10 +37,10 @@ class Study:
     """
 
     def __init__(self, argv: Sequence[str]):
-        self.name = given_text("task", argv) or "ner"
+        self.name = given_text("task", argv, CONFIGS) or "ner"
         self.task: Task[Any, Any] = find_task(self.name)
         types = (StudyArguments, self.task.settings, self.task.training)
-        self.options = [*resolve_config(types, argv), "--resume_from_checkpoint=latest"]
+        self.options = [*resolve_config(types, argv, CONFIGS), "--resume_from_checkpoint=latest"]
         parsed: tuple[StudyArguments, Any, MetaTrainingArguments] = parse_arguments(types, self.options)
         self.arguments, self.settings, self.args = parsed
         if given_text("output_dir", self.options) is None and not self.arguments.check:

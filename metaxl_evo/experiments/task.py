@@ -44,6 +44,7 @@ class Task(ABC, Generic[Settings, Data]):
         sources: what the card cites.
         usage: how what is left behind is loaded, in Python; `FOLDER` is its place.
         own_files: names that a run writes beyond those of any run.
+        configs: the folder of `configs/` in which its settings files are found by name.
     """
 
     settings: type[Settings]
@@ -56,6 +57,7 @@ class Task(ABC, Generic[Settings, Data]):
     sources: Sequence[str] = ()
     usage: str = ""
     own_files: Sequence[str] = ()
+    configs: str | None = None
 
     @abstractmethod
     def load(self, settings: Settings, args: MetaTrainingArguments) -> Data:

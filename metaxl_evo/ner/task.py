@@ -66,6 +66,7 @@ class NerTask(Task[NerArguments, TargetData]):
     case = "target_languages"
     sources = (METAXL,)
     own_files = (SUBFOLDER, ADAPTER, "tokenizer.json")
+    configs = "ner"
 
     def learns(self, settings: NerArguments) -> bool:
         return settings.recipe.meta

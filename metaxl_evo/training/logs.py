@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import datasets
-import huggingface_hub.utils
 import transformers
-from transformers.utils import is_in_notebook
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from transformers.utils.import_utils import is_in_notebook
 
 
 def is_watched() -> bool:
@@ -22,7 +22,7 @@ def hide_unwatched_bars() -> None:
     """The libraries' own bars (downloads, weights, mapped rows) stay off where they would fill a log file."""
     if not is_watched():
         datasets.disable_progress_bars()
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
         transformers.logging.disable_progress_bar()
 
 

@@ -17,7 +17,6 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
 import yaml
@@ -27,14 +26,22 @@ from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.cli import SettingsError
 from metaxl_evo.training.converters import NOTHING, FieldKind, Part, checked, items, mapping, mapping_or_text, or_null
 from metaxl_evo.training.settings_file import Entry, Loader, read_config
+from metaxl_evo.training.shipped_configs import find_config
+from metaxl_evo.training.short_help import HelpAll, short_help
 
 Settings = TypeVar("Settings")
 
 
-def parse_arguments(types: tuple[type, ...], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """An instance of each of `types`, from `--config FILE` and the options of `argv` (default: the process's own)."""
+def parse_arguments(
+    types: tuple[type, ...], argv: Sequence[str] | None = None, room: str | None = None
+) -> tuple[Any, ...]:
+    """An instance of each of `types`, from `--config FILE` and the options of `argv` (default: the process's own).
+
+    Args:
+        room: the folder of `configs/` in which a file that is named without a path is looked for first.
+    """
     parser = _Parser(types)
-    entries, given = _read(argv)
+    entries, given = _read(argv, room)
     tokens = _tokens(parser, entries)
     dotted, given = parser.take_dotted(given)
     settings = parser.settings(tokens, given, places={key: entry.place for key, entry in entries.items()})
@@ -45,23 +52,23 @@ def parse_arguments(types: tuple[type, ...], argv: Sequence[str] | None = None) 
     )
 
 
-def resolve_config(types: tuple[type, ...], argv: Sequence[str]) -> list[str]:
+def resolve_config(types: tuple[type, ...], argv: Sequence[str], room: str | None = None) -> list[str]:
     """The options that say the same without `--config FILE`: those of the file first."""
-    entries, given = _read(argv)
+    entries, given = _read(argv, room)
     return [*_tokens(_Parser(types), entries), *given]
 
 
-def given_text(key: str, argv: Sequence[str]) -> str | None:
+def given_text(key: str, argv: Sequence[str], room: str | None = None) -> str | None:
     """What `argv` or its settings file says of one setting, before it is known which others there are."""
-    entries, given = _read(argv)
+    entries, given = _read(argv, room)
     text, _ = _take(key, given)
     return str(entries[key].node.value) if text is None and key in entries else text
 
 
-def _read(argv: Sequence[str] | None) -> tuple[dict[str, Entry], list[str]]:
+def _read(argv: Sequence[str] | None, room: str | None) -> tuple[dict[str, Entry], list[str]]:
     """The entries of the settings file, and the other options."""
     config_file, given = _take("config", list(sys.argv[1:] if argv is None else argv))
-    return read_config(Path(config_file)) if config_file is not None else {}, given
+    return read_config(find_config(config_file, room)) if config_file is not None else {}, given
 
 
 def _tokens(parser: _Parser, entries: Mapping[str, Entry]) -> list[str]:
@@ -140,7 +147,7 @@ class _Parser(HfArgumentParser):
 
     def __init__(self, types: tuple[type, ...]) -> None:
         super().__init__(cast(Any, types), allow_abbrev=False, exit_on_error=False)
-        self.fields: dict[str, FieldKind] = {}
+        self.types, self.fields = types, dict[str, FieldKind]()
         for one in types:
             hints = get_type_hints(one)
             self.fields |= {f.name: FieldKind.of(f, hints[f.name]) for f in dataclasses.fields(one) if f.init}
@@ -150,6 +157,11 @@ class _Parser(HfArgumentParser):
         self.add_argument(
             "--config", metavar="FILE", help="YAML or JSON file of settings; options given here win over it"
         )
+        self.add_argument("--help_all", action=HelpAll, dest=argparse.SUPPRESS, default=argparse.SUPPRESS)
+
+    def print_help(self, file: Any = None) -> None:
+        actions = {action.dest: action for action in reversed(self._actions)}  # of --x and --no_x the first
+        self._print_message(short_help(self.types, actions), file or sys.stdout)
 
     def _refine(self, action: argparse.Action, field: FieldKind) -> None:
         default = "" if action.default is None or action.required else f" (default: {action.default})"

@@ -14,9 +14,9 @@ import yaml
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.cli import SettingsError
 from metaxl_evo.training.converters import FieldKind
+from metaxl_evo.training.shipped_configs import SUFFIXES
 
 BASE = "base"  # the entry that names a file to build on
-SUFFIXES = (".yaml", ".yml", ".json")
 DEEPEST, MOST = 50, 10_000  # what a settings file may nest, and the values of one entry
 
 
