@@ -80,7 +80,7 @@ WIKIANN = --model_name_or_path $(call below,models,xlmr-mini) --dataset $(call b
 reproduce-ner-cpu: $(VENV)/.installed-report
 	$(BIN)/metaxl-evo study configs/study/ner_cpu.yaml --output_dir runs/ner_cpu $(WIKIANN)
 	test -e runs/rtn_horizon/steps/horizons.csv || $(BIN)/python scripts/compare_horizons.py \
-		--config configs/ner/wikiann_cpu.yaml --target_languages sw --seeds 0,1,2 --output_dir runs/rtn_horizon/steps $(WIKIANN)
+		--config configs/ner/wikiann_cpu.yaml --target_languages sw --starts 200 --seeds 0,1,2 --output_dir runs/rtn_horizon/steps $(WIKIANN)
 	$(BIN)/python scripts/train_ner.py --config configs/ner/wikiann_cpu_unroll.yaml --output_dir runs/rtn_horizon/found \
 		--resume_from_checkpoint latest $(WIKIANN)
 	$(BIN)/metaxl-evo study configs/study/rtn_horizon_cpu.yaml --output_dir runs/rtn_horizon/frozen $(WIKIANN)

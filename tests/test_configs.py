@@ -132,7 +132,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
     "quickstart": {"model_name_or_path": "synthetic", "dataset": "synthetic", "use_cpu": True},
     "wikiann_cpu": {"target_languages": ["sw", "ig", "rw"], "target_train_size": 100, "use_cpu": True},
-    "wikiann_cpu_unroll": {"target_languages": ["sw"], "estimator": "unroll", "meta_every": 10, "use_cpu": True},
+    "wikiann_cpu_unroll": {"target_languages": ["sw"], "estimator": "unroll", "meta_every": 20, "use_cpu": True},
 }
 
 
@@ -544,7 +544,7 @@ STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "noisy_labels_cpu": (["0", "0.2", "0.4"], 3, 5),
     "quickstart": (["beru", "celu"], 2, 3),
     "rotation_cpu": ([""], 3, 4),
-    "rtn_horizon_cpu": (["sw"], 5, 3),
+    "rtn_horizon_cpu": (["sw"], 3, 3),
 }
 
 
