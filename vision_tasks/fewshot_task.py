@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -17,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.experiments.fingerprint import fingerprints
 from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.experiments.statistics import interval
 from metaxl_evo.messages import unknown
@@ -73,6 +75,7 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
 
     def __init__(self) -> None:
         self._held: dict[str, Domain] = {}  # read once for all runs of a command
+        self._marks = cache(fingerprints)
 
     def learns(self, settings: FewShotArguments) -> bool:
         return settings.method == "learned"
@@ -82,6 +85,11 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
         named = [name_of(text) for text in settings.domains]
         aux = None if settings.aux_domain is None else seen[named.index(settings.aux_domain)]
         return FewShotData(seen, unseen, aux)
+
+    def fingerprints(self, data: FewShotData) -> dict[str, str]:
+        """As ever, but that each image is decoded once for all runs of a command."""
+        found = {domain.name: self._marks(domain) for domain in (*data.seen, data.unseen)}
+        return {f"{name}.{part}": mark for name, marks in found.items() for part, mark in marks.items()}
 
     def build_trainer(self, settings: FewShotArguments, args: MetaTrainingArguments, data: FewShotData) -> MetaTrainer:
         evaluation(settings, args, data, "novel")  # complains before the first step

@@ -9,19 +9,18 @@ from typing import Any
 from transformers import set_seed
 
 from metaxl_evo.experiments.arguments import RunsArguments
-from metaxl_evo.experiments.folders import RESULTS, refuse_another_run, write_results
+from metaxl_evo.experiments.folders import RESULTS, write_results
 from metaxl_evo.experiments.plan import Key, Run, plan_runs
 from metaxl_evo.experiments.report import REPORT
 from metaxl_evo.experiments.reporting import Question, report_runs
 from metaxl_evo.experiments.run import keep_finished, make_run, try_out
+from metaxl_evo.experiments.run_folder import refuse_above, refuse_inputs, refuse_run
 from metaxl_evo.experiments.task import Data, Settings, Task
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.check import check_training
 from metaxl_evo.training.check_report import CheckReport
 from metaxl_evo.training.checkpoint import LATEST
 from metaxl_evo.training.parser import parse_arguments
-
-SINGLE = ("model.safetensors", "config.json")  # what a folder of several runs has not
 
 
 def run_command(task: Task[Any, Any], argv: Sequence[str] | None) -> dict[str, Any]:
@@ -43,15 +42,13 @@ def run_here(
     if resuming and len(runs) > 1 and str(args.resume_from_checkpoint).lower() not in LATEST:
         raise ValueError("resume_from_checkpoint: one checkpoint cannot continue several runs: use latest, or one run")
     refuse_other_runs(task, root, runs, resuming)
-    if len(runs) > 1 and any((root / name).exists() for name in SINGLE):
-        raise ValueError(f"{root} holds a single run: choose another output_dir for several")
     finished: dict[Key, dict[str, Any]] = {}
     for run in runs:  # all that complains does so before the first step
         kept = keep_finished(task, run) if resuming else None
-        if kept is None:
-            try_out(task, run)
-        else:
+        if kept is not None:
             finished[run.key] = kept
+        elif len(runs) > 1:  # a single run complains in time by itself
+            try_out(task, run)
     results: dict[Key, dict[str, Any]] = {}
     for number, run in enumerate(runs, start=1):
         known = finished.get(run.key)
@@ -127,10 +124,15 @@ def refuse_other_runs(task: Task[Any, Any], root: Path, runs: Sequence[Run[Any]]
     """Nothing of the user's is overwritten, neither by the runs nor by the report above several.
 
     Raises:
-        ValueError: for the first folder that holds files of their names, where these runs are not resumed.
+        ValueError: for the first folder that holds files of their names, where these runs are not resumed, and for one
+            that the runs read from.
     """
     places = dict.fromkeys(run.folder for run in runs)
-    if root not in places:
-        refuse_another_run(root, resuming, (*task.own_files, *REPORT))
+    for run in runs:
+        read = {name: getattr(run.settings, name, None) for name in task.inputs}
+        for folder in (root, run.folder):
+            refuse_inputs(folder, read)
     for folder in places:
-        refuse_another_run(folder, resuming, task.own_files)
+        refuse_run(folder, resuming, task.own_files)
+    if root not in places:
+        refuse_above(root, resuming, (*task.own_files, *REPORT))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ OF_THE_CLOCK = ("train_", "total_", "eval_runtime", "eval_samples_per", "eval_st
 
 
 def write_curves(folder: Path, log: Sequence[Mapping[str, Any]]) -> None:
-    """`history.csv`, a row a step that was logged, and where matplotlib is installed `history.png`.
+    """`history.csv`, a row a step that was logged.
 
     Args:
         log: a Trainer's `state.log_history`.
@@ -28,8 +27,17 @@ def write_curves(folder: Path, log: Sequence[Mapping[str, Any]]) -> None:
     table = table.loc[:, [name for name in table if not name.startswith(OF_THE_CLOCK)]]
     table = table.groupby("step", as_index=False).first().dropna(axis=1, how="all")
     table.to_csv(folder / CURVES, index=False)
-    if find_spec("matplotlib") and len(table) > 1:  # a line has two ends
-        plot_history(read_history(folder / CURVES), folder / PICTURE)
+
+
+def draw_curves(folder: Path) -> None:
+    """`history.png`, of what `write_curves` left.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    rows = read_history(folder / CURVES) if (folder / CURVES).is_file() else []
+    if len(rows) > 1:  # a line has two ends
+        plot_history(rows, folder / PICTURE)
 
 
 def outline(log: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

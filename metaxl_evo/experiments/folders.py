@@ -1,27 +1,21 @@
-"""The folder of a run, whatever its task: its settings, its results, and that nothing of the user's is lost."""
+"""What a run is made with, and what `results.json` says of it, whatever its task."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from metaxl_evo.experiments.curves import CURVES, PICTURE
-from metaxl_evo.experiments.scores import OUTCOMES
 from metaxl_evo.messages import one_line
 from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.checkpoint import as_named
-from metaxl_evo.training.history import HISTORY
+from metaxl_evo.training.checkpoint import DATA, as_named
+from metaxl_evo.training.durable import whole
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-OWN_FILES = (
-    *(RESULTS, "config.json", "model.safetensors", "README.md", "training_args.bin"),
-    *(HISTORY, CURVES, PICTURE, OUTCOMES),
-)
 ALWAYS_NAMED = (
     "estimator",
     "estimator_kwargs",
@@ -51,48 +45,49 @@ EXTENDED = (  # settings with which a run that was cut off may go on, longer, or
 )
 
 
-def refuse_another_run(folder: Path, resuming: bool, own_files: Iterable[str] = ()) -> None:
-    """Nothing of the user's is overwritten.
-
-    Args:
-        own_files: names that a run of this task writes beyond those of any run.
-
-    Raises:
-        ValueError: where the folder holds files of the names that a run writes and this run does not resume it.
-    """
-    try:
-        exists = folder.exists()
-    except OSError as error:  # a name that is too long
-        raise ValueError(f"output_dir cannot be made ({one_line(error)}): choose another") from error
-    if exists and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: choose another output_dir")
-    places = [folder, *(path for path in folder.glob("*") if path.is_dir())]  # a run of several targets has subfolders
-    names = (*OWN_FILES, *own_files)
-    signs = [sign for place in places for sign in (*(place / name for name in names), *place.glob("checkpoint-*"))]
-    found = [str(sign.relative_to(folder)) for sign in signs if sign.exists()]
-    if found and not resuming:
-        raise ValueError(
-            f"{folder} holds another run ({found[0]}): choose another output_dir, or set "
-            "resume_from_checkpoint: latest"
-        )
-
-
-def finished_run(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def finished_run(file: Path, settings: Mapping[str, Any], data: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The results of a run that is done already.
 
+    Args:
+        data: the fingerprints of its data.
+
     Raises:
-        ValueError: where they were made with other settings than these.
+        ValueError: where they were made with other settings or data than these.
     """
     results = read_results(file)
-    then = as_named(results["settings"], settings)
-    now = json.loads(json.dumps(settings, default=str))
-    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in OUTSIDE)
-    if changed:
-        raise ValueError(
-            f"{file} was made with another {', '.join(changed)}: give the settings of that run, or another output_dir"
-        )
+    require_same(file, made_of(results["settings"], results.get("data") or {}), made_of(settings, data or {}))
     logger.info("%s is finished: its results are kept", file.parent)
     return results
+
+
+def made_of(settings: Mapping[str, Any], data: Mapping[str, str]) -> dict[str, Any]:
+    """Settings and fingerprints of the data, as one mapping."""
+    return {**settings, **{f"{name}{DATA}": fingerprint for name, fingerprint in data.items()}}
+
+
+def require_same(place: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse what was made of other settings or data, as `made_of` has them.
+
+    Raises:
+        ValueError: naming them.
+    """
+    then = as_named(then, now)
+    now = json.loads(json.dumps(now, default=str))
+    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in OUTSIDE)
+    if changed:
+        what = "data" if all(key.endswith(DATA) for key in changed) else "settings"
+        raise ValueError(
+            f"{place} was made with another {', '.join(changed)}: give the {what} of that run, or another output_dir"
+        )
+
+
+def is_results(file: Path) -> bool:
+    """Whether it is what `write_results` left, of one run or above several."""
+    try:
+        read_results(file)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -105,7 +100,9 @@ def read_results(file: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if not all(isinstance(found[part], dict) for part in ("test", "settings", "run")):
             raise TypeError("no scores, settings or facts")
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(found.get("data", {}), dict):
+            raise TypeError("no fingerprints")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} holds no results ({one_line(error)}): remove it, and the run goes on") from error
     return found
 
@@ -118,9 +115,8 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Write plain values, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f"{file.name}.tmp")
-    draft.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
-    draft.replace(file)
+    with whole(file) as draft:
+        draft.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def training_settings(args: MetaTrainingArguments) -> dict[str, Any]:

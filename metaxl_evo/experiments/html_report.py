@@ -31,6 +31,7 @@ from metaxl_evo.experiments.tables import (
     scores,
     setting_tables,
 )
+from metaxl_evo.training.durable import whole
 from metaxl_evo.training.history import MOVED, VALUE
 
 TEMPLATE = "report.html.jinja"
@@ -59,7 +60,8 @@ def write_html(comparison: Comparison, file: Path) -> Path:
         points=POINTS,
         plotly=get_plotlyjs(),
     )
-    file.write_text(page, encoding="utf-8")
+    with whole(file) as draft:
+        draft.write_text(page, encoding="utf-8")
     return file
 
 

@@ -87,12 +87,14 @@ def cases_of(task: Task[Any, Any], settings: Any) -> dict[str, dict[str, Any]]:
     """The cases that the task's own settings list: name -> settings; a single one without a name where it has none.
 
     Raises:
-        ValueError: for an item that cannot be the name of a folder.
+        ValueError: for an item that cannot be the name of a folder, or is there twice.
     """
     if task.case is None:
         return {"": {}}
     items = getattr(settings, task.case)
     for item in items:
+        if items.count(item) > 1:
+            raise ValueError(f"{task.case}: {item} is named twice: name it once")
         if not NAME.fullmatch(str(item)):
             raise ValueError(f"{task.case}: {item!r} names a folder: use letters, digits, dots, - and _")
     return {str(item): {task.case: [item]} for item in items}

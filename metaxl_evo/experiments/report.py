@@ -26,6 +26,7 @@ from metaxl_evo.experiments.tables import (
     scores,
 )
 from metaxl_evo.messages import one_line
+from metaxl_evo.training.durable import whole
 from metaxl_evo.training.figures import figure
 
 logger = logging.getLogger(__name__)
@@ -41,10 +42,12 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     *files, picture, page = (folder / name for name in REPORT)
-    files[0].write_text(_report_text(comparison), encoding="utf-8")
-    comparison.frame().to_csv(files[1], index=False)
     rows = [asdict(one) for found in comparison.by_baseline.values() for one in found]
-    pd.DataFrame(rows, columns=[one.name for one in fields(Difference)]).to_csv(files[2], index=False)
+    differences = pd.DataFrame(rows, columns=[one.name for one in fields(Difference)])
+    tables = (comparison.frame().to_csv(index=False), differences.to_csv(index=False))
+    for file, text in zip(files, (_report_text(comparison), *tables), strict=True):
+        with whole(file) as draft:
+            draft.write_text(text, encoding="utf-8")
     try:
         files.append(plot_scores(comparison, picture))
     except ImportError:

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from huggingface_hub import HfApi
 from transformers import set_seed
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.experiments.curves import PICTURE, outline, write_curves
-from metaxl_evo.experiments.folders import RESULTS, checkpoint_settings, finished_run, write_results
+from metaxl_evo.experiments.curves import PICTURE, draw_curves, outline, write_curves
+from metaxl_evo.experiments.folders import RESULTS, checkpoint_settings, finished_run, made_of, write_results
 from metaxl_evo.experiments.plan import Run
-from metaxl_evo.experiments.progress import PROGRESS, Progress
+from metaxl_evo.experiments.progress import Progress
+from metaxl_evo.experiments.run_folder import Mark, alone, begin, note_published, refuse_run
 from metaxl_evo.experiments.scores import write_outcomes
 from metaxl_evo.experiments.task import Data, Settings, Task
-from metaxl_evo.messages import one_line
+from metaxl_evo.messages import first_line, one_line
+from metaxl_evo.training.durable import staged
 from metaxl_evo.training.logs import is_watched
 from metaxl_evo.training.trainer import MetaTrainer
 
-LOCK = "_lock"  # which an upload leaves out
+logger = logging.getLogger(__name__)
 
 
 def prepare(task: Task[Settings, Data], run: Run[Settings]) -> tuple[Data, MetaTrainer]:
@@ -35,7 +38,7 @@ def prepare(task: Task[Settings, Data], run: Run[Settings]) -> tuple[Data, MetaT
     """
     set_seed(run.args.seed)
     data = task.load(run.settings, run.args)
-    with _telling_of_the_hub():
+    with _telling_of_the_hub("leave it out"):
         args = copy.copy(task.fit_arguments(run.settings, run.args, data))
         args.disable_tqdm = args.disable_tqdm or not is_watched()
         return data, task.build_trainer(run.settings, args, data)
@@ -47,68 +50,96 @@ def try_out(task: Task[Any, Any], run: Run[Any]) -> None:
     Raises:
         ValueError: for whatever cannot work, before any training.
     """
+    with _no_empty_folder(run):
+        prepare(task, run)
+
+
+@contextmanager
+def _no_empty_folder(run: Run[Any]) -> Iterator[None]:
+    """Folders that are made for a run inside, and stay empty, are gone afterwards."""
     folders = [run.folder, *run.folder.parents] if run.args.should_save else []
     made = [folder for folder in folders if not folder.exists()]
     try:
-        prepare(task, run)
+        yield
     finally:
         for folder in made:
-            with suppress(OSError):  # never made
+            with suppress(OSError):  # never made, or filled
                 folder.rmdir()
 
 
 def keep_finished(task: Task[Any, Any], run: Run[Any]) -> dict[str, Any] | None:
-    """The results of a run that is done already; None where it is not.
+    """The results of a run that is done already; None where something of it is still to do.
 
     Raises:
-        ValueError: where it was made with other settings.
+        ValueError: where it was made with other settings or data.
     """
+    results = _finished(task, run)
+    return None if _is_to_be_published(run) else results
+
+
+def _finished(task: Task[Any, Any], run: Run[Any]) -> dict[str, Any] | None:
     file = run.folder / RESULTS
     if not file.exists():
         return None
-    args = task.fit_arguments(run.settings, run.args, task.load(run.settings, run.args))
-    return finished_run(file, run.all_settings(args))
+    set_seed(run.args.seed)
+    data = task.load(run.settings, run.args)
+    args = task.fit_arguments(run.settings, run.args, data)
+    return finished_run(file, run.all_settings(args), task.fingerprints(data))
 
 
 def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
-    """Train, test and save one run, unless it resumes a finished one; returns what `results.json` holds.
+    """Train, test, save and publish one run, as far as that is not done; returns what `results.json` holds.
 
-    In this order: model, scores with their examples, history, card, `results.json`, pictures, upload.
+    In this order: mark, model, scores with their examples, all that stands beside them, `results.json`, upload.
 
     Raises:
         ValueError: for whatever cannot work, or where another process makes this run.
     """
-    with _alone(run):
-        resuming = run.args.resume_from_checkpoint is not None
-        if resuming and (kept := keep_finished(task, run)) is not None:  # by another process, meanwhile
-            return kept
-        data, trainer = prepare(task, run)
-        settings = run.all_settings(trainer.args)
-        trainer.run_settings = checkpoint_settings(settings)
-        start = tree.clone(trainer.model.meta_parameters())
-        trainer.add_callback(Progress(run.folder))
-        begun = time.perf_counter()
-        trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
-        facts = {"steps": trainer.state.global_step, "train_seconds": time.perf_counter() - begun}
-        _save_model(trainer)
-        results: dict[str, Any] = {"test": task.score(trainer, run.settings, data)}
-        dev = task.dev_score(trainer, run.settings, data)
-        results |= {} if dev is None else {"dev": dev}
-        results["settings"] = settings
-        results["run"] = facts | _facts(trainer) | task.describe(trainer, run.settings, data, start)
-        if run.args.should_save:
-            task.write_files(run.folder, trainer, run.settings, data)
-        trainer.card_data = task.card_data(run.settings, data, results)
-        _leave(task, run, trainer, results)
+    resuming, first = run.args.resume_from_checkpoint is not None, run.args.process_index == 0
+    if first:
+        refuse_run(run.folder, resuming, task.own_files)
+    with _no_empty_folder(run), alone(run.folder) if first else nullcontext():  # it holds it for all of a launch
+        results = _finished(task, run) if resuming else None  # by another process, meanwhile
+        if results is None:
+            results = _train(task, run)
+        if _is_to_be_published(run):
+            _publish(run)
     return results
 
 
-def _save_model(trainer: MetaTrainer) -> None:
+def _train(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
+    """All of a run but its upload; `results.json`, which says that it is finished, comes last."""
+    data, trainer = prepare(task, run)
+    settings, marks = run.all_settings(trainer.args), dict(task.fingerprints(data))
+    trainer.run_settings = checkpoint_settings(made_of(settings, marks))
+    if run.args.should_save:
+        begin(run.folder, settings, marks, task.own_files)
+    start = tree.clone(trainer.model.meta_parameters())
+    trainer.add_callback(Progress(run.folder))
+    begun = time.perf_counter()
+    trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
+    facts = {"steps": trainer.state.global_step, "train_seconds": time.perf_counter() - begun}
+    _save_model(trainer, run.folder)
+    results: dict[str, Any] = {"test": task.score(trainer, run.settings, data)}
+    dev = task.dev_score(trainer, run.settings, data)
+    results |= {} if dev is None else {"dev": dev}
+    results |= {"settings": settings, "data": marks}
+    results["run"] = facts | _facts(trainer) | task.describe(trainer, run.settings, data, start)
+    if run.args.push_to_hub:
+        trainer.finish_push()  # of a checkpoint, before what it reads is replaced
+    if run.args.should_save:
+        _leave(task, run, trainer, data, results)
+        write_results(run.folder, results)
+    return results
+
+
+def _save_model(trainer: MetaTrainer, folder: Path) -> None:
     """Here alone: the Trainer would upload it at once, without scores, and lose them where the Hub is away."""
     args, trainer.args = trainer.args, copy.copy(trainer.args)
     trainer.args.push_to_hub = False
     try:
-        trainer.save_model()
+        with staged(folder) if args.should_save else nullcontext(folder) as place:
+            trainer.save_model(str(place))
     finally:
         trainer.args = args
 
@@ -125,50 +156,69 @@ def _facts(trainer: MetaTrainer) -> dict[str, Any]:
     }
 
 
-def _leave(task: Task[Settings, Any], run: Run[Settings], trainer: MetaTrainer, results: Mapping[str, Any]) -> None:
-    """All that stands beside the model; the upload comes last, and brings it along."""
+def _leave(
+    task: Task[Settings, Data],
+    run: Run[Settings],
+    trainer: MetaTrainer,
+    data: Data,
+    results: Mapping[str, Any],
+) -> None:
+    """All that stands beside the model and the results."""
+    trainer.card_data = task.card_data(run.settings, data, results)
     trainer.card_sections = list(task.card_sections(results, run.settings, trainer.estimator))
     title = (run.args.hub_model_id or run.folder.name).rpartition("/")[2]
-    card = {"model_name": title, **task.card_metadata(run.settings)}
-    if run.args.should_save:
-        write_outcomes(run.folder, task.flat_scores(results["test"]))
-        write_curves(run.folder, trainer.state.log_history)
-        if (run.folder / PICTURE).is_file():
-            trainer.card_sections.append(f"## Learning curves\n\n![losses, scores and meta parameters]({PICTURE})")
-        trainer.create_model_card(**card)
-        write_results(run.folder, results)
+    with staged(run.folder) as folder:
+        task.write_files(folder, trainer, run.settings, data)
+        write_outcomes(folder, task.flat_scores(results["test"]))
+        write_curves(folder, trainer.state.log_history)
         if find_spec("matplotlib"):
-            task.plot(run.folder, results)
-    if run.args.push_to_hub:
-        trainer.push_to_hub(**card)
+            _draw(task, folder, results)
+        if (folder / PICTURE).is_file():
+            trainer.card_sections.append(f"## Learning curves\n\n![losses, scores and meta parameters]({PICTURE})")
+        trainer.create_model_card(**{"model_name": title, **task.card_metadata(run.settings)}, folder=folder)
+
+
+def _draw(task: Task[Any, Any], folder: Path, results: Mapping[str, Any]) -> None:
+    try:
+        draw_curves(folder)
+        task.plot(folder, results)
+    except OSError:
+        raise
+    except Exception as error:  # a picture is not worth a run
+        logger.warning("a picture could not be drawn: %s", first_line(error))
+
+
+def _is_to_be_published(run: Run[Any]) -> bool:
+    mark = Mark.read(run.folder)
+    return run.args.push_to_hub and run.args.should_save and (mark is None or mark.published is None)
+
+
+def _publish(run: Run[Any]) -> None:
+    """Upload the folder of a finished run, and note that it is there.
+
+    Not by the trainer, which saves its model again before: here that may be one that has not been trained.
+    """
+    args = run.args
+    with _telling_of_the_hub("the run is finished, and resume_from_checkpoint: latest uploads it"):
+        api = HfApi(token=args.hub_token)
+        name = args.hub_model_id or run.folder.absolute().name
+        repository = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=run.folder,
+            commit_message="End of training",
+            ignore_patterns=["_*", "checkpoint-*"],
+            revision=args.hub_revision,
+        )
+    note_published(run.folder, repository)
 
 
 @contextmanager
-def _alone(run: Run[Any]) -> Iterator[None]:
-    """Two processes do not make the same run: the lock ends with the process that holds it."""
-    if run.args.process_index:  # the first of a launch holds it for all
-        yield
-        return
-    Path(run.folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(f"{run.folder}: another process makes this run: wait for it, or end it") from error
-    try:
-        yield
-    finally:
-        for name in (LOCK, PROGRESS):  # while it is held: after the release it may be another's
-            (run.folder / name).unlink(missing_ok=True)
-        lock.release()
-
-
-@contextmanager
-def _telling_of_the_hub() -> Iterator[None]:
-    """Turns an HTTP library's error at the making of a repository, whatever its class, into one line."""
+def _telling_of_the_hub(advice: str) -> Iterator[None]:
+    """Turns an HTTP library's error, whatever its class, into one line."""
     try:
         yield
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "requests"):
             raise
-        raise ValueError(f"push_to_hub: the Hub cannot be reached ({one_line(error)}): leave it out") from error
+        raise ValueError(f"push_to_hub: the Hub cannot be reached ({one_line(error)}): {advice}") from error

@@ -15,6 +15,7 @@ from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.experiments.arguments import StudyArguments
 from metaxl_evo.experiments.curves import outline_table
+from metaxl_evo.experiments.fingerprint import fingerprints
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.arguments import MetaTrainingArguments
@@ -45,6 +46,7 @@ class Task(ABC, Generic[Settings, Data]):
         usage: how what is left behind is loaded, in Python; `FOLDER` is its place.
         own_files: names that a run writes beyond those of any run.
         configs: the folder of `configs/` in which its settings files are found by name.
+        inputs: settings that may name a folder to read from, which is no `output_dir`.
     """
 
     settings: type[Settings]
@@ -58,6 +60,7 @@ class Task(ABC, Generic[Settings, Data]):
     usage: str = ""
     own_files: Sequence[str] = ()
     configs: str | None = None
+    inputs: Sequence[str] = ("data", "dataset", "meta_data", "model_name_or_path", "rtn_name_or_path", "encoder")
 
     @abstractmethod
     def load(self, settings: Settings, args: MetaTrainingArguments) -> Data:
@@ -74,6 +77,10 @@ class Task(ABC, Generic[Settings, Data]):
     @abstractmethod
     def score(self, trainer: MetaTrainer, settings: Settings, data: Data) -> Mapping[str, Any]:
         """The test scores of the trained model; a `Rate` among them brings its test examples."""
+
+    def fingerprints(self, data: Data) -> Mapping[str, str]:
+        """Part of the data -> what changes with its rows; a run is not resumed on others."""
+        return fingerprints(data)
 
     def dev_score(self, trainer: MetaTrainer, settings: Settings, data: Data) -> Mapping[str, Any] | None:
         """The scores of the set that chose the checkpoint, where there is one."""
@@ -136,7 +143,7 @@ class Task(ABC, Generic[Settings, Data]):
         ]
 
     def write_files(self, folder: Path, trainer: MetaTrainer, settings: Settings, data: Data) -> None:
-        """Files of a run beyond those of any, behind its model; name them in `own_files`."""
+        """Files of a run beyond those of any; name them in `own_files`. `folder`: from there they go to the model."""
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         """Pictures of one run, where matplotlib is installed."""

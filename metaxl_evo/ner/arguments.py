@@ -166,6 +166,9 @@ class NerArguments(LayoutArguments):
         for name in ("source_languages", "target_languages"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: name at least one language")
+        double = [one for one in self.source_languages if self.source_languages.count(one) > 1]
+        if double:
+            raise ValueError(f"source_languages: {double[0]} is named twice: name it once")
         both = sorted(set(self.source_languages) & set(self.target_languages))
         if both:
             raise ValueError(f"{', '.join(both)} is both a source and a target language: name it once")

@@ -23,6 +23,7 @@ from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.messages import first_line
 from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
+from metaxl_evo.training.durable import draft_of, whole
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ FORMER_DEFAULTS = {  # which runs of earlier versions left unsaid
     "train_split": "train",
     "test_split": "test",
 }
+DATA = " data"  # behind the name of a part of the data, whose fingerprint this is
 ADVICE = "resume from an earlier checkpoint, or start anew in another output_dir"
 
 
@@ -169,7 +171,10 @@ def made_by(
 
 def as_named(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of an earlier run, with those that `now` names and that one left at a default of its time."""
-    return {key: value for key, value in FORMER_DEFAULTS.items() if key in now} | dict(then)
+    former = {key: value for key, value in FORMER_DEFAULTS.items() if key in now}
+    if not any(key.endswith(DATA) for key in then):  # its data were not written down
+        former |= {key: value for key, value in now.items() if key.endswith(DATA)}
+    return former | dict(then)
 
 
 def require_writable(folder: str | Path, setting: str = "output_dir") -> None:
@@ -198,14 +203,16 @@ def saving(folder: str | Path) -> Iterator[None]:
     """Around the writing of a folder.
 
     Raises:
-        SaveFailed: one line for what the operating system, torch's writer or that of safetensors raised.
+        SaveFailed: one line for what the operating system or the writers of torch, safetensors and tokenizers raised.
     """
     folder = Path(folder)
     try:
         yield
     except SaveFailed:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | RuntimeError | SafetensorError) and type(error) is not Exception:
+            raise  # tokenizers has no class of its own
         others = [one for one in (*checkpoints_in(folder), *checkpoints_in(folder.parent)) if one != folder]
         intact = next((one for one in others if (one / MANIFEST).is_file()), None)
         kept = "there is no earlier checkpoint" if intact is None else f"{intact} is intact"
@@ -234,22 +241,14 @@ def unseal(checkpoint: Path) -> None:
 def seal(checkpoint: Path, made_by: Mapping[str, Any], processes: int) -> None:
     """Complete a checkpoint: the manifest of all its files, which are on the disk before it is."""
     unseal(checkpoint)
-    draft = checkpoint / f"{MANIFEST}.tmp"  # may be there, of a save that was cut off in it
+    left = draft_of(checkpoint / MANIFEST)  # maybe, by a save that was cut off in it
     files = {
         file.relative_to(checkpoint).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file, sync=True)}
-        for file in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != draft)
+        for file in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path != left)
     }
     content = {"made_by": dict(made_by), "processes": processes, "files": files}
-    with draft.open("w", encoding="utf-8") as out:
-        json.dump(content | {"sha256": _sha256_of(content)}, out, indent=2)
-        out.flush()
-        os.fsync(out.fileno())
-    draft.replace(checkpoint / MANIFEST)
-    folder = os.open(checkpoint, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name too is on the disk before an older checkpoint goes
-    finally:
-        os.close(folder)
+    with whole(checkpoint / MANIFEST) as draft:  # its name too is on the disk before an older checkpoint goes
+        draft.write_text(json.dumps(content | {"sha256": _sha256_of(content)}, indent=2), encoding="utf-8")
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
@@ -308,17 +307,27 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         digest = manifest.pop("sha256")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        if not _has_form(manifest):
+            raise TypeError("another form")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(file, type(error).__name__) from error
     if digest != _sha256_of(manifest):
         raise _damaged(file, "its own SHA-256 is another")
     return manifest
 
 
+def _has_form(manifest: Mapping[str, Any]) -> bool:
+    """Whether the fields are there: one that was signed by hand may lack any."""
+    files = manifest["files"].values()
+    sized = all(isinstance(one["size"], int) and isinstance(one["sha256"], str) for one in files)
+    return sized and isinstance(manifest["made_by"], dict) and isinstance(manifest["processes"], int)
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoint folders there, the newest first."""
-    found = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    return sorted((path for path in found if found[path].isdigit()), key=lambda path: int(found[path]), reverse=True)
+    named = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    found = {path: int(number) for path, number in named.items() if number.isascii() and number.isdigit()}
+    return sorted(found, key=lambda path: found[path], reverse=True)
 
 
 def _sha256(file: Path, *, sync: bool = False) -> str:

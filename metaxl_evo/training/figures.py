@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from metaxl_evo.training.durable import whole
+
 
 @contextmanager
 def figure(
@@ -27,5 +29,8 @@ def figure(
 
     made, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     yield list(axes.flat)
-    made.savefig(file, dpi=dpi)
-    plt.close(made)
+    try:
+        with whole(file) as draft:
+            made.savefig(draft, dpi=dpi, format=file.suffix[1:])
+    finally:
+        plt.close(made)

@@ -14,6 +14,7 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.messages import first_line
 from metaxl_evo.training.arguments import NO_ESTIMATOR
+from metaxl_evo.training.durable import whole
 from metaxl_evo.training.figures import figure
 
 logger = logging.getLogger(__name__)
@@ -96,19 +97,17 @@ class History(TrainerCallback):
         """The file with these rows alone, whole or as it was."""
         assert self._file is not None
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        draft = self._file.with_suffix(".tmp")
-        with draft.open("w", encoding="utf-8", newline="") as out:
+        with whole(self._file) as draft, draft.open("w", encoding="utf-8", newline="") as out:
             writer = csv.DictWriter(out, self._columns)
             writer.writeheader()
             writer.writerows(rows)
-        draft.replace(self._file)
 
 
 def read_history(file: Path) -> list[dict[str, str]]:
     """The rows, but for one that was cut off."""
     with file.open(encoding="utf-8", newline="") as opened:
         rows = list(csv.DictReader(opened))
-    return [row for row in rows if None not in row and None not in row.values() and row["step"].isdigit()]
+    return [row for row in rows if None not in row and None not in row.values() and row["step"].isdecimal()]
 
 
 def put_aside(file: Path) -> None:

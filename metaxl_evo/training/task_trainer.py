@@ -149,18 +149,20 @@ class TaskTrainer(Trainer):
         tags: str | list[str] | None = None,
         finetuned_from: str | None = None,
         dataset_tags: str | None = None,
+        folder: Path | None = None,
         **kwargs: Any,
     ) -> None:
         """A card of what is known: metadata for the Hub, the estimator, `card_sections` (Markdown) and `card_data`.
 
         Args:
             finetuned_from, dataset_tags: Hub ids; leave out what is not on the Hub.
+            folder: where it is written (default: `output_dir`).
             kwargs: the Trainer's further fields, for which this card has no place.
         """
         if self.is_world_process_zero():
             made = f"Trained by metaxl_evo's MetaTrainer, estimator `{self.args.make_estimator() or 'none'}`."
             write_model_card(
-                Path(str(self.args.output_dir)),
+                folder or Path(str(self.args.output_dir)),
                 [made, *self.card_sections],
                 model_name=model_name,
                 language=language,
@@ -170,6 +172,10 @@ class TaskTrainer(Trainer):
                 dataset_tags=dataset_tags,
                 further=self.card_data,
             )
+
+    def finish_push(self) -> None:
+        """Wait for the upload of a checkpoint, where one is under way."""
+        self._finish_current_push()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero():

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from metaxl_evo.experiments.arguments import RunsArguments
 from metaxl_evo.experiments.command import check_runs, run_here
@@ -74,18 +73,18 @@ def test_what_is_finished_is_kept(
 def test_several_runs_are_not_resumed_over_a_single_one(tmp_path: Path, settings: RotationArguments) -> None:
     made(tmp_path / "out", settings)
     before = (tmp_path / "out/results.json").read_bytes()
-    with pytest.raises(ValueError, match=r"holds a single run: choose another output_dir for several$"):
-        made(tmp_path / "out", settings, TWO, resume_from_checkpoint="latest")
+    for resuming in ("latest", None):
+        with pytest.raises(ValueError, match=r"holds a single run: choose another output_dir for several$"):
+            made(tmp_path / "out", settings, TWO, resume_from_checkpoint=resuming)
     assert (tmp_path / "out/results.json").read_bytes() == before
 
 
-def test_two_processes_do_not_make_the_same_run(tmp_path: Path, settings: RotationArguments, no_step: None) -> None:
-    (tmp_path / "out").mkdir()
-    with (
-        FileLock(tmp_path / "out/_lock"),
-        pytest.raises(ValueError, match=r"out: another process makes this run: wait for it, or end it$"),
-    ):
-        made(tmp_path / "out", settings)
+def test_what_is_read_from_is_not_written_to(tmp_path: Path, no_step: None) -> None:
+    (tmp_path / "images").mkdir()
+    settings = RotationArguments(data=str(tmp_path / "images"), backbone="convnet")
+    for folder in (tmp_path / "images", tmp_path / "images" / ".." / "images"):
+        with pytest.raises(ValueError, match=r"output_dir is data \(.*images\), which would be overwritten: choose"):
+            made(folder, settings, resume_from_checkpoint="latest")
 
 
 def test_every_repetition_loads_its_own_data(tmp_path: Path, settings: RotationArguments) -> None:
@@ -113,4 +112,6 @@ def test_a_check_takes_the_first_run_that_learns(
     (tmp_path / "out/c/3").mkdir(parents=True)
     (tmp_path / "out/c/3/config.json").write_text("{}")
     found = check_runs(RotationTask(), which, settings, args)
-    assert [line.endswith("set resume_from_checkpoint: latest") for line in found["problems"]] == [True]
+    assert found["problems"] == [
+        f"{tmp_path}/out/c/3 holds config.json, and no run to resume: choose another output_dir"
+    ]

@@ -1,4 +1,4 @@
-"""A run's folder: what is refused, what of the settings counts, what is kept."""
+"""What a run is made with, and its results: what of the settings counts, what is kept."""
 
 from __future__ import annotations
 
@@ -10,51 +10,14 @@ import pytest
 from metaxl_evo.experiments.folders import (
     EXTENDED,
     OUTSIDE,
-    OWN_FILES,
     RESULTS,
     checkpoint_settings,
     finished_run,
     hub_id,
-    refuse_another_run,
     training_settings,
     write_results,
 )
 from tests.training.tiny import tiny_arguments
-
-SIGNS = [*OWN_FILES, "own.json", "checkpoint-7", "below/results.json", "below/own.json", "below/checkpoint-7"]
-
-
-@pytest.mark.parametrize("sign", SIGNS)
-def test_a_folder_with_a_run_is_refused_unless_it_goes_on(tmp_path: Path, sign: str) -> None:
-    file = tmp_path / sign
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("")
-    with pytest.raises(ValueError, match=rf"holds another run \({sign}\): choose another output_dir, or set resume_"):
-        refuse_another_run(tmp_path, False, ["own.json"])
-    refuse_another_run(tmp_path, True, ["own.json"])
-
-
-def test_the_signs_are_these() -> None:
-    assert len(SIGNS) == 14
-    assert RESULTS == "results.json"
-
-
-def test_other_folders_are_not_refused(tmp_path: Path) -> None:
-    refuse_another_run(tmp_path / "absent", False)
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "below/deeper").mkdir(parents=True)
-    (tmp_path / "own.json").write_text("")
-    (tmp_path / "below/deeper/results.json").write_text("")
-    refuse_another_run(tmp_path, False)
-
-
-@pytest.mark.parametrize("resuming", [False, True])
-def test_what_can_be_no_folder_is_refused(tmp_path: Path, resuming: bool) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file is a file: choose another output_dir"):
-        refuse_another_run(tmp_path / "file", resuming)
-    with pytest.raises(ValueError, match=r"output_dir cannot be made \(.*too long.*\): choose another"):
-        refuse_another_run(tmp_path / ("a" * 300), resuming)
 
 
 def test_results_are_kept_where_the_settings_are_the_same(tmp_path: Path) -> None:
@@ -69,9 +32,22 @@ def test_results_are_kept_where_the_settings_are_the_same(tmp_path: Path) -> Non
         finished_run(file, settings | {"seed": 2, "sizes": (1, 3)})
     with pytest.raises(ValueError, match="made with another max_steps"):
         finished_run(file, settings | {"max_steps": 3})  # a checkpoint may go on longer, a finished run was shorter
+    finished_run(file, settings, {"test": "1f"})  # of an earlier version, which wrote no fingerprints
     del settings["learning_rate"]
     with pytest.raises(ValueError, match="made with another learning_rate"):
         finished_run(file, settings)
+
+
+def test_results_are_of_their_data(tmp_path: Path) -> None:
+    data = {"train": "0a", "test": "1f"}
+    write_results(tmp_path, {"test": {}, "settings": {"seed": 1}, "data": data, "run": {}})
+    file = tmp_path / RESULTS
+    finished_run(file, {"seed": 1}, data)
+    for other, named in (({"train": "0a", "test": "1e"}, "test data"), ({"test": "1f"}, "train data")):
+        with pytest.raises(ValueError, match=rf"was made with another {named}: give the data of that run"):
+            finished_run(file, {"seed": 1}, other)
+    with pytest.raises(ValueError, match=r"was made with another seed, train data: give the settings of that run"):
+        finished_run(file, {"seed": 2}, {"test": "1f"})
 
 
 def test_a_default_of_earlier_versions_is_known(tmp_path: Path) -> None:
@@ -107,7 +83,10 @@ def test_what_a_card_links_to(tmp_path: Path) -> None:
     assert hub_id("synthetic", "drawn", "synthetic") is None
 
 
-@pytest.mark.parametrize("content", ['{"test": ', "{}", "[]", '"text"'])
+OF_NO_FORM = ['{"test": {}, "run": {}, "settings": %s}' % one for one in ("null", "[]")]  # noqa: UP031
+
+
+@pytest.mark.parametrize("content", ['{"test": ', "{}", "[]", '"text"', "[" * 200_000, *OF_NO_FORM])
 def test_results_that_are_none_are_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match=r"results.json holds no results \(.*\): remove it, and the run goes on$"):

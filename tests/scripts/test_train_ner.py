@@ -307,6 +307,7 @@ def test_push_to_hub_carries_both_parts(
             uploads[repo_id] = {name for name in files if not name.startswith(("_", "checkpoint-"))}
 
     monkeypatch.setattr("transformers.trainer.hf_api", Api)
+    monkeypatch.setattr("metaxl_evo.experiments.run.HfApi", lambda token: Api())
     options = ["--push_to_hub", "true", "--hub_model_id", "me/tagger"]
     train(model, data, tmp_path / "out", *options, target_languages=targets)
     several = targets != "beru"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -17,6 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from metaxl_evo.training import checkpoint as checkpoint_module
 from metaxl_evo.training.checkpoint import (
@@ -209,7 +213,19 @@ def test_a_flipped_bit_of_the_manifest_itself(output: Path) -> None:
     assert found > 150
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"sha256": "0"}', '{"sha256": ', "\xff"])
+def signed(**content: Any) -> str:
+    """A manifest of one's own making."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(content | {"sha256": digest})
+
+
+OF_NO_FORM = [signed(), signed(made_by={}, processes=1), signed(made_by=None, processes=1, files={})]
+OF_NO_FORM += [signed(made_by={}, processes=1, files={"a.pt": size}) for size in (None, {"size": "1", "sha256": "0"})]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "{}", '{"sha256": "0"}', '{"sha256": ', "\xff", "[" * 200_000, *OF_NO_FORM]
+)
 def test_what_is_no_manifest(output: Path, text: str) -> None:
     (output / "checkpoint-4" / MANIFEST).write_text(text, encoding="latin-1")
     with one_line(f"checkpoint-4/{MANIFEST} is damaged"):
@@ -225,7 +241,8 @@ def test_which_one_is_the_latest(output: Path, caplog: pytest.LogCaptureFixture)
     assert latest() == "checkpoint-4"
     assert caplog.records == []
     shutil.copytree(output / "checkpoint-2", output / "checkpoint-10")
-    (output / "checkpoint-best").mkdir()
+    for name in ("best", "²"):  # which Python takes for a digit
+        (output / f"checkpoint-{name}").mkdir()
     assert latest() == "checkpoint-10"  # by number, not by letters
     unseal(output / "checkpoint-10")
     assert latest() == "checkpoint-4"
@@ -391,7 +408,7 @@ def test_rotation(tmp_path: Path, limit: int | None, best: int | None, left: lis
     assert {path.name for path in found} == {f"checkpoint-{step}" for step in [*left, "best"]}
 
 
-@pytest.mark.parametrize("name", ["config.json", "meta_state.pt", "optimizer.pt", f"{MANIFEST}.tmp"])
+@pytest.mark.parametrize("name", ["config.json", "meta_state.pt", "optimizer.pt", "tokenizer.json", f"{MANIFEST}.tmp"])
 def test_a_full_disk_in_any_file(output: Path, name: str) -> None:
     """/dev/full refuses every byte as a full disk does. Checkpoints before that are untouched, and resumed from.
 
@@ -401,7 +418,8 @@ def test_a_full_disk_in_any_file(output: Path, name: str) -> None:
     file = output / "checkpoint-6" / name
     file.parent.mkdir(parents=True)
     file.symlink_to("/dev/full")
-    trainer = saving_trainer(output)
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    trainer = saving_trainer(output, trainer={"processing_class": words})
     with one_line(r"checkpoint-6 could not be written \(.+\): .*/checkpoint-4 is intact; mend", SaveFailed):
         trainer.train("latest")
     assert {name: held for name, held in contents(output).items() if "checkpoint-6" not in name} == before

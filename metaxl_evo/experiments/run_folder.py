@@ -1,0 +1,264 @@
+"""The life of a run's folder: what it is, by its files, and what may be done in it (docs/run_folders.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from itertools import product
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from metaxl_evo.experiments.curves import CURVES, PICTURE
+from metaxl_evo.experiments.folders import (
+    RESULTS,
+    checkpoint_settings,
+    is_results,
+    made_of,
+    read_results,
+    require_same,
+    write_json,
+)
+from metaxl_evo.experiments.progress import PROGRESS
+from metaxl_evo.experiments.scores import OUTCOMES
+from metaxl_evo.messages import one_line
+from metaxl_evo.training.checkpoint import MANIFEST
+from metaxl_evo.training.durable import DRAFTS
+from metaxl_evo.training.history import HISTORY
+
+MARK, LOCK, HOLDER = "_run.json", "_lock", "_holder"  # which an upload leaves out
+MODEL = ("config.json", "model.safetensors")
+OWN_FILES = (RESULTS, *MODEL, "README.md", "training_args.bin", HISTORY, CURVES, PICTURE, OUTCOMES, DRAFTS)
+
+
+class State(StrEnum):
+    """What a folder is.
+
+    `EMPTY` holds nothing of a run's names, `FOREIGN` something that no run of ours has left, `RUNNING` is held by a
+    process; `INTERRUPTED` was begun, `FINISHED` has results, which `PUBLISHED` has uploaded.
+    """
+
+    EMPTY = "empty"
+    FOREIGN = "foreign"
+    RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    FINISHED = "finished"
+    PUBLISHED = "published"
+
+
+def state_of(folder: Path, own_files: Iterable[str] = ()) -> State:
+    """What the folder of one run is.
+
+    Args:
+        own_files: names that a run of this task writes beyond those of any run.
+    """
+    if _is_held(folder):
+        return State.RUNNING
+    if not _is_ours(folder):
+        return State.FOREIGN if signs_in(folder, own_files) else State.EMPTY
+    if not (folder / RESULTS).exists():
+        return State.INTERRUPTED
+    mark = Mark.read(folder)
+    return State.PUBLISHED if mark is not None and mark.published is not None else State.FINISHED
+
+
+def signs_in(folder: Path, own_files: Iterable[str] = ()) -> list[str]:
+    """The files there, and one level below, that have the names of what a run writes."""
+    names = [*OWN_FILES, *own_files, *([] if Mark.read(folder) else [MARK])]
+    places = [folder, *(path for path in folder.glob("*") if path.is_dir() and path != folder / DRAFTS)]
+    signs = (sign for place in places for sign in (*(place / name for name in names), *place.glob("checkpoint-*")))
+    return [str(sign.relative_to(folder)) for sign in signs if sign.exists()]
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run was begun there; those of earlier versions left no mark, but sealed checkpoints and results."""
+    return _has_checkpoint(folder) or Mark.read(folder) is not None or is_results(folder / RESULTS)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any((one / MANIFEST).exists() for one in folder.glob("checkpoint-*"))
+
+
+# What may be done
+
+
+def refuse_run(folder: Path, resuming: bool, own_files: Iterable[str] = ()) -> None:
+    """Nothing of the user's, nor of another run, is overwritten by a run in this folder.
+
+    Raises:
+        ValueError: where the folder is foreign, above other runs, or holds a run that is not to be resumed.
+    """
+    found = _found(folder, own_files)
+    if not _is_single(folder) and (below := next(_runs_below(folder), None)):
+        where = below.relative_to(folder)
+        raise ValueError(f"{folder} holds several runs ({where}): choose another output_dir for a single one")
+    if state_of(folder, own_files) is State.FOREIGN:
+        raise _foreign(folder, found)
+    if found and not resuming:
+        raise _another(folder, found)
+
+
+def refuse_inputs(folder: Path, places: Mapping[str, Any]) -> None:
+    """Refuse a folder that is read from and would be written to.
+
+    Args:
+        places: setting -> what it names, which may be this folder.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name, text in places.items():
+        with suppress(OSError, TypeError):  # nothing that is there
+            if folder.samefile(Path(text).expanduser()):
+                raise ValueError(
+                    f"output_dir is {name} ({text}), which would be overwritten: choose another output_dir"
+                )
+
+
+def refuse_above(folder: Path, resuming: bool, own_files: Iterable[str] = ()) -> None:
+    """The same for what stands above several runs, whose own folders `refuse_run` looks at.
+
+    Raises:
+        ValueError: where the folder holds files of the user's, a single run, or runs that are not to be resumed.
+    """
+    found = _found(folder, own_files)
+    if _is_single(folder):
+        raise ValueError(f"{folder} holds a single run: choose another output_dir for several")
+    in_the_way = [sign for sign in found if "/" not in sign or not resuming]
+    ours = is_results(folder / RESULTS) or (RESULTS not in found and any(_runs_below(folder)))
+    if in_the_way and not ours:
+        raise _foreign(folder, in_the_way)
+    if found and not resuming:
+        raise _another(folder, found)
+
+
+def _is_single(folder: Path) -> bool:
+    """Whether a single run was begun there: results that stand above several have the same form."""
+    model = is_results(folder / RESULTS) and any((folder / name).exists() for name in MODEL)
+    return model or _has_checkpoint(folder) or Mark.read(folder) is not None
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+    """The runs in RUN/CASE/SEED, or less deep."""
+    for depth, name in product((1, 2, 3), (MARK, RESULTS)):
+        yield from (file.parent for file in folder.glob("*/" * depth + name) if _is_ours(file.parent))
+
+
+def _found(folder: Path, own_files: Iterable[str]) -> list[str]:
+    try:
+        exists = folder.exists()
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"output_dir cannot be made ({one_line(error)}): choose another") from error
+    if exists and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose another output_dir")
+    return signs_in(folder, own_files)
+
+
+def _foreign(folder: Path, found: list[str]) -> ValueError:
+    return ValueError(f"{folder} holds {found[0]}, and no run to resume: choose another output_dir")
+
+
+def _another(folder: Path, found: list[str]) -> ValueError:
+    return ValueError(
+        f"{folder} holds another run ({found[0]}): choose another output_dir, or set resume_from_checkpoint: latest"
+    )
+
+
+# What a run writes first, and last
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a run writes before anything else into a folder, which is its own from then on.
+
+    Attributes:
+        settings: what it is made with, plain values.
+        data: the fingerprints of its data.
+        published: the repository that holds all of it.
+    """
+
+    settings: Mapping[str, Any]
+    data: Mapping[str, str]
+    published: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Mark | None:
+        """None where there is none that a run has written."""
+        try:
+            found = json.loads((folder / MARK).read_text(encoding="utf-8"))
+            mark = cls(**found)
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+        return mark if isinstance(mark.settings, dict) and isinstance(mark.data, dict) else None
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / MARK, asdict(self))
+
+
+def begin(folder: Path, settings: Mapping[str, Any], data: Mapping[str, str], own_files: Iterable[str] = ()) -> None:
+    """Mark a folder as that of a run.
+
+    Raises:
+        ValueError: where something that a run has left there was made with other settings or data.
+    """
+    mark = Mark.read(folder)
+    if mark is not None and signs_in(folder, own_files):
+        then, now = (checkpoint_settings(made_of(*one)) for one in ((mark.settings, mark.data), (settings, data)))
+        require_same(folder, then, now)
+    Mark(settings, data).write(folder)
+
+
+def note_published(folder: Path, repository: str) -> None:
+    """Write down where all of a finished run is."""
+    results = read_results(folder / RESULTS)
+    Mark(results["settings"], results.get("data", {}), repository).write(folder)
+
+
+# Who makes it
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Two processes do not make the same run: the lock ends with the process that holds it.
+
+    Raises:
+        ValueError: naming the process that holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{folder}: {_holder(folder)} makes this run: wait for it, or end it") from error
+    try:
+        with suppress(OSError):  # a full disk; what cannot be done without will say so
+            (folder / HOLDER).write_text(f"process {os.getpid()} on {gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        for name in (HOLDER, PROGRESS, LOCK):  # while it is held: after the release they may be another's
+            (folder / name).unlink(missing_ok=True)
+        lock.release()
+
+
+def _is_held(folder: Path) -> bool:
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        with lock:
+            return False
+    except Timeout:
+        return True
+
+
+def _holder(folder: Path) -> str:
+    try:
+        return (folder / HOLDER).read_text(encoding="utf-8") or "another process"
+    except OSError:  # just being written
+        return "another process"
