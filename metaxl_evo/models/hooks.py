@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-
-LAYER_PATHS = ("encoder.layer", "layers", "encoder.layers", "transformer.layer", "h")
 
 
 class HookedTransform(nn.Module, ABC):
@@ -59,23 +57,37 @@ class _LayerHook:
 
 
 def encoder_layers(model: nn.Module, module_path: str | None = None) -> nn.ModuleList:
-    """The encoder layers of `model`: at `module_path`, or else at the first of LAYER_PATHS below its base model.
+    """The encoder layers of `model`: the list at `module_path`, or the one that is as long as it has hidden layers.
 
-    Raises ValueError where there is no such list.
+    Only lists below the base model count that lie in no other list; `config.num_hidden_layers` tells the length.
+
+    Raises ValueError where that is no list or several, with all there are as choices of `module_path`.
     """
-    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    root, paths = (base, LAYER_PATHS) if module_path is None else (model, (module_path,))
-    for path in paths:
-        try:
-            found = root.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(found, nn.ModuleList) and len(found):
-            return found
-    raise ValueError(
-        f"{type(model).__name__} has no encoder layers to hook at {', '.join(paths)}: "
-        "name its list of layers by module_path (rtn_module_path)"
-    )
+    lists = dict(_outermost_lists(model))
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if module_path is None:
+        found = [layers for layers in lists.values() if len(layers) == count]
+        problem = f"{len(found) or 'no'} lists of {count or 'its'} encoder layers"
+    else:
+        place = dict(model.named_modules()).get(module_path)
+        found = [place] if isinstance(place, nn.ModuleList) and len(place) else []
+        problem = f"no encoder layers at {module_path}"
+    if len(found) == 1:
+        return found[0]
+    there = ", ".join(f"{path} ({len(layers)})" for path, layers in lists.items())
+    advice = f"set rtn_module_path (module_path) to one of {there}" if there else "it holds no list of modules"
+    raise ValueError(f"{type(model).__name__} has {problem} to hook: {advice}")
+
+
+def _outermost_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """The lists of modules below the base model that lie in no other, by their path from `model`."""
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else None
+    outer: tuple[str, ...] = ()
+    for path, module in model.named_modules() if base is None else base.named_modules(prefix=prefix):
+        if isinstance(module, nn.ModuleList) and len(module) and not path.startswith(outer):
+            outer += (f"{path}.",)
+            yield path, module
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule, Cut
 from metaxl_evo.models.hooks import encoder_layers
+from metaxl_evo.models.layer_trace import require_layers
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
 
 IGNORED = -100
@@ -35,6 +36,8 @@ class CrossLingualTagger(BilevelModule):
         transform: False trains on untransformed source rows (joint training).
         source_weight, target_weight: of the two means (MetaXL: 1 and 1; the paper's joint training: 1/2 and 1/2).
         module_path: where the encoder's list of layers is, for models that are not found by themselves.
+
+    Raises ValueError for a list that holds no encoder layers.
     """
 
     stop_gradients = True
@@ -55,8 +58,10 @@ class CrossLingualTagger(BilevelModule):
         self.padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED}
         self.transform = transform
         self.source_weight, self.target_weight = source_weight, target_weight
-        self.module_path = module_path
         meta.attach(self.plain_base, module_path)
+        layers = encoder_layers(self.plain_base, module_path)
+        trace = require_layers(self.plain_base, layers)
+        self._is_on_top = transform and trace.is_result and meta.layers == (len(layers),)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         labelled = batch["labels"] != IGNORED  # (B, T)
@@ -118,13 +123,6 @@ class CrossLingualTagger(BilevelModule):
     def _has_plain_head(self) -> bool:
         """Whether the head is dropout and one linear layer, as in the BERT family."""
         return all(isinstance(getattr(self.plain_base, name, None), nn.Module) for name in ("dropout", "classifier"))
-
-    @property
-    def _is_on_top(self) -> bool:
-        """Whether the transform acts on the encoder's output itself; XLM-R XL has a norm behind its last layer."""
-        layers = encoder_layers(self.plain_base, self.module_path)
-        alone = any([*owner.children()] == [layers] for owner in self.plain_base.modules())
-        return self.transform and alone and self.meta.layers == (len(layers),)
 
     def _rows(self, batch: Batch) -> tuple[Batch, Tensor | None]:
         """Several RTN layers: each source row once a layer; the layer index a row (None for a single layer)."""

@@ -245,12 +245,7 @@ def _training_rows(
 
 def build_tagger(ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CrossLingualTagger:
     """The two-level module: an RTN for the source languages on the chosen layers of the encoder."""
-    try:
-        last = len(encoder_layers(base, ner.rtn_module_path))
-    except ValueError as error:
-        raise ValueError(
-            f"{str(error).split(':')[0]}: set rtn_module_path to the place of its list of layers"
-        ) from error
+    last = len(encoder_layers(base, ner.rtn_module_path))
     rtn = RepresentationTransform(
         base.config.hidden_size,
         layers=ner.rtn_layers or [last],

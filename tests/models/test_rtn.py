@@ -349,10 +349,9 @@ def test_attaching_twice_installs_once_and_detaching_removes(batch: dict[str, Te
     assert [len(layer._forward_hooks) for layer in layers] == [0, 1, 0]
 
 
-@pytest.mark.parametrize(
-    "name", ["BertModel", "DistilBertModel", "GPT2Model", "ModernBertModel", "XLMRobertaForMaskedLM"]
-)
+@pytest.mark.parametrize("name", ["BertModel", "XLMRobertaForMaskedLM"])
 def test_encoder_layers_are_found(name: str) -> None:
+    """Of a model with another head, and of one that is a base model itself; `test_layer_trace` has the architectures."""
     import transformers
 
     model_class = getattr(transformers, name)
@@ -595,7 +594,7 @@ def test_layer_out_of_range_installs_nothing(layer: int) -> None:
 
 @pytest.mark.parametrize("path", [None, "0", "nowhere.layer"])
 def test_model_without_an_encoder(path: str | None) -> None:
-    with pytest.raises(ValueError, match=r"Sequential has no encoder layers to hook at .*module_path"):
+    with pytest.raises(ValueError, match=r"Sequential has no .*encoder layers.* to hook: it holds no list of modules"):
         tiny_transform().attach(nn.Sequential(nn.Linear(2, 2)), path)
 
 

@@ -78,38 +78,67 @@ def _word_pieces() -> Any:
     return T.BertTokenizerFast(vocab=vocab, do_lower_case=False, padding_side="left")
 
 
-def _xlmr() -> Any:
+def _pieces(*special: str) -> list[tuple[str, float]]:
+    """A Unigram vocabulary: `special` first, then letters, words and the space on its own, all as likely."""
     words = sorted({word for text in SENTENCES for word in text.split()})
     counts = {piece: -1.0 for word in words for piece in ("▁", *word, *([f"▁{word}"] if len(word) > 3 else []))}
-    return T.XLMRobertaTokenizer(vocab=[("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *counts.items()])
+    return [*((piece, 0.0) for piece in special), *counts.items()]
+
+
+def _xlmr() -> Any:
+    return T.XLMRobertaTokenizer(vocab=_pieces("<s>", "<pad>", "</s>", "<unk>"))
+
+
+def _deberta() -> Any:
+    return T.DebertaV2Tokenizer(vocab=_pieces("[PAD]", "[CLS]", "[SEP]", "[UNK]"), unk_id=3)
+
+
+def _mt5() -> Any:
+    return T.T5Tokenizer(vocab=_pieces("<pad>", "</s>", "<unk>"), extra_ids=0)
 
 
 MODERN = {**SMALL, **IDS, "cls_token_id": 2, "sep_token_id": 1, "max_position_embeddings": 256}
-KINDS: dict[str, Callable[[], tuple[Any, Any]]] = {
-    "xlm-r, metaspace": lambda: (_xlmr(), T.XLMRobertaConfig(**SMALL, max_position_embeddings=402)),
-    "bert, word pieces, left": lambda: (_word_pieces(), T.BertConfig(**SMALL)),
-    "roberta, byte level": lambda: (_own(T.RobertaTokenizerFast, byte_level()), T.RobertaConfig(**SMALL, **IDS)),
-    "modernbert, byte level": lambda: (_fast(byte_level()), T.ModernBertConfig(**MODERN)),
-    "mmbert, gemma, left": lambda: (_own(T.GemmaTokenizerFast, gemma()), T.ModernBertConfig(**MODERN)),
-    "llama, split byte level, left": lambda: (
+MDEBERTA = {  # the fields of microsoft/mdeberta-v3-base that choose parts
+    "relative_attention": True,
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
+MT5 = {"d_model": 16, "num_heads": 2, "d_ff": 32, "d_kv": 8, "feed_forward_proj": "gated-gelu"}
+KINDS: dict[str, Callable[..., tuple[Any, Any]]] = {  # of the number of layers
+    "xlm-r, metaspace": lambda n=2: (_xlmr(), T.XLMRobertaConfig(**of(n), max_position_embeddings=402)),
+    "bert, word pieces, left": lambda n=2: (_word_pieces(), T.BertConfig(**of(n))),
+    "roberta, byte level": lambda n=2: (_own(T.RobertaTokenizerFast, byte_level()), T.RobertaConfig(**of(n), **IDS)),
+    "modernbert, byte level": lambda n=2: (_fast(byte_level()), T.ModernBertConfig(**MODERN | of(n))),
+    "mmbert, gemma, left": lambda n=2: (_own(T.GemmaTokenizerFast, gemma()), T.ModernBertConfig(**MODERN | of(n))),
+    "llama, split byte level, left": lambda n=2: (
         _fast(byte_level(LLAMA), padding_side="left"),
-        T.LlamaConfig(**SMALL, **IDS),
+        T.LlamaConfig(**of(n), **IDS),
     ),
-    "bloom, unframed, left": lambda: (
+    "bloom, unframed, left": lambda n=2: (
         _fast(byte_level(), framed=False, padding_side="left"),
-        T.BloomConfig(hidden_size=16, n_layer=2, n_head=2, **IDS),
+        T.BloomConfig(hidden_size=16, n_layer=n, n_head=2, **IDS),
     ),
-    "gpt2, absolute, left": lambda: (
+    "gpt2, absolute, left": lambda n=2: (
         _own(T.GPT2TokenizerFast, byte_level(), padding_side="left"),
-        T.GPT2Config(n_embd=16, n_layer=2, n_head=2, **IDS),
+        T.GPT2Config(n_embd=16, n_layer=n, n_head=2, **IDS),
     ),
+    "mdeberta, unigram": lambda n=2: (_deberta(), T.DebertaV2Config(**of(n), **MDEBERTA)),
+    "mt5, unigram, one end": lambda n=2: (_mt5(), T.MT5Config(num_layers=n, **MT5)),
 }
 ABSOLUTE = ("bert, word pieces, left", "gpt2, absolute, left")  # count positions from the left, padding included
 
 
-def write_encoder(kind: str, folder: Path, *, head: bool = True) -> Path:
+def of(layers: int) -> dict[str, int]:
+    return SMALL | {"num_hidden_layers": layers}
+
+
+def write_encoder(kind: str, folder: Path, *, head: bool = True, layers: int = 2) -> Path:
     """A saved model and tokenizer of that kind; with a head, its weights are so large that sub-tokens differ."""
-    tokenizer, config = KINDS[kind]()
+    tokenizer, config = KINDS[kind](layers)
     config.vocab_size = len(tokenizer)
     config.id2label = dict(enumerate(NAMES))
     config.label2id = {name: number for number, name in enumerate(NAMES)}

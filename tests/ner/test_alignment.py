@@ -101,7 +101,7 @@ def test_scores_are_those_of_one_sentence_a_pass(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("side", "kind"), [*zip(["left", "right"] * 3, [kind for kind in KINDS if kind not in ABSOLUTE], strict=True)]
+    ("side", "kind"), [*zip(["left", "right"] * 4, [kind for kind in KINDS if kind not in ABSOLUTE], strict=True)]
 )
 def test_other_collators_and_samplers(kind: str, side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, folder = write_test(tmp_path / "data"), save_as_trained(kind, tmp_path)
@@ -114,7 +114,7 @@ def test_other_collators_and_samplers(kind: str, side: str, tmp_path: Path, monk
 
 
 def test_kinds_and_settings_are_as_many_as_they_were() -> None:
-    assert (len(KINDS), len(ABSOLUTE), len(SETTINGS)) == (8, 2, 6)
+    assert (len(KINDS), len(ABSOLUTE), len(SETTINGS)) == (10, 2, 6)
 
 
 def _on_a_rank(folder: str, root: str, scratch: str) -> list[dict[str, Any]]:

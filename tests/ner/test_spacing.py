@@ -47,7 +47,7 @@ def test_words_are_encoded_as_in_running_text(kind: str, tmp_path: Path) -> None
 
 def test_the_kinds_are_as_many_as_they_were() -> None:
     assert sum(kind.startswith(SPACELESS) for kind in KINDS) == 6
-    assert len(KINDS) == 8
+    assert len(KINDS) == 10
 
 
 def test_truncation_and_padding_of_its_own_stay(tmp_path: Path) -> None:

@@ -39,7 +39,10 @@ SETTINGS: list[tuple[Settings, str]] = [
     ({"per_device_meta_batch_size": 1}, "a draw of meta rows has 1 rows, too few for one step"),
     ({"rtn_layers": 3}, "rtn_layers: 3 is not a layer of XLMRobertaForTokenClassification: valid are 1 to 2"),
     ({"rtn_layers": "0,1"}, "rtn_layers: 0 is not a layer"),
-    ({"rtn_module_path": "roberta.layers"}, "no encoder layers to hook at roberta.layers: set rtn_module_path"),
+    (
+        {"rtn_module_path": "roberta.layers"},
+        "no encoder layers at roberta.layers to hook: set .* roberta.encoder.layer",
+    ),
     ({"learning_rate": "nan"}, "learning_rate must be a number of at least 0, not nan"),
     ({"learning_rate": -1}, "learning_rate must be a number of at least 0, not -1"),
     ({"learning_rate": "fast"}, "learning_rate: expected a number, found 'fast'"),

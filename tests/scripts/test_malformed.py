@@ -520,7 +520,7 @@ def model_of(pretrained: PreTrainedModel) -> Prepare:
     return prepare
 
 
-@case("AlbertForTokenClassification has no encoder layers to hook .*: set rtn_module_path")
+@case(r"AlbertFor.* no lists of 2 encoder layers .* one of albert.encoder.albert_layer_groups \(1\)")
 def an_encoder_of_shared_groups(place: Place) -> Settings:
     sizes = {"hidden_size": 16, "embedding_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
     return model_of(AlbertModel(AlbertConfig(vocab_size=400, num_hidden_layers=2, **sizes)))(place)
