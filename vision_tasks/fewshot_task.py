@@ -59,11 +59,15 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
         "Bohdal et al., EvoGrad, NeurIPS 2021, section 4.3",
     )
     usage = (
+        "import torch\n\n"
         "from vision_tasks.feature_transform import FeatureTransform\n"
         "from vision_tasks.fewshot import FewShotModel\n\n"
-        'model = FewShotModel.from_pretrained("FOLDER").eval()\n'
-        "scores = model(support, query).logits  # (E, way, shot, C, H, W), (E, way, queries, C, H, W) -> (E, Q, way)\n"
-        'transform = FeatureTransform.from_pretrained("FOLDER")'
+        'model = FewShotModel.from_pretrained(".").eval()  # this folder, or its path\n'
+        "channels = model.config.num_channels\n"
+        "support = torch.rand(1, 5, 2, channels, 84, 84)  # (episodes, way, shot, C, H, W), pixels in [0, 1]\n"
+        "query = torch.rand(1, 5, 3, channels, 84, 84)  # (episodes, way, queries, C, H, W)\n"
+        "scores = model(support, query).logits  # (episodes, way * queries, way)\n"
+        'transform = FeatureTransform.from_pretrained(".")'
     )
     own_files = (SUBFOLDER,)
     units: ClassVar = {"accuracy": "%", "interval": "%"}

@@ -36,6 +36,7 @@ FORMER_DEFAULTS = {  # which runs of earlier versions left unsaid
     "ignore_mismatched_sizes": False,
     "train_split": "train",
     "test_split": "test",
+    "model_name_or_path": None,
 }
 ADVICE = "resume from an earlier checkpoint, or start anew in another output_dir"
 
