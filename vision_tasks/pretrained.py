@@ -13,11 +13,19 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from torch import Generator, Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
 from transformers.utils import CONFIG_NAME
 
 from metaxl_evo.messages import first_line
 from metaxl_evo.training.hub import HUB_TIMEOUT
+from vision_tasks.augmentation import to_float
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +53,16 @@ class Preparation:
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """An image of any size, uint8 (H, W, 1 or 3), as the model sees it before it is normalised, uint8 `shape`."""
         return np.rint(_levels(_processed(self.processor, image), self.image_mean, self.image_std)).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class PreparedTransform:
+    """A preparation as a transform of augmentation, which draws nothing."""
+
+    preparation: Preparation
+
+    def __call__(self, image: Any, generator: Generator | None = None) -> Tensor:
+        return to_float(self.preparation(np.asarray(image)))
 
 
 def load_preparation(model: str) -> Preparation:
@@ -119,10 +137,28 @@ def load_classifier(model: str, names: Sequence[str], preparation: Preparation) 
             base = _without(base, head)
     except Exception as error:  # the content of a file leads the library into any
         raise _unusable(model, error) from error
-    _require_whole(model, base, [name for name in found["missing_keys"] if name not in head])
+    _require_whole(model, base, [
+        name for name in found["missing_keys"] if name not in head and name.startswith(f"{base.base_model_prefix}.")
+    ])
     _require_readable(model, base, preparation.shape)
     base.config.image_mean, base.config.image_std = preparation.image_mean, preparation.image_std
     return base
+
+
+def load_encoder(model: str) -> PreTrainedModel:
+    """A float32 encoder of images, without a head.
+
+    Raises:
+        ValueError: for a model that cannot be had, or is not whole.
+    """
+    try:
+        encoder, found = AutoModel.from_pretrained(_located(model), dtype="float32", output_loading_info=True)
+    except Exception as error:  # the content of a file leads the library into any
+        raise _unusable(model, error) from error
+    lacking = [name for name in sorted(found["missing_keys"]) if not name.startswith("pooler.")]  # nobody reads it
+    _require_whole(model, encoder, lacking)
+    made: PreTrainedModel = encoder
+    return made
 
 
 def _numbers(names: Sequence[str]) -> dict[str, int]:
@@ -150,8 +186,7 @@ def _say_once(text: str) -> None:
     logger.warning("%s", text)
 
 
-def _require_whole(model: str, base: PreTrainedModel, missing: Sequence[str]) -> None:
-    lacking = [name for name in missing if name.startswith(f"{base.base_model_prefix}.")]
+def _require_whole(model: str, base: PreTrainedModel, lacking: Sequence[str]) -> None:
     unfit = [name for name, parameter in base.named_parameters() if not parameter.isfinite().all()]
     problem = f"lacks {len(lacking)} of its weights, such as {lacking[0]}" if lacking else ""
     if unfit:
