@@ -20,6 +20,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     PreTrainedModel,
+    TimmWrapperConfig,
 )
 from transformers.utils import CONFIG_NAME
 
@@ -125,12 +126,19 @@ def load_classifier(model: str, names: Sequence[str], preparation: Preparation) 
     Raises:
         ValueError: for a model that cannot be had, is not whole, or cannot read such images.
     """
-    place, labels = _located(model), {"id2label": dict(enumerate(names)), "label2id": _numbers(names)}
+    place = _located(model)
+    labels = {
+        "num_labels": len(names),  # timm's configuration asks for it
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
     try:
         trained = list((AutoConfig.from_pretrained(place).id2label or {}).values())
         base, found = AutoModelForImageClassification.from_pretrained(
             place, dtype="float32", output_loading_info=True, ignore_mismatched_sizes=True, **labels
         )
+        if isinstance(base.config, TimmWrapperConfig):
+            base.config.label_names = list(names)  # which its file keeps in place of id2label, the checkpoint's first
         head = _head(base)
         if trained != list(names):
             _say_once(f"{model}: a new head for {len(names)} classes takes the place of its own ({len(trained)})")
@@ -140,7 +148,7 @@ def load_classifier(model: str, names: Sequence[str], preparation: Preparation) 
     _require_whole(model, base, [
         name for name in found["missing_keys"] if name not in head and name.startswith(f"{base.base_model_prefix}.")
     ])
-    _require_readable(model, base, preparation.shape)
+    _require_readable(model, base, preparation.shape, len(names))
     base.config.image_mean, base.config.image_std = preparation.image_mean, preparation.image_std
     return base
 
@@ -159,10 +167,6 @@ def load_encoder(model: str) -> PreTrainedModel:
     _require_whole(model, encoder, lacking)
     made: PreTrainedModel = encoder
     return made
-
-
-def _numbers(names: Sequence[str]) -> dict[str, int]:
-    return {name: number for number, name in enumerate(names)}
 
 
 def _head(base: PreTrainedModel) -> set[str]:
@@ -195,13 +199,13 @@ def _require_whole(model: str, base: PreTrainedModel, lacking: Sequence[str]) ->
         raise ValueError(f"model_name_or_path: {model} {problem}: fetch or save it again, whole")
 
 
-def _require_readable(model: str, base: PreTrainedModel, shape: tuple[int, ...]) -> None:
+def _require_readable(model: str, base: PreTrainedModel, shape: tuple[int, ...], classes: int) -> None:
     height, width, channels = shape
     try:
         with torch.no_grad():
             found = base.eval()(pixel_values=torch.zeros(1, channels, height, width))
-        if found.keys() != {"logits"}:
-            raise ValueError(f"it gives {', '.join(found)}, not logits alone")
+        if found.keys() != {"logits"} or found.logits.shape != (1, classes):
+            raise ValueError(f"it gives {', '.join(found)}, not logits of {classes} classes alone")
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"model_name_or_path: {model} cannot read what its image processor gives, {channels} x {height} x {width} "

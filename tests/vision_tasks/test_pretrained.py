@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image as Picture
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from tests.vision_tasks.models import SQUARE, write_classifier
 from vision_tasks.pretrained import load_classifier, load_preparation
 
-KINDS = ("resnet", "vit", "dinov2")
+TIMM = pytest.param("timm", marks=pytest.mark.skipif(not find_spec("timm"), reason="timm is not installed"))
+KINDS = ("resnet", "vit", "dinov2", TIMM)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_processor_does_in_two_parts_is_what_it_does(tmp_path: Path, kind: str) -> None:
     prepare = load_preparation(str(write_classifier(tmp_path, kind)))
-    assert prepare.shape == (16, 16, 3)
+    assert prepare.shape == ((32, 32, 3) if kind == "timm" else (16, 16, 3))
     image = np.random.default_rng(0).integers(0, 256, (30, 21, 3), np.uint8)
     found = (prepare(image) / 255 - prepare.image_mean) / prepare.image_std
-    expected = prepare.processor(images=image, return_tensors="np")["pixel_values"][0]
+    expected = prepare.processor(images=Picture.fromarray(image), return_tensors="pt")["pixel_values"][0].numpy()
     np.testing.assert_allclose(found.transpose(2, 0, 1), expected, atol=1e-5)
     grey = image[..., :1]
     assert np.array_equal(prepare(grey), prepare(grey.repeat(3, 2)))
@@ -48,6 +51,8 @@ def test_a_head_of_other_classes_makes_way(
     assert held[head].shape[0] == len(names)
     assert other <= {head, head.replace("weight", "bias")}
     assert list(bases[0].config.id2label.values()) == list(names)
+    bases[0].save_pretrained(tmp_path / "again")
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "again").config.id2label == dict(enumerate(names))
 
 
 def test_a_head_of_the_same_classes_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
