@@ -13,8 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+from vision_tasks.image_processor import SmallImageProcessor
 
 
 class _ImageConfig(PreTrainedConfig):
@@ -177,6 +185,7 @@ for _config, _model in (
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModelForImageClassification.register(_config, _model)
+    AutoImageProcessor.register(_config, image_processor_classes={"pil": SmallImageProcessor})
 
 SMALL: dict[str, Any] = {"channels": [16, 32], "kernel_size": 3, "padding": [1, 1], "hidden": [128]}
 BACKBONES: dict[str, Callable[..., PreTrainedModel]] = {

@@ -5,31 +5,41 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import EvalPrediction, PreTrainedModel
+from torch.utils.data import DataLoader
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
+from metaxl_evo.experiments.folders import hub_id
 from metaxl_evo.experiments.scores import Rate
+from metaxl_evo.experiments.task import Data
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.arguments import VisionArguments
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.image_parts import Layout
+from vision_tasks.image_processor import SmallImageProcessor
 from vision_tasks.images import SYNTHETIC, ImageRows, ImageSet
-from vision_tasks.task import CLASS_ACCURACY
+from vision_tasks.pretrained import Preparation, load_classifier, load_preparation
+from vision_tasks.task import CLASS_ACCURACY, VisionTask
 
 logger = logging.getLogger(__name__)
 
+REGISTERS = "import vision_tasks.backbones  # registers the classifier and its image processor with transformers\n"
 USAGE = """\
-import vision_tasks.backbones  # registers the classifier
-from transformers import AutoModelForImageClassification
+from PIL import Image
+from transformers import pipeline
 
-model = AutoModelForImageClassification.from_pretrained("FOLDER")
-# It takes (pixels - model.config.image_mean) / model.config.image_std of pixels (B, C, H, W) in [0, 1]."""
+classify = pipeline("image-classification", model=".")  # this folder; or its path, or its id on the Hub
+image = Image.new("RGB", (64, 64))  # or Image.open(FILE)
+print(classify(image))"""
 
 
 @dataclass
@@ -52,6 +62,13 @@ class ClassifierArguments(VisionArguments):
     train_split: str = field(default="train", metadata={"help": "The split or folder of the training images."})
     test_split: str = field(default="test", metadata={"help": "That of the test images."})
     backbone: str = field(default="lenet", metadata={"help": f"One of {', '.join(BACKBONES)}."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of an image classifier of transformers, in place of backbone; its own image "
+            "processor makes the images ready, whatever their sizes."
+        },
+    )
     image_mean: list[float] | None = field(
         default=None, metadata={"help": "Of pixels in [0, 1], a channel each (default: of the training images)."}
     )
@@ -61,10 +78,46 @@ class ClassifierArguments(VisionArguments):
         self.require_known("backbone", self.backbone, BACKBONES)
         if self.train_split == self.test_split:
             raise ValueError(f"test_split: {self.test_split} is trained on: name another")
+        self.require_left_to_the_model("image_mean", "image_std")
+
+    def require_left_to_the_model(self, *names: str) -> None:
+        """Refuse settings of the images beside a pretrained model, whose image processor has its own."""
+        for name in names if self.model_name_or_path is not None else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is what the model of model_name_or_path says: leave it out, or set it to null")
+
+    def preparation(self) -> Preparation | None:
+        """What the image processor of a pretrained model does; None for a backbone of ours."""
+        return None if self.model_name_or_path is None else load_preparation(self.model_name_or_path)
 
     def layout(self) -> Layout:
         """Which columns and splits of the data are read."""
         return Layout(self.image_column, self.label_column, None, self.train_split, self.test_split)
+
+
+Settings = TypeVar("Settings", bound=ClassifierArguments)
+PREDICTIONS = "_predictions.csv"
+
+
+class ClassificationTask(VisionTask[Settings, Data]):
+    """A task that leaves an image classifier, with its image processor, for `pipeline`."""
+
+    own_files: Sequence[str] = (IMAGE_PROCESSOR_NAME, PREDICTIONS)
+
+    def card_usage(self, settings: Settings) -> str:
+        return f"{REGISTERS if settings.model_name_or_path is None else ''}{USAGE}{self.usage}"
+
+    def card_metadata(self, settings: Settings) -> dict[str, Any]:
+        found, model = super().card_metadata(settings), settings.model_name_or_path
+        if model is None:
+            return found
+        return {**found, "tasks": "image-classification", "finetuned_from": hub_id(model)}
+
+    def write_files(self, folder: Path, trainer: MetaTrainer, settings: Settings, data: Any) -> None:
+        if trainer.args.do_predict:
+            size = trainer.args.per_device_eval_batch_size
+            table = predictions_of(cast(ImageTask, trainer.model), data.test, size)
+            table.to_csv(folder / PREDICTIONS, index=False)
 
 
 class ImageTask(BilevelModule):
@@ -101,10 +154,50 @@ class ImageTask(BilevelModule):
         return self.base(pixel_values=self.normalised(batch["images"]), labels=batch["labels"])
 
 
+def logits_of(module: ImageTask, images: ImageSet, batch_size: int) -> Tensor:
+    """Those of the base for every image as it is, in evaluation mode, (N, classes)."""
+    device, training = module.image_mean.device, module.training
+    module.eval()
+    with torch.no_grad():
+        logits = [
+            module.base(pixel_values=module.normalised(batch["images"].to(device))).logits
+            for batch in DataLoader(cast(Any, ImageRows(images)), batch_size)
+        ]
+    module.train(training)
+    return torch.cat(logits)
+
+
+def predictions_of(module: ImageTask, images: ImageSet, batch_size: int) -> pd.DataFrame:
+    """A row an image, in their order: image (its id), label, predicted, and confidence, the share of the softmax."""
+    confidence, likeliest = logits_of(module, images, batch_size).softmax(-1).cpu().max(-1)
+    names = np.array(images.names)
+    columns = {"image": images.ids, "label": names[images.labels], "predicted": names[likeliest.numpy()]}
+    return pd.DataFrame({**columns, "confidence": confidence.numpy()})
+
+
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """The share of images whose class has the largest logit."""
     logits: Any = prediction.predictions
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+
+
+def make_base(
+    settings: ClassifierArguments, images: ImageSet, preparation: Preparation | None, **sizes: int | None
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The classifier that the settings ask for, and the image processor to be saved beside it.
+
+    Args:
+        images: those that are trained on.
+        preparation: that of the settings, which made these images.
+        sizes: of a backbone of ours; None leaves its own.
+    """
+    if preparation is not None:
+        model = str(settings.model_name_or_path)
+        return load_classifier(model, images.names, preparation), preparation.processor
+    mean, std = settings.image_mean, settings.image_std
+    base = make_classifier(settings.backbone, images, image_mean=mean, image_std=std, **sizes)
+    names = ("image_size", "num_channels", "image_mean", "image_std")
+    return base, SmallImageProcessor(**{name: getattr(base.config, name) for name in names})
 
 
 def make_classifier(

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
-from transformers import ResNetModel
-from transformers.models.resnet.modeling_resnet import ResNetShortCut
+from transformers import ResNetModel, TimmWrapperModel
 
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.messages import unknown
@@ -43,18 +42,32 @@ def transformed_norms(encoder: nn.Module) -> dict[str, nn.BatchNorm2d]:
     Raises:
         ValueError: for another kind of encoder.
     """
-    if not isinstance(encoder, ResNetModel):
+    if isinstance(encoder, ResNetModel):
+        stages: Any = [stage.layers for stage in encoder.encoder.stages]
+    elif isinstance(encoder, TimmWrapperModel) and type(encoder.timm_model).__name__ == "ResNet":
+        stages = [getattr(encoder.timm_model, f"layer{i}") for i in range(1, 5)]
+    else:
         raise ValueError(
-            f"the feature-wise transform knows the blocks of ResNetModel, not of {type(encoder).__name__}"
+            "the feature-wise transform acts behind the batch norms of a ResNet's blocks (ResNetModel, or ResNet of "
+            f"timm), and {type(encoder).__name__} has none: give such an encoder"
         )
-    found: dict[str, Any] = {}
-    stages: Any = encoder.encoder.stages
-    for i, stage in enumerate(stages, start=1):
-        for j, block in enumerate(stage.layers, start=1):
-            found[f"stage{i}_block{j}"] = block.layer[-1].normalization
-            if isinstance(block.shortcut, ResNetShortCut):
-                found[f"stage{i}_block{j}_shortcut"] = block.shortcut.normalization
+    found: dict[str, nn.BatchNorm2d] = {}
+    for i, blocks in enumerate(stages, start=1):
+        for j, block in enumerate(blocks, start=1):
+            found |= {f"stage{i}_block{j}{part}": norm for part, norm in _norms_of(block).items()}
     return found
+
+
+def _norms_of(block: Any) -> dict[str, nn.BatchNorm2d]:
+    """The last batch norm of a block, and that of its shortcut where it has one."""
+    last, shortcut = None, None
+    for name, module in block.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            if name.startswith(("shortcut", "downsample")):
+                shortcut = module
+            else:
+                last = module
+    return {key: norm for key, norm in (("", last), ("_shortcut", shortcut)) if norm is not None}
 
 
 class ChannelAffine(nn.Module):

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel, ResNetConfig, ResNetModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, ResNetConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from metaxl_evo.bilevel.problem import BilevelProblem
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
-from vision_tasks.feature_transform import SUBFOLDER, FeatureTransform
+from vision_tasks.feature_transform import SUBFOLDER, FeatureTransform, transformed_norms
 from vision_tasks.heads import HEADS
 
 BACKBONES = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}  # blocks of each stage
@@ -37,6 +37,8 @@ class FewShotConfig(PreTrainedConfig):
         head: one of HEADS.
         aux_classes: of the auxiliary classifier; 0 leaves it out.
         image_mean, image_std: one number a channel; the model takes images in [0, 1] and standardises them.
+        encoder: the configuration of a pretrained encoder, which gives maps of the last of `hidden_sizes`; None for
+            one of the sizes above.
     """
 
     model_type = "metaxl_few_shot"
@@ -49,10 +51,13 @@ class FewShotConfig(PreTrainedConfig):
     aux_classes: int = 0
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
+    encoder: dict[str, Any] | None = None
 
     @property
-    def encoder_config(self) -> ResNetConfig:
-        """Of the encoder: ResNet with basic blocks."""
+    def encoder_config(self) -> PreTrainedConfig:
+        """Of the encoder: the pretrained one's, or ResNet with basic blocks."""
+        if self.encoder is not None:
+            return AutoConfig.for_model(**self.encoder)
         return ResNetConfig(
             num_channels=self.num_channels,
             embedding_size=self.embedding_size,
@@ -95,7 +100,7 @@ class FewShotModel(PreTrainedModel):
             raise ValueError(unknown("head", config.head, HEADS))
         _check_constants(config)
         width = config.hidden_sizes[-1]
-        self.encoder = ResNetModel(config.encoder_config)
+        self.encoder: PreTrainedModel = AutoModel.from_config(config.encoder_config)
         self.head = HEADS[config.head](width)
         self.aux_head = _classifier(width, config.aux_classes) if config.aux_classes else None
         self.post_init()
@@ -162,6 +167,24 @@ def _check_constants(config: FewShotConfig) -> None:
             )
     if min(config.image_std) <= 0:
         raise ValueError(f"image_std must be positive, got {list(config.image_std)}")
+
+
+def pretrained_few_shot(encoder: PreTrainedModel, **fields: Any) -> FewShotModel:
+    """A few-shot model on a pretrained encoder of images, whose features are maps (N, C, H, W).
+
+    Args:
+        fields: of FewShotConfig.
+
+    Raises:
+        ValueError: for an encoder that the feature-wise transform does not know.
+    """
+    transformed_norms(encoder)
+    images = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        width = encoder.eval()(images).last_hidden_state.shape[1]
+    model = FewShotModel(FewShotConfig(hidden_sizes=[width], encoder=encoder.config.to_dict(), **fields))
+    model.encoder.load_state_dict(encoder.state_dict())
+    return model
 
 
 class CrossDomainFewShot(BilevelModule):

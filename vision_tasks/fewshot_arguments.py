@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from vision_tasks.feature_transform import NOISES
 from vision_tasks.fewshot import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
 from vision_tasks.heads import HEADS
 from vision_tasks.images import SYNTHETIC
+from vision_tasks.pretrained import Preparation
 from vision_tasks.symbols import LOOKS
 
 METHODS = (*fewshot.METHODS, "pretrain")
 BASELINE_EPISODES = ("all", "seen")
+SIDE = 224
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's in grey
 SYNTHETIC_DOMAINS = [f"{GENERATED}{look}" for look in LOOKS]
 
@@ -94,10 +96,17 @@ class FewShotArguments(VisionArguments):
     encoder: str | None = field(
         default=None, metadata={"help": "The output folder of a run (method: pretrain) whose encoder is the start."}
     )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of a ResNet of transformers or timm, in place of backbone and width; its image "
+            "processor gives the size and the constants of the images."
+        },
+    )
     ft_noise: str = field(default="per_batch", metadata={"help": f"One of {', '.join(NOISES)}."})
     ft_gamma: float = field(default=0.3, metadata={"help": "Where the transform's scales start."})
     ft_beta: float = field(default=0.5, metadata={"help": "Where the transform's shifts start."})
-    image_size: int = field(default=224, metadata={"help": "Pixels of a side."})
+    image_size: int = field(default=SIDE, metadata={"help": "Pixels of a side."})
     channels: int = field(default=3, metadata={"help": "1: images are turned grey; 3: grey ones are repeated."})
     image_mean: list[float] | None = field(
         default=None, metadata={"help": "Of pixels in [0, 1], a channel each (default: ImageNet's)."}
@@ -150,6 +159,24 @@ class FewShotArguments(VisionArguments):
             self.require_known("aux_domain", self.aux_domain, seen)
         elif self.method == "pretrain":
             raise ValueError(f"method pretrain learns the classes of aux_domain: set it to one of {', '.join(seen)}")
+
+    def fitted(self, preparation: Preparation) -> FewShotArguments:
+        """With the size and the constants of a pretrained encoder's images.
+
+        Raises:
+            ValueError: where the settings have others of their own.
+        """
+        height, width, _ = preparation.shape
+        given = {name: getattr(self, name) for name in ("image_mean", "image_std") if getattr(self, name) is not None}
+        given |= {"channels": self.channels} if self.channels != 3 else {}
+        given |= {"image_size": self.image_size} if self.image_size not in (SIDE, height) else {}
+        if given:
+            name = next(iter(given))
+            raise ValueError(f"{name} is what the model of model_name_or_path says: leave it out, or set it to null")
+        if height != width:
+            raise ValueError(f"model_name_or_path: its images are {height} x {width} pixels, and episodes are square")
+        mean, std = preparation.image_mean, preparation.image_std
+        return replace(self, image_size=height, image_mean=mean, image_std=std)
 
     @property
     def normalisation(self) -> dict[str, Any]:

@@ -19,13 +19,14 @@ from transformers.trainer_utils import IntervalStrategy
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.experiments.fingerprint import fingerprints
+from metaxl_evo.experiments.folders import hub_id
 from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.experiments.statistics import interval
 from metaxl_evo.messages import unknown
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
-from vision_tasks import fewshot
+from vision_tasks import fewshot, pretrained
 from vision_tasks.augmentation import EvaluationTransform, TrainTransform
 from vision_tasks.classification import accuracy
 from vision_tasks.domains import SYNTHETIC as GENERATED
@@ -35,6 +36,7 @@ from vision_tasks.fewshot import CrossDomainFewShot, FewShotModel
 from vision_tasks.fewshot_arguments import SYNTHETIC_DOMAINS, EpisodicTrainingArguments, FewShotArguments
 from vision_tasks.fewshot_episodes import Auxiliary, Domain, Episodes, EpisodeSize
 from vision_tasks.images import SYNTHETIC
+from vision_tasks.pretrained import Preparation, PreparedTransform, load_preparation
 from vision_tasks.pretraining import ClassifierRows, EncoderPretraining, load_encoder
 from vision_tasks.symbols import LOOKS
 from vision_tasks.task import VisionTask
@@ -49,6 +51,7 @@ class FewShotData:
     seen: list[Domain]
     unseen: Domain
     aux: Domain | None
+    preparation: Preparation | None = None
 
 
 class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
@@ -61,11 +64,15 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
         "Bohdal et al., EvoGrad, NeurIPS 2021, section 4.3",
     )
     usage = (
+        "import torch\n\n"
         "from vision_tasks.feature_transform import FeatureTransform\n"
         "from vision_tasks.fewshot import FewShotModel\n\n"
-        'model = FewShotModel.from_pretrained("FOLDER").eval()\n'
-        "scores = model(support, query).logits  # (E, way, shot, C, H, W), (E, way, queries, C, H, W) -> (E, Q, way)\n"
-        'transform = FeatureTransform.from_pretrained("FOLDER")'
+        'model = FewShotModel.from_pretrained(".").eval()  # this folder, or its path\n'
+        "channels = model.config.num_channels\n"
+        "support = torch.rand(1, 5, 2, channels, 84, 84)  # (episodes, way, shot, C, H, W), pixels in [0, 1]\n"
+        "query = torch.rand(1, 5, 3, channels, 84, 84)  # (episodes, way, queries, C, H, W)\n"
+        "scores = model(support, query).logits  # (episodes, way * queries, way)\n"
+        'transform = FeatureTransform.from_pretrained(".")'
     )
     own_files = (SUBFOLDER,)
     units: ClassVar = {"accuracy": "%", "interval": "%"}
@@ -80,11 +87,21 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
     def learns(self, settings: FewShotArguments) -> bool:
         return settings.method == "learned"
 
+    def refuse(self, settings: FewShotArguments, args: MetaTrainingArguments) -> None:
+        super().refuse(settings, args)
+        if args.do_predict:
+            raise ValueError("do_predict: an episode's classes are its own, there are no predictions of images: leave it out")
+
+    def card_metadata(self, settings: FewShotArguments) -> dict[str, Any]:
+        model = settings.model_name_or_path
+        return super().card_metadata(settings) | {"finetuned_from": None if model is None else hub_id(model)}
+
     def load(self, settings: FewShotArguments, args: MetaTrainingArguments) -> FewShotData:
+        prepare = None if settings.model_name_or_path is None else load_preparation(settings.model_name_or_path)
         *seen, unseen = (self._read(text) for text in located(settings))
         named = [name_of(text) for text in settings.domains]
         aux = None if settings.aux_domain is None else seen[named.index(settings.aux_domain)]
-        return FewShotData(seen, unseen, aux)
+        return FewShotData(seen, unseen, aux, prepare)
 
     def fingerprints(self, data: FewShotData) -> dict[str, str]:
         """As ever, but that each image is decoded once for all runs of a command."""
@@ -92,6 +109,8 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
         return {f"{name}.{part}": mark for name, marks in found.items() for part, mark in marks.items()}
 
     def build_trainer(self, settings: FewShotArguments, args: MetaTrainingArguments, data: FewShotData) -> MetaTrainer:
+        if data.preparation is not None:
+            settings = settings.fitted(data.preparation)
         evaluation(settings, args, data, "novel")  # complains before the first step
         aux = None if data.aux is None else Auxiliary(data.aux, epochs_of(settings, args), settings.aux_images)
         module, transform = make_module(settings, aux), train_transform(settings)
@@ -121,6 +140,7 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
             if args.eval_strategy == IntervalStrategy.NO
             else evaluation(settings, args, data, "val"),
             data_collator=default_collate,
+            processing_class=None if data.preparation is None else data.preparation.processor,
             compute_metrics=accuracy,
         )
 
@@ -205,14 +225,14 @@ def train_transform(settings: FewShotArguments) -> TrainTransform:
 
 def evaluation(settings: FewShotArguments, args: MetaTrainingArguments, data: FewShotData, split: str) -> Episodes:
     """Episodes that are the same for all methods of a seed: `novel` of the unseen domain, `val` of all seen ones."""
-    novel = split == "novel"
+    novel, size = split == "novel", (settings.image_size, settings.channels)
     return Episodes(
         [data.unseen] if novel else data.seen,
         "test" if novel else "all",
         EpisodeSize(settings.n_way, settings.n_shot, settings.test_n_query),
         length=settings.test_episodes if novel else settings.val_episodes,
         seed=args.seed,
-        transform=EvaluationTransform(settings.image_size, settings.channels),
+        transform=EvaluationTransform(*size) if data.preparation is None else PreparedTransform(data.preparation),
         split=split,
     )
 
@@ -220,15 +240,16 @@ def evaluation(settings: FewShotArguments, args: MetaTrainingArguments, data: Fe
 def make_module(settings: FewShotArguments, aux: Auxiliary | None) -> CrossDomainFewShot:
     """The model, its encoder pre-trained where that is asked for, with its transform."""
     pretrains = settings.method == "pretrain"
-    config = fewshot.backbone_config(
-        settings.backbone,
-        width=settings.width,
-        num_channels=settings.channels,
-        head="prototype" if pretrains else settings.head,  # without parameters: tests tell what the encoder is worth
-        aux_classes=0 if aux is None else aux.classes,
+    fields: dict[str, Any] = {
+        "num_channels": settings.channels,
+        "head": "prototype" if pretrains else settings.head,  # without parameters: tests tell what the encoder is worth
+        "aux_classes": 0 if aux is None else aux.classes,
         **settings.normalisation,
-    )
-    base = FewShotModel(config)
+    }
+    if settings.model_name_or_path is None:
+        base = FewShotModel(fewshot.backbone_config(settings.backbone, width=settings.width, **fields))
+    else:
+        base = fewshot.pretrained_few_shot(pretrained.load_encoder(settings.model_name_or_path), **fields)
     if settings.encoder is not None:
         load_encoder(base.encoder, settings.encoder)
     if pretrains:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from vision_tasks.images import ImageSet
 
+Prepare = Callable[[np.ndarray], np.ndarray]  # uint8 (H, W, C) -> uint8, all of one size
 MOST_CLASSES = 100_000  # a label beyond is no number of a class
 
 
@@ -69,25 +70,37 @@ def flat_labels(labels: np.ndarray, where: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def decoded(found: Mapping[str, Found]) -> dict[str, Found]:
+def prepared(images: Any, prepare: Prepare) -> np.ndarray:
+    """Each of at least one image as `prepare` makes it, (N, H, W, C)."""
+    first = prepare(images[0])
+    held = np.empty((len(images), *first.shape), np.uint8)  # a list and its stack would be twice as much
+    for number in range(len(images)):
+        held[number] = prepare(images[number])
+    return held
+
+
+def decoded(found: Mapping[str, Found], prepare: Prepare | None = None) -> dict[str, Found]:
     """With pixels of one size (N, H, W, C); grey images among coloured ones are in three equal channels.
 
     Raises:
-        ValueError: for images that differ in size, or none.
+        ValueError: for images that differ in size where nobody prepares them, or none.
     """
+    for one in found.values():
+        if not len(one.images):
+            raise ValueError(f"{one.where}: no images")
+    if prepare is not None:
+        return {part: replace(one, images=prepared(one.images, prepare)) for part, one in found.items()}
     pixels = {part: list(one.images) for part, one in found.items()}
     channels = max((image.shape[2] for held in pixels.values() for image in held), default=1)
     stacked = {}
     for part, one in found.items():
         sizes = [f"{image.shape[0]} x {image.shape[1]}" for image in pixels[part]]
-        if not sizes:
-            raise ValueError(f"{one.where}: no images")
         other = next((number for number, size in enumerate(sizes) if size != sizes[0]), None)
         if other is not None:
             first, second = (number if one.ids is None else one.ids[number] for number in (0, other))
             raise ValueError(
                 f"{one.where}: its images differ in size ({first}: {sizes[0]}, {second}: {sizes[other]} pixels): "
-                "this task needs them alike, resize them first"
+                "this task needs them alike, resize them first (a model_name_or_path does it by itself)"
             )
         images = [image.repeat(channels // image.shape[2], 2) for image in pixels.pop(part)]
         stacked[part] = replace(one, images=np.stack(images))

@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, load_from_disk
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.hub import Instead, load_from_hub, require_reachable
 from vision_tasks.image_files import EncodedImages, TableImages, class_files, subfolders
-from vision_tasks.image_parts import Found, Layout, alike, decoded, flat_labels, numbered
+from vision_tasks.image_parts import Found, Layout, Prepare, alike, decoded, flat_labels, numbered, prepared
 from vision_tasks.images import PARTS, SYNTHETIC, ImageSet, drawn
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "fine_label")
@@ -27,23 +27,27 @@ SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 SHARD = re.compile(r"(?P<split>.+?)(-\d{5}-of-(?P<count>\d{5})(-[0-9a-f]+)?)?")
 
 
-def load_images(data: str, layout: Layout | None = None, parts: Sequence[str] = PARTS) -> dict[str, ImageSet]:
+def load_images(
+    data: str, layout: Layout | None = None, parts: Sequence[str] = PARTS, prepare: Prepare | None = None
+) -> dict[str, ImageSet]:
     """The parts of a data set, over the same classes.
 
     Args:
         data: an .npz file with x_train, y_train, x_test and y_test; a folder of train/CLASS/IMAGE and
             test/CLASS/IMAGE, of `save_to_disk` or of parquet files; a parquet file; a Hub id; or the word `synthetic`.
         parts: `train` and `test`, or one of them, whose source then need not hold the other.
+        prepare: what makes each image ready for a model, of whatever size it is.
 
     Raises:
         ValueError: one line for what is missing, unreadable or out of range.
         OSError: `data` is neither a file nor a Hub id that can be reached or is in the cache.
     """
-    if data == SYNTHETIC:
-        return {part: drawn(200 if part == "train" else 50, seed=PARTS.index(part)) for part in parts}
     path, layout = Path(data).expanduser(), layout or Layout()
+    if data == SYNTHETIC:
+        made = {part: drawn(200 if part == "train" else 50, seed=PARTS.index(part)) for part in parts}
+        return _prepared(made, prepare)
     if path.suffix == ".npz" and not path.is_dir():
-        return alike(read_npz(path, layout, parts))
+        return alike(_prepared(read_npz(path, layout, parts), prepare))
     if path.is_dir() and not _has_tables(path):
         found = _of_folders(path, layout, parts)
     else:
@@ -52,7 +56,13 @@ def load_images(data: str, layout: Layout | None = None, parts: Sequence[str] = 
             part: _of_table(part, _choose(tables, split, data, len(parts) == 1), layout, f"{data}, {split}")
             for part, split in layout.splits(parts).items()
         }
-    return alike(numbered(decoded(found)))
+    return alike(numbered(decoded(found, prepare)))
+
+
+def _prepared(sets: dict[str, ImageSet], prepare: Prepare | None) -> dict[str, ImageSet]:
+    if prepare is None:
+        return sets
+    return {part: replace(one, images=prepared(one.images, prepare)) for part, one in sets.items()}
 
 
 def read_npz(path: Path, layout: Layout | None = None, parts: Sequence[str] = PARTS) -> dict[str, ImageSet]:

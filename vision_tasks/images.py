@@ -135,13 +135,12 @@ class ImageSet:
         Raises:
             ValueError: where the blocks would not be whole.
         """
-        n, height, width, channels = self.images.shape
+        height, width = self.images.shape[1:3]
         if side is None or side == height == width:
             return self
         if side < 1 or height % side or width % side:
             raise ValueError(f"image_size {side} does not divide the {height} x {width} pixels of {self.where}")
-        blocks = self.images.reshape(n, side, height // side, side, width // side, channels)
-        return replace(self, images=np.rint(blocks.mean((2, 4))).astype(np.uint8))
+        return replace(self, images=block_means(self.images, side))
 
     def require_classes(self, least: int = 1) -> ImageSet:
         """Itself, where every class has so many images.
@@ -156,6 +155,13 @@ class ImageSet:
                 f"{self.where}: class {name!r} has {counts.min()} images and needs {least}: add some, or ask for fewer"
             )
         return self
+
+
+def block_means(images: np.ndarray, side: int) -> np.ndarray:
+    """The rounded means of blocks, uint8 (N, H, W, C) -> (N, side, side, C), where `side` divides H and W."""
+    n, height, width, channels = images.shape
+    blocks = images.reshape(n, side, height // side, side, width // side, channels)
+    return np.rint(blocks.mean((2, 4))).astype(np.uint8)
 
 
 class ImageRows:

@@ -18,13 +18,20 @@ from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks.augmentation import PadCropFlip
 from vision_tasks.backbones import BACKBONES
-from vision_tasks.classification import USAGE, ClassifierArguments, accuracy, make_classifier, tell_fewer, tested
+from vision_tasks.classification import (
+    ClassificationTask,
+    ClassifierArguments,
+    accuracy,
+    make_base,
+    tell_fewer,
+    tested,
+)
 from vision_tasks.image_parts import Layout
 from vision_tasks.image_sources import load_images
 from vision_tasks.images import ImageRows, ImageSet
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
 from vision_tasks.noisy_labels_figures import plot_noise, plot_weight_curves, plot_weights
-from vision_tasks.task import VisionTask
+from vision_tasks.pretrained import Preparation
 from vision_tasks.training_images import SHEET, TABLE, contact_sheet, judge, table_of
 from vision_tasks.weight_net import NORMALISATIONS, WeightedClassifier
 
@@ -85,6 +92,7 @@ class NoisyLabelsArguments(ClassifierArguments):
         self.require_known("augmentation", self.augmentation, AUGMENTATIONS)
         for name in ("width", "train_size", "weight_net_hidden", "meta_size", "image_size"):
             self.require_count(name, getattr(self, name))
+        self.require_left_to_the_model("width", "image_size")
         if self.width is not None and self.backbone != "resnet32":
             raise ValueError(f"width multiplies the channels of resnet32; {self.backbone} has none: leave it out")
         if not 0 <= self.noise_rate < 1:
@@ -104,27 +112,28 @@ class NoisyLabelsData:
 
     noisy: NoisyLabels
     test: ImageSet
+    preparation: Preparation | None = None
 
 
-class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
+class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData]):
     """Losses weighted by a network that clean images judge (Shu et al., NeurIPS 2019)."""
 
     settings = NoisyLabelsArguments
     title = "Learning with noisy labels"
     sources = ("Shu et al., Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting, NeurIPS 2019",)
     usage = (
-        f"{USAGE}\n\nfrom metaxl_evo.models.weight_net import WeightNet\n\n"
-        'weigh = WeightNet.from_pretrained("FOLDER")  # losses (B,) -> weights (B,)'
+        "\n\nfrom metaxl_evo.models.weight_net import WeightNet\n\n"
+        'weigh = WeightNet.from_pretrained(".")  # losses (B,) -> weights (B,)'
     )
-    own_files = (SUBFOLDER, TABLE, SHEET)
+    own_files = (*ClassificationTask.own_files, SUBFOLDER, TABLE, SHEET)
 
     def learns(self, settings: NoisyLabelsArguments) -> bool:
         return settings.method == "meta_weight_net"
 
     def load(self, settings: NoisyLabelsArguments, args: MetaTrainingArguments) -> NoisyLabelsData:
-        parts = load_images(settings.data, settings.layout())
-        own = settings.meta_data
-        meta = None if own is None else load_images(own, settings.meta_layout(), ("train",))["train"]
+        prepare, own = settings.preparation(), settings.meta_data
+        parts = load_images(settings.data, settings.layout(), prepare=prepare)
+        meta = None if own is None else load_images(own, settings.meta_layout(), ("train",), prepare)["train"]
         train, test = (parts[part].pooled(settings.image_size) for part in ("train", "test"))
         noisy = make_noisy(
             train.require_classes(),
@@ -142,19 +151,13 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
                 f"the meta set overlaps the test set: {leaked.sum()} of its images are in {test.where}: take them out "
                 f"({noisy.meta.named(leaked)})"
             )
-        return NoisyLabelsData(noisy, test.require_classes())
+        return NoisyLabelsData(noisy, test.require_classes(), prepare)
 
     def build_trainer(
         self, settings: NoisyLabelsArguments, args: MetaTrainingArguments, data: NoisyLabelsData
     ) -> MetaTrainer:
         train, augment = data.noisy.train, AUGMENTATIONS[settings.augmentation]
-        base = make_classifier(
-            settings.backbone,
-            train,
-            image_mean=settings.image_mean,
-            image_std=settings.image_std,
-            width=settings.width,
-        )
+        base, processor = make_base(settings, train, data.preparation, width=settings.width)
         module = WeightedClassifier(
             base,
             WeightNet(settings.weight_net_hidden),
@@ -172,6 +175,7 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
             else None,
             eval_dataset=ImageRows(data.test),
             data_collator=default_collate,
+            processing_class=processor,
             compute_metrics=accuracy,
         )
 
@@ -188,13 +192,16 @@ class NoisyLabelsTask(VisionTask[NoisyLabelsArguments, NoisyLabelsData]):
             "wrong_labels": float(data.noisy.wrong.mean()) if data.noisy.known else None,
         }
         if self.learns(settings):
-            found["weights"] = weights_of(cast(WeightedClassifier, trainer.model), data.noisy)
+            size = trainer.args.per_device_eval_batch_size
+            found["weights"] = weights_of(cast(WeightedClassifier, trainer.model), data.noisy, size)
         return found
 
     def write_files(
         self, folder: Path, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData
     ) -> None:
-        table = table_of(cast(WeightedClassifier, trainer.model), data.noisy)
+        super().write_files(folder, trainer, settings, data)
+        size = trainer.args.per_device_eval_batch_size
+        table = table_of(cast(WeightedClassifier, trainer.model), data.noisy, size)
         table.to_csv(folder / TABLE, index=False)
         contact_sheet(data.noisy.train, table, folder / SHEET)
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import ResNetModel
+from transformers import PreTrainedModel
 
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.messages import one_line
@@ -57,7 +57,7 @@ class ClassifierRows(Dataset[dict[str, Tensor]]):
         return {"images": self.transform(self.aux.domain.images[image], generator), "labels": torch.tensor(label)}
 
 
-def load_encoder(encoder: ResNetModel, folder: str) -> None:
+def load_encoder(encoder: PreTrainedModel, folder: str) -> None:
     """Give `encoder` the weights of that of a saved few-shot model.
 
     Raises:
@@ -73,10 +73,11 @@ def load_encoder(encoder: ResNetModel, folder: str) -> None:
     if info["missing_keys"] or info["mismatched_keys"]:  # of another kind of model, which transformers fills up
         raise ValueError(f"encoder: {folder} holds no few-shot model: give the output folder of a few-shot run")
     held, wanted = model.encoder, encoder.config
-    for name in ("num_channels", "embedding_size", "hidden_sizes", "depths"):
-        if getattr(held.config, name) != getattr(wanted, name):
+    for name in ("model_type", "num_channels", "embedding_size", "hidden_sizes", "depths", "layer_type", "architecture"):
+        own, other = getattr(held.config, name, None), getattr(wanted, name, None)
+        if own != other:
             raise ValueError(
-                f"encoder: {folder} has {name} {getattr(held.config, name)}, the model {getattr(wanted, name)}: "
-                "give backbone, width and channels of that run"
+                f"encoder: {folder} has {name} {own}, the model {other}: give backbone, width, channels and "
+                "model_name_or_path of that run"
             )
     encoder.load_state_dict(held.state_dict())

@@ -11,11 +11,18 @@ from torch.utils.data import default_collate
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
-from vision_tasks.classification import USAGE, ClassifierArguments, accuracy, make_classifier, tell_fewer, tested
+from vision_tasks.classification import (
+    ClassificationTask,
+    ClassifierArguments,
+    accuracy,
+    make_base,
+    tell_fewer,
+    tested,
+)
 from vision_tasks.image_sources import load_images
 from vision_tasks.images import ImageRows, ImageSet
+from vision_tasks.pretrained import Preparation
 from vision_tasks.rotation import SUBFOLDER, RotatedClassifier, Rotation, rotated
-from vision_tasks.task import VisionTask
 
 METHODS = ("rotation", "baseline")
 
@@ -59,16 +66,17 @@ class RotationData:
     meta: ImageSet
     test: ImageSet
     upright: ImageSet
+    preparation: Preparation | None = None
 
 
-class RotationTask(VisionTask[RotationArguments, RotationData]):
+class RotationTask(ClassificationTask[RotationArguments, RotationData]):
     """An angle learned by hypergradients (Bohdal et al., NeurIPS 2021, section 4.2)."""
 
     settings = RotationArguments
     title = "Rotation transformer"
     sources = ("Bohdal et al., EvoGrad, NeurIPS 2021, section 4.2",)
-    usage = f"{USAGE}\n# The angle is in rotation/config.json."
-    own_files = (SUBFOLDER,)
+    usage = "\n# The angle is in rotation/config.json."
+    own_files = (*ClassificationTask.own_files, SUBFOLDER)
     units: ClassVar = {"accuracy": "%", "accuracy_upright": "%", "degrees": "°"}
     shown_only = ("degrees",)
 
@@ -76,7 +84,8 @@ class RotationTask(VisionTask[RotationArguments, RotationData]):
         return settings.method == "rotation"
 
     def load(self, settings: RotationArguments, args: MetaTrainingArguments) -> RotationData:
-        parts = load_images(settings.data, settings.layout())
+        preparation = settings.preparation()
+        parts = load_images(settings.data, settings.layout(), prepare=preparation)
         images, test = parts["train"], parts["test"].require_classes()
         judging = len(images) // 6 if settings.meta_size is None else settings.meta_size
         available = len(images) - judging
@@ -89,16 +98,13 @@ class RotationTask(VisionTask[RotationArguments, RotationData]):
         tell_fewer("train_size", settings.train_size, size)
         train, meta = images.take(np.arange(size)), images.take(np.arange(available, len(images)))
         meta.require_classes()
-        return RotationData(
-            train.require_classes(), rotated(meta, settings.degrees), rotated(test, settings.degrees), test
-        )
+        train, askew = train.require_classes(), [rotated(images, settings.degrees) for images in (meta, test)]
+        return RotationData(train, *askew, test, preparation)
 
     def build_trainer(
         self, settings: RotationArguments, args: MetaTrainingArguments, data: RotationData
     ) -> MetaTrainer:
-        base = make_classifier(
-            settings.backbone, data.train, image_mean=settings.image_mean, image_std=settings.image_std
-        )
+        base, processor = make_base(settings, data.train, data.preparation)
         return MetaTrainer(
             RotatedClassifier(base, Rotation(), rotated=self.learns(settings)),
             args,
@@ -106,6 +112,7 @@ class RotationTask(VisionTask[RotationArguments, RotationData]):
             meta_dataset=ImageRows(data.meta) if self.learns(settings) else None,
             eval_dataset=ImageRows(data.test),
             data_collator=default_collate,
+            processing_class=processor,
             compute_metrics=accuracy,
         )
 

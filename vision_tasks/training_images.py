@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +15,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from vision_tasks.images import ImageRows, ImageSet
+from vision_tasks.classification import logits_of
+from vision_tasks.images import ImageSet
 from vision_tasks.noisy_labels import NoisyLabels
 from vision_tasks.weight_net import WeightedClassifier
 
@@ -27,25 +27,18 @@ SHOWN, COLUMNS, TILE, LINE, LONGEST = 48, 8, 96, 12, 15  # images, images a row,
 
 def judge(module: WeightedClassifier, images: ImageSet, batch_size: int = 500) -> tuple[Tensor, Tensor]:
     """The loss and the likeliest class of every image, not augmented, in evaluation mode; (N,) each."""
-    device, training = module.image_mean.device, module.training
-    losses, likeliest = [], []
-    module.eval()
-    with torch.no_grad():
-        for batch in DataLoader(cast(Any, ImageRows(images)), batch_size):
-            logits = module.base(pixel_values=module.normalised(batch["images"].to(device))).logits
-            losses.append(F.cross_entropy(logits, batch["labels"].to(device), reduction="none"))
-            likeliest.append(logits.argmax(-1))
-    module.train(training)
-    return torch.cat(losses), torch.cat(likeliest)
+    logits = logits_of(module, images, batch_size)
+    labels = torch.from_numpy(images.labels).to(logits.device)
+    return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1)
 
 
-def table_of(module: WeightedClassifier, noisy: NoisyLabels) -> pd.DataFrame:
+def table_of(module: WeightedClassifier, noisy: NoisyLabels, batch_size: int = 500) -> pd.DataFrame:
     """A row a training image, the largest loss first; the index is its place in `noisy.train`.
 
     Columns: image (its id), label (as trained on), predicted, loss; weight where it is learned, true_label where
     some are known to be wrong.
     """
-    losses, likeliest = judge(module, noisy.train)
+    losses, likeliest = judge(module, noisy.train, batch_size)
     names = np.array(noisy.train.names)
     columns: dict[str, Any] = {
         "image": noisy.train.ids,

@@ -43,7 +43,7 @@ class Task(ABC, Generic[Settings, Data]):
         greater_is_better: of the score that is compared.
         case: a setting that is a list (languages, ...): each of its items is a case, trained and tested by itself.
         sources: what the card cites.
-        usage: how what is left behind is loaded, in Python; `FOLDER` is its place.
+        usage: how what is left behind is loaded, in Python; it runs as printed in the folder of the run.
         own_files: names that a run writes beyond those of any run.
         configs: the folder of `configs/` in which its settings files are found by name.
         inputs: settings that may name a folder to read from, which is no `output_dir`.
@@ -121,6 +121,10 @@ class Task(ABC, Generic[Settings, Data]):
         """What the card's metadata say: fields of `MetaTrainer.create_model_card`."""
         return {}
 
+    def card_usage(self, settings: Settings) -> str:
+        """How what is left behind is loaded, in Python, where that depends on the settings."""
+        return self.usage
+
     def card_data(self, settings: Settings, data: Data, results: Mapping[str, Any]) -> dict[str, Any]:
         """Further metadata: fields of `huggingface_hub.ModelCardData`, such as `eval_results` and `widget`."""
         return {}
@@ -132,10 +136,11 @@ class Task(ABC, Generic[Settings, Data]):
         facts = results["run"]
         best = facts["best_checkpoint"]
         weights = "the weights of its last step" if best is None else f"the weights of its {Path(best).name}"
+        usage = self.card_usage(settings)
         cited = [*self.sources, *([] if estimator is None else [estimator.citation])]
         return [
             f"## {self.title}\n\nOne training run, {weights}. {self.card_text(settings)}".strip(),
-            *([f"## Use\n\n```python\n{self.usage}\n```"] if self.usage else []),
+            *([f"## Use\n\n```python\n{usage}\n```"] if usage else []),
             f"## Test scores\n\n{self.card_scores(results['test'])}",
             *([f"## Meta level\n\n{outline_table(facts['meta_history'])}"] if facts.get("meta_history") else []),
             settings_section(results["settings"]),

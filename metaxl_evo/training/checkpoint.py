@@ -37,6 +37,7 @@ FORMER_DEFAULTS = {  # which runs of earlier versions left unsaid
     "ignore_mismatched_sizes": False,
     "train_split": "train",
     "test_split": "test",
+    "model_name_or_path": None,
 }
 DATA = " data"  # behind the name of a part of the data, whose fingerprint this is
 ADVICE = "resume from an earlier checkpoint, or start anew in another output_dir"

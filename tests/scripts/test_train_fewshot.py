@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -15,11 +16,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel
 
 from metaxl_evo.estimators import ESTIMATORS
 from scripts.train_fewshot import main
 from tests.scripts.refusals import assert_refused, config_of, offline, truncate, yaml_of
 from tests.scripts.runs import OF_A_RUN, OF_SEVERAL, argv, cut_off_after, read, same
+from tests.vision_tasks.models import write_classifier
 from tests.vision_tasks.small import pack
 from vision_tasks import domains
 from vision_tasks.augmentation import EvaluationTransform
@@ -140,7 +143,35 @@ def test_what_is_left_scores_what_the_results_say(compared: Any) -> None:
     assert bool((FeatureTransform.from_pretrained(compared[0] / "none/2").layers["stage1_block1"].gamma == 0.3).all())
 
 
-def test_the_model_card(compared: Any) -> None:
+def test_a_pretrained_encoder(tmp_path: Path) -> None:
+    """Its weights are the start; the saved model, on what the saved processor makes of an image, scores the same."""
+    model = write_classifier(tmp_path / "model", "resnet")
+    results = train(tmp_path / "out", model_name_or_path=model, image_size=224, max_steps=2, learning_rate=0)
+    left = FewShotModel.from_pretrained(tmp_path / "out").eval()
+    start = AutoModel.from_pretrained(model).state_dict()
+    assert all(torch.equal(value, start[name]) for name, value in left.encoder.state_dict().items()
+               if not name.endswith(("running_mean", "running_var", "num_batches_tracked")))  # fmt: skip
+    assert len(left.head.state_dict()) > 0
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    mean, std = (torch.tensor(values)[:, None, None] for values in (left.config.image_mean, left.config.image_std))
+
+    def seen(image: Any, generator: Any) -> Tensor:
+        shown = Image.fromarray(np.asarray(image))
+        return processor(images=shown, return_tensors="pt")["pixel_values"][0] * std + mean
+
+    domain, size = read_domain("synthetic:sand"), EpisodeSize(3, 2, 3)
+    rows = Episodes([domain], "test", size, length=4, seed=42, transform=seen, split="novel")
+    with torch.no_grad():
+        right = [(left.scores(row["support"], row["query"]).argmax(-1) == row["labels"])
+                 for row in map(rows.__getitem__, range(4))]  # fmt: skip
+    assert float(torch.stack(right).double().mean()) == pytest.approx(results["test"]["accuracy"])
+    assert results["run"]["meta_parameters"] == 2 * (4 + 8 + 8)  # two blocks, one of them with a shortcut
+
+
+def test_the_model_card(compared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(compared[0] / "evo/2")
+    (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(code, {})
     card = (compared[0] / "evo/2/README.md").read_text(encoding="utf-8")
     test = read(compared[0] / "evo/2")["test"]
     assert "\n# out-evo-2\n" in card
@@ -288,6 +319,11 @@ BAD: list[tuple[Any, str]] = [
     ({"aux_domain": "omniglot"}, "unknown aux_domain 'omniglot': .*Valid: ink, chalk, neon"),
     ({"data": "absent.npz"}, "data must be synthetic or the folder where the domains are, absent.npz is neither"),
     ({"encoder": "absent"}, "encoder: absent is not a folder"),
+    ({"do_predict": "true"}, "do_predict: an episode's classes are its own"),
+    (lambda folder: {"model_name_or_path": write_classifier(folder, "vit"), "data": "synthetic"},
+     "acts behind the batch norms of a ResNet's blocks .*, and ViTModel has none: give such an encoder"),
+    (lambda folder: {"model_name_or_path": write_classifier(folder, "resnet"), "data": "synthetic", "image_size": 8},
+     "image_size is what the model of model_name_or_path says: leave it out"),
     ({"method": "pretrain"}, "per_device_train_batch_size 1 makes a batch of one image out of 288"),
     (lambda folder: {"data": folder, "domains": ["a/b/c"], "aux_domain": "c"}, "unknown domain 'a/b/c'"),
     (lambda folder: {"data": folder, "domains": ["no-such-organisation-here/absent"], "aux_domain": "absent"},
@@ -332,4 +368,4 @@ def test_a_config_says_what_the_command_line_does(tmp_path: Path) -> None:
 
 
 def test_the_table_of_bad_input_is_whole() -> None:
-    assert len(BAD) == 24
+    assert len(BAD) == 27

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, pipeline
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from metaxl_evo.estimators import ESTIMATORS
 from metaxl_evo.models.weight_net import WeightNet
@@ -25,7 +26,9 @@ from scripts.train_rotation import main as train_rotation
 from tests.hub_cache import REPOSITORY, prepare_image_cache
 from tests.scripts.refusals import assert_refused, config_of, contents, offline, truncate, yaml_of
 from tests.scripts.runs import OF_A_RUN, OF_SEVERAL, argv, cut_off_after, keep_checkpoints, read, same
+from tests.vision_tasks.models import write_classifier
 from tests.vision_tasks.small import pack, random_images
+from vision_tasks.classification import PREDICTIONS
 from vision_tasks.noisy_labels_figures import plot_weights
 from vision_tasks.training_images import SHEET, TABLE
 
@@ -105,7 +108,7 @@ def test_every_run_has_a_folder_of_its_own(compared: Any, script: str) -> None:
     folder, results = compared[script]
     assert read(folder) == results
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    one = [*OF_A_RUN, *META[script]]
+    one = [*OF_A_RUN, IMAGE_PROCESSOR_NAME, *META[script]]
     above, drawn = {*OF_SEVERAL}, set()
     if script == "noisy_labels":
         above, drawn = above | {"noise.png", "weights.png"}, {f"evo/{seed}/weights.png" for seed in (1, 2)}
@@ -230,14 +233,46 @@ def test_what_is_left_is_a_plain_classifier(compared: Any, script: str) -> None:
         assert model.config.image_std == pytest.approx([train_part.std()])
 
 
+@pytest.mark.parametrize(
+    ("script", "kind", "fields"),
+    [
+        ("noisy_labels", "resnet", {}),
+        ("rotation", "dinov2", {"degrees": 0}),
+        ("noisy_labels", None, {"image_size": 4}),
+        ("rotation", None, {"degrees": 0}),
+    ],
+)
+def test_a_pipeline_answers_as_the_test_did(
+    tmp_path: Path, images: Path, script: str, kind: str | None, fields: dict[str, Any], monkeypatch: Any
+) -> None:
+    """A pretrained model and one of ours: on every test image as a PNG file, and by the card's own lines."""
+    fields = fields | {"do_predict": "true", "max_steps": 2}
+    if kind is not None:
+        fields["model_name_or_path"] = write_classifier(tmp_path / "model", kind)
+    results = train(script, images, tmp_path / "out", **fields)
+    table = pd.read_csv(tmp_path / "out" / PREDICTIONS)
+    classify = pipeline("image-classification", model=str(tmp_path / "out"))
+    for row, image in zip(table.itertuples(), random_images(20, seed=2, classes=10).images, strict=True):
+        Image.fromarray(image[..., 0]).save(tmp_path / "one.png")
+        best = classify(str(tmp_path / "one.png"))[0]
+        assert best["label"] == str(row.predicted)
+        assert best["score"] == pytest.approx(row.confidence, abs=1e-4)
+    assert (table.label == table.predicted).mean() == pytest.approx(results["test"]["accuracy"])
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert ("import vision_tasks.backbones" in card, "pipeline_tag" in card) == (kind is None, kind is not None)
+    monkeypatch.chdir(tmp_path / "out")
+    exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], {})
+
+
 @each_script
-def test_the_model_card(compared: Any, script: str) -> None:
+def test_the_model_card(compared: Any, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = compared[script][0]
     card = (folder / "evo/2/README.md").read_text(encoding="utf-8")
     results = read(folder / "evo/2")
     assert card.splitlines()[1] == "library_name: transformers"
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    exec(code.replace("FOLDER", str(folder / "evo/2")), {})
+    monkeypatch.chdir(folder / "evo/2")
+    exec(code, {})
     assert str(folder) not in card
     assert "Data `random.npz`." in card
     assert "\n# out-evo-2\n" in card

@@ -476,7 +476,7 @@ def test_encoders_that_cannot_be_taken(task: FewShotTask, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"holds no few-shot model \("):
         load_encoder(encoder, str(tmp_path))
     trainer_of(task, tmp_path, settings_of(width=3)).model.save_pretrained(tmp_path / "wide")
-    with pytest.raises(ValueError, match="has embedding_size 3, the model 2: give backbone, width and channels of"):
+    with pytest.raises(ValueError, match="has embedding_size 3, the model 2: give backbone, width, channels and"):
         load_encoder(encoder, str(tmp_path / "wide"))
     encoder.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="bare holds no few-shot model"):
