@@ -1,14 +1,17 @@
-"""How a script ends where its input is bad: with one line."""
+"""How a script ends where its input is bad, or where it is told to stop: with one line."""
 
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from metaxl_evo.messages import one_line
+from metaxl_evo.training.preemption import Interrupted, interrupted, on_signal, stop_at_once
 
 Result = TypeVar("Result")
+CUT_OFF = 128 + signal.SIGINT  # as shells have it
 
 
 class SettingsError(SystemExit, ValueError):
@@ -16,12 +19,17 @@ class SettingsError(SystemExit, ValueError):
 
 
 def ends_with_one_line(main: Callable[[Sequence[str] | None], Result]) -> Callable[..., Result]:
-    """Decorates the `main` of a script: bad input ends it with one line, whether it is run or called."""
+    """Decorates the `main` of a script: bad input ends it with one line, whether it is run or called; signals too."""
 
     @functools.wraps(main)
     def ended(argv: Sequence[str] | None = None) -> Result:
         try:
-            return main(argv)
+            with on_signal(stop_at_once):
+                return main(argv)
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as stop:
+            raise interrupted("stopped at once; what is complete is kept", code=CUT_OFF) from stop
         except (ValueError, OSError, FloatingPointError) as error:
             raise SettingsError(f"error: {one_line(error)}") from error
 
