@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from metaxl_evo.experiments.progress import PROGRESS, Progress
 from metaxl_evo.experiments.scores import write_outcomes
 from metaxl_evo.experiments.task import Data, Settings, Task
 from metaxl_evo.messages import one_line
+from metaxl_evo.training.checkpoint import MANIFEST
+from metaxl_evo.training.preemption import Interrupted
 from metaxl_evo.training.trainer import MetaTrainer
 
 LOCK = "_lock"  # which an upload leaves out
@@ -74,8 +76,9 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
 
     Raises:
         ValueError: for whatever cannot work, or where another process makes this run.
+        Interrupted: told to stop by a signal; there is no `results.json`, and resuming goes on.
     """
-    with _alone(run):
+    with _alone(run), ExitStack() as behind_training:
         resuming = run.args.resume_from_checkpoint is not None
         if resuming and (kept := keep_finished(task, run)) is not None:  # by another process, meanwhile
             return kept
@@ -86,6 +89,7 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
         trainer.add_callback(Progress(run.folder))
         begun = time.perf_counter()
         trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
+        behind_training.enter_context(_keeping(trainer, run.folder))
         facts = {"steps": trainer.state.global_step, "train_seconds": time.perf_counter() - begun}
         _save_model(trainer)
         results: dict[str, Any] = {"test": task.score(trainer, run.settings, data)}
@@ -98,6 +102,22 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
         trainer.card_data = task.card_data(run.settings, data, results)
         _leave(task, run, trainer, results)
     return results
+
+
+@contextmanager
+def _keeping(trainer: MetaTrainer, folder: Path) -> Iterator[None]:
+    """Around what follows a training: where that is told to stop, a training that no checkpoint ends is kept in one.
+
+    Not by several processes, which are told at different places and could not wait for each other.
+    """
+    try:
+        yield
+    except Interrupted:
+        args, last = trainer.args, folder / f"checkpoint-{trainer.state.global_step}"
+        finished = any((place / name).exists() for place, name in ((folder, RESULTS), (last, MANIFEST)))
+        if args.world_size == 1 and not args.load_best_model_at_end and not finished:
+            trainer.keep_step()
+        raise
 
 
 def _save_model(trainer: MetaTrainer) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,13 @@ class Study:
         errors: dict[int, str] = {}
         begun, waiting = len(self.chosen) - len(unfinished), dict(folders)
         off, every = self.args.disable_tqdm, 0.5 if sys.stderr.isatty() else 30.0
-        with tqdm(
-            total=len(self.chosen), initial=begun, desc="runs", unit="run", disable=off, mininterval=every
-        ) as bar:
-            for ended in engine(self.folder / PLAN, folders):
+        with (
+            tqdm(
+                total=len(self.chosen), initial=begun, desc="runs", unit="run", disable=off, mininterval=every
+            ) as bar,
+            closing(engine(self.folder / PLAN, folders)) as events,  # its processes end here, however this ends
+        ):
+            for ended in events:
                 if ended is not None:
                     folder = waiting.pop(ended.number)
                     if ended.error is not None:
@@ -139,7 +143,7 @@ class Study:
         """
         make_run(self.task, self.runs[number])
 
-    def _inline(self, plan: Path, folders: Mapping[int, Path]) -> Iterator[Ended]:
+    def _inline(self, plan: Path, folders: Mapping[int, Path]) -> Generator[Ended]:
         for number in folders:
             try:
                 self.make(number)

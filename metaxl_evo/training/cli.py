@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from metaxl_evo.messages import one_line
-from metaxl_evo.training.preemption import Interrupted, interrupted, on_signal, stop_at_once
+from metaxl_evo.training.preemption import Interrupted, on_signal, stop_at_once
 
 Result = TypeVar("Result")
 CUT_OFF = 128 + signal.SIGINT  # as shells have it
@@ -26,10 +26,11 @@ def ends_with_one_line(main: Callable[[Sequence[str] | None], Result]) -> Callab
         try:
             with on_signal(stop_at_once):
                 return main(argv)
-        except Interrupted:
+        except Interrupted as stop:
+            stop.say()
             raise
         except KeyboardInterrupt as stop:
-            raise interrupted("stopped at once; what is complete is kept", code=CUT_OFF) from stop
+            raise Interrupted("stopped at once: what was complete is kept", CUT_OFF).say() from stop
         except (ValueError, OSError, FloatingPointError) as error:
             raise SettingsError(f"error: {one_line(error)}") from error
 

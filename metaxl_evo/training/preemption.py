@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from metaxl_evo.messages import first_line
 
@@ -25,17 +25,24 @@ GO_ON = "go on with resume_from_checkpoint: latest"
 class Interrupted(SystemExit, KeyboardInterrupt):
     """Told to stop. Code may catch it as a KeyboardInterrupt; uncaught, the process ends with `code`.
 
-    Attributes:
-        code: 75, which asks to be started again, or 130 where a second Ctrl-C has cut something off.
-        text: the line that was printed.
+    Args:
+        text: one line, how to go on in it. A SystemExit beside whose code it stands would not print it: `say` does.
+        code: 75, which asks to be started again, or another.
     """
 
     def __init__(self, text: str, code: int = TRY_AGAIN):
         super().__init__(code)
-        self.text = text
+        self._text, self._said = text, False
 
     def __str__(self) -> str:
-        return self.text
+        return self._text
+
+    def say(self, aloud: bool = True) -> Self:
+        """Print the line, once; not `aloud`, let nobody print it."""
+        if aloud and not self._said:
+            logger.warning("%s", self._text)
+        self._said = True
+        return self
 
 
 class Handler:
@@ -82,14 +89,7 @@ def _is_free(held: Any) -> bool:
 
 def stop_at_once(number: signal.Signals) -> None:
     """Raises Interrupted, with a line that says how to go on."""
-    raise interrupted(f"stopped by {number.name}: start it again; a training may {GO_ON}")
-
-
-def interrupted(text: str, *, log: bool = True, code: int = TRY_AGAIN) -> Interrupted:
-    """An Interrupted to raise, its line printed (`log`) since a SystemExit prints none beside its code."""
-    if log:
-        logger.warning("%s", text)
-    return Interrupted(text, code)
+    raise Interrupted(f"stopped by {number.name}: start it again; a training may {GO_ON}")
 
 
 class Preemption:
@@ -117,12 +117,14 @@ class Preemption:
             if self.told is None:
                 raise
             text = f"stopped by {self.told.name} within a step, which keeps nothing ({first_line(error)}): {GO_ON}"
-            raise interrupted(text) from error
+            raise Interrupted(text).say() from error
         if self.told is not None:
             signal.raise_signal(self.told)
 
     def _note(self, number: signal.Signals) -> None:
         self.told = number
+        if number == signal.SIGINT:  # somebody waits at the terminal; a handler must not print as others do
+            os.write(2, b"\nthe step comes to its end, and is kept; Ctrl-C again ends it at once\n")
 
 
 def shield_workers(loader: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from metaxl_evo.training.callbacks import require_finite
-from metaxl_evo.training.preemption import GO_ON, Preemption, interrupted, shield_workers
+from metaxl_evo.training.preemption import GO_ON, Interrupted, Preemption, shield_workers
 from metaxl_evo.training.task_trainer import TaskTrainer
 
 
@@ -86,4 +86,4 @@ class StoppableTrainer(TaskTrainer):
         by = "a signal to another process" if told is None else told.name
         folder = Path(self._get_output_dir(self._trial)) / f"checkpoint-{step}"
         text = f"stopped by {by} after step {step} of {self.state.max_steps}, which {folder} keeps: {GO_ON}"
-        raise interrupted(text, log=self.args.should_log)
+        raise Interrupted(text).say(self.args.should_log)
