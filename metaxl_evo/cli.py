@@ -184,10 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script() -> None:
     """The console entry."""
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("stopped: the same command goes on, with what is finished kept")
+    sys.exit(main())
 
 
 def _help() -> str:

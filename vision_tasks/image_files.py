@@ -6,15 +6,18 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
 from metaxl_evo.messages import one_line
 
 GREY_MODES, COLOUR_MODES = ("1", "L", "LA"), ("RGB", "RGBA", "P", "CMYK", "YCbCr")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # of a file, whatever its name; EPS is a program
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -38,14 +41,18 @@ def as_array(image: Any, where: str) -> np.ndarray:
     return array if array.ndim == 3 else array[..., None]
 
 
-def decode(source: Path | bytes, name: str) -> np.ndarray:
+def decode(source: Path | bytes, name: str, mode: str | None = None) -> np.ndarray:
     """An image file, or the bytes of one, as `as_array` gives it.
+
+    Args:
+        mode: that of PIL to convert it to first.
 
     Raises:
         ValueError: for what is damaged, or is not an image of 8 bits a channel.
     """
-    with opening(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return as_array(image, name)
+    opened = io.BytesIO(source) if isinstance(source, bytes) else source
+    with opening(name), Image.open(opened, formats=FORMATS) as image:
+        return as_array(image if mode is None else image.convert(mode), name)
 
 
 @contextmanager
@@ -73,7 +80,7 @@ class EncodedImages(Sequence[Any]):
 
 @dataclass(frozen=True, eq=False)
 class TableImages(Sequence[Any]):
-    """The image column of a `datasets.Dataset`, decoded on access."""
+    """The image column of a `datasets.Dataset`, decoded on access: of bytes, or of files, which are not fetched."""
 
     rows: Any
     column: str
@@ -86,8 +93,17 @@ class TableImages(Sequence[Any]):
         name = f"{self.where}, column {self.column}, row {index}"
         if not 0 <= index < len(self):
             raise IndexError(name)
-        with opening(name):
-            return as_array(self.rows[int(index)][self.column], name)
+        held = self._encoded[int(index)][self.column]
+        if not isinstance(held, dict):
+            return as_array(held, name)
+        source = held["bytes"] or Path(held["path"] or "no image")
+        return decode(source, name, self.rows.features[self.column].mode)
+
+    @cached_property
+    def _encoded(self) -> Any:
+        if not isinstance(self.rows.features[self.column], ImageFeature):
+            return self.rows
+        return self.rows.cast_column(self.column, ImageFeature(decode=False))  # it would open whatever a path names
 
 
 def subfolders(folder: Path) -> list[Path]:

@@ -32,7 +32,7 @@ from vision_tasks.images import ImageRows, ImageSet
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
 from vision_tasks.noisy_labels_figures import plot_noise, plot_weight_curves, plot_weights
 from vision_tasks.pretrained import Preparation
-from vision_tasks.training_images import SHEET, TABLE, contact_sheet, judge, table_of
+from vision_tasks.training_images import SHEET, TABLE, contact_sheet, judge, spreadsheet, table_of
 from vision_tasks.weight_net import NORMALISATIONS, WeightedClassifier
 
 METHODS = ("meta_weight_net", "baseline")
@@ -202,7 +202,7 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
         super().write_files(folder, trainer, settings, data)
         size = trainer.args.per_device_eval_batch_size
         table = table_of(cast(WeightedClassifier, trainer.model), data.noisy, size)
-        table.to_csv(folder / TABLE, index=False)
+        spreadsheet(table).to_csv(folder / TABLE, index=False)
         contact_sheet(data.noisy.train, table, folder / SHEET)
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:

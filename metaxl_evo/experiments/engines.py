@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 
 from metaxl_evo.experiments.folders import RESULTS
 from metaxl_evo.messages import one_line
+
+logger = logging.getLogger(__name__)
 
 LOG = "_run.log"  # which an upload leaves out, for its paths
 TURN = 0.2  # seconds between two looks at the processes
@@ -37,7 +40,7 @@ class Engine(Protocol):
         folders: number in the plan -> folder of the run, in the order in which they are to start.
     """
 
-    def __call__(self, plan: Path, folders: Mapping[int, Path]) -> Iterator[Ended | None]: ...
+    def __call__(self, plan: Path, folders: Mapping[int, Path]) -> Generator[Ended | None]: ...
 
 
 def command(plan: Path, number: int) -> list[str]:
@@ -57,13 +60,13 @@ class LocalEngine:
     jobs: int | None = None
     threads: int | None = None
 
-    def __call__(self, plan: Path, folders: Mapping[int, Path]) -> Iterator[Ended | None]:
+    def __call__(self, plan: Path, folders: Mapping[int, Path]) -> Generator[Ended | None]:
         gpus = visible_gpus()
         jobs = self.jobs or max(1, len(gpus))
         threads = self.threads or max(1, (os.cpu_count() or 1) // jobs)
         waiting, free, running = list(folders), list(range(jobs)), dict[int, RunProcess]()
         with ExitStack() as at_the_end:
-            at_the_end.callback(_end_all, running)
+            at_the_end.callback(lambda: end_all(running.values()))
             while waiting or running:
                 while waiting and free:
                     number, place = waiting.pop(0), free.pop(0)
@@ -79,13 +82,24 @@ class LocalEngine:
                     yield None
 
 
-def _end_all(running: Mapping[int, RunProcess]) -> None:
-    for one in running.values():
-        one.end()
+def end_all(running: Collection[RunProcess]) -> None:
+    """Have processes keep their step and end; being told again meanwhile, end them whatever they do."""
+    try:
+        if running:
+            logger.warning("%d runs end their step and keep it; Ctrl-C again ends them at once", len(running))
+        for one in running:
+            one.stop()
+        for one in running:
+            one.wait()
+    finally:
+        for one in running:
+            one.end()
 
 
 class RunProcess:
     """One run in a process that ends with this one: it reads its input, whose end it sees.
+
+    What the terminal sends to all processes does not reach it: this one passes it on by `stop`.
 
     Args:
         environment: variables that it has beside those of this process.
@@ -103,6 +117,7 @@ class RunProcess:
                 stderr=stream,
                 env={**os.environ, **environment},
                 cwd=cwd,
+                start_new_session=True,
             )
 
     @property
@@ -111,13 +126,23 @@ class RunProcess:
 
     def ended(self) -> Ended:
         """Waits until it is over."""
-        code = self._process.wait()
-        if code:
+        if code := self.wait():
             return Ended(self.number, why(code, self.log))
         made = (self.log.parent / RESULTS).exists()
         return Ended(self.number, None if made else f"left no {RESULTS}: was the plan replaced meanwhile?")
 
+    def wait(self) -> int:
+        """Until it is over, by turns: not every interruption of this process wakes a wait; its exit code."""
+        while (code := self.code) is None:
+            time.sleep(TURN)
+        return code
+
+    def stop(self) -> None:
+        """Have it end its step, keep it, and end."""
+        self._process.terminate()
+
     def end(self) -> None:
+        """Whatever it does."""
         self._process.kill()
         self._process.wait()
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from socket import create_connection, gethostname
 from typing import Any
 
-from metaxl_evo.experiments.engines import LOG, TURN, Ended, RunProcess
+from metaxl_evo.experiments.engines import LOG, TURN, Ended, RunProcess, end_all
 from metaxl_evo.experiments.folders import RESULTS
 from metaxl_evo.messages import one_line
 
@@ -45,7 +45,7 @@ class RayEngine:
     threads: int | None = None
     retries: int = 3
 
-    def __call__(self, plan: Path, folders: Mapping[int, Path]) -> Iterator[Ended | None]:
+    def __call__(self, plan: Path, folders: Mapping[int, Path]) -> Generator[Ended | None]:
         waiting = list(folders)
         running: dict[ray.ObjectRef[Ended], int] = {}
         with _cluster(), ExitStack() as at_the_end:
@@ -88,9 +88,16 @@ def _call(address: str) -> None:
         create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
 
 
-def _cancel(tasks: Iterable[ray.ObjectRef[Ended]]) -> None:
-    for task in tasks:
-        ray.cancel(task, force=True)
+def _cancel(tasks: Collection[ray.ObjectRef[Ended]]) -> None:
+    """Have the runs keep their step and end; being told again meanwhile, end them whatever they do."""
+    try:
+        for task in tasks:
+            ray.cancel(task)
+        if tasks:
+            ray.wait(list(tasks), num_returns=len(tasks))
+    finally:
+        for task in tasks:
+            ray.cancel(task, force=True)
 
 
 def _room(threads: int) -> dict[str, Any]:
@@ -113,7 +120,7 @@ def _make(plan: Path, number: int, log: Path, threads: int, cwd: Path) -> Ended:
     try:
         return process.ended()
     finally:
-        process.end()
+        end_all([process])
 
 
 def _ended(task: ray.ObjectRef[Ended], number: int, folder: Path) -> Ended:

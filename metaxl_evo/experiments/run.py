@@ -23,8 +23,10 @@ from metaxl_evo.experiments.run_folder import Mark, alone, begin, note_published
 from metaxl_evo.experiments.scores import write_outcomes
 from metaxl_evo.experiments.task import Data, Settings, Task
 from metaxl_evo.messages import first_line, one_line
+from metaxl_evo.training.checkpoint import MANIFEST
 from metaxl_evo.training.durable import staged
 from metaxl_evo.training.logs import is_watched
+from metaxl_evo.training.preemption import Interrupted
 from metaxl_evo.training.trainer import MetaTrainer
 
 logger = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
 
     Raises:
         ValueError: for whatever cannot work, or where another process makes this run.
+        Interrupted: told to stop by a signal; there is no `results.json`, and resuming goes on.
     """
     resuming, first = run.args.resume_from_checkpoint is not None, run.args.process_index == 0
     if first:
@@ -119,18 +122,35 @@ def _train(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
     begun = time.perf_counter()
     trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
     facts = {"steps": trainer.state.global_step, "train_seconds": time.perf_counter() - begun}
-    _save_model(trainer, run.folder)
-    results: dict[str, Any] = {"test": task.score(trainer, run.settings, data)}
-    dev = task.dev_score(trainer, run.settings, data)
-    results |= {} if dev is None else {"dev": dev}
-    results |= {"settings": settings, "data": marks}
-    results["run"] = facts | _facts(trainer) | task.describe(trainer, run.settings, data, start)
-    if run.args.push_to_hub:
-        trainer.finish_push()  # of a checkpoint, before what it reads is replaced
-    if run.args.should_save:
-        _leave(task, run, trainer, data, results)
-        write_results(run.folder, results)
+    with _keeping(trainer, run.folder):
+        _save_model(trainer, run.folder)
+        results: dict[str, Any] = {"test": task.score(trainer, run.settings, data)}
+        dev = task.dev_score(trainer, run.settings, data)
+        results |= {} if dev is None else {"dev": dev}
+        results |= {"settings": settings, "data": marks}
+        results["run"] = facts | _facts(trainer) | task.describe(trainer, run.settings, data, start)
+        if run.args.push_to_hub:
+            trainer.finish_push()  # of a checkpoint, before what it reads is replaced
+        if run.args.should_save:
+            _leave(task, run, trainer, data, results)
+            write_results(run.folder, results)
     return results
+
+
+@contextmanager
+def _keeping(trainer: MetaTrainer, folder: Path) -> Iterator[None]:
+    """Around what follows a training: where that is told to stop, a training that no checkpoint ends is kept in one.
+
+    Not by several processes, which are told at different places and could not wait for each other.
+    """
+    try:
+        yield
+    except Interrupted:
+        args, last = trainer.args, folder / f"checkpoint-{trainer.state.global_step}"
+        finished = any((place / name).exists() for place, name in ((folder, RESULTS), (last, MANIFEST)))
+        if args.world_size == 1 and not args.load_best_model_at_end and not finished:
+            trainer.keep_step()
+        raise
 
 
 def _save_model(trainer: MetaTrainer, folder: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,11 @@ class Study:
         folders = {number: self.runs[number].folder for number in unfinished}
         errors: dict[int, str] = {}
         begun, waiting = len(self.chosen) - len(unfinished), dict(folders)
-        with self._bar(total=len(self.chosen), initial=begun, desc="runs", unit="run") as bar:
-            for ended in engine(self.folder / PLAN, folders):
+        with (
+            self._bar(total=len(self.chosen), initial=begun, desc="runs", unit="run") as bar,
+            closing(engine(self.folder / PLAN, folders)) as events,  # its processes end here, however this ends
+        ):
+            for ended in events:
                 if ended is not None:
                     folder = waiting.pop(ended.number)
                     if ended.error is not None:
@@ -140,7 +144,7 @@ class Study:
         """
         make_run(self.task, self.runs[number])
 
-    def _inline(self, plan: Path, folders: Mapping[int, Path]) -> Iterator[Ended]:
+    def _inline(self, plan: Path, folders: Mapping[int, Path]) -> Generator[Ended]:
         for number in folders:
             try:
                 self.make(number)

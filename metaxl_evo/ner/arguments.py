@@ -123,6 +123,9 @@ class NerArguments(LayoutArguments):
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Give the model a new head where its own has other labels than the data."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that the model brings along (auto_map); read it first."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel of the base model."})
     use_peft: bool = field(
         default=False,

@@ -38,11 +38,12 @@ NO_LIMIT = 2**31
 ROUNDING = 1e-4  # of logits; float32 in another order changes 1e-6, what reads padding 1e-3 and more
 
 
-def load_config(model: str) -> PretrainedConfig:
+def load_config(model: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of a model; of an unreachable Hub id this says so within seconds.
 
     Raises:
-        ValueError: for what is neither a model folder nor to be had from the Hub or its cache.
+        ValueError: for what is neither a model folder nor to be had from the Hub or its cache, or brings code along
+            that is not trusted.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -59,16 +60,19 @@ def load_config(model: str) -> PretrainedConfig:
         )
         raise ValueError(f"model_name_or_path: {model} holds no {CONFIG_NAME}: {advice}")
     try:
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else model)
+        config = AutoConfig.from_pretrained(folder if folder.is_dir() else model, trust_remote_code=trust_remote_code)
     except Exception as error:  # the content of the file leads the library into any
         raise _unusable(model, error) from error
+    if "/" in (kernel := str(config._attn_implementation)) and not trust_remote_code:
+        raise _untrusted(model, f"the attention kernel {kernel} of the Hub")
+    return config
 
 
-def trained_labels(model: str) -> list[str] | None:
+def trained_labels(model: str, *, trust_remote_code: bool = False) -> list[str] | None:
     """The label names of a trained token-classification head, in its order; None where the model has none yet."""
     if model == SYNTHETIC:
         return None
-    config = load_config(model)
+    config = load_config(model, trust_remote_code=trust_remote_code)
     if not any("TokenClassification" in kind for kind in config.architectures or []):
         return None
     labels: dict[Any, str] = dict(config.id2label or {})
@@ -81,18 +85,20 @@ def load_classifier(
     attn_implementation: str | None = None,
     *,
     ignore_mismatched_sizes: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A float32 token classifier for the label names, whatever the checkpoint's dtype, and its fast tokenizer.
 
     Args:
         ignore_mismatched_sizes: a trained head of other labels makes way for a new one, of whatever size both are.
+        trust_remote_code: run code that the model brings along; nobody is asked.
 
     Raises:
         ValueError: for a model that cannot be had or read, or whose trained head has other labels.
     """
     if model == SYNTHETIC:
         return make_synthetic_tagger(SyntheticFamily())
-    trained = trained_labels(model)
+    trained = trained_labels(model, trust_remote_code=trust_remote_code)
     is_other = trained not in (None, list(names))
     if trained is not None and is_other and not ignore_mismatched_sizes:
         raise ValueError(
@@ -103,10 +109,16 @@ def load_classifier(
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
         with without_load_report():
             base, found = AutoModelForTokenClassification.from_pretrained(
-                place, dtype="float32", output_loading_info=True, ignore_mismatched_sizes=is_other, **labels, **kernel
+                place,
+                dtype="float32",
+                output_loading_info=True,
+                ignore_mismatched_sizes=is_other,
+                trust_remote_code=trust_remote_code,
+                **labels,
+                **kernel,
             )
             if is_other:
                 base, found = _with_new_head(base, **kernel)
@@ -275,7 +287,16 @@ def _require_reachable(model: str) -> None:
         raise _unusable(model, error) from error
 
 
+def _untrusted(model: str, what: str) -> ValueError:
+    return ValueError(
+        f"model_name_or_path: {model!r} brings code along ({what}), which is not run unasked: read it, then set "
+        "trust_remote_code: true, or use another model"
+    )
+
+
 def _unusable(model: str, error: Exception) -> ValueError:
+    if "trust_remote_code=True" in str(error):  # as transformers words it, in several lines
+        return _untrusted(model, "auto_map")
     reason = f"{type(error).__name__}: {first_line(error).rstrip(':. ')}"
     return ValueError(
         f"model_name_or_path: {model!r} cannot be loaded ({reason}): give the folder of a transformers model, a Hub "

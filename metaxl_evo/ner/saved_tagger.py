@@ -43,6 +43,7 @@ class SavedTaggerArguments:
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace the files that are written, where they exist."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave accelerators alone."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model brings along."})
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("max_length", SHORTEST)):
@@ -55,7 +56,7 @@ class SavedTaggerArguments:
         Raises:
             ValueError: for a model that has none.
         """
-        names = trained_labels(self.model_name_or_path)
+        names = trained_labels(self.model_name_or_path, trust_remote_code=self.trust_remote_code)
         if names is None:
             raise ValueError(
                 f"{self.model_name_or_path} has no trained token-classification head: train one with "
@@ -100,9 +101,10 @@ class SavedTagger:
     """
 
     def __init__(self, settings: SavedTaggerArguments, names: Sequence[str], parts: dict[str, Dataset], strict: bool):
-        base, published = load_classifier(settings.model_name_or_path, names)
+        trusted = settings.trust_remote_code
+        base, published = load_classifier(settings.model_name_or_path, names, trust_remote_code=trusted)
         words = [words for part in parts.values() for words in part["tokens"][:100]]
-        tokenizer = as_in_text(published, words, base.config)
+        tokenizer = as_in_text(published, words, base.config, trust_remote_code=trusted)
         length = min(settings.max_length, longest_input(base))
         self.sets = {name: EvaluationSet(part, tokenizer, length, names, strict) for name, part in parts.items()}
         for one in self.sets.values():

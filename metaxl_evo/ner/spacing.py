@@ -31,13 +31,18 @@ Ids = list[int]
 
 
 def as_in_text(
-    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[Sequence[str]], config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[Sequence[str]],
+    config: PretrainedConfig,
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, or one with a prefix space, whose sub-tokens of split words are those of running text.
 
     Args:
         sentences: words of the data that it is for.
         config: of the model, which decides as what a saved tokenizer is loaded.
+        trust_remote_code: that of the model, for the same purpose.
 
     Raises:
         ValueError: where no setting leads there, or one that does is lost when the tokenizer is saved.
@@ -48,7 +53,8 @@ def as_in_text(
         if _share(_split(tokenizer, tried), expected):
             return tokenizer
     for candidate in _with_prefix_space(tokenizer):
-        if all(_is_as_expected(one, tried, expected) for one in (candidate, _reloaded(candidate, config))):
+        reloaded = _reloaded(candidate, config, trust_remote_code)
+        if all(_is_as_expected(one, tried, expected) for one in (candidate, reloaded)):
             logger.info("%s: each word gets the space that it has in running text", type(tokenizer).__name__)
             return candidate
     raise ValueError(
@@ -142,9 +148,11 @@ def _copy(tokenizer: Any, kind: Any, backend: Tokenizer) -> Any:
     return kind(tokenizer_object=backend, **settings, **tokenizer.special_tokens_map, add_prefix_space=True)
 
 
-def _reloaded(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+def _reloaded(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
     """The tokenizer as others will read it once it is saved beside the model."""
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

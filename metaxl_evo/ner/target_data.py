@@ -32,7 +32,7 @@ def load_for_model(ner: NerArguments, target: str, label_names: Sequence[str] | 
     Raises:
         ValueError: for languages, splits or labels that are not there.
     """
-    trained = trained_labels(ner.model_name_or_path)
+    trained = trained_labels(ner.model_name_or_path, trust_remote_code=ner.trust_remote_code)
     if trained is None or not ner.ignore_mismatched_sizes:
         return load_target(ner, target, trained, label_names)
     data = load_target(ner, target, None, label_names)

@@ -174,12 +174,17 @@ class NerTask(Task[NerArguments, TargetData]):
 
 def build_trainer(ner: NerArguments, args: MetaTrainingArguments, data: TargetData) -> NerTrainer:
     """The trainer of one run, `args` being fitted to it."""
-    place, drop = ner.model_name_or_path, ner.ignore_mismatched_sizes
-    base, tokenizer = load_classifier(place, data.names, ner.attn_implementation, ignore_mismatched_sizes=drop)
-    trained = [*(data.sources.values() if ner.recipe.source else ()), *([data.target] if data.target else ())]
-    tokenizer = as_in_text(
-        tokenizer, [words for part in (data.test, *trained) for words in part["tokens"][:100]], base.config
+    trusted = ner.trust_remote_code
+    base, tokenizer = load_classifier(
+        ner.model_name_or_path,
+        data.names,
+        ner.attn_implementation,
+        ignore_mismatched_sizes=ner.ignore_mismatched_sizes,
+        trust_remote_code=trusted,
     )
+    trained = [*(data.sources.values() if ner.recipe.source else ()), *([data.target] if data.target else ())]
+    words = [words for part in (data.test, *trained) for words in part["tokens"][:100]]
+    tokenizer = as_in_text(tokenizer, words, base.config, trust_remote_code=trusted)
     tagger = build_tagger(ner, base, tokenizer)
     evaluation = _evaluation_sets(ner, args, data, base, tokenizer)
     sources, target = _training_rows(ner, data, base, tokenizer)

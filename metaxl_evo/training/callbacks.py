@@ -99,20 +99,26 @@ class Divergence(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_log or control.should_evaluate or control.should_save:
-            self._require_finite(state)
+            require_finite(self.trainer.model, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._require_finite(state)
+        require_finite(self.trainer.model, state.global_step)
 
-    def _require_finite(self, state: Any) -> None:
-        weights = self.trainer.model.base_parameters()
-        if tree.all_finite(weights):
-            return
-        lost = sum(int((~one.isfinite()).sum()) for one in weights.values())
-        raise FloatingPointError(
-            f"step {state.global_step}: {lost} of {tree.size(weights)} weights are not finite, the training has "
-            "diverged: lower learning_rate, warm it up, or set max_grad_norm"
-        )
+
+def require_finite(model: BilevelModule, step: int) -> None:
+    """Check the base's weights after a step.
+
+    Raises:
+        FloatingPointError: with advice.
+    """
+    weights = model.base_parameters()
+    if tree.all_finite(weights):
+        return
+    lost = sum(int((~one.isfinite()).sum()) for one in weights.values())
+    raise FloatingPointError(
+        f"step {step}: {lost} of {tree.size(weights)} weights are not finite, the training has "
+        "diverged: lower learning_rate, warm it up, or set max_grad_norm"
+    )
 
 
 class Synchrony(TrainerCallback):

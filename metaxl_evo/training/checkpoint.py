@@ -35,6 +35,7 @@ FORMER_DEFAULTS = {  # which runs of earlier versions left unsaid
     "meta_portion": 0.5,
     "label_scheme": "iob2",
     "ignore_mismatched_sizes": False,
+    "trust_remote_code": False,
     "train_split": "train",
     "test_split": "test",
     "model_name_or_path": None,

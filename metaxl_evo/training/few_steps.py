@@ -45,6 +45,7 @@ class FewSteps(TrainerCallback):
         self.trainer = build(args)
         self.trainer.add_callback(self)
         self.trainer.remove_callback(PrinterCallback)
+        self.trainer.stoppable = False  # there is nothing to keep
         model = self.trainer.model
         self.start = tree.clone(model.base_parameters()), tree.clone(model.meta_parameters())
         self.failure: str | None = None

@@ -51,14 +51,29 @@ def _launch(args: MetaTrainingArguments) -> Found:
     config: Any = args.accelerator_config
     if args.world_size > 1 and not config.even_batches:
         yield "even_batches: false", "ranks with fewer batches leave the others waiting; leave it true"
+    if args.enable_jit_checkpoint:
+        yield "enable_jit_checkpoint", "SIGTERM ends any training with a whole checkpoint; leave it out"
     if args.save_strategy != SaveStrategy.NO:
-        if config.dispatch_batches:
-            yield "dispatch_batches", "a resumed run would see other rows; leave it out, or set save_strategy: no"
-        if not config.use_seedable_sampler:
-            yield (
-                "use_seedable_sampler: false",
-                "a resumed run would see other rows; leave it true, or set save_strategy: no",
-            )
+        yield from _unresumable(config)
+
+
+def refuse_unresumable(args: MetaTrainingArguments) -> None:
+    """Refuse to resume where that cannot be exact; a run that saves nothing may have such settings.
+
+    Raises:
+        ValueError: one line with what was found, the reason and the way out.
+    """
+    refuse(_unresumable(args.accelerator_config))
+
+
+def _unresumable(config: Any) -> Found:
+    if config.dispatch_batches:
+        yield "dispatch_batches", "a resumed run would see other rows; leave it out, or set save_strategy: no"
+    if not config.use_seedable_sampler:
+        yield (
+            "use_seedable_sampler: false",
+            "a resumed run would see other rows; leave it true, or set save_strategy: no",
+        )
 
 
 def _model(model: nn.Module) -> Found:

@@ -36,19 +36,20 @@ from metaxl_evo.training.checkpoint import (
 )
 from metaxl_evo.training.history import History
 from metaxl_evo.training.isolation import kept_random_state
+from metaxl_evo.training.launch import refuse_unresumable
 from metaxl_evo.training.meta_level import MetaLevel, meta_seed, problem_of, step_seed
 from metaxl_evo.training.meta_rows import MetaRows, StreamedMetaRows, Window, make_meta_rows, tell_epoch
 from metaxl_evo.training.meta_step import MetaStep
 from metaxl_evo.training.refusals import refuse_another_run, refuse_call, refuse_data, refuse_unfit
 from metaxl_evo.training.schedules import with_drops
+from metaxl_evo.training.stoppable import StoppableTrainer
 from metaxl_evo.training.synchrony import average_statistics, synchronise
-from metaxl_evo.training.task_trainer import TaskTrainer
 from metaxl_evo.training.tuned import fit_groups, learns_all_rates
 
 logger = logging.getLogger(__name__)
 
 
-class MetaTrainer(TaskTrainer):
+class MetaTrainer(StoppableTrainer):
     """Trains a BilevelModule: the base by the Trainer's own loop, the meta network by hypergradients.
 
     One meta step per optimizer step (or every `meta_every`), over the whole accumulation window. With
@@ -69,7 +70,7 @@ class MetaTrainer(TaskTrainer):
         meta_step: the meta level's part of the optimizer step that is being made; None between two.
         window: the batches of the optimizer step that is being made, or was made last.
         learned_numbers: of the base optimiser, as its last step was made with.
-        card_sections, run_settings: as of `TaskTrainer`.
+        card_sections, run_settings, stoppable: as of `TaskTrainer` and `StoppableTrainer`.
 
     Raises:
         ValueError: before anything runs, for a launch, an optimiser or an estimator that cannot work together.
@@ -161,6 +162,7 @@ class MetaTrainer(TaskTrainer):
 
         Raises:
             ValueError: before anything is trained, saying what is wrong with the checkpoint.
+            Interrupted: told to stop by a signal; a checkpoint holds the last step.
         """
         if trial is None:
             refuse_unfit(self.args, self.model, self.meta_dataset)  # the arguments may have been changed
@@ -168,6 +170,7 @@ class MetaTrainer(TaskTrainer):
         if not resume_from_checkpoint and trial is None:  # a trial has a folder of its own
             refuse_another_run(Path(str(self.args.output_dir)), self._found)
         if checkpoint is not None:
+            refuse_unresumable(self.args)
             require_same(checkpoint, made_by(self.model, self.args, self.run_settings), self.args.world_size)
         self._found = []  # from here on the folder is this trainer's
         return super().train(checkpoint, trial, ignore_keys_for_eval)

@@ -8,7 +8,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,65 @@ def test_a_process_that_made_another_run(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(engines, "command", lambda *of: [sys.executable, "-c", ""])
     process = engines.RunProcess(tmp_path / "plan.json", 3, tmp_path / "_run.log", {})
     assert process.ended() == engines.Ended(3, "left no results.json: was the plan replaced meanwhile?")
+
+
+KEEPS = """if True:
+    import signal, sys, time
+    signal.signal(signal.SIGINT, lambda *of: sys.exit("the terminal's reaches it"))
+    signal.signal(signal.SIGTERM, lambda *of: sys.exit(open("kept", "w").close()) if sys.argv[1] == "keeps" else None)
+    open("up", "w").close()
+    while True: time.sleep(0.05)"""
+
+
+def until_up(events: Generator[engines.Ended | None]) -> None:
+    for _ in events:
+        if Path("up").exists():
+            return
+
+
+def test_processes_are_told_to_keep_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the engine ends; told again, it waits no longer. They have a session of their own."""
+    made: list[engines.RunProcess] = []
+    monkeypatch.setattr(
+        engines.RunProcess, "stop", lambda one, stop=engines.RunProcess.stop: made.append(one) or stop(one)
+    )
+    for how in ("keeps", "hangs"):
+        monkeypatch.setattr(engines, "command", lambda *of, how=how: [sys.executable, "-c", KEEPS, how])
+        events = engines.LocalEngine(threads=1)(tmp_path / "plan.json", {0: tmp_path})
+        until_up(events)
+        if how == "keeps":
+            events.close()
+            assert Path("kept").exists()
+        else:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                events.close()
+        Path("up").unlink()
+    assert [one.code for one in made] == [0, -signal.SIGKILL]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_study_that_is_told_to_stop_keeps_the_steps_of_its_runs() -> None:
+    """Both in the middle, without checkpoints of their own; the terminal's Ctrl-C reaches all processes."""
+    few = ["--cases.two", "null", "--seeds", "0", "--only", "case=one", "--max_steps", "400", "--logging_steps", "5"]
+    command = [sys.executable, "-m", "metaxl_evo", *options("stopped", "--jobs", "2", *few)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as study:
+        while study.poll() is None and len(list(Path("stopped").rglob("_progress"))) < 2:
+            time.sleep(0.1)
+        os.killpg(study.pid, signal.SIGINT)
+        _, said = study.communicate(timeout=60)
+    assert study.returncode == 75
+    assert said.splitlines()[-1].startswith("stopped by SIGINT: start it again")
+    assert "Traceback" not in said
+    assert not processes_of("stopped")
+    assert len(list(Path("stopped").rglob("checkpoint-*/manifest.json"))) == 2
+    assert finished("stopped") == 0
+    for log in Path("stopped").rglob("_run.log"):
+        assert "stopped by SIGTERM after step" in log.read_text(encoding="utf-8").splitlines()[-1]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    main(options("whole", "--engine", "inline", "--disable_tqdm", "true", *few))
+    assert scores("stopped") == scores("whole")
 
 
 @pytest.mark.slow

@@ -52,7 +52,9 @@ def test_a_head_of_other_classes_makes_way(
     assert other <= {head, head.replace("weight", "bias")}
     assert list(bases[0].config.id2label.values()) == list(names)
     bases[0].save_pretrained(tmp_path / "again")
-    assert AutoModelForImageClassification.from_pretrained(tmp_path / "again").config.id2label == dict(enumerate(names))
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "again").config.id2label == dict(
+        enumerate(names)
+    )
 
 
 def test_a_head_of_the_same_classes_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
