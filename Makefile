@@ -21,11 +21,11 @@ BIN := $(VENV)/bin
 SOURCES := $(patsubst %/,%,$(dir $(wildcard metaxl_evo/__init__.py vision_tasks/__init__.py))) $(wildcard scripts)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all soak mutate lint format docs reproduce-ner-cpu reproduce-vision-cpu benchmark clean
+.PHONY: help quickstart test test-all soak mutate lint format docs site reproduce-ner-cpu reproduce-vision-cpu benchmark clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
-	@echo "Targets: quickstart test test-all soak mutate lint format docs reproduce-ner-cpu reproduce-vision-cpu benchmark clean"
+	@echo "Targets: quickstart test test-all soak mutate lint format docs site reproduce-ner-cpu reproduce-vision-cpu benchmark clean"
 
 # One stamp an extra: the install runs again only when what it reads has changed.
 $(VENV)/.installed-%: setup.py constraints.txt
@@ -68,6 +68,10 @@ docs: $(VENV)/.installed-test
 	$(BIN)/python -m metaxl_evo.estimators.table README.md docs/estimators.md
 	$(BIN)/python -m pytest $(DOCS_TESTS)
 
+# Into site/, without a network; its pages open as files, its search wants `python -m http.server -d site`.
+site: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 # Finished runs are kept. DATA holds what the page of the results names, or is a folder above it.
 below = $(or $(firstword $(wildcard $(DATA)/$(1)/$(2) $(DATA)/$(2))),$(DATA)/$(2))
 IMAGES = $(call below,data,images)
@@ -101,5 +105,5 @@ benchmark: $(VENV)/.installed-plot
 
 # runs/ stays: it is the user's work.
 clean:
-	rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) *.egg-info build dist site .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -65,11 +65,18 @@ setup(
             "statsmodels>=0.14",  # an oracle of the comparison
             "ray>=2.40",
             "psutil>=5.9",
+            "tensorboard>=2.19",  # an example writes its files
+            "nbclient>=0.10",  # the notebooks are run
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
         ],
         "dev": ["ruff>=0.9", "mypy>=1.14", "pre-commit>=4.0", "types-PyYAML>=6.0.12"],
         "plot": ["matplotlib>=3.9"],
         "report": ["plotly>=6", "jinja2>=3.1", "matplotlib>=3.9"],
         "ray": ["ray>=2.40"],
+        "demo": ["gradio>=6"],
+        "trackers": ["tensorboard>=2.19", "trackio>=0.21"],
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         # Betty, which configs/benchmark/peers.yaml knows too, is installed by a command of its own (it prints it).
         "peers": ["higher>=0.2.1", "torchopt>=0.7.3"],
     },

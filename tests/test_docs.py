@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import metaxl_evo
+from tests.test_layering import setup_keywords
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -58,6 +62,24 @@ def test_page_points_at_what_exists(page):
     assert list(dead_links(page, text)) == []
     assert list(missing_paths(text)) == []
     assert list(unknown_targets(text)) == []
+
+
+def test_every_config_of_a_paper_is_in_the_index_of_papers():
+    configs = [str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*_paper.yaml")]
+    assert len(configs) >= 6
+    page = (ROOT / "docs/papers.md").read_text("utf-8")
+    assert [config for config in configs if f"`{config}`" not in page] == []
+
+
+def test_every_exported_name_is_on_the_page_of_the_api():
+    names = re.findall(r"^::: metaxl_evo\.(\w+)$", (ROOT / "docs/api.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(names) == sorted(metaxl_evo.__all__)
+
+
+def test_every_extra_is_on_the_first_page():
+    rows = re.findall(r"^\| (`.*`) \| .* \|$", (ROOT / "docs/index.md").read_text("utf-8"), re.MULTILINE)
+    named = re.findall(r"`(\w+)`", " ".join(rows))
+    assert sorted(named) == sorted(ast.literal_eval(setup_keywords()["extras_require"]))
 
 
 def test_the_checks_see_what_is_dead():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 LINES = 40  # of a script, at most
 ADAPTS = ["maml_regression", "meta_sgd_regression"]
 LEARNS = ["learn_schedule", "mix_domains", "own_loop", "weight_noisy_text"]
+WATCHED = "watch_a_run"
 NUMBER = re.compile(r"\d+\.\d+")
 
 Example = Callable[..., list[str]]
@@ -37,7 +42,7 @@ def numbers(line: str) -> list[float]:
 
 
 def test_the_examples_are_found_and_short() -> None:
-    assert [script.stem for script in SCRIPTS] == sorted(ADAPTS + LEARNS)
+    assert [script.stem for script in SCRIPTS] == sorted([*ADAPTS, *LEARNS, WATCHED])
     for script in SCRIPTS:
         assert len(script.read_text("utf-8").splitlines()) <= LINES, script.name
 
@@ -87,3 +92,32 @@ def test_confused_annotators_are_not_trusted(example: Example) -> None:
     assert weighted > plain + 0.1
     trust = numbers(lines[-1])
     assert min(trust[:3]) > 0.8 > 0.3 > max(trust[3:])
+
+
+def in_tensorboard(name: str) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = Path(f"runs/{WATCHED}/runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    return [event.value for event in events.Scalars(f"train/{name}")]
+
+
+def in_trackio(name: str) -> list[float]:
+    with closing(sqlite3.connect("trackio/metaxl_evo.db")) as base:
+        rows = [json.loads(row) for (row,) in base.execute("SELECT metrics FROM metrics ORDER BY step")]
+    return [row[f"train/{name}"] for row in rows if f"train/{name}" in row]
+
+
+@pytest.mark.parametrize("read", [in_tensorboard, in_trackio])
+def test_a_tracker_holds_what_the_history_holds(
+    read: Callable[[str], list[float]], example: Example, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = read.__name__.removeprefix("in_")
+    monkeypatch.setenv("TRACKIO_DIR", "trackio")  # which an import reads
+    pytest.importorskip(tracker)
+    assert tracker in example(WATCHED, tracker)[-1]
+    with Path(f"runs/{WATCHED}/meta_history.csv").open(encoding="utf-8") as file:
+        history = list(csv.DictReader(file))
+    assert len(history) == 6
+    for name in ("meta_loss", "meta_moved"):
+        assert read(name) == pytest.approx([float(row[name]) for row in history], rel=1e-6)
