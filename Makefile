@@ -65,7 +65,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed-test
-	$(BIN)/python -m metaxl_evo.estimators.table README.md docs/estimators.md
+	$(BIN)/python -m metaxl_evo.estimators.table docs/estimators.md
 	$(BIN)/python -m pytest $(DOCS_TESTS)
 
 # Into site/, without a network; its pages open as files, its search wants `python -m http.server -d site`.

@@ -1,6 +1,6 @@
-"""What the estimators say of themselves, as Markdown; README.md and docs/estimators.md hold it between marks.
+"""What the estimators say of themselves, as Markdown; docs/estimators.md holds it between marks.
 
-python -m metaxl_evo.estimators.table README.md docs/estimators.md    # writes it into the pages anew (make docs)
+python -m metaxl_evo.estimators.table docs/estimators.md    # writes it into the page anew (make docs)
 """
 
 from __future__ import annotations

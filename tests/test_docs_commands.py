@@ -1,0 +1,106 @@
+"""Every command line of the docs has settings that there are: each is read as its command would, and not run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaxl_evo.benchmark.arguments import BenchmarkArguments
+from metaxl_evo.benchmark.horizons import HorizonArguments
+from metaxl_evo.cli import COMMANDS, RunArguments
+from metaxl_evo.experiments.arguments import RunsArguments
+from metaxl_evo.experiments.study import Study
+from metaxl_evo.experiments.task import find_task
+from metaxl_evo.ner.evaluate_command import EvaluationArguments
+from metaxl_evo.ner.predict_command import PredictionArguments
+from metaxl_evo.training.parser import parse_arguments
+from vision_tasks.illustration import IllustrationArguments
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+CODE = re.compile(r"^```bash\n(.*?)^```|`([^`\n]+)`", re.DOTALL | re.MULTILINE)
+OURS = re.compile(r"(?:metaxl-evo|(?:-m metaxl_evo(?!\.))|scripts/(\w+)\.py) (.*)")
+Reader = Callable[[list[str]], object]
+
+
+def of_task(name: str, *others: Any) -> Reader:
+    task = find_task(name)
+    types = (RunsArguments, *others, task.settings, task.training)
+    return lambda argv: parse_arguments(types, [*argv, "--use_cpu=true"], task.configs)
+
+
+def of(settings: type, room: str | None = None) -> Reader:
+    return lambda argv: parse_arguments((settings,), argv, room)
+
+
+def study(argv: list[str]) -> None:
+    config = [] if argv[0].startswith("-") else ["--config"]
+    Study([*config, *argv, "--output_dir=unused", "--use_cpu=true"])
+
+
+READERS: dict[str, Reader] = {
+    **{name: of_task(name.replace("-", "_")) for name in ("ner", "noisy-labels", "fewshot", "rotation")},
+    "compare_horizons": of_task("ner", HorizonArguments),
+    "evaluate": of(EvaluationArguments),
+    "predict": of(PredictionArguments),
+    "benchmark": of(BenchmarkArguments, "benchmark"),
+    "illustrate": of(IllustrationArguments, "vision"),
+    "run": lambda argv: parse_arguments((RunArguments,), argv[1:]),
+    "study": study,
+    "check": lambda argv: READERS[argv[0]](argv[1:]),
+    **dict.fromkeys(("report", "env", "configs", "demo"), lambda argv: None),
+}
+SCRIPTS = {
+    "train_ner": "ner", "train_noisy_labels": "noisy-labels", "train_fewshot": "fewshot", "train_rotation": "rotation",
+    "evaluate_ner": "evaluate", "predict_ner": "predict", "benchmark_estimators": "benchmark",
+}  # fmt: skip
+
+
+def commands(text: str) -> Iterator[str]:
+    """Lines of bash blocks and code in a line, without comments."""
+    for block, inline in CODE.findall(text):
+        for line in re.sub(r"\\\n", " ", block or inline).splitlines():
+            yield line
+
+
+def read(command: str) -> bool:
+    """Whether a line holds one of our commands with options, all of which there are."""
+    found = OURS.search(command)
+    if found is None:
+        return False
+    command = found[2].replace("$SLURM_ARRAY_TASK_ID", "0")
+    words = shlex.split(re.split(r"[>|&;]", command)[0], comments=True)
+    name, argv = (words[0], words[1:]) if found[1] is None else (SCRIPTS.get(found[1], found[1]), words)
+    if not argv or "..." in argv or argv == ["--help"] or name not in {*READERS, *COMMANDS}:
+        return False
+    READERS[name]([word for word in argv if not word.startswith("--accelerate_config")])
+    return True
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[tuple[str, str]]:
+    return [(page.name, line) for page in PAGES for line in commands(page.read_text("utf-8"))]
+
+
+def test_every_command_has_settings_that_there_are(
+    lines: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in ("study", "trust"):  # the pages' own files
+        (tmp_path / f"{name}.yaml").write_text(
+            "target_languages: [sw, ig]\nruns: {joint: {method: joint_training}, evograd: {estimator: evograd}}\n"
+        )
+    assert sum(read(line) for _, line in lines) >= 48
+
+
+def test_one_that_is_wrong_is_seen() -> None:
+    with pytest.raises(ValueError, match="unknown option '--methodd'"):
+        read("accelerate launch scripts/train_ner.py --config configs/ner/quickstart.yaml --methodd metaxl")
+    with pytest.raises(ValueError, match="unknown settings file 'quickstartt'"):
+        read("metaxl-evo check ner --config quickstartt")
