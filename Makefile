@@ -13,6 +13,7 @@ PYTEST_FLAGS ?= $(WORKERS) -m "not slow"
 MUTATIONS ?=
 DATA ?= ../shared
 PROBLEM ?= toy
+UV_FLAGS ?=
 SKIP ?=
 DOCS_TESTS := tests/test_docs.py tests/test_estimator_docs.py
 
@@ -21,11 +22,11 @@ BIN := $(VENV)/bin
 SOURCES := $(patsubst %/,%,$(dir $(wildcard metaxl_evo/__init__.py vision_tasks/__init__.py))) $(wildcard scripts)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all soak mutate lint format docs site reproduce-ner-cpu reproduce-vision-cpu benchmark clean
+.PHONY: help quickstart test test-all soak mutate lint format docs site licences test-versions reproduce-ner-cpu reproduce-vision-cpu benchmark clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
-	@echo "Targets: quickstart test test-all soak mutate lint format docs site reproduce-ner-cpu reproduce-vision-cpu benchmark clean"
+	@echo "Targets: quickstart test test-all soak mutate lint format docs site licences test-versions reproduce-ner-cpu reproduce-vision-cpu benchmark clean"
 
 # One stamp an extra: the install runs again only when what it reads has changed.
 $(VENV)/.installed-%: setup.py constraints.txt
@@ -88,6 +89,23 @@ reproduce-ner-cpu: $(VENV)/.installed-report
 	$(BIN)/python scripts/train_ner.py --config configs/ner/wikiann_cpu_unroll.yaml --output_dir runs/rtn_horizon/found \
 		--resume_from_checkpoint latest $(WIKIANN)
 	$(BIN)/metaxl-evo study configs/study/rtn_horizon_cpu.yaml --output_dir runs/rtn_horizon/frozen $(WIKIANN)
+
+# The two ends of the ranges in setup.py: the oldest releases that they allow, and the newest of the registry.
+CORE := tests/bilevel tests/estimators tests/models tests/ner tests/training
+test-versions: $(VENV)/.installed-dev
+	for end in lowest-direct highest; do \
+		$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-$$end && \
+		$(BIN)/uv pip install --quiet --python .venv-$$end/bin/python --resolution $$end $(UV_FLAGS) -e '.[test]' && \
+		OMP_NUM_THREADS=1 .venv-$$end/bin/python -m pytest $(WORKERS) -m "not slow and not distributed" $(CORE) || exit 1; \
+	done
+
+# What an installation brings along, the packages of the extras for users included.
+licences: $(VENV)/.installed-dev
+	{ sed '/^| Name/,$$d' docs/licences.md; $(BIN)/pip-licenses --format markdown --no-version --order name --packages \
+		$$($(BIN)/python -c 'import re; from importlib.metadata import requires as r; \
+		print(*sorted({re.match("[\\w.-]+", one)[0] for one in r("metaxl_evo") \
+		if "extra" not in one or re.search("\"(peft|plot|report|ray|demo|trackers)\"", one)}))'); } > docs/licences.new
+	mv docs/licences.new docs/licences.md
 
 reproduce-vision-cpu: $(VENV)/.installed-report
 	$(BIN)/metaxl-evo study configs/study/fewshot_cpu.yaml --output_dir runs/vision_cpu/fewshot --data $(IMAGES)

@@ -64,8 +64,7 @@ SCRIPTS = {
 def commands(text: str) -> Iterator[str]:
     """Lines of bash blocks and code in a line, without comments."""
     for block, inline in CODE.findall(text):
-        for line in re.sub(r"\\\n", " ", block or inline).splitlines():
-            yield line
+        yield from re.sub(r"\\\n", " ", block or inline).splitlines()
 
 
 def read(command: str) -> bool:
