@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,28 @@ from vision_tasks.rotation_task import RotationTask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDER = CONFIGS / "ner"
+BACKBONES: dict[str, dict[str, Any]] = {  # what differs from metaxl_one_step
+    "afroxlmr_base": {
+        "model_name_or_path": "Davlan/afro-xlmr-base",
+        "target_languages": ["sw", "ig", "rw"],
+        "learning_rate": 5e-5,
+    },
+    "glot500_base": {"model_name_or_path": "cis-lmu/glot500-base", "learning_rate": 2e-5, "max_length": 256},
+    "mdeberta_v3_base": {"model_name_or_path": "microsoft/mdeberta-v3-base", "learning_rate": 5e-5},
+    "mmbert_base": {"model_name_or_path": "jhu-clsp/mmBERT-base"},
+    "mmbert_small": {"model_name_or_path": "jhu-clsp/mmBERT-small"},
+    "mt5_base_encoder": {"model_name_or_path": "google/mt5-base", "learning_rate": 1e-4},
+    "xlm_v_base": {"model_name_or_path": "facebook/xlm-v-base", "learning_rate": 2e-5},
+    "xlmr_large": {
+        "model_name_or_path": "FacebookAI/xlm-roberta-large",
+        "learning_rate": 2e-5,
+        "per_device_train_batch_size": 6,
+        "per_device_meta_batch_size": 6,
+        "gradient_accumulation_steps": 2,
+    },
+}
 NAMES = [
+    *BACKBONES,
     "joint_training_paper",
     "metaxl_evograd",
     "metaxl_evograd_paper",
@@ -130,6 +152,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "meta_learning_rate": 1e-3,
         "load_best_model_at_end": True,
     },
+    **BACKBONES,
     "quickstart": {"model_name_or_path": "synthetic", "dataset": "synthetic", "use_cpu": True},
     "wikiann_cpu": {"target_languages": ["sw", "ig", "rw"], "target_train_size": 100, "use_cpu": True},
     "wikiann_cpu_unroll": {"target_languages": ["sw"], "estimator": "unroll", "meta_every": 20, "use_cpu": True},
@@ -152,8 +175,8 @@ def constants(settings: tuple[Any, ...], names: Iterable[str]) -> dict[str, Any]
 
 
 def test_the_configs_are_these() -> None:
-    assert sorted(path.stem for path in FOLDER.iterdir()) == NAMES
-    assert sorted(EXPECTED) == NAMES
+    assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(NAMES)
+    assert EXPECTED.keys() == set(NAMES)
     assert len(PAPER) == 40
 
 
@@ -169,6 +192,13 @@ def test_every_config_makes_its_estimator_and_takes_every_method(name: str) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_the_constants(name: str) -> None:
     assert constants(read(name), EXPECTED[name]) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_differs_from_the_recommended_config_in_nothing_else(name: str) -> None:
+    names = [field.name for one in read(name) for field in fields(one)]
+    found, base = (constants(read(one), names) for one in (name, "metaxl_one_step"))
+    assert {key for key in names if found[key] != base[key]} == BACKBONES[name].keys()
 
 
 def test_the_papers_estimator_and_schedule() -> None:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from torch import nn
 from transformers import (
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -19,11 +20,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, is_protobuf_available, is_sentencepiece_available
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from metaxl_evo.messages import first_line
+from metaxl_evo.messages import first_line, unknown
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.rtn import SUBFOLDER
 from metaxl_evo.ner.arguments import SHORTEST
@@ -42,8 +44,8 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PretrainedCon
     """The configuration of a model; of an unreachable Hub id this says so within seconds.
 
     Raises:
-        ValueError: for what is neither a model folder nor to be had from the Hub or its cache, or brings code along
-            that is not trusted.
+        ValueError: for what is neither a model folder nor to be had from the Hub or its cache, brings code along that
+            is not trusted, or is an architecture that transformers has no token classifier of.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -65,6 +67,10 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PretrainedCon
         raise _unusable(model, error) from error
     if "/" in (kernel := str(config._attn_implementation)) and not trust_remote_code:
         raise _untrusted(model, f"the attention kernel {kernel} of the Hub")
+    own_code = trust_remote_code and "AutoModelForTokenClassification" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING and not own_code:
+        kinds = unknown("model type", config.model_type, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
+        raise ValueError(f"model_name_or_path: transformers has no token classifier for {model}: {kinds}")
     return config
 
 
@@ -125,7 +131,7 @@ def load_classifier(
     except pickle.UnpicklingError as error:  # whose text advises to run what it refused
         raise _unusable(model, ValueError("its pytorch_model.bin holds more than tensors")) from error
     except Exception as error:  # the content of a file leads the library into any
-        raise _unusable(model, error) from error
+        raise _needs_packages(model, error) or _unusable(model, error) from error
     _require_tokens(model, tokenizer)
     has_head = trained is not None and not is_other
     _require_whole(model, base, tokenizer, sorted(found["missing_keys"]), has_head=has_head)
@@ -291,6 +297,16 @@ def _untrusted(model: str, what: str) -> ValueError:
     return ValueError(
         f"model_name_or_path: {model!r} brings code along ({what}), which is not run unasked: read it, then set "
         "trust_remote_code: true, or use another model"
+    )
+
+
+def _needs_packages(model: str, error: Exception) -> ValueError | None:
+    """The error of a folder with a sentencepiece model alone, for which transformers asks for tiktoken at last."""
+    if "tiktoken" not in str(error) or (is_sentencepiece_available() and is_protobuf_available()):
+        return None
+    return ValueError(
+        f"model_name_or_path: the tokenizer of {model} is a sentencepiece model, which more packages read: run "
+        "pip install sentencepiece protobuf"
     )
 
 

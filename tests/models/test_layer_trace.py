@@ -44,13 +44,13 @@ UNFOUND: dict[str, tuple[dict[str, Any], str]] = {
     "Albert": ({**SIZES, "embedding_size": 8}, r"no lists of 3 .* one of albert.encoder.albert_layer_groups \(1\)$"),
     "Funnel": ({"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24, "block_sizes": [1, 2]},
                r"no lists of 3 .* one of funnel.encoder.blocks \(2\), funnel.decoder.layers \(2\)$"),
-    "XLM": (XLM, r"4 lists of 3 .* one of transformer.attentions \(3\), transformer.layer_norm1 \(3\), .*ffns \(3\), "),
+    "XLM": (XLM, r"4 lists of 3 .* one of transformer.attentions \(3\), transformer.layer_norm1 \(3\), .*ffns"),
 }  # fmt: skip
 UNFIT: dict[str, tuple[dict[str, Any], str, str]] = {
-    "Albert": (UNFOUND["Albert"][0], "albert.encoder.albert_layer_groups", "called 3 times a pass, not each of the 1"),
-    "Funnel": (UNFOUND["Funnel"][0], "funnel.encoder.blocks", "called 0 times a pass, not each of the 2 once"),
+    "Albert": (UNFOUND["Albert"][0], "albert.encoder.albert_layer_groups", "called 3 times a pass, not each of 1"),
+    "Funnel": (UNFOUND["Funnel"][0], "funnel.encoder.blocks", "called 0 times a pass, not each of 2 once"),
     "SqueezeBert": ({**SIZES, "intermediate_size": 16, "embedding_size": 16}, "transformer.encoder.layers",
-                    "called 0 times a pass, not each of the 3 once"),
+                    "called 0 times a pass, not each of 3 once"),
     "XLNet": ({"d_model": 16, "n_layer": 3, "n_head": 2, "d_inner": 24}, "transformer.layer",
               r"return \(3, 1, 16\) for one sentence"),
 }  # fmt: skip

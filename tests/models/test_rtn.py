@@ -351,7 +351,7 @@ def test_attaching_twice_installs_once_and_detaching_removes(batch: dict[str, Te
 
 @pytest.mark.parametrize("name", ["BertModel", "XLMRobertaForMaskedLM"])
 def test_encoder_layers_are_found(name: str) -> None:
-    """Of a model with another head, and of one that is a base model itself; `test_layer_trace` has the architectures."""
+    """Of a base model, and of one below another head; test_layer_trace.py has the architectures."""
     import transformers
 
     model_class = getattr(transformers, name)

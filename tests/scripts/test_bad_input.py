@@ -41,7 +41,7 @@ SETTINGS: list[tuple[Settings, str]] = [
     ({"rtn_layers": "0,1"}, "rtn_layers: 0 is not a layer"),
     (
         {"rtn_module_path": "roberta.layers"},
-        "no encoder layers at roberta.layers to hook: set .* roberta.encoder.layer",
+        "no encoder layers at roberta.layers .* one of roberta.encoder.layer",
     ),
     ({"learning_rate": "nan"}, "learning_rate must be a number of at least 0, not nan"),
     ({"learning_rate": -1}, "learning_rate must be a number of at least 0, not -1"),
