@@ -118,7 +118,7 @@ class RotationTask(ClassificationTask[RotationArguments, RotationData]):
 
     def score(self, trainer: MetaTrainer, settings: RotationArguments, data: RotationData) -> dict[str, Any]:
         return {
-            **tested(trainer, data.test),
+            **tested(trainer, data.test, data.train.labels),
             "accuracy_upright": tested(trainer, data.upright)["accuracy"],
             "degrees": cast(Rotation, trainer.model.meta).degrees,
         }
