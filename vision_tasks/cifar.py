@@ -40,7 +40,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def is_cifar(path: Path) -> bool:
     """Whether this is CIFAR as it is downloaded: an archive, its folder, or the folder above it."""
-    return path.is_file() and path.name.endswith(ARCHIVES) or (path.is_dir() and _folder(path) is not None)
+    return (path.is_file() and path.name.endswith(ARCHIVES)) or (path.is_dir() and _folder(path) is not None)
 
 
 def read_cifar(path: Path, layout: Layout, parts: Sequence[str]) -> dict[str, Found]:
@@ -52,7 +52,9 @@ def read_cifar(path: Path, layout: Layout, parts: Sequence[str]) -> dict[str, Fo
     read = _reader(path)
     meta = next((name for name in NAMES if read(name) is not None), None)
     if meta is None:
-        raise ValueError(f"{path} holds neither {' nor '.join(NAMES)}: give CIFAR as it is downloaded, or another --data")
+        raise ValueError(
+            f"{path} holds neither {' nor '.join(NAMES)}: give CIFAR as it is downloaded, or another --data"
+        )
     if layout.true_label_column is not None:
         raise ValueError(f"true_label_column: {path} has one label an image: leave it out")
     kinds = NAMES[meta] | (COARSE if meta == "meta" else {})
@@ -76,10 +78,12 @@ def read_cifar(path: Path, layout: Layout, parts: Sequence[str]) -> dict[str, Fo
 def _batch(path: Path, name: str, data: bytes | None, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images (N, 32, 32, 3), labels (N,) and the names of the images' files of one pickle."""
     held = _plain(path, name, data)
-    images, labels = held.get("data"), np.asarray(held.get(column, ()))
-    fits = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (3 * SIDE * SIDE,)
+    images, labels = np.asarray(held.get("data", ())), np.asarray(held.get(column, ()))
+    fits = images.dtype == np.uint8 and images.shape[1:] == (3 * SIDE * SIDE,)
     if not fits or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise ValueError(f"{path}, {name}: expected `data` (N, {3 * SIDE * SIDE}) uint8 and N {column}: fetch it again")
+        raise ValueError(
+            f"{path}, {name}: expected `data` (N, {3 * SIDE * SIDE}) uint8 and N {column}: fetch it again"
+        )
     ids = held.get("filenames", [])
     ids = ids if len(ids) == len(images) else [f"{name}/{number}" for number in range(len(images))]
     return images.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), labels.astype(np.int64), np.array(ids, str)
@@ -92,10 +96,14 @@ def _plain(path: Path, name: str, data: bytes | None) -> dict[str, Any]:
     try:
         held = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:  # a damaged one leads into any
-        raise ValueError(f"{path}, {name} cannot be read as a pickle of arrays ({one_line(error)}): fetch it again") from error
+        raise ValueError(
+            f"{path}, {name} cannot be read as a pickle of arrays ({one_line(error)}): fetch it again"
+        ) from error
     if not isinstance(held, dict):
         raise ValueError(f"{path}, {name} holds no mapping: fetch it again")
-    return {_word(key): [_word(one) for one in value] if isinstance(value, list) else value for key, value in held.items()}
+    return {
+        _word(key): [_word(one) for one in value] if isinstance(value, list) else value for key, value in held.items()
+    }
 
 
 def _word(value: Any) -> Any:

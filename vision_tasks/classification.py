@@ -84,7 +84,9 @@ class ClassifierArguments(VisionArguments):
         """Refuse settings of the images beside a pretrained model, whose image processor has its own."""
         for name in names if self.model_name_or_path is not None else ():
             if getattr(self, name) is not None:
-                raise ValueError(f"{name} is what the model of model_name_or_path says: leave it out, or set it to null")
+                raise ValueError(
+                    f"{name} is what the model of model_name_or_path says: leave it out, or set it to null"
+                )
 
     def preparation(self) -> Preparation | None:
         """What the image processor of a pretrained model does; None for a backbone of ours."""
@@ -232,7 +234,7 @@ def tell_fewer(name: str, asked: int | None, found: int) -> None:
         logger.warning("%s is %d, there are only %d images: taking all", name, asked, found)
 
 
-def tested(trainer: MetaTrainer, images: ImageSet, train_labels: np.ndarray | None = None) -> dict[str, Any]:
+def scores_on(trainer: MetaTrainer, images: ImageSet, train_labels: np.ndarray | None = None) -> dict[str, Any]:
     """The trained base on these images: `accuracy`, and `class_accuracy`, class -> its own.
 
     Args:

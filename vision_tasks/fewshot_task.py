@@ -87,7 +87,9 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
     def refuse(self, settings: FewShotArguments, args: MetaTrainingArguments) -> None:
         super().refuse(settings, args)
         if args.do_predict:
-            raise ValueError("do_predict: an episode's classes are its own, there are no predictions of images: leave it out")
+            raise ValueError(
+                "do_predict: an episode's classes are its own, there are no predictions of images: leave it out"
+            )
 
     def card_metadata(self, settings: FewShotArguments) -> dict[str, Any]:
         model = settings.model_name_or_path
@@ -234,7 +236,9 @@ def make_module(settings: FewShotArguments, aux: Auxiliary | None) -> CrossDomai
     pretrains = settings.method == "pretrain"
     fields: dict[str, Any] = {
         "num_channels": settings.channels,
-        "head": "prototype" if pretrains else settings.head,  # without parameters: tests tell what the encoder is worth
+        "head": "prototype"
+        if pretrains
+        else settings.head,  # without parameters: tests tell what the encoder is worth
         "aux_classes": 0 if aux is None else aux.classes,
         **settings.normalisation,
     }

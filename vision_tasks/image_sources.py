@@ -1,4 +1,4 @@
-"""Where labelled images come from: an .npz file, folders, tables on disk or of the Hub, CIFAR's files, or generated."""
+"""Where labelled images come from: .npz files, folders, tables on disk or of the Hub, CIFAR's files, or drawn."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def load_images(
 
     Args:
         data: an .npz file with x_train, y_train, x_test and y_test; a folder of train/CLASS/IMAGE and
-            test/CLASS/IMAGE, of `save_to_disk` or of parquet files; a parquet file; CIFAR as it is downloaded; a Hub id; or the word
-            `synthetic`.
+            test/CLASS/IMAGE, of `save_to_disk` or of parquet files; a parquet file; CIFAR as it is downloaded; a Hub
+            id; or the word `synthetic`.
         parts: `train` and `test`, or one of them, whose source then need not hold the other; `validation` where
             there is one.
         prepare: what makes each image ready for a model, of whatever size it is.

@@ -178,9 +178,7 @@ def long_tailed(images: ImageSet, factor: float, generator: np.random.Generator)
     sizes = [int(largest * factor ** (-label / max(classes - 1, 1)) + 1e-9) for label in range(classes)]
     if min(sizes) < 1:
         raise ValueError(f"imbalance_factor {factor} leaves no image of class {images.names[-1]!r}: lower it")
-    kept = [
-        generator.choice(np.flatnonzero(labels == label), size, replace=False) for label, size in enumerate(sizes)
-    ]
+    kept = [generator.choice(np.flatnonzero(labels == label), size, replace=False) for label, size in enumerate(sizes)]
     return images.take(np.sort(np.concatenate(kept)))
 
 

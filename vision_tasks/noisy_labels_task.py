@@ -24,8 +24,8 @@ from vision_tasks.classification import (
     ClassifierArguments,
     accuracy,
     make_base,
+    scores_on,
     tell_fewer,
-    tested,
 )
 from vision_tasks.image_parts import Layout
 from vision_tasks.image_sources import load_images
@@ -80,8 +80,8 @@ class NoisyLabelsArguments(ClassifierArguments):
     validation_size: int | None = field(
         default=None,
         metadata={
-            "help": "Clean images, equally many of each class, taken apart for evaluations: they may choose a checkpoint "
-            "(load_best_model_at_end), as the meta set must not."
+            "help": "Clean images, equally many of each class, kept apart for evaluations: they may choose a "
+            "checkpoint (load_best_model_at_end), as the meta set must not."
         },
     )
     validation_split: str | None = field(
@@ -186,8 +186,8 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
                 _refuse_tested(name, clean, test)
         if args.load_best_model_at_end and noisy.validation is None:
             raise ValueError(
-                "load_best_model_at_end needs a validation set, as neither the meta set nor the test set may choose: set "
-                "validation_size to so many clean images, or give a split or folder `val`"
+                "load_best_model_at_end needs a validation set, as neither the meta set nor the test set may choose: "
+                "set validation_size to so many clean images, or give a split or folder `val`"
             )
         return NoisyLabelsData(noisy, test.require_classes(), prepare)
 
@@ -218,12 +218,12 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
         )
 
     def score(self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData) -> dict[str, Any]:
-        return tested(trainer, data.test, data.noisy.true_labels)
+        return scores_on(trainer, data.test, data.noisy.true_labels)
 
     def dev_score(
         self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData
     ) -> dict[str, Any] | None:
-        return None if data.noisy.validation is None else tested(trainer, data.noisy.validation)
+        return None if data.noisy.validation is None else scores_on(trainer, data.noisy.validation)
 
     def describe(
         self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData, start: Tree

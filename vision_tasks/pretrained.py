@@ -145,9 +145,11 @@ def load_classifier(model: str, names: Sequence[str], preparation: Preparation) 
             base = _without(base, head)
     except Exception as error:  # the content of a file leads the library into any
         raise _unusable(model, error) from error
-    _require_whole(model, base, [
-        name for name in found["missing_keys"] if name not in head and name.startswith(f"{base.base_model_prefix}.")
-    ])
+    _require_whole(
+        model,
+        base,
+        [name for name in found["missing_keys"] if name not in head and name.startswith(f"{base.base_model_prefix}.")],
+    )
     _require_readable(model, base, preparation.shape, len(names))
     base.config.image_mean, base.config.image_std = preparation.image_mean, preparation.image_std
     return base

@@ -73,7 +73,15 @@ def load_encoder(encoder: PreTrainedModel, folder: str) -> None:
     if info["missing_keys"] or info["mismatched_keys"]:  # of another kind of model, which transformers fills up
         raise ValueError(f"encoder: {folder} holds no few-shot model: give the output folder of a few-shot run")
     held, wanted = model.encoder, encoder.config
-    for name in ("model_type", "num_channels", "embedding_size", "hidden_sizes", "depths", "layer_type", "architecture"):
+    for name in (
+        "model_type",
+        "num_channels",
+        "embedding_size",
+        "hidden_sizes",
+        "depths",
+        "layer_type",
+        "architecture",
+    ):
         own, other = getattr(held.config, name, None), getattr(wanted, name, None)
         if own != other:
             raise ValueError(

@@ -207,7 +207,11 @@ def test_a_validation_folder_chooses_the_checkpoint(tmp_path: Path) -> None:
             for number in range(count):
                 pixels = rng.integers(0, 256, (*rng.integers(10, 40, 2), 3), np.uint8) // (1 + (name == "dog"))
                 Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{number}.jpg")
-    fields = CHOOSING | {"model_name_or_path": write_classifier(tmp_path / "vit", "vit"), "noise_rate": 0, "meta_size": 4}
+    fields = CHOOSING | {
+        "model_name_or_path": write_classifier(tmp_path / "vit", "vit"),
+        "noise_rate": 0,
+        "meta_size": 4,
+    }
     results = train("noisy_labels", tmp_path / "photos", tmp_path / "out", learning_rate=0.3, noise="flip", **fields)
     log = pd.read_csv(tmp_path / "out/history.csv").dropna(subset="eval_loss").set_index("step")
     assert len(log) == 4
@@ -556,7 +560,11 @@ OF_ONE: list[tuple[str, Any, str]] = [
     ("noisy_labels", npz(y_train=np.arange(40) % 2, y_test=np.arange(20) % 2), "flip2 needs more than 2 classes"),
     ("noisy_labels", {"test_split": "train"}, "test_split: train is trained on: name another"),
     ("noisy_labels", CHOOSING, "load_best_model_at_end needs a validation set, as neither the meta set nor the test"),
-    ("noisy_labels", CHOOSING | {"metric_for_best_model": "f1"}, "unknown metric_for_best_model 'f1': Valid: loss, acc"),
+    (
+        "noisy_labels",
+        CHOOSING | {"metric_for_best_model": "f1"},
+        "unknown metric_for_best_model 'f1': Valid: loss, acc",
+    ),
     (
         "noisy_labels",
         CHOOSING | {"validation_size": 10, "metric_for_best_model": "accuracy", "greater_is_better": "false"},
@@ -576,8 +584,16 @@ OF_ONE: list[tuple[str, Any, str]] = [
         lambda folder: {"model_name_or_path": write_classifier(folder, "vit"), "image_size": 4},
         "image_size is what the model of model_name_or_path says: leave it out, or set it to null",
     ),
-    ("rotation", {"model_name_or_path": "no-such-organisation-here/absent"}, "cannot be loaded .*a Hub id that can be"),
-    ("rotation", {"model_name_or_path": "absent", "image_std": 1}, "image_std is what the model of model_name_or_path"),
+    (
+        "rotation",
+        {"model_name_or_path": "no-such-organisation-here/absent"},
+        "cannot be loaded .*a Hub id that can be",
+    ),
+    (
+        "rotation",
+        {"model_name_or_path": "absent", "image_std": 1},
+        "image_std is what the model of model_name_or_path",
+    ),
     ("noisy_labels", {"true_label_column": "truth"}, "random.npz has no array 'truth_train'; present: x_train"),
 ]
 BAD = [*((list(SCRIPTS)[index % 2], *case) for index, case in enumerate(OF_BOTH)), *OF_ONE]

@@ -50,7 +50,7 @@ def packed(folder: Path) -> Path:
 
 
 def python_2(pixels: np.ndarray, labels: list[int]) -> bytes:
-    """{'data': pixels, 'labels': labels}, opcode by opcode as Python 2 with an old numpy writes it: texts are bytes."""
+    """{'data': pixels, 'labels': labels}, opcode by opcode as Python 2 with an old numpy writes it."""
     shape = b"".join(b"M" + struct.pack("<H", size) for size in pixels.shape) + b"\x86"
     kind = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     state = b"(K\x01" + shape + kind + b"\x89T" + struct.pack("<i", pixels.nbytes) + pixels.tobytes() + b"tb"
@@ -90,7 +90,9 @@ def test_cifar_100_has_fine_labels_or_coarse_ones(tmp_path: Path) -> None:
     assert (fine["train"].names, coarse["train"].names) == (("a", "b", "c"), ("x", "y", "z"))
     assert fine["test"].labels.tolist() == LABELS[1]
     assert coarse["test"].labels.tolist() == LABELS[2]
-    with pytest.raises(ValueError, match="unknown column 'label': .*Valid: fine_labels, coarse_labels: set label_column"):
+    with pytest.raises(
+        ValueError, match=r"unknown column 'label': .*Valid: fine_labels, coarse_labels: set label_column"
+    ):
         load_images(folder, Layout(label_column="label"))
 
 
@@ -108,8 +110,10 @@ def test_a_pickle_that_would_run_code_runs_none(tmp_path: Path) -> None:
     """As a value, and as an item of an array of objects."""
     made = tmp_path / "made"
     for evil in (Evil(made), np.array([Evil(made)], dtype=object)):
-        with pytest.raises(ValueError, match=r"data_batch_3 cannot be read as .* \(it asks for posix.mkdir, which is no"):
-            load_images(str(write_cifar10(tmp_path, **{"more": evil})))
+        with pytest.raises(
+            ValueError, match=r"data_batch_3 cannot be read as .* \(it asks for posix.mkdir, which is no"
+        ):
+            load_images(str(write_cifar10(tmp_path, more=evil)))
     assert not made.exists()
 
 
@@ -154,9 +158,9 @@ def test_damaged_files_are_named(tmp_path: Path, spoil: Any, message: str) -> No
 def test_archives_that_are_no_cifar(tmp_path: Path) -> None:
     file = packed(tmp_path)
     file.write_bytes(file.read_bytes()[:-300])
-    with pytest.raises(ValueError, match="cifar-10-python.tar.gz cannot be read as an archive"):
+    with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz cannot be read as an archive"):
         load_images(str(file))
     with tarfile.open(file, "w:gz") as archive:
         archive.add(__file__, "test_cifar.py")
-    with pytest.raises(ValueError, match="holds neither batches.meta nor meta: give CIFAR as it is downloaded"):
+    with pytest.raises(ValueError, match=r"holds neither batches.meta nor meta: give CIFAR as it is downloaded"):
         load_images(str(file))

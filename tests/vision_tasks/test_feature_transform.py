@@ -190,7 +190,13 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     assert not any("\n" in message for message in messages)
     for message, part in zip(
         messages,
-        ["did you mean 'per_batch'", "no batch norm", "and Linear has none", "8 channels at stage2", "does not describe"],
+        [
+            "did you mean 'per_batch'",
+            "no batch norm",
+            "and Linear has none",
+            "8 channels at stage2",
+            "does not describe",
+        ],
         strict=True,
     ):
         assert part in message

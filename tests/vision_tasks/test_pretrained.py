@@ -52,11 +52,13 @@ def test_a_head_of_other_classes_makes_way(
     assert other <= {head, head.replace("weight", "bias")}
     assert list(bases[0].config.id2label.values()) == list(names)
     bases[0].save_pretrained(tmp_path / "again")
-    assert AutoModelForImageClassification.from_pretrained(tmp_path / "again").config.id2label == dict(enumerate(names))
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "again").config.id2label == dict(
+        enumerate(names)
+    )
 
 
 def test_a_head_of_the_same_classes_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    names = {number: name for number, name in enumerate("abcde")}
+    names = dict(enumerate("abcde"))
     model = str(write_classifier(tmp_path, "vit", id2label=names))
     base = load_classifier(model, "abcde", load_preparation(model))
     saved = AutoModelForImageClassification.from_pretrained(model).state_dict()
