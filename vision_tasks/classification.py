@@ -28,7 +28,7 @@ from vision_tasks.image_parts import Layout
 from vision_tasks.image_processor import SmallImageProcessor
 from vision_tasks.images import SYNTHETIC, ImageRows, ImageSet
 from vision_tasks.pretrained import Preparation, load_classifier, load_preparation
-from vision_tasks.task import CLASS_ACCURACY, VisionTask
+from vision_tasks.task import CLASS_ACCURACY, SHOT_ACCURACY, VisionTask
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class ClassifierArguments(VisionArguments):
         default=SYNTHETIC,
         metadata={
             "help": "An .npz file (x_train, y_train, x_test, y_test), a folder {train,test}/CLASS/IMAGE, of "
-            "save_to_disk or of parquet files, a Hub id, or `synthetic`: generated."
+            "save_to_disk or of parquet files, CIFAR's .tar.gz or its folder, a Hub id, or `synthetic`: generated."
         },
     )
     image_column: str | None = field(default=None, metadata={"help": "Of a table (default: image or img)."})
@@ -234,12 +234,27 @@ def tell_fewer(name: str, asked: int | None, found: int) -> None:
         logger.warning("%s is %d, there are only %d images: taking all", name, asked, found)
 
 
-def tested(trainer: MetaTrainer, images: ImageSet) -> dict[str, Any]:
-    """The trained base on these images: `accuracy`, and `class_accuracy`, class -> its own."""
+def scores_on(trainer: MetaTrainer, images: ImageSet, train_labels: np.ndarray | None = None) -> dict[str, Any]:
+    """The trained base on these images: `accuracy`, and `class_accuracy`, class -> its own.
+
+    Args:
+        train_labels: where there are more of one class than of another, `shot_accuracy` is that of their groups.
+    """
     found: Any = trainer.predict(cast(Any, ImageRows(images)))
     hits = found.predictions.argmax(-1) == found.label_ids
-    of_class = {name: float(hits[found.label_ids == number].mean()) for number, name in enumerate(images.names)}
-    return {"accuracy": Rate.mean(hits), CLASS_ACCURACY: of_class}
+    of_class = [float(hits[found.label_ids == number].mean()) for number in range(len(images.names))]
+    scores = {"accuracy": Rate.mean(hits), CLASS_ACCURACY: dict(zip(images.names, of_class, strict=True))}
+    counts = np.bincount([] if train_labels is None else train_labels, minlength=len(images.names))
+    return scores if np.ptp(counts) == 0 else {**scores, SHOT_ACCURACY: shot_accuracy(of_class, counts)}
+
+
+def shot_accuracy(of_class: Sequence[float], counts: np.ndarray) -> dict[str, float]:
+    """The mean accuracy of the classes with many training images (above 100), medium (20 to 100) and few.
+
+    Source: Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019.
+    """
+    groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
+    return {name: float(np.asarray(of_class)[which].mean()) for name, which in groups.items() if which.any()}
 
 
 def pixel_statistics(

@@ -11,6 +11,7 @@ import numpy as np
 from vision_tasks.images import ImageSet
 
 Prepare = Callable[[np.ndarray], np.ndarray]  # uint8 (H, W, C) -> uint8, all of one size
+VALIDATION = ("validation", "val", "valid", "dev")  # what a split of that kind is called
 MOST_CLASSES = 100_000  # a label beyond is no number of a class
 
 
@@ -22,6 +23,7 @@ class Layout:
         image_column, label_column: of a table; None finds one of the usual names.
         true_label_column: of a table, or of an .npz file that holds `NAME_train`: the right labels of noisy ones.
         train_split, test_split: of a table, a folder of files, or of an .npz file (`x_train`).
+        validation_split: the same; None finds one of the usual names.
     """
 
     image_column: str | None = None
@@ -29,6 +31,7 @@ class Layout:
     true_label_column: str | None = None
     train_split: str = "train"
     test_split: str = "test"
+    validation_split: str | None = None
 
     def of(self, part: str, present: Collection[str]) -> Layout:
         """For a part whose source has such names: a test counts right labels, where it has them."""
@@ -37,9 +40,19 @@ class Layout:
             return self
         return replace(self, label_column=true if true in present else self.label_column, true_label_column=None)
 
-    def splits(self, parts: Sequence[str]) -> dict[str, str]:
-        """The split of each part."""
-        return {part: getattr(self, f"{part}_split") for part in parts}
+    def splits(self, parts: Sequence[str], present: Collection[str]) -> dict[str, str]:
+        """The split of each part; that of `validation` is left out where it is not named and there is none.
+
+        Raises:
+            ValueError: where several could be the validation split.
+        """
+        named = {part: getattr(self, f"{part}_split") for part in parts}
+        if "validation" in named and named["validation"] is None:
+            usual = [name for name in VALIDATION if name in present and name not in named.values()]
+            if len(usual) > 1:
+                raise ValueError(f"{' and '.join(usual)} are there: set validation_split to one of them")
+            named["validation"] = usual[0] if usual else None
+        return {part: split for part, split in named.items() if split is not None}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Where labelled images come from: an .npz file, a folder of files, tables on disk or of the Hub, or generated."""
+"""Where labelled images come from: .npz files, folders, tables on disk or of the Hub, CIFAR's files, or drawn."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, load_from_disk
 
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.hub import Instead, load_from_hub, require_reachable
+from vision_tasks.cifar import is_cifar, read_cifar
 from vision_tasks.image_files import EncodedImages, TableImages, class_files, subfolders
 from vision_tasks.image_parts import Found, Layout, Prepare, alike, decoded, flat_labels, numbered, prepared
 from vision_tasks.images import PARTS, SYNTHETIC, ImageSet, drawn
@@ -34,8 +35,10 @@ def load_images(
 
     Args:
         data: an .npz file with x_train, y_train, x_test and y_test; a folder of train/CLASS/IMAGE and
-            test/CLASS/IMAGE, of `save_to_disk` or of parquet files; a parquet file; a Hub id; or the word `synthetic`.
-        parts: `train` and `test`, or one of them, whose source then need not hold the other.
+            test/CLASS/IMAGE, of `save_to_disk` or of parquet files; a parquet file; CIFAR as it is downloaded; a Hub
+            id; or the word `synthetic`.
+        parts: `train` and `test`, or one of them, whose source then need not hold the other; `validation` where
+            there is one.
         prepare: what makes each image ready for a model, of whatever size it is.
 
     Raises:
@@ -44,17 +47,19 @@ def load_images(
     """
     path, layout = Path(data).expanduser(), layout or Layout()
     if data == SYNTHETIC:
-        made = {part: drawn(200 if part == "train" else 50, seed=PARTS.index(part)) for part in parts}
+        made = {part: drawn(200 if part == "train" else 50, seed=PARTS.index(part)) for part in PARTS if part in parts}
         return _prepared(made, prepare)
     if path.suffix == ".npz" and not path.is_dir():
         return alike(_prepared(read_npz(path, layout, parts), prepare))
-    if path.is_dir() and not _has_tables(path):
+    if is_cifar(path):
+        found = read_cifar(path, layout, parts)
+    elif path.is_dir() and not _has_tables(path):
         found = _of_folders(path, layout, parts)
     else:
         tables = _tables(path) if path.exists() else _hub(data)
         found = {
             part: _of_table(part, _choose(tables, split, data, len(parts) == 1), layout, f"{data}, {split}")
-            for part, split in layout.splits(parts).items()
+            for part, split in layout.splits(parts, tables).items()
         }
     return alike(numbered(decoded(found, prepare)))
 
@@ -74,7 +79,8 @@ def read_npz(path: Path, layout: Layout | None = None, parts: Sequence[str] = PA
     layout, found = replace(layout or Layout(), label_column="y"), {}
     with _opened(path) as file:
         present = list(file.files)
-    for part, split in layout.splits(parts).items():
+    splits = layout.splits(parts, [name.removeprefix("x_") for name in present])
+    for part, split in splits.items():
         own = layout.of(part, [name.removesuffix(f"_{split}") for name in present])
         columns = [name for name in ("x", own.label_column, own.true_label_column) if name is not None]
         needed, where = [f"{name}_{split}" for name in columns], f"{path}, {split}"
@@ -106,7 +112,7 @@ def _of_folders(path: Path, layout: Layout, parts: Sequence[str]) -> dict[str, F
     if layout.true_label_column is not None:
         raise ValueError(f"true_label_column: {path} holds image files, which have one label each: give a table")
     found = {}
-    for part, split in layout.splits(parts).items():
+    for part, split in layout.splits(parts, [place.name for place in subfolders(path)]).items():
         place = path / split
         if not place.is_dir() and len(parts) == 1:
             place = path
@@ -174,7 +180,8 @@ def _choose(tables: Mapping[str, Dataset], split: str, where: str, alone: bool) 
     if alone and len(tables) == 1:
         return next(iter(tables.values()))
     raise ValueError(
-        f"{where} has no split {split!r}; present: {', '.join(map(str, tables))}: set train_split and test_split"
+        f"{where} has no split {split!r}; present: {', '.join(map(str, tables))}: set train_split and "
+        "test_split (or validation_split)"
     )
 
 

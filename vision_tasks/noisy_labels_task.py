@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.experiments.records import Record
+from metaxl_evo.messages import unknown
 from metaxl_evo.models.weight_net import SUBFOLDER, WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
@@ -23,8 +24,8 @@ from vision_tasks.classification import (
     ClassifierArguments,
     accuracy,
     make_base,
+    scores_on,
     tell_fewer,
-    tested,
 )
 from vision_tasks.image_parts import Layout
 from vision_tasks.image_sources import load_images
@@ -37,6 +38,7 @@ from vision_tasks.weight_net import NORMALISATIONS, WeightedClassifier
 
 METHODS = ("meta_weight_net", "baseline")
 AUGMENTATIONS = {"none": None, "pad_crop_flip": PadCropFlip()}
+SELECTION = ("loss", "accuracy")  # scores that choose a checkpoint
 CURVE = torch.linspace(0, 8, 65)  # losses at which the learned weight is drawn
 
 
@@ -75,6 +77,23 @@ class NoisyLabelsArguments(ClassifierArguments):
         default=None,
         metadata={"help": "A source as for `data` whose part `train` is the clean set (default: split off)."},
     )
+    validation_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Clean images, equally many of each class, kept apart for evaluations: they may choose a "
+            "checkpoint (load_best_model_at_end), as the meta set must not."
+        },
+    )
+    validation_split: str | None = field(
+        default=None,
+        metadata={"help": "The split or folder of such images (default: validation, val, valid or dev, if there)."},
+    )
+    imbalance_factor: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train on a long tail: the first class has so many times the images of the last (100, 10, ...)."
+        },
+    )
     true_label_column: str | None = field(
         default=None,
         metadata={"help": "Of a table, or NAME of an .npz file's NAME_train: right labels beside noisy ones."},
@@ -90,7 +109,7 @@ class NoisyLabelsArguments(ClassifierArguments):
         self.require_known("weight_normalisation", self.weight_normalisation, NORMALISATIONS)
         self.require_known("noise", self.noise, NOISES)
         self.require_known("augmentation", self.augmentation, AUGMENTATIONS)
-        for name in ("width", "train_size", "weight_net_hidden", "meta_size", "image_size"):
+        for name in ("width", "train_size", "weight_net_hidden", "meta_size", "image_size", "validation_size"):
             self.require_count(name, getattr(self, name))
         self.require_left_to_the_model("width", "image_size")
         if self.width is not None and self.backbone != "resnet32":
@@ -99,7 +118,8 @@ class NoisyLabelsArguments(ClassifierArguments):
             raise ValueError(f"noise_rate must be at least 0 and below 1, not {self.noise_rate}")
 
     def layout(self) -> Layout:
-        return replace(super().layout(), true_label_column=self.true_label_column)
+        given = {"true_label_column": self.true_label_column, "validation_split": self.validation_split}
+        return replace(super().layout(), **given)
 
     def meta_layout(self) -> Layout:
         """That of the clean set: the columns of the data, and the usual splits."""
@@ -126,15 +146,28 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
         'weigh = WeightNet.from_pretrained(".")  # losses (B,) -> weights (B,)'
     )
     own_files = (*ClassificationTask.own_files, SUBFOLDER, TABLE, SHEET)
+    chooses = True  # on a validation set; without one it is refused where the data are known
 
     def learns(self, settings: NoisyLabelsArguments) -> bool:
         return settings.method == "meta_weight_net"
 
+    def refuse(self, settings: NoisyLabelsArguments, args: MetaTrainingArguments) -> None:
+        super().refuse(settings, args)
+        metric = (args.metric_for_best_model or SELECTION[0]).removeprefix("eval_")
+        if metric not in SELECTION:
+            raise ValueError(unknown("metric_for_best_model", metric, SELECTION))
+        if args.metric_for_best_model is not None and args.greater_is_better == (metric == "loss"):
+            raise ValueError(f"greater_is_better would choose the checkpoint with the worst {metric}: leave it out")
+
     def load(self, settings: NoisyLabelsArguments, args: MetaTrainingArguments) -> NoisyLabelsData:
         prepare, own = settings.preparation(), settings.meta_data
-        parts = load_images(settings.data, settings.layout(), prepare=prepare)
+        parts = load_images(settings.data, settings.layout(), ("train", "validation", "test"), prepare)
         meta = None if own is None else load_images(own, settings.meta_layout(), ("train",), prepare)["train"]
-        train, test = (parts[part].pooled(settings.image_size) for part in ("train", "test"))
+        meta = None if meta is None else meta.pooled(settings.image_size)
+        parts = {part: images.pooled(settings.image_size) for part, images in parts.items()}
+        train, test, validation = parts["train"], parts["test"], parts.get("validation")
+        if validation is not None and settings.validation_size is not None:
+            raise ValueError(f"validation_size: {validation.where} is a validation set already: leave it out")
         noisy = make_noisy(
             train.require_classes(),
             kind=settings.noise,
@@ -142,14 +175,19 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
             meta_size=settings.meta_size,
             train_size=settings.train_size,
             seed=args.seed,
-            meta=None if meta is None else meta.pooled(settings.image_size),
+            meta=meta,
+            validation_size=settings.validation_size,
+            validation=validation,
+            imbalance_factor=settings.imbalance_factor,
         )
         tell_fewer("train_size", settings.train_size, len(noisy.train))
-        leaked = found_in(noisy.meta, test)
-        if settings.meta_data is not None and leaked.any():
+        for name, clean in (("meta", meta), ("validation", validation)):
+            if clean is not None:
+                _refuse_tested(name, clean, test)
+        if args.load_best_model_at_end and noisy.validation is None:
             raise ValueError(
-                f"the meta set overlaps the test set: {leaked.sum()} of its images are in {test.where}: take them out "
-                f"({noisy.meta.named(leaked)})"
+                "load_best_model_at_end needs a validation set, as neither the meta set nor the test set may choose: "
+                "set validation_size to so many clean images, or give a split or folder `val`"
             )
         return NoisyLabelsData(noisy, test.require_classes(), prepare)
 
@@ -173,14 +211,19 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
             meta_dataset=ImageRows(data.noisy.meta, augment, seed=2 * args.seed + 1)
             if self.learns(settings)
             else None,
-            eval_dataset=ImageRows(data.test),
+            eval_dataset=ImageRows(data.test if data.noisy.validation is None else data.noisy.validation),
             data_collator=default_collate,
             processing_class=processor,
             compute_metrics=accuracy,
         )
 
     def score(self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData) -> dict[str, Any]:
-        return tested(trainer, data.test)
+        return scores_on(trainer, data.test, data.noisy.true_labels)
+
+    def dev_score(
+        self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData
+    ) -> dict[str, Any] | None:
+        return None if data.noisy.validation is None else scores_on(trainer, data.noisy.validation)
 
     def describe(
         self, trainer: MetaTrainer, settings: NoisyLabelsArguments, data: NoisyLabelsData, start: Tree
@@ -191,6 +234,8 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
             "left_out": data.noisy.left_out,
             "wrong_labels": float(data.noisy.wrong.mean()) if data.noisy.known else None,
         }
+        if data.noisy.validation is not None:
+            found["validation_images"] = len(data.noisy.validation)
         if self.learns(settings):
             size = trainer.args.per_device_eval_batch_size
             found["weights"] = weights_of(cast(WeightedClassifier, trainer.model), data.noisy, size)
@@ -212,6 +257,16 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
     def plot_study(self, folder: Path, records: Sequence[Record]) -> None:
         plot_noise(records, folder / "noise.png")
         plot_weight_curves(records, folder / "weights.png")
+
+
+def _refuse_tested(name: str, clean: ImageSet, test: ImageSet) -> None:
+    """Refuse a clean set of the user's own that holds test images."""
+    leaked = found_in(clean, test)
+    if leaked.any():
+        raise ValueError(
+            f"the {name} set overlaps the test set: {leaked.sum()} of its images are in {test.where}: take them out "
+            f"({clean.named(leaked)})"
+        )
 
 
 def weights_of(module: WeightedClassifier, noisy: NoisyLabels, batch_size: int = 500) -> dict[str, Any]:

@@ -229,7 +229,9 @@ def _located(model: str) -> str | Path:
             if not (folder / CONFIG_NAME).is_file():
                 raise ValueError(f"it holds no {CONFIG_NAME}")
             return folder
-        if not is_offline_mode() and not isinstance(try_to_load_from_cache(model, CONFIG_NAME), str):
+        if not isinstance(try_to_load_from_cache(model, CONFIG_NAME), str):
+            if is_offline_mode():
+                raise ValueError("it is neither a folder nor in the cache")
             HfApi().model_info(model, timeout=HUB_TIMEOUT)
     except Exception as error:  # of the id, or of the HTTP library that the installed huggingface_hub uses
         raise _unusable(model, error) from error

@@ -16,8 +16,8 @@ from vision_tasks.classification import (
     ClassifierArguments,
     accuracy,
     make_base,
+    scores_on,
     tell_fewer,
-    tested,
 )
 from vision_tasks.image_sources import load_images
 from vision_tasks.images import ImageRows, ImageSet
@@ -118,8 +118,8 @@ class RotationTask(ClassificationTask[RotationArguments, RotationData]):
 
     def score(self, trainer: MetaTrainer, settings: RotationArguments, data: RotationData) -> dict[str, Any]:
         return {
-            **tested(trainer, data.test),
-            "accuracy_upright": tested(trainer, data.upright)["accuracy"],
+            **scores_on(trainer, data.test, data.train.labels),
+            "accuracy_upright": scores_on(trainer, data.upright)["accuracy"],
             "degrees": cast(Rotation, trainer.model.meta).degrees,
         }
 

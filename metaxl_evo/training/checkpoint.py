@@ -39,6 +39,9 @@ FORMER_DEFAULTS = {  # which runs of earlier versions left unsaid
     "train_split": "train",
     "test_split": "test",
     "model_name_or_path": None,
+    "validation_size": None,
+    "validation_split": None,
+    "imbalance_factor": None,
 }
 DATA = " data"  # behind the name of a part of the data, whose fingerprint this is
 ADVICE = "resume from an earlier checkpoint, or start anew in another output_dir"

@@ -100,6 +100,12 @@ def seen_in_tests(file: Path) -> Path:
     return pack(file, x_train=images.images[..., 0], y_train=images.labels)
 
 
+def with_validation(file: Path) -> Path:
+    """A file of `pack` with a validation part."""
+    images = random_images(20, seed=3, classes=10)
+    return pack(file, x_val=images.images[..., 0], y_val=images.labels)
+
+
 # What a comparison leaves
 
 
@@ -180,6 +186,47 @@ def test_noise_of_the_users_own_in_image_folders(tmp_path: Path) -> None:
     assert (table.label == table.image.str.split("/").str[1]).all()
     assert table.loss.is_monotonic_decreasing
     assert table.weight.between(0, 1).all()
+
+
+CHOOSING = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": "true",
+    "metric_for_best_model": "loss",
+}
+
+
+def test_a_validation_folder_chooses_the_checkpoint(tmp_path: Path) -> None:
+    """Photos of many sizes, a ViT, a long tail: the best of four steps by `val`, the others' scores in the log."""
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", (60, 22)), ("val", (6, 6)), ("test", (5, 5))):
+        for name, count in zip(("cat", "dog"), counts, strict=True):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (*rng.integers(10, 40, 2), 3), np.uint8) // (1 + (name == "dog"))
+                Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{number}.jpg")
+    fields = CHOOSING | {
+        "model_name_or_path": write_classifier(tmp_path / "vit", "vit"),
+        "noise_rate": 0,
+        "meta_size": 4,
+    }
+    results = train("noisy_labels", tmp_path / "photos", tmp_path / "out", learning_rate=0.3, noise="flip", **fields)
+    log = pd.read_csv(tmp_path / "out/history.csv").dropna(subset="eval_loss").set_index("step")
+    assert len(log) == 4
+    best = int(log.eval_loss.idxmin())
+    assert best != 4  # so that it is a choice
+    assert results["run"]["best_checkpoint"].endswith(f"checkpoint-{best}")
+    assert results["dev"]["accuracy"] == pytest.approx(log.eval_accuracy[best])
+    assert (results["run"]["train_images"], results["run"]["validation_images"]) == (78, 12)
+    classes = results["test"]["class_accuracy"]
+    assert results["test"]["shot_accuracy"] == {"medium": pytest.approx((classes["cat"] + classes["dog"]) / 2)}
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert f"| medium (20 to 100) | {results['test']['shot_accuracy']['medium']:.4f} |" in card
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "out").state_dict()
+    chosen = AutoModelForImageClassification.from_pretrained(results["run"]["best_checkpoint"]).state_dict()
+    assert same(saved, chosen)
 
 
 @each_script
@@ -512,6 +559,41 @@ OF_ONE: list[tuple[str, Any, str]] = [
     ("noisy_labels", npz(x_train=np.zeros((40, 8, 8), np.uint8)), "every image equals one of the meta set"),
     ("noisy_labels", npz(y_train=np.arange(40) % 2, y_test=np.arange(20) % 2), "flip2 needs more than 2 classes"),
     ("noisy_labels", {"test_split": "train"}, "test_split: train is trained on: name another"),
+    ("noisy_labels", CHOOSING, "load_best_model_at_end needs a validation set, as neither the meta set nor the test"),
+    (
+        "noisy_labels",
+        CHOOSING | {"metric_for_best_model": "f1"},
+        "unknown metric_for_best_model 'f1': Valid: loss, acc",
+    ),
+    (
+        "noisy_labels",
+        CHOOSING | {"validation_size": 10, "metric_for_best_model": "accuracy", "greater_is_better": "false"},
+        "greater_is_better would choose the checkpoint with the worst accuracy: leave it out",
+    ),
+    (
+        "noisy_labels",
+        lambda folder: {"validation_size": 10, "data": with_validation(folder / "given.npz")},
+        "validation_size: .*given.npz, val is a validation set already: leave it out",
+    ),
+    ("noisy_labels", {"validation_split": "val"}, "random.npz has no array 'x_val'; present: x_train"),
+    ("noisy_labels", {"imbalance_factor": 0.5}, "imbalance_factor is the largest class over the smallest, at least 1"),
+    ("noisy_labels", {"imbalance_factor": 50}, "imbalance_factor 50.0 leaves no image of class '9': lower it"),
+    ("rotation", {"do_eval": "true"}, "do_eval evaluates nothing by itself: set eval_strategy, or leave it out"),
+    (
+        "noisy_labels",
+        lambda folder: {"model_name_or_path": write_classifier(folder, "vit"), "image_size": 4},
+        "image_size is what the model of model_name_or_path says: leave it out, or set it to null",
+    ),
+    (
+        "rotation",
+        {"model_name_or_path": "no-such-organisation-here/absent"},
+        "cannot be loaded .*a Hub id that can be",
+    ),
+    (
+        "rotation",
+        {"model_name_or_path": "absent", "image_std": 1},
+        "image_std is what the model of model_name_or_path",
+    ),
     ("noisy_labels", {"true_label_column": "truth"}, "random.npz has no array 'truth_train'; present: x_train"),
 ]
 BAD = [*((list(SCRIPTS)[index % 2], *case) for index, case in enumerate(OF_BOTH)), *OF_ONE]
@@ -540,7 +622,7 @@ def test_bad_input_is_one_line_before_any_step(
 
 
 def test_the_table_of_bad_input_is_whole() -> None:
-    assert (len(OF_BOTH), len(OF_ONE)) == (32, 25)
+    assert (len(OF_BOTH), len(OF_ONE)) == (32, 36)
 
 
 # The Hub

@@ -32,7 +32,7 @@ SQUARE = {"height": 16, "width": 16}
 
 
 def write_classifier(folder: Path, kind: str, classes: int = 5, **fields: Any) -> Path:
-    """A model with random weights and its image processor: `resnet`, `vit` or `dinov2`, 16 x 16 pixels; or `timm`, 32 x 32."""
+    """Random weights and an image processor: `resnet`, `vit` or `dinov2`, 16 x 16 pixels; or `timm`, 32 x 32."""
     torch.manual_seed(0)
     if kind == "timm":
         pixels = {"input_size": [3, 32, 32], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "crop_pct": 0.9}

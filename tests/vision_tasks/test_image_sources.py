@@ -177,6 +177,30 @@ def test_a_table_of_the_hub(monkeypatch: pytest.MonkeyPatch, mode: str, channels
     assert np.array_equal(parts["test"].images[1], expected)
 
 
+PARTS = ("train", "validation", "test")
+
+
+def test_a_validation_part_is_read_for_what_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By its usual names, where there is one and it is asked for."""
+    table(monkeypatch, pictures(), [1, 0], splits=("train", "dev", "test"))
+    assert [found.where for found in load_images("some/pets", None, PARTS).values()] == [
+        "some/pets, train",
+        "some/pets, dev",
+        "some/pets, test",
+    ]
+    assert list(load_images("some/pets")) == ["train", "test"]
+    assert list(load_images("some/pets", Layout(test_split="dev"), PARTS)) == ["train", "test"]
+    table(monkeypatch, pictures(), [1, 0], splits=("train", "dev", "val", "test"))
+    with pytest.raises(ValueError, match="val and dev are there: set validation_split to one of them"):
+        load_images("some/pets", None, PARTS)
+    assert load_images("some/pets", Layout(validation_split="val"), PARTS)["validation"].where == "some/pets, val"
+    images = random_images(10, seed=3, classes=10)
+    file = pack(tmp_path / "a.npz", x_val=images.images[..., 0], y_val=images.labels)
+    assert np.array_equal(load_images(str(file), None, PARTS)["validation"].images, images.images)
+    with pytest.raises(ValueError, match="has no array 'x_held'"):
+        load_images(str(file), Layout(validation_split="held"), PARTS)
+
+
 def test_a_palette_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     colours = [Picture.new("RGB", (4, 4), colour) for colour in ((200, 30, 10), (5, 100, 255))]
     table(monkeypatch, [one.convert("P", palette=Picture.Palette.ADAPTIVE) for one in colours], [1, 0])

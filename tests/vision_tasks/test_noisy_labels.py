@@ -12,7 +12,7 @@ from scipy import stats
 
 from tests.vision_tasks.small import random_images
 from vision_tasks.images import ImageSet
-from vision_tasks.noisy_labels import NOISES, NoisyLabels, corrupted, make_noisy, noise_matrix
+from vision_tasks.noisy_labels import NOISES, NoisyLabels, corrupted, long_tailed, make_noisy, noise_matrix
 
 SETTINGS: dict[str, Any] = {"kind": "flip2", "rate": 0.4, "meta_size": 20, "seed": 0}
 
@@ -202,6 +202,54 @@ def test_a_clean_set_of_the_users_own() -> None:
     assert np.array_equal(made(images, meta=turned).meta.labels, own.labels)
     with pytest.raises(ValueError, match="class 'd' has 0 images and needs 1"):
         made(images, meta=own.take([0, 1, 2]))
+
+
+def test_validation_images_are_clean_balanced_and_apart() -> None:
+    """Whatever else is drawn is drawn as without them."""
+    images, without, found = random_images(400, classes=10), made(), made(validation_size=30)
+    truth = {image.tobytes(): label for image, label in zip(images.images, images.labels, strict=True)}
+    held = found.validation
+    assert held is not None
+    assert held.counts().tolist() == [3] * 10
+    assert [truth[image.tobytes()] for image in held.images] == held.labels.tolist()
+    assert np.array_equal(found.meta.images, without.meta.images)
+    assert contents(held) | contents(found.train) == contents(without.train)
+    assert len(contents(found.train)) == 350
+    own = made(images, meta=random_images(30, seed=8, classes=10), validation_size=10)
+    assert own.validation is not None
+    assert (len(own.train), len(own.meta), len(own.validation)) == (400, 20, 10)
+    assert contents(own.meta) | contents(own.validation) == contents(random_images(30, seed=8, classes=10))
+
+
+def test_a_validation_set_of_the_users_own() -> None:
+    images, own = random_images(400, classes=10), random_images(30, seed=8, classes=10)
+    found = made(images, validation=own)
+    assert found.validation is own
+    assert len(found.train) == 380
+    for other, twins in (("training", {"validation": images.take([7, 9, *range(20, 40)])}),
+                         ("meta", {"validation": own, "meta": own})):  # fmt: skip
+        with pytest.raises(ValueError, match=f"the validation set overlaps the {other} set: .* images are in"):
+            made(images, **twins)
+    with pytest.raises(ValueError, match="validation_size must be a multiple of the 10 classes, not 15"):
+        made(images, validation_size=15)
+
+
+def test_a_long_tail() -> None:
+    """The sizes of CIFAR-10-LT at a factor of 100, which many papers print."""
+    labels = np.arange(50_000) % 10
+    images = ImageSet(np.zeros((50_000, 1, 1, 1), np.uint8), labels, tuple("abcdefghij"))
+    found = long_tailed(images, 100.0, np.random.default_rng(0))
+    assert found.counts().tolist() == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    assert len(np.unique(found.ids)) == len(found)
+    other = long_tailed(images, 100.0, np.random.default_rng(1))
+    assert not np.array_equal(found.ids[-60:], other.ids[-60:])
+    assert len(long_tailed(images, 1.0, np.random.default_rng(0))) == 50_000
+    few = random_images(400, classes=10)
+    assert made(few, rate=0.0, imbalance_factor=19.0).train.counts().tolist()[::9] == [38, 2]
+    with pytest.raises(ValueError, match=r"imbalance_factor 100\.0 leaves no image of class 'j': lower it"):
+        made(few, imbalance_factor=100.0)
+    with pytest.raises(ValueError, match=r"at least 1, not 0\.5"):
+        made(few, imbalance_factor=0.5)
 
 
 def test_noise_of_the_users_own_with_true_labels_beside_it() -> None:

@@ -58,7 +58,7 @@ def test_a_head_of_other_classes_makes_way(
 
 
 def test_a_head_of_the_same_classes_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    names = {number: name for number, name in enumerate("abcde")}
+    names = dict(enumerate("abcde"))
     model = str(write_classifier(tmp_path, "vit", id2label=names))
     base = load_classifier(model, "abcde", load_preparation(model))
     saved = AutoModelForImageClassification.from_pretrained(model).state_dict()
