@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
 from tests.training.tiny import final_state, random_rows, same, tiny_trainer
 
+ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -210,6 +213,29 @@ def test_processes_agree_on_the_step(tmp_path: Path) -> None:
     assert second.startswith("stopped by SIGTERM after step 4 of 8, which ")
 
 
+class Waiting(TrainerCallback):
+    """Says that a step is reached, and makes it a long one."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            (Path(args.output_dir) / "_here").touch()
+            time.sleep(3)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_torchrun_passes_it_on(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", __name__, str(tmp_path)]
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True) as launcher:
+        while launcher.poll() is None and not (tmp_path / "_here").exists():
+            time.sleep(0.1)
+        launcher.terminate()
+        _, said = launcher.communicate(timeout=120)
+    assert said.count(f"stopped by SIGTERM after step 4 of 8, which {tmp_path / 'checkpoint-4'} keeps") == 1
+    assert (tmp_path / "checkpoint-4" / MANIFEST).is_file()
+    assert launcher.returncode == 1  # its own: it was told as well
+
+
 # Outside of a training
 
 
@@ -230,3 +256,7 @@ def test_a_signal_behind_the_last_step_is_passed_on(tmp_path: Path) -> None:
     main = ends_with_one_line(lambda argv: trainer_of(tmp_path, Told(8, event="on_train_end")).train())
     with pytest.raises(Interrupted, match="stopped by SIGTERM: start it again"):
         main([])
+
+
+if __name__ == "__main__":
+    trainer_of(sys.argv[1], Waiting()).train()
