@@ -1,7 +1,7 @@
 """A long run, and a long study, hold no more than short ones: memory, open files, temporary files.
 
-280 meta steps here; `METAXL_SOAK_STEPS=10000` makes it the soak, of all the cases. `METAXL_SOAK_RUNS=200` are those of the
-study.
+280 meta steps here; `METAXL_SOAK_STEPS=10000` makes it the soak, of all the cases. `METAXL_SOAK_RUNS=200` makes the
+study a long one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,10 +85,9 @@ def resident_set() -> int:
 
 
 @pytest.fixture(autouse=True)
-def _own_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    yield
 
 
 def tagger(folder: Path, meter: Meter, **fields: Any) -> MetaTrainer:
