@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from metaxl_evo.experiments.arguments import StudyArguments
 from metaxl_evo.experiments.command import check_run, refuse_other_runs
-from metaxl_evo.experiments.engines import Ended, Engine, LocalEngine
+from metaxl_evo.experiments.engines import Ended, Engine, LocalEngine, at_work
 from metaxl_evo.experiments.folders import RESULTS, write_json
 from metaxl_evo.experiments.plan import Run, plan_runs, selected
 from metaxl_evo.experiments.progress import part_made
@@ -110,7 +109,7 @@ class Study:
             tqdm(
                 total=len(self.chosen), initial=begun, desc="runs", unit="run", disable=off, mininterval=every
             ) as bar,
-            closing(engine(self.folder / PLAN, folders)) as events,  # its processes end here, however this ends
+            at_work(engine(self.folder / PLAN, folders)) as events,
         ):
             for ended in events:
                 if ended is not None:

@@ -19,6 +19,7 @@ import pytest
 
 from metaxl_evo.cli import main
 from metaxl_evo.experiments import engines
+from metaxl_evo.training.preemption import Interrupted
 from tests.experiments.own_task import ROOT, write_own_task
 
 FIELDS = ["--max_steps", "4", "--logging_steps", "2", "--task", "trust.py:Unwell", "--threads", "1"]
@@ -123,31 +124,30 @@ KEEPS = """if True:
     while True: time.sleep(0.05)"""
 
 
-def until_up(events: Generator[engines.Ended | None]) -> None:
-    for _ in events:
-        if Path("up").exists():
-            return
+def end_by(error: BaseException, events: Generator[engines.Ended | None], again: bool = False) -> None:
+    """Once the process is up; `again`: with Ctrl-C a little later."""
+    with engines.at_work(events):
+        while not Path("up").exists():
+            next(events)
+        if again:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        raise error
 
 
 def test_processes_are_told_to_keep_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However the engine ends; told again, it waits no longer. They have a session of their own."""
-    made: list[engines.RunProcess] = []
-    monkeypatch.setattr(
-        engines.RunProcess, "stop", lambda one, stop=engines.RunProcess.stop: made.append(one) or stop(one)
-    )
-    for how in ("keeps", "hangs"):
+    """Wherever the signal comes; told again, the engine waits no longer, and for no other reason at all."""
+    ends: list[int | None] = []
+    end = engines.RunProcess.end
+    monkeypatch.setattr(engines.RunProcess, "end", lambda one: (end(one), ends.append(one.code)))
+    told = Interrupted("told")
+    for how, error in (("keeps", Interrupted), ("hangs", KeyboardInterrupt), ("hangs", ZeroDivisionError)):
         monkeypatch.setattr(engines, "command", lambda *of, how=how: [sys.executable, "-c", KEEPS, how])
         events = engines.LocalEngine(threads=1)(tmp_path / "plan.json", {0: tmp_path})
-        until_up(events)
-        if how == "keeps":
-            events.close()
-            assert Path("kept").exists()
-        else:
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-            with pytest.raises(KeyboardInterrupt):
-                events.close()
+        with pytest.raises(error):
+            end_by(error() if error is ZeroDivisionError else told, events, again=error is KeyboardInterrupt)
         Path("up").unlink()
-    assert [one.code for one in made] == [0, -signal.SIGKILL]
+    assert ends == [0, -signal.SIGKILL, -signal.SIGKILL]
+    assert Path("kept").exists()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import get_worker_info
@@ -22,7 +24,7 @@ from metaxl_evo.training.cli import ends_with_one_line
 from metaxl_evo.training.preemption import Interrupted
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
-from tests.training.tiny import final_state, random_rows, same, tiny_trainer
+from tests.training.tiny import final_state, logged, random_rows, same, tiny_trainer
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -83,7 +85,7 @@ CASES: dict[str, tuple[Told, int, dict[str, Any]]] = {
     "in the last step of an epoch": (Told(5), 6, {"eval_strategy": "epoch"}),
     "in an evaluation": (Told(4, event="on_evaluate"), 4, {"eval_strategy": "steps", "eval_steps": 4}),
     "in a save": (Told(4, event="on_save"), 4, {"save_strategy": "steps", "save_steps": 4}),
-    "in the last step": (Told(7), 8, {}),
+    "in the last step": (Told(7), 8, {"eval_strategy": "epoch"}),
     "the best is kept": (
         Told(4),
         5,
@@ -111,11 +113,13 @@ def assert_goes_on(folder: Path, step: int, **fields: Any) -> None:
     """From that step to the end of a run that nobody disturbed."""
     whole, again = trainer_of(folder / "whole", **fields), trainer_of(folder, **fields)
     whole.train()
+    torch.rand(9), np.random.rand(9), random.random()  # noqa: NPY002
     again.train("latest")
     assert again._initial_global_step == step
     expected, found = final_state(whole), final_state(again)
     assert {key: same(found[key], expected[key]) for key in found} == dict.fromkeys(found, True)
     assert again.state.best_metric == whole.state.best_metric
+    assert logged(again, "eval_loss") == logged(whole, "eval_loss")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
