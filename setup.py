@@ -71,6 +71,7 @@ setup(
             "ipykernel>=6.29",
         ],
         "dev": ["ruff>=0.9", "mypy>=1.14", "pre-commit>=4.0", "types-PyYAML>=6.0.12", "uv>=0.5", "pip-licenses>=5"],
+        "audit": ["pip-audit>=2.9", "bandit>=1.8"],
         "plot": ["matplotlib>=3.9"],
         "report": ["plotly>=6", "jinja2>=3.1", "matplotlib>=3.9"],
         "ray": ["ray>=2.40"],

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Generator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ import torch
 
 from metaxl_evo.experiments.folders import RESULTS
 from metaxl_evo.messages import one_line
+from metaxl_evo.training.preemption import Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class Ended:
 
 class Engine(Protocol):
     """Makes runs of a plan; tells each that ends, a failed one too, and None where nothing ended for a while.
+
+    Runs end with it; an Interrupted, raised or thrown into it, lets them keep their step before.
 
     Args:
         plan: the file `plan.json`.
@@ -66,7 +69,8 @@ class LocalEngine:
         threads = self.threads or max(1, (os.cpu_count() or 1) // jobs)
         waiting, free, running = list(folders), list(range(jobs)), dict[int, RunProcess]()
         with ExitStack() as at_the_end:
-            at_the_end.callback(lambda: end_all(running.values()))
+            at_the_end.callback(_end_all, running)
+            at_the_end.enter_context(when_told(lambda: keep_all(running.values())))
             while waiting or running:
                 while waiting and free:
                     number, place = waiting.pop(0), free.pop(0)
@@ -82,18 +86,40 @@ class LocalEngine:
                     yield None
 
 
-def end_all(running: Collection[RunProcess]) -> None:
-    """Have processes keep their step and end; being told again meanwhile, end them whatever they do."""
+@contextmanager
+def at_work(events: Generator[Ended | None]) -> Iterator[Generator[Ended | None]]:
+    """An engine that ends with this, and is told of an Interrupted that comes between two of its turns."""
+    with closing(events):
+        try:
+            yield events
+        except Interrupted as told:
+            events.throw(told)
+            raise
+
+
+@contextmanager
+def when_told(keep: Callable[[], None]) -> Iterator[None]:
+    """Calls `keep` where a signal to stop ends what is inside."""
     try:
-        if running:
-            logger.warning("%d runs end their step and keep it; Ctrl-C again ends them at once", len(running))
-        for one in running:
-            one.stop()
-        for one in running:
-            one.wait()
-    finally:
-        for one in running:
-            one.end()
+        yield
+    except Interrupted:
+        keep()
+        raise
+
+
+def keep_all(running: Collection[RunProcess]) -> None:
+    """Wait until all have kept their step; Ctrl-C cuts it short."""
+    if running:
+        logger.warning("%d runs end their step and keep it; Ctrl-C again ends them at once", len(running))
+    for one in running:
+        one.stop()
+    for one in running:
+        one.wait()
+
+
+def _end_all(running: Mapping[int, RunProcess]) -> None:
+    for one in running.values():
+        one.end()
 
 
 class RunProcess:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Generator, Iterator, Mapping
+import signal
+import threading
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from socket import create_connection, gethostname
 from typing import Any
 
-from metaxl_evo.experiments.engines import LOG, TURN, Ended, RunProcess, end_all
+from metaxl_evo.experiments.engines import LOG, TURN, Ended, RunProcess, keep_all, when_told
 from metaxl_evo.experiments.folders import RESULTS
 from metaxl_evo.messages import one_line
 
@@ -50,6 +52,7 @@ class RayEngine:
         running: dict[ray.ObjectRef[Ended], int] = {}
         with _cluster(), ExitStack() as at_the_end:
             at_the_end.callback(_cancel, running)
+            at_the_end.enter_context(when_told(lambda: _keep(running)))
             make = _make.options(max_retries=self.retries, **_room(self.threads or 1))
             while waiting or running:
                 while waiting and len(running) < (self.jobs or len(folders)):
@@ -72,13 +75,21 @@ def _cluster() -> Iterator[None]:
         return
     try:
         _call(os.environ.get("RAY_ADDRESS", ""))
-        ray.init()
+        _join()
     except Exception as error:  # of many kinds
         raise ValueError(f"engine ray: no cluster can be joined ({one_line(error)}): see RAY_ADDRESS") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _join() -> None:
+    """As `ray.init`, which takes SIGTERM for itself, where that is allowed."""
+    before = signal.getsignal(signal.SIGTERM)
+    ray.init()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _call(address: str) -> None:
@@ -88,16 +99,17 @@ def _call(address: str) -> None:
         create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
 
 
-def _cancel(tasks: Collection[ray.ObjectRef[Ended]]) -> None:
-    """Have the runs keep their step and end; being told again meanwhile, end them whatever they do."""
-    try:
-        for task in tasks:
-            ray.cancel(task)
-        if tasks:
-            ray.wait(list(tasks), num_returns=len(tasks))
-    finally:
-        for task in tasks:
-            ray.cancel(task, force=True)
+def _keep(tasks: Collection[ray.ObjectRef[Ended]]) -> None:
+    """Wait until all have kept their step; Ctrl-C cuts it short."""
+    for task in tasks:
+        ray.cancel(task)
+    if tasks:
+        ray.wait(list(tasks), num_returns=len(tasks))
+
+
+def _cancel(tasks: Iterable[ray.ObjectRef[Ended]]) -> None:
+    for task in tasks:
+        ray.cancel(task, force=True)
 
 
 def _room(threads: int) -> dict[str, Any]:
@@ -119,8 +131,11 @@ def _make(plan: Path, number: int, log: Path, threads: int, cwd: Path) -> Ended:
     process = RunProcess(plan, number, log, {"OMP_NUM_THREADS": str(threads)}, cwd)
     try:
         return process.ended()
+    except KeyboardInterrupt:  # cancelled
+        keep_all([process])
+        raise
     finally:
-        end_all([process])
+        process.end()
 
 
 def _ended(task: ray.ObjectRef[Ended], number: int, folder: Path) -> Ended:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from metaxl_evo.experiments.arguments import StudyArguments
 from metaxl_evo.experiments.command import check_run, refuse_other_runs
-from metaxl_evo.experiments.engines import Ended, Engine, LocalEngine
+from metaxl_evo.experiments.engines import Ended, Engine, LocalEngine, at_work
 from metaxl_evo.experiments.folders import RESULTS, write_json
 from metaxl_evo.experiments.plan import Run, plan_runs, selected
 from metaxl_evo.experiments.progress import part_made
@@ -107,7 +106,7 @@ class Study:
         begun, waiting = len(self.chosen) - len(unfinished), dict(folders)
         with (
             self._bar(total=len(self.chosen), initial=begun, desc="runs", unit="run") as bar,
-            closing(engine(self.folder / PLAN, folders)) as events,  # its processes end here, however this ends
+            at_work(engine(self.folder / PLAN, folders)) as events,
         ):
             for ended in events:
                 if ended is not None:

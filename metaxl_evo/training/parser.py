@@ -265,7 +265,7 @@ def _printable(help_text: str) -> str:
 def _plain_value(name: str, text: str) -> Any:
     """A dotted override's value, typed as it would be inside a YAML mapping: 8, 1e-2, true, null, [1, 2] or a text."""
     try:
-        return yaml.load(text, Loader=Loader)
+        return yaml.load(text, Loader=Loader)  # a SafeLoader  # nosec B506
     except yaml.YAMLError:
         raise SettingsError(f"{name}: {text!r} is not a value that YAML can read; quotes may help") from None
 

@@ -17,7 +17,8 @@ from metaxl_evo.messages import first_line
 logger = logging.getLogger(__name__)
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # of schedulers, of a terminal, of SLURM's --signal
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # of schedulers, of a terminal, of SLURM's --signal
+SIGNALS = [one for one in signal.Signals if one.name in NAMES]  # of those that the system has
 TWICE = 1.0  # seconds within which a launcher passes on what the terminal has sent to all
 GO_ON = "go on with resume_from_checkpoint: latest"
 
@@ -137,7 +138,7 @@ def shield_workers(loader: Any) -> None:
 
 
 def _shielded(init: Callable[[int], None] | None, worker: int) -> None:
-    for one in (signal.SIGINT, signal.SIGUSR1):
+    for one in SIGNALS:
         signal.signal(one, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _once)
     if init is not None:

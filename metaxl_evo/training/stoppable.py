@@ -32,6 +32,7 @@ class StoppableTrainer(TaskTrainer):
         Raises:
             Interrupted: told to stop; a checkpoint holds the last step.
         """
+        self._looked_at = -1
         with self._preemption.heeded() if self.stoppable else nullcontext():
             return super().train(*args, **kwargs)
 
@@ -49,6 +50,7 @@ class StoppableTrainer(TaskTrainer):
     def _run_epoch(self, **kwargs: Any) -> Any:
         """As the Trainer's, which would make one step more from a checkpoint of the last one within an epoch."""
         if self.state.global_step >= self.state.max_steps:
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
             self.control.should_training_stop = True
             return None
         return super()._run_epoch(**kwargs)
@@ -66,7 +68,8 @@ class StoppableTrainer(TaskTrainer):
         """As the Trainer's, behind every step and every epoch; then is the time to stop."""
         self._kept = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        step, last_of_epoch = self.state.global_step, float(self.state.epoch or 0).is_integer()
+        step = self.state.global_step
+        last_of_epoch = self.control.should_training_stop or float(self.state.epoch or 0).is_integer()
         if last_of_epoch and self._looked_at != step:
             self._looked_at = step  # the end of the epoch comes next, and may evaluate
         elif self._told_to_stop():

@@ -19,6 +19,7 @@ import pytest
 
 from metaxl_evo.cli import main
 from metaxl_evo.experiments import engines
+from metaxl_evo.training.preemption import Interrupted
 from tests.experiments.own_task import ROOT, write_own_task
 
 FIELDS = ["--max_steps", "4", "--logging_steps", "2", "--task", "trust.py:Unwell", "--threads", "1"]
@@ -123,41 +124,40 @@ KEEPS = """if True:
     while True: time.sleep(0.05)"""
 
 
-def until_up(events: Generator[engines.Ended | None]) -> None:
-    for _ in events:
-        if Path("up").exists():
-            return
+def end_by(error: BaseException, events: Generator[engines.Ended | None], again: bool = False) -> None:
+    """Once the process is up; `again`: with Ctrl-C a little later."""
+    with engines.at_work(events):
+        while not Path("up").exists():
+            next(events)
+        if again:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        raise error
 
 
 def test_processes_are_told_to_keep_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However the engine ends; told again, it waits no longer. They have a session of their own."""
-    made: list[engines.RunProcess] = []
-    monkeypatch.setattr(
-        engines.RunProcess, "stop", lambda one, stop=engines.RunProcess.stop: made.append(one) or stop(one)
-    )
-    for how in ("keeps", "hangs"):
+    """Wherever the signal comes; told again, the engine waits no longer, and for no other reason at all."""
+    ends: list[int | None] = []
+    end = engines.RunProcess.end
+    monkeypatch.setattr(engines.RunProcess, "end", lambda one: (end(one), ends.append(one.code)))
+    told = Interrupted("told")
+    for how, error in (("keeps", Interrupted), ("hangs", KeyboardInterrupt), ("hangs", ZeroDivisionError)):
         monkeypatch.setattr(engines, "command", lambda *of, how=how: [sys.executable, "-c", KEEPS, how])
         events = engines.LocalEngine(threads=1)(tmp_path / "plan.json", {0: tmp_path})
-        until_up(events)
-        if how == "keeps":
-            events.close()
-            assert Path("kept").exists()
-        else:
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-            with pytest.raises(KeyboardInterrupt):
-                events.close()
+        with pytest.raises(error):
+            end_by(error() if error is ZeroDivisionError else told, events, again=error is KeyboardInterrupt)
         Path("up").unlink()
-    assert [one.code for one in made] == [0, -signal.SIGKILL]
+    assert ends == [0, -signal.SIGKILL, -signal.SIGKILL]
+    assert Path("kept").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_study_that_is_told_to_stop_keeps_the_steps_of_its_runs() -> None:
-    """Both in the middle, without checkpoints of their own; the terminal's Ctrl-C reaches all processes."""
-    few = ["--cases.two", "null", "--seeds", "0", "--only", "case=one", "--max_steps", "400", "--logging_steps", "5"]
-    command = [sys.executable, "-m", "metaxl_evo", *options("stopped", "--jobs", "2", *few)]
+    """One in the middle, without checkpoints of its own, one to come; the terminal's Ctrl-C is for all processes."""
+    few = ["--cases.two", "null", "--seeds", "0", "--runs", '{"baseline": null, "one_step": {}}', "--max_steps", "200"]
+    command = [sys.executable, "-m", "metaxl_evo", *options("stopped", "--jobs", "1", *few)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as study:
-        while study.poll() is None and len(list(Path("stopped").rglob("_progress"))) < 2:
+        while study.poll() is None and not list(Path("stopped").rglob("_progress")):
             time.sleep(0.1)
         os.killpg(study.pid, signal.SIGINT)
         _, said = study.communicate(timeout=60)
@@ -165,10 +165,11 @@ def test_a_study_that_is_told_to_stop_keeps_the_steps_of_its_runs() -> None:
     assert said.splitlines()[-1].startswith("stopped by SIGINT: start it again")
     assert "Traceback" not in said
     assert not processes_of("stopped")
-    assert len(list(Path("stopped").rglob("checkpoint-*/manifest.json"))) == 2
+    (kept,), (log,) = (list(Path("stopped").rglob(name)) for name in ("checkpoint-*/manifest.json", "_run.log"))
+    last = log.read_text(encoding="utf-8").splitlines()[-1]
+    assert last.startswith("stopped by SIGTERM after step")
+    assert str(kept.parent) in last
     assert finished("stopped") == 0
-    for log in Path("stopped").rglob("_run.log"):
-        assert "stopped by SIGTERM after step" in log.read_text(encoding="utf-8").splitlines()[-1]
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     main(options("whole", "--engine", "inline", "--disable_tqdm", "true", *few))
     assert scores("stopped") == scores("whole")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +20,10 @@ ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from metaxl_evo.experiments import ray_engine  # noqa: E402
+from metaxl_evo.experiments.engines import at_work  # noqa: E402
 from metaxl_evo.experiments.ray_engine import RayEngine  # noqa: E402
 from metaxl_evo.experiments.study import PLAN, Study  # noqa: E402
+from metaxl_evo.training.preemption import Interrupted  # noqa: E402
 from tests.experiments import gated_task  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -108,6 +111,23 @@ def test_runs_end_with_their_study_and_a_cluster_joined_before_stays(cluster: Cl
         ends.close()
         process.wait(timeout=30)
         assert ray.is_initialized()
+
+
+def test_runs_that_are_told_keep_their_step(cluster: Cluster, tmp_path: Path) -> None:
+    study = planned(tmp_path, gate=tmp_path / "gate", save_strategy="no")
+    events = RayEngine()(study.folder / PLAN, {0: study.runs[0].folder})
+
+    def tell() -> None:
+        with at_work(events):
+            while not any(found_in_logs(study, HELD_UP)):
+                next(events)
+            threading.Timer(3, (tmp_path / "gate").touch).start()
+            raise Interrupted("told")
+
+    with pytest.raises(Interrupted):
+        tell()
+    assert (study.runs[0].folder / f"checkpoint-{gated_task.EVENT}/manifest.json").is_file()
+    assert "stopped by SIGTERM after step" in next(tmp_path.rglob("_run.log")).read_text()
 
 
 def test_what_only_some_nodes_see_is_told(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import get_worker_info
@@ -20,8 +24,9 @@ from metaxl_evo.training.cli import ends_with_one_line
 from metaxl_evo.training.preemption import Interrupted
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
-from tests.training.tiny import final_state, random_rows, same, tiny_trainer
+from tests.training.tiny import final_state, logged, random_rows, same, tiny_trainer
 
+ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -80,7 +85,7 @@ CASES: dict[str, tuple[Told, int, dict[str, Any]]] = {
     "in the last step of an epoch": (Told(5), 6, {"eval_strategy": "epoch"}),
     "in an evaluation": (Told(4, event="on_evaluate"), 4, {"eval_strategy": "steps", "eval_steps": 4}),
     "in a save": (Told(4, event="on_save"), 4, {"save_strategy": "steps", "save_steps": 4}),
-    "in the last step": (Told(7), 8, {}),
+    "in the last step": (Told(7), 8, {"eval_strategy": "epoch"}),
     "the best is kept": (
         Told(4),
         5,
@@ -108,11 +113,13 @@ def assert_goes_on(folder: Path, step: int, **fields: Any) -> None:
     """From that step to the end of a run that nobody disturbed."""
     whole, again = trainer_of(folder / "whole", **fields), trainer_of(folder, **fields)
     whole.train()
+    torch.rand(9), np.random.rand(9), random.random()  # noqa: NPY002
     again.train("latest")
     assert again._initial_global_step == step
     expected, found = final_state(whole), final_state(again)
     assert {key: same(found[key], expected[key]) for key in found} == dict.fromkeys(found, True)
     assert again.state.best_metric == whole.state.best_metric
+    assert logged(again, "eval_loss") == logged(whole, "eval_loss")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -210,6 +217,29 @@ def test_processes_agree_on_the_step(tmp_path: Path) -> None:
     assert second.startswith("stopped by SIGTERM after step 4 of 8, which ")
 
 
+class Waiting(TrainerCallback):
+    """Says that a step is reached, and makes it a long one."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            (Path(args.output_dir) / "_here").touch()
+            time.sleep(3)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_torchrun_passes_it_on(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", __name__, str(tmp_path)]
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True) as launcher:
+        while launcher.poll() is None and not (tmp_path / "_here").exists():
+            time.sleep(0.1)
+        launcher.terminate()
+        _, said = launcher.communicate(timeout=120)
+    assert said.count(f"stopped by SIGTERM after step 4 of 8, which {tmp_path / 'checkpoint-4'} keeps") == 1
+    assert (tmp_path / "checkpoint-4" / MANIFEST).is_file()
+    assert launcher.returncode == 1  # its own: it was told as well
+
+
 # Outside of a training
 
 
@@ -230,3 +260,7 @@ def test_a_signal_behind_the_last_step_is_passed_on(tmp_path: Path) -> None:
     main = ends_with_one_line(lambda argv: trainer_of(tmp_path, Told(8, event="on_train_end")).train())
     with pytest.raises(Interrupted, match="stopped by SIGTERM: start it again"):
         main([])
+
+
+if __name__ == "__main__":
+    trainer_of(sys.argv[1], Waiting()).train()
