@@ -297,7 +297,7 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
         ("another-runs-results-are-kept", "then.get(key) != now.get(key) and", "False and",
          "experiments/test_folders.py::test_results_are_kept_where_the_settings_are_the_same"),
         ("two-processes-make-a-run", "lock.acquire()", "pass",
-         "experiments/test_command.py::test_two_processes_do_not_make_the_same_run"),
+         "experiments/test_run_folder.py::test_a_process_holds_a_folder_as_long_as_it_lives"),
         # what is read of them
         ("examples-in-the-wrong-columns", "table[name][list(PARTS)].to_numpy(float)",
          "table[name][list(PARTS)[::-1]].to_numpy(float)",
@@ -371,7 +371,7 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "vision_tasks/test_noisy_labels.py::test_the_share_that_is_wrong"),
         ("flips-to-the-true-class", "np.delete(np.arange(classes), true)", "np.arange(classes)",
          "vision_tasks/test_noisy_labels.py::test_flips_go_to_so_many_other_classes"),
-        ("judges-are-trained-on", "train = train.take(~twins)", "train = train.take(twins | ~twins)",
+        ("judges-are-trained-on", "return train.take(~twins), ", "return train, ",
          "vision_tasks/test_noisy_labels.py::test_images_that_are_there_twice_are_left_out"),
         ("train-and-meta-augmented-alike", "seed=2 * args.seed + 1)", "seed=2 * args.seed)",
          "vision_tasks/test_tasks.py::test_train_and_meta_images_are_augmented_apart"),
