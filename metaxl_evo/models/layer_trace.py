@@ -83,9 +83,7 @@ def require_layers(model: PreTrainedModel, layers: nn.ModuleList) -> LayerTrace:
     """
     trace, size = trace_layers(model, layers), model.config.hidden_size
     if trace.order != [*range(1, len(layers) + 1)]:
-        raise _unfit(
-            model, f"are called {len(trace.calls)} times a pass, not each of the {len(layers)} once, in order"
-        )
+        raise _unfit(model, f"are called {len(trace.calls)} times a pass, not each of {len(layers)} once, in order")
     for _, _, returned in trace.calls:
         shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
         if len(shape) != 3 or (shape[0], shape[2]) != (1, size):

@@ -39,7 +39,6 @@ TRAINED = {
     "dataloader_drop_last": "true",
     "train_sampling_strategy": "group_by_length",
 }
-WITHOUT_LAYERS = ("bloom, unframed, left", "gpt2, absolute, left")  # that the RTN would find by itself
 
 
 def write_named(root: Path) -> Path:
@@ -78,7 +77,7 @@ def f1_of_pipeline(folder: Path, file: Path) -> float:
     return float(f1_score(truth, guess))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in WITHOUT_LAYERS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_all_ways_to_a_score_agree(kind: str, tmp_path: Path) -> None:
     model, data, out = (
         write_encoder(kind, tmp_path / "model", head=False),
