@@ -94,7 +94,7 @@ def stop_at_once(number: signal.Signals) -> None:
 
 
 class Preemption:
-    """Whether this process was told to stop, in a training that looks for it between steps.
+    """Whether this process was told to stop, in one training that looks for it between steps.
 
     Attributes:
         told: the first signal that came.
@@ -110,7 +110,6 @@ class Preemption:
         Raises:
             Interrupted: in place of an error, once a signal has come: it may have ended what the training needs.
         """
-        self.told = None
         try:
             with on_signal(self._note):
                 yield

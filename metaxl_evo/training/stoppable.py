@@ -32,7 +32,7 @@ class StoppableTrainer(TaskTrainer):
         Raises:
             Interrupted: told to stop; a checkpoint holds the last step.
         """
-        self._looked_at = -1
+        self._looked_at, self._preemption = -1, Preemption()
         with self._preemption.heeded() if self.stoppable else nullcontext():
             return super().train(*args, **kwargs)
 

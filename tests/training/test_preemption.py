@@ -78,30 +78,26 @@ def stopped(trainer: MetaTrainer) -> Interrupted:
 HANDLERS = [signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL]
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_total_limit": 1}
 CASES: dict[str, tuple[Told, int, dict[str, Any]]] = {
-    "within a step": (Told(3), 4, {}),
-    "Ctrl-C": (Told(3, signal.SIGINT), 4, {}),
-    "SLURM's": (Told(3, signal.SIGUSR1), 4, {}),
-    "behind a step": (Told(4, event="on_step_end"), 4, {"gradient_accumulation_steps": 2}),
+    "Ctrl-C within a step": (Told(3, signal.SIGINT), 4, {"gradient_accumulation_steps": 2}),
     "in the last step of an epoch": (Told(5), 6, {"eval_strategy": "epoch"}),
+    "in the last step": (Told(7), 8, {"eval_strategy": "epoch"}),
+    "the best is kept": (Told(4), 5, {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", **BEST}),
+}
+SLOW: dict[str, tuple[Told, int, dict[str, Any]]] = {
+    "SLURM's, behind a step": (Told(4, signal.SIGUSR1, "on_step_end"), 4, {}),
     "in an evaluation": (Told(4, event="on_evaluate"), 4, {"eval_strategy": "steps", "eval_steps": 4}),
     "in a save": (Told(4, event="on_save"), 4, {"save_strategy": "steps", "save_steps": 4}),
-    "in the last step": (Told(7), 8, {"eval_strategy": "epoch"}),
-    "the best is kept": (
+    "checkpoints of the model only": (
         Told(4),
         5,
-        {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", **BEST},
-    ),
-    "checkpoints of the model only": (
-        Told(4, event="on_step_end"),
-        4,
-        {"save_strategy": "steps", "save_steps": 4, "save_only_model": True},
+        {"save_strategy": "steps", "save_steps": 5, "save_only_model": True},
     ),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)])
 def test_a_stopped_run_goes_on_bit_by_bit(case: str, tmp_path: Path) -> None:
-    told, step, fields = CASES[case]
+    told, step, fields = (CASES | SLOW)[case]
     error = stopped(trainer_of(tmp_path, told, **fields))
     assert (tmp_path / f"checkpoint-{step}" / MANIFEST).is_file()
     assert str(error).startswith(f"stopped by {signal.Signals(told.number).name} after step {step} of 8, which ")
@@ -209,6 +205,7 @@ def stopped_on_one(folder: str) -> tuple[str, int]:
     return str(error), again._initial_global_step
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_processes_agree_on_the_step(tmp_path: Path) -> None:
     (first, one), (second, two) = on_processes(2, stopped_on_one, str(tmp_path))
