@@ -23,6 +23,7 @@ FLOORS = {
     "metaxl_evo.ner": 6,
     "vision_tasks": 6,
     "metaxl_evo.benchmark": 7,
+    "metaxl_evo.demo": 7,
     "metaxl_evo.cli": 8,
     "metaxl_evo.__main__": 9,
     "scripts": 9,

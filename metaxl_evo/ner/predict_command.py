@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset
-
 from metaxl_evo.messages import one_line
 from metaxl_evo.ner.columns import read_words, text_lines
-from metaxl_evo.ner.labels import ner_features
-from metaxl_evo.ner.saved_tagger import SavedTagger, SavedTaggerArguments, Tagged, conll
+from metaxl_evo.ner.saved_tagger import TEXT, SavedTagger, SavedTaggerArguments, Tagged, conll
 from metaxl_evo.training.checkpoint import require_writable
 
 
@@ -68,12 +65,10 @@ def predict(settings: PredictionArguments) -> Tagged:
             be written.
     """
     file, names, tokens = settings.new_file("output_file"), settings.labels(), settings.sentences()
-    blank = [[names.index("O")] * len(words) for words in tokens]
-    rows = Dataset.from_dict({"tokens": tokens, "ner_tags": blank}, features=ner_features(names))
-    tagger = SavedTagger(settings, names, {"text": rows}, strict=False)
+    tagger = SavedTagger.of_words(settings, names, tokens)
     if file is not None:
         require_writable(file.parent, "output_file")
-    found = tagger.tag("text")
+    found = tagger.tag(TEXT)
     if tagger.trainer.is_world_process_zero():
         text = conll(tokens, *found)
         print(text, end="") if file is None else file.write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from datasets import Dataset
 from transformers import TrainingArguments
@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from metaxl_evo.ner.arguments import SHORTEST
 from metaxl_evo.ner.encoding import PadRight
 from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
+from metaxl_evo.ner.labels import ner_features
 from metaxl_evo.ner.metrics import by_word
 from metaxl_evo.ner.pretrained import (
     load_classifier,
@@ -26,6 +27,8 @@ from metaxl_evo.ner.spacing import as_in_text
 from metaxl_evo.training.logs import is_watched
 
 BREAKS = str.maketrans("\t\n\r", "   ")  # within a word of a table
+
+TEXT = "text"
 
 
 @dataclass(kw_only=True)
@@ -121,6 +124,13 @@ class SavedTagger:
         )
         self.trainer = WordTrainer(base, args, data_collator=PadRight(tokenizer.pad_token_id))
         self.trainer.with_confidence = True
+
+    @classmethod
+    def of_words(cls, settings: SavedTaggerArguments, names: Sequence[str], tokens: Sequence[Sequence[str]]) -> Self:
+        """One that is ready to read the part `TEXT`: sentences that have no labels."""
+        blank = [[names.index("O")] * len(words) for words in tokens]
+        rows = Dataset.from_dict({"tokens": tokens, "ner_tags": blank}, features=ner_features(names))
+        return cls(settings, names, {TEXT: rows}, strict=False)
 
     def tag(self, name: str) -> Tagged:
         """Read the sentences of a part."""
