@@ -80,7 +80,7 @@ def test_several_runs_are_not_resumed_over_a_single_one(tmp_path: Path, settings
 
 
 def test_what_is_read_from_is_not_written_to(tmp_path: Path, no_step: None) -> None:
-    pack(tmp_path / "images" / "a.npz")
+    (tmp_path / "images").mkdir()
     settings = RotationArguments(data=str(tmp_path / "images"), backbone="convnet")
     for folder in (tmp_path / "images", tmp_path / "images" / ".." / "images"):
         with pytest.raises(ValueError, match=r"output_dir is data \(.*images\), which would be overwritten: choose"):
