@@ -14,6 +14,7 @@ from socket import gethostname
 from typing import Any
 
 from filelock import FileLock, Timeout
+from transformers import TrainerCallback
 
 from metaxl_evo.experiments.curves import CURVES, PICTURE
 from metaxl_evo.experiments.folders import (
@@ -212,6 +213,16 @@ def begin(folder: Path, settings: Mapping[str, Any], data: Mapping[str, str], ow
         then, now = (checkpoint_settings(made_of(*one)) for one in ((mark.settings, mark.data), (settings, data)))
         require_same(folder, then, now)
     Mark(settings, data).write(folder)
+
+
+class Beginning(TrainerCallback):
+    """Calls `begin` where a training begins: no refusal is to come, and nothing is written yet."""
+
+    def __init__(self, *run: Any):
+        self._run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        begin(*self._run)
 
 
 def note_published(folder: Path, repository: str) -> None:
