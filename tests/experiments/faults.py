@@ -1,4 +1,7 @@
-"""A tiny run in a forked process, which dies or finds the disk full at a file operation of one's choice."""
+"""A tiny run in a forked process, which dies or finds the disk full at a file operation of one's choice.
+
+Forks of pytest's own process may wait for its threads; these are forks of one that has imported and made a run.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -29,6 +33,7 @@ from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.durable import whole
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.experiments.gated_task import Regression, Weights
+from tests.processes import FORKSERVER
 
 KILLED = 99
 CREATES = ("open", "os.mkdir", "write", "half")  # for which a full disk has no room
@@ -175,8 +180,42 @@ class Ended(NamedTuple):
     operations: list[str]
 
 
-def forked(folder: Path, data: Path, rate: float = 0.1, *, resume: bool, fault: Fault | None = None) -> Ended | None:
-    """How a run in a fork of this process ended; None where it was killed."""
+class Nursery:
+    """A process that has made a run, and whose forks make others."""
+
+    def __init__(self, folder: Path, data: Path):
+        self._pipe, theirs = FORKSERVER.Pipe()
+        self._process = FORKSERVER.Process(target=_serve, args=(folder, data, theirs))
+        self._process.start()
+        theirs.close()
+
+    def run(
+        self, folder: Path, data: Path, rate: float = 0.1, *, resume: bool, fault: Fault | None = None
+    ) -> Ended | None:
+        """How a run ended; None where it was killed."""
+        self._pipe.send((folder, data, rate, resume, fault))
+        assert self._pipe.poll(120)
+        found: Ended | None = self._pipe.recv()
+        return found
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(folder: Path, data: Path, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    with quick_pictures():
+        train(folder, data, 0.1, resume=False)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_forked(*job))
+
+
+def _forked(folder: Path, data: Path, rate: float, resume: bool, fault: Fault | None) -> Ended | None:
     ear, mouth = os.pipe()
     child = os.fork()
     if not child:
