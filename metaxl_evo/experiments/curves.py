@@ -26,7 +26,8 @@ def write_curves(folder: Path, log: Sequence[Mapping[str, Any]]) -> None:
         return
     table = table.loc[:, [name for name in table if not name.startswith(OF_THE_CLOCK)]]
     table = table.groupby("step", as_index=False).first().dropna(axis=1, how="all")
-    table.to_csv(folder / CURVES, index=False)
+    names = sorted(table.columns.drop("step"))  # a checkpoint sorts what was logged
+    table[["step", *names]].to_csv(folder / CURVES, index=False)
 
 
 def draw_curves(folder: Path) -> None:

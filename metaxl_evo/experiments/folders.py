@@ -74,10 +74,12 @@ def require_same(place: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
     then = as_named(then, now)
     now = json.loads(json.dumps(now, default=str))
     changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in OUTSIDE)
+    settings = [key for key in changed if not key.endswith(DATA)]  # of which the choice of the data is one
     if changed:
-        what = "data" if all(key.endswith(DATA) for key in changed) else "settings"
+        what = "settings" if settings else "data"
         raise ValueError(
-            f"{place} was made with another {', '.join(changed)}: give the {what} of that run, or another output_dir"
+            f"{place} was made with another {', '.join(settings or changed)}: give the {what} of that run, or another "
+            "output_dir"
         )
 
 

@@ -19,7 +19,7 @@ from metaxl_evo.experiments.curves import PICTURE, draw_curves, outline, write_c
 from metaxl_evo.experiments.folders import RESULTS, checkpoint_settings, finished_run, made_of, write_results
 from metaxl_evo.experiments.plan import Run
 from metaxl_evo.experiments.progress import Progress
-from metaxl_evo.experiments.run_folder import Mark, alone, begin, note_published, refuse_run
+from metaxl_evo.experiments.run_folder import Beginning, Mark, alone, note_published, refuse_other, refuse_run
 from metaxl_evo.experiments.scores import write_outcomes
 from metaxl_evo.experiments.task import Data, Settings, Task
 from metaxl_evo.messages import first_line, one_line
@@ -116,7 +116,8 @@ def _train(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
     settings, marks = run.all_settings(trainer.args), dict(task.fingerprints(data))
     trainer.run_settings = checkpoint_settings(made_of(settings, marks))
     if run.args.should_save:
-        begin(run.folder, settings, marks, task.own_files)
+        refuse_other(run.folder, settings, marks, task.own_files)
+        trainer.add_callback(Beginning(run.folder, Mark(settings, marks)))
     start = tree.clone(trainer.model.meta_parameters())
     trainer.add_callback(Progress(run.folder))
     begun = time.perf_counter()

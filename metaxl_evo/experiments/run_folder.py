@@ -14,6 +14,7 @@ from socket import gethostname
 from typing import Any
 
 from filelock import FileLock, Timeout
+from transformers import TrainerCallback
 
 from metaxl_evo.experiments.curves import CURVES, PICTURE
 from metaxl_evo.experiments.folders import (
@@ -201,17 +202,28 @@ class Mark:
         write_json(folder / MARK, asdict(self))
 
 
-def begin(folder: Path, settings: Mapping[str, Any], data: Mapping[str, str], own_files: Iterable[str] = ()) -> None:
-    """Mark a folder as that of a run.
+def refuse_other(
+    folder: Path, settings: Mapping[str, Any], data: Mapping[str, str], own_files: Iterable[str] = ()
+) -> None:
+    """Refuse to go on with what was begun with other settings or data, where something would be lost.
 
     Raises:
-        ValueError: where something that a run has left there was made with other settings or data.
+        ValueError: naming them.
     """
     mark = Mark.read(folder)
-    if mark is not None and signs_in(folder, own_files):
+    if mark is not None and set(signs_in(folder, own_files)) - {HISTORY, DRAFTS}:  # a history is put aside
         then, now = (checkpoint_settings(made_of(*one)) for one in ((mark.settings, mark.data), (settings, data)))
         require_same(folder, then, now)
-    Mark(settings, data).write(folder)
+
+
+class Beginning(TrainerCallback):
+    """Marks a folder as that of a run where its training begins: no refusal is to come, and nothing is saved yet."""
+
+    def __init__(self, folder: Path, mark: Mark):
+        self._folder, self._mark = folder, mark
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._mark.write(self._folder)
 
 
 def note_published(folder: Path, repository: str) -> None:

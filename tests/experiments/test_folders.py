@@ -46,7 +46,7 @@ def test_results_are_of_their_data(tmp_path: Path) -> None:
     for other, named in (({"train": "0a", "test": "1e"}, "test data"), ({"test": "1f"}, "train data")):
         with pytest.raises(ValueError, match=rf"was made with another {named}: give the data of that run"):
             finished_run(file, {"seed": 1}, other)
-    with pytest.raises(ValueError, match=r"was made with another seed, train data: give the settings of that run"):
+    with pytest.raises(ValueError, match=r"was made with another seed: give the settings of that run"):
         finished_run(file, {"seed": 2}, {"test": "1f"})
 
 

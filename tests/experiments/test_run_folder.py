@@ -21,14 +21,15 @@ from metaxl_evo.experiments.run_folder import (
     Mark,
     State,
     alone,
-    begin,
     note_published,
     refuse_above,
     refuse_inputs,
+    refuse_other,
     refuse_run,
     state_of,
 )
 from metaxl_evo.training.checkpoint import seal
+from metaxl_evo.training.history import HISTORY
 
 SETTINGS, DATA = {"learning_rate": 0.1, "max_steps": 3}, {"train": "0a"}
 ANOTHER = r"holds another run \({}\): choose another output_dir, or set resume_from_checkpoint: latest"
@@ -43,8 +44,7 @@ def touch(folder: Path, *files: str) -> None:
 
 
 def begun(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    begin(folder, SETTINGS, DATA)
+    Mark(SETTINGS, DATA).write(folder)
 
 
 def with_checkpoint(folder: Path) -> None:
@@ -160,16 +160,15 @@ def test_what_is_read_from_is_no_output(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_was_begun_goes_on_with_its_own_settings_and_data(tmp_path: Path) -> None:
-    begin(tmp_path, SETTINGS, DATA)
-    begin(tmp_path, {"learning_rate": 0.2}, {"train": "0b"})  # there is nothing to lose
-    begin(tmp_path, SETTINGS, DATA)
+    begun(tmp_path)
+    touch(tmp_path, HISTORY)
+    refuse_other(tmp_path, {"learning_rate": 0.2}, {"train": "0b"})  # there is nothing to lose
     touch(tmp_path, "model.safetensors")
-    begin(tmp_path, SETTINGS | {"max_steps": 9, "output_dir": "moved"}, DATA)
+    refuse_other(tmp_path, SETTINGS | {"max_steps": 9, "output_dir": "moved"}, DATA)
     with pytest.raises(ValueError, match="was made with another learning_rate: give the settings of that run"):
-        begin(tmp_path, {"learning_rate": 0.2}, DATA)
+        refuse_other(tmp_path, {"learning_rate": 0.2}, DATA)
     with pytest.raises(ValueError, match="was made with another train data: give the data of that run"):
-        begin(tmp_path, SETTINGS, {"train": "0b"})
-    assert Mark.read(tmp_path) == Mark(SETTINGS | {"max_steps": 9, "output_dir": "moved"}, DATA)
+        refuse_other(tmp_path, SETTINGS, {"train": "0b"})
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"settings": 1, "data": {}}', "[" * 200_000])
@@ -209,5 +208,5 @@ def test_a_process_holds_a_folder_as_long_as_it_lives(tmp_path: Path) -> None:
 
 
 def test_a_mark_says_what_a_run_is_made_with(tmp_path: Path) -> None:
-    begin(tmp_path, SETTINGS, DATA)
+    begun(tmp_path)
     assert json.loads((tmp_path / MARK).read_text()) == {"settings": SETTINGS, "data": DATA, "published": None}

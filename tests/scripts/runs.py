@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
 }
 OF_A_RUN = (  # files that any leaves
     *("README.md", "config.json", "model.safetensors", "results.json", "training_args.bin"),
-    *("history.csv", "history.png", "outcomes.csv"),
+    *("history.csv", "history.png", "outcomes.csv", "_run.json"),
 )
 OF_SEVERAL = ("results.json", "report.md", "report.html", "scores.csv", "differences.csv", "scores.png")
 WITH_DEV: dict[str, Any] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.scripts.refusals import Settings, contents
-from tests.scripts.runs import WITH_DEV, train, write_data
+from tests.scripts.runs import WITH_DEV, keep_checkpoints, train, write_data
 
 # Settings: what is given, and what the one line says
 
@@ -34,6 +34,8 @@ SETTINGS: list[tuple[Settings, str]] = [
     ({"target_languages": "beruu"}, "'beruu': did you mean 'beru'.* Valid: aru, beru, celu"),
     ({"target_languages": "beru,aruu"}, "'aruu': did you mean 'aru'"),
     ({"source_languages": "arru"}, "'arru': did you mean 'aru'"),
+    ({"target_languages": "beru,beru"}, "target_languages: beru is named twice: name it once"),
+    ({"source_languages": "aru,celu,aru"}, "source_languages: aru is named twice: name it once"),
     ({"target_languages": "aru"}, "aru is both a source and a target language"),
     ({"target_train_size": 1}, "target beru: .* has 1 rows, too few for one step: a step needs 2"),
     ({"per_device_meta_batch_size": 1}, "a draw of meta rows has 1 rows, too few for one step"),
@@ -112,13 +114,13 @@ SIGNS = ["results.json", "config.json", "README.md", "rtn/config.json", "checkpo
 @pytest.mark.parametrize(
     ("sign", "where"), [(sign, ("", "celu", "dalu")[index % 3]) for index, sign in enumerate(SIGNS)]
 )
-def test_a_folder_that_holds_another_run(
+def test_a_folder_that_holds_what_no_run_has_left(
     tmp_path: Path, data: Path, model: Path, refused: Callable[..., None], sign: str, where: str
 ) -> None:
     file = tmp_path / "out" / where / sign
     file.parent.mkdir(parents=True)
     file.write_text("{}", encoding="utf-8")
-    message = r"holds another run \(.*\): choose another output_dir, or set resume_from_checkpoint: latest"
+    message = r"holds \S+, and no run to resume: choose another output_dir"
     refused(message, model, data, tmp_path / "out", target_languages="beru,celu")
 
 
@@ -190,6 +192,27 @@ def test_a_finished_run_is_kept_only_with_its_own_settings(tmp_path: Path, data:
         with pytest.raises(ValueError, match=f"results.json was made with another {option}"):
             train(model, data, tmp_path / "run", resume_from_checkpoint="latest", **{option: value})
     assert contents(tmp_path / "run") == before
+
+
+def test_changed_data_are_refused(tmp_path: Path, data: Path, model: Path) -> None:
+    """By the results of a finished run, and by its checkpoint where nothing else is left."""
+    own, folder = shutil.copytree(data, tmp_path / "data"), tmp_path / "run"
+    train(model, own, folder, save_strategy="steps", save_steps=4)
+    for language, split, part in (("beru", "test", "test"), ("aru", "train", "sources.aru")):
+        file = own / language / split
+        held = file.read_text(encoding="utf-8")
+        first, _, rest = held.partition("\n\n")
+        file.write_text(f"{rest.rstrip()}\n\n{first}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=f"results.json was made with another {part} data: give the data of that"):
+            train(model, own, folder, resume_from_checkpoint="latest", save_strategy="steps", save_steps=4)
+        if split == "test":
+            file.write_text(held, encoding="utf-8")
+    keep_checkpoints(folder)
+    before = contents(folder)
+    message = r"checkpoint-4 was made with another sources.aru data \(\w{16} there, \w{16} here"
+    with pytest.raises(ValueError, match=message):
+        train(model, own, folder, resume_from_checkpoint="latest", max_steps=6)
+    assert contents(folder) == before
 
 
 def test_a_metric_that_is_not_measured(tmp_path: Path, data: Path, model: Path, refused: Callable[..., None]) -> None:

@@ -245,12 +245,13 @@ def test_resuming_goes_on_bit_by_bit(tmp_path: Path) -> None:
 
 def test_another_runs_folder_is_refused(compared: Any, no_step: None, tmp_path: Path) -> None:
     folder, _ = compared
-    for output, runs, sign in ((folder, RUNS, "results.json"), (folder / "evo", {}, "./results.json")):
-        message = rf"holds another run \({sign}\): choose another output_dir, or set resume_from_checkpoint: latest"
+    again = r"holds another run \(.*results.json\): choose another output_dir, or set resume_from_checkpoint: latest"
+    single = r"evo holds several runs \([12]\): choose another output_dir for a single one"
+    for output, runs, message in ((folder, RUNS, again), (folder / "evo", {}, single)):
         assert_refused(main, options(output, {"runs": runs}), message, folder)
     own = tmp_path / "out"
     shutil.copytree(folder / "evo/1/feature_transform", own / "feature_transform")
-    assert_refused(main, options(own, {}), r"out holds another run \(feature_transform\)", own)
+    assert_refused(main, options(own, {}), "out holds feature_transform, and no run to resume", own)
     changed = {"runs": RUNS, "seeds": "1,2", "resume_from_checkpoint": "latest", "unseen_domain": "synthetic:mosaic"}
     message = r"none/1/results.json was made with another unseen_domain: give the settings of that run, or another"
     assert_refused(main, options(folder, changed), message, folder)

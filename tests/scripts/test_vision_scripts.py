@@ -402,8 +402,9 @@ def test_another_runs_folder_is_refused(
 ) -> None:
     folder, _ = compared[script]
     main = SCRIPTS[script]
-    for output, runs, sign in ((folder, RUNS, "results.json"), (folder / "evo", {}, "./results.json")):
-        message = rf"holds another run \({sign}\): choose another output_dir, or set resume_from_checkpoint: latest"
+    again = r"holds another run \(.*results.json\): choose another output_dir, or set resume_from_checkpoint: latest"
+    single = r"evo holds several runs \([12]\): choose another output_dir for a single one"
+    for output, runs, message in ((folder, RUNS, again), (folder / "evo", {}, single)):
         assert_refused(main, settings_of(script, images, output, {"runs": runs}), message, folder)
     own = tmp_path / "out"
     shutil.copytree(folder / "base/1", own / "base/7")
