@@ -116,6 +116,13 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
+def demo(argv: Sequence[str]) -> int:
+    """Tag sentences in the browser by one run or two."""
+    from metaxl_evo.demo import main as opened
+
+    return int(opened(argv))
+
+
 def configs(argv: Sequence[str]) -> int:
     """List the settings files that `--config` knows by name."""
     print("\n".join(described()))
@@ -155,6 +162,7 @@ COMMANDS = {
         "what estimators make of a hypergradient that is known exactly",
         plain("vision_tasks.illustration_report", "IllustrationArguments", "run_illustration", "vision"),
     ),
+    "demo": Command("FOLDER [FOLDER2]: tag sentences in the browser by one run or two", demo),
     "configs": Command("list the settings files that --config knows by name", configs, shows_help=False),
     "env": Command("what a bug report needs", env, shows_help=False),
 }

@@ -1,6 +1,6 @@
 """A page in the browser that tags a sentence with one trained run, or with two side by side.
 
-python -m metaxl_evo.demo FOLDER [FOLDER2] [--port 7860]
+metaxl-evo demo FOLDER [FOLDER2] [--port 7860]
 """
 
 from __future__ import annotations
