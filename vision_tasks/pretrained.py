@@ -74,7 +74,7 @@ def load_preparation(model: str) -> Preparation:
     """
     place = _located(model)
     try:
-        processor = AutoImageProcessor.from_pretrained(place)
+        processor = AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # the content of a file leads the library into any
         raise ValueError(
             f"model_name_or_path: {model} has no image processor that can be loaded ({first_line(error)}): save the "
@@ -133,9 +133,14 @@ def load_classifier(model: str, names: Sequence[str], preparation: Preparation) 
         "label2id": {name: number for number, name in enumerate(names)},
     }
     try:
-        trained = list((AutoConfig.from_pretrained(place).id2label or {}).values())
+        trained = list((AutoConfig.from_pretrained(place, trust_remote_code=False).id2label or {}).values())
         base, found = AutoModelForImageClassification.from_pretrained(
-            place, dtype="float32", output_loading_info=True, ignore_mismatched_sizes=True, **labels
+            place,
+            dtype="float32",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **labels,
         )
         if isinstance(base.config, TimmWrapperConfig):
             base.config.label_names = list(names)  # which its file keeps in place of id2label, the checkpoint's first
@@ -161,8 +166,11 @@ def load_encoder(model: str) -> PreTrainedModel:
     Raises:
         ValueError: for a model that cannot be had, or is not whole.
     """
+    place = _located(model)
     try:
-        encoder, found = AutoModel.from_pretrained(_located(model), dtype="float32", output_loading_info=True)
+        encoder, found = AutoModel.from_pretrained(
+            place, dtype="float32", output_loading_info=True, trust_remote_code=False
+        )
     except Exception as error:  # the content of a file leads the library into any
         raise _unusable(model, error) from error
     lacking = [name for name in sorted(found["missing_keys"]) if not name.startswith("pooler.")]  # nobody reads it
@@ -221,21 +229,27 @@ def _located(model: str) -> str | Path:
     """The folder of a model, or a Hub id that was asked for once, with a short timeout.
 
     Raises:
-        ValueError: for what is neither.
+        ValueError: for what is neither, or brings code along, which is never run.
     """
     folder = Path(model).expanduser()
+    place = folder if folder.is_dir() else model
     try:
-        if folder.is_dir():
-            if not (folder / CONFIG_NAME).is_file():
-                raise ValueError(f"it holds no {CONFIG_NAME}")
-            return folder
-        if not isinstance(try_to_load_from_cache(model, CONFIG_NAME), str):
-            if is_offline_mode():
-                raise ValueError("it is neither a folder nor in the cache")
-            HfApi().model_info(model, timeout=HUB_TIMEOUT)
-    except Exception as error:  # of the id, or of the HTTP library that the installed huggingface_hub uses
+        if place is model:
+            _require_reachable(model)
+        kernel = str(AutoConfig.from_pretrained(place, trust_remote_code=False)._attn_implementation)
+        if "/" in kernel:
+            raise ValueError(f"its attention kernel {kernel} of the Hub is code, which is not run")
+    except Exception as error:  # of the id, the HTTP library, or whatever the content of a file leads into
         raise _unusable(model, error) from error
-    return model
+    return place
+
+
+def _require_reachable(model: str) -> None:
+    if isinstance(try_to_load_from_cache(model, CONFIG_NAME), str):
+        return
+    if is_offline_mode():
+        raise ValueError("it is neither a folder nor in the cache")
+    HfApi().model_info(model, timeout=HUB_TIMEOUT)
 
 
 def _unusable(model: str, error: Exception) -> ValueError:

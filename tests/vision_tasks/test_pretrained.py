@@ -93,9 +93,33 @@ def _of_another_kind(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
 
 
+def _with_code(folder: Path) -> None:
+    """An unknown kind of model, whose code makes a file."""
+    (folder / "odd.py").write_text(f"from pathlib import Path\nPath({str(folder / 'executed')!r}).touch()\n")
+    config = json.loads((folder / "config.json").read_text())
+    odd = {"model_type": "odd", "auto_map": {"AutoConfig": "odd.OddConfig"}}
+    (folder / "config.json").write_text(json.dumps(config | odd))
+
+
+def _with_a_processors_code(folder: Path) -> None:
+    _with_code(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "vit", "auto_map": {}}))
+    odd = {"image_processor_type": "Odd", "auto_map": {"AutoImageProcessor": "odd.OddProcessor"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(odd))
+
+
+def _with_a_kernel(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "someone/kernel"}))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (_with_code, "cannot be loaded"),
+        (_with_a_processors_code, "has no image processor that can be loaded"),
+        (_with_a_kernel, "its attention kernel someone/kernel of the Hub is code, which is not run"),
         (_without_processor, "has no image processor that can be loaded"),
         (_of_several_sizes, r"gives images of several sizes \(\(48, 48, 3\), .*: let it resize to a height"),
         (_too_large, "cannot read what its image processor gives, 3 x 24 x 24 pixels"),
@@ -103,12 +127,17 @@ def _of_another_kind(folder: Path) -> None:
         (_of_another_kind, "cannot be loaded .*: give the folder of an image classifier"),
     ],
 )
-def test_models_that_cannot_serve(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
-    model = write_classifier(tmp_path, "vit")
+def test_models_that_cannot_serve(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *of: "y")  # whoever asks for leave to run code gets it
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = write_classifier(tmp_path / "model", "vit")
     spoil(model)
     with pytest.raises(ValueError, match=message) as found:
         load_classifier(str(model), "abcde", load_preparation(str(model)))
     assert "\n" not in str(found.value)
+    assert not (model / "executed").exists()
 
 
 def test_pixels_that_are_not_rescaled_are_read_as_they_come(tmp_path: Path) -> None:
