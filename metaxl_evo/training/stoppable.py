@@ -47,7 +47,7 @@ class StoppableTrainer(TaskTrainer):
             self.args = args
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _run_epoch(self, **kwargs: Any) -> Any:
+    def _run_epoch(self, **kwargs: Any) -> Any:  # type: ignore[override]
         """As the Trainer's, which would make one step more from a checkpoint of the last one within an epoch."""
         if self.state.global_step >= self.state.max_steps:
             self._load_rng_state(kwargs["resume_from_checkpoint"])

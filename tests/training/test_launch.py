@@ -35,6 +35,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "context parallel": ({"parallelism_config": ParallelismConfig(cp_size=2)}, "cp_size: .*DDP"),
     "sequence parallel": ({"parallelism_config": ParallelismConfig(sp_size=2, sp_backend="deepspeed")}, "sp_size"),
     "liger": ({"use_liger_kernel": True}, "use_liger_kernel: .*leave it out"),
+    "another checkpointing": ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: SIGTERM .*leave it out"),
     "neftune": ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: .*leave it out"),
     "dispatched batches": (
         {"accelerator_config": {"dispatch_batches": True}, "save_strategy": "steps"},
