@@ -146,7 +146,7 @@ def record(task: Task[Any, Any], run: Run[Any], start: int, steps: int) -> Episo
     args.estimator, args.estimator_kwargs, args.max_steps = NO_ESTIMATOR, None, start + steps
     args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
     args.load_best_model_at_end, args.lr_scheduler_type, args.report_to = False, "constant", []
-    _, trainer = prepare(task, replace(run, args=args))
+    *_, trainer = prepare(task, replace(run, args=args))
     recorder = Recorder(trainer, start)
     trainer.add_callback(recorder)
     trainer.train()

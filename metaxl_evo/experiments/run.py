@@ -32,18 +32,19 @@ from metaxl_evo.training.trainer import MetaTrainer
 logger = logging.getLogger(__name__)
 
 
-def prepare(task: Task[Settings, Data], run: Run[Settings]) -> tuple[Data, MetaTrainer]:
-    """The data and the trainer of a run.
+def prepare(task: Task[Settings, Data], run: Run[Settings]) -> tuple[Data, dict[str, str], MetaTrainer]:
+    """The data, their fingerprints, and the trainer of a run.
 
     Raises:
         ValueError: for whatever cannot work, before any training.
     """
     set_seed(run.args.seed)
     data = task.load(run.settings, run.args)
+    marks = dict(task.fingerprints(data))  # before anybody can change them
     with _telling_of_the_hub("leave it out"):
         args = copy.copy(task.fit_arguments(run.settings, run.args, data))
         args.disable_tqdm = args.disable_tqdm or not is_watched()
-        return data, task.build_trainer(run.settings, args, data)
+        return data, marks, task.build_trainer(run.settings, args, data)
 
 
 def try_out(task: Task[Any, Any], run: Run[Any]) -> None:
@@ -85,8 +86,9 @@ def _finished(task: Task[Any, Any], run: Run[Any]) -> dict[str, Any] | None:
         return None
     set_seed(run.args.seed)
     data = task.load(run.settings, run.args)
+    marks = task.fingerprints(data)
     args = task.fit_arguments(run.settings, run.args, data)
-    return finished_run(file, run.all_settings(args), task.fingerprints(data))
+    return finished_run(file, run.all_settings(args), marks)
 
 
 def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
@@ -112,8 +114,8 @@ def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
 
 def _train(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
     """All of a run but its upload; `results.json`, which says that it is finished, comes last."""
-    data, trainer = prepare(task, run)
-    settings, marks = run.all_settings(trainer.args), dict(task.fingerprints(data))
+    data, marks, trainer = prepare(task, run)
+    settings = run.all_settings(trainer.args)
     trainer.run_settings = checkpoint_settings(made_of(settings, marks))
     if run.args.should_save:
         refuse_other(run.folder, settings, marks, task.own_files)
@@ -220,7 +222,7 @@ def _publish(run: Run[Any]) -> None:
     Not by the trainer, which saves its model again before: here that may be one that has not been trained.
     """
     args = run.args
-    with _telling_of_the_hub("the run is finished, and resume_from_checkpoint: latest uploads it"):
+    with _telling_of_the_hub("the run is finished, and resume_from_checkpoint: latest uploads it", OSError):
         api = HfApi(token=args.hub_token)
         name = args.hub_model_id or run.folder.absolute().name
         repository = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
@@ -235,11 +237,12 @@ def _publish(run: Run[Any]) -> None:
 
 
 @contextmanager
-def _telling_of_the_hub(advice: str) -> Iterator[None]:
-    """Turns an HTTP library's error, whatever its class, into one line."""
+def _telling_of_the_hub(advice: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns an HTTP library's error, whatever its class, and those of these kinds into one line."""
     try:
         yield
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "requests"):
+        of_http = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "requests")
+        if not of_http and not isinstance(error, kinds):
             raise
         raise ValueError(f"push_to_hub: the Hub cannot be reached ({one_line(error)}): {advice}") from error

@@ -35,6 +35,7 @@ from metaxl_evo.training.history import HISTORY
 
 MARK, LOCK, HOLDER = "_run.json", "_lock", "_holder"  # which an upload leaves out
 MODEL = ("config.json", "model.safetensors")
+GLANCE = 0.3  # seconds: who only looks whether a folder is held lets go at once
 OWN_FILES = (RESULTS, *MODEL, "README.md", "training_args.bin", HISTORY, CURVES, PICTURE, OUTCOMES, DRAFTS)
 
 
@@ -243,7 +244,7 @@ def alone(folder: Path) -> Iterator[None]:
         ValueError: naming the process that holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = FileLock(folder / LOCK, timeout=GLANCE)
     try:
         lock.acquire()
     except Timeout as error:

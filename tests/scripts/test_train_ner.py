@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForTokenClassification, pipeline
 
 from metaxl_evo.estimators import ESTIMATORS
+from metaxl_evo.experiments.run_folder import State, state_of
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.arguments import METHODS
 from scripts.train_ner import main
@@ -289,7 +290,9 @@ def test_check_sees_another_run(model: Path, data: Path, trained: Path) -> None:
 def test_push_to_hub_carries_both_parts(
     tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, targets: str
 ) -> None:
+    """Where the Hub is away at the end of a run, its resume makes good for that, and trains nothing anew."""
     uploads: dict[str, set[str]] = {}
+    away = True
 
     class Repository:
         def __init__(self, repo_id: str):
@@ -300,6 +303,8 @@ def test_push_to_hub_carries_both_parts(
             return Repository(f"me/{repo_id.split('/')[-1]}")
 
         def upload_folder(self, *, repo_id: str, folder_path: str, ignore_patterns: Any = (), **kwargs: Any) -> None:
+            if away:
+                raise ConnectionError("no route to it")
             root = Path(folder_path)
             files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
             assert list(ignore_patterns) == ["_*", "checkpoint-*"]
@@ -309,8 +314,19 @@ def test_push_to_hub_carries_both_parts(
     monkeypatch.setattr("transformers.trainer.hf_api", Api)
     monkeypatch.setattr("metaxl_evo.experiments.run.HfApi", lambda token: Api())
     options = ["--push_to_hub", "true", "--hub_model_id", "me/tagger"]
-    train(model, data, tmp_path / "out", *options, target_languages=targets)
-    several = targets != "beru"
+    several, out = targets != "beru", tmp_path / "out"
+    with pytest.raises(
+        ValueError, match=r"\(no route to it\): the run is finished, and resume_from_checkpoint: latest"
+    ):
+        train(model, data, out, *options, target_languages=targets)
+    assert uploads == {}
+    first = out / "beru" if several else out
+    trained = (first / "model.safetensors").stat().st_mtime_ns
+    away = False
+    for _ in range(2):  # the second time there is nothing to do
+        train(model, data, out, *options, target_languages=targets, resume_from_checkpoint="latest")
+    assert (first / "model.safetensors").stat().st_mtime_ns == trained
+    assert state_of(first) is State.PUBLISHED
     assert set(uploads) == ({"me/tagger-beru", "me/tagger-celu"} if several else {"me/tagger"})
     needed = {"config.json", "model.safetensors", "tokenizer.json", "rtn/config.json", "rtn/model.safetensors"}
     for files in uploads.values():
