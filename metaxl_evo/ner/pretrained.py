@@ -22,7 +22,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import CONFIG_NAME, is_protobuf_available, is_sentencepiece_available
+from transformers.utils import CONFIG_NAME
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from metaxl_evo.messages import first_line, unknown
