@@ -24,7 +24,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str],
     def run(name: str, expression: str) -> Any:
         notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
         notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({expression}))"))
-        nbclient.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
         return json.loads(notebook.cells[-1].outputs[-1].text)
 
     return run
