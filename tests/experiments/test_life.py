@@ -119,12 +119,14 @@ def test_a_fault_at_every_file_operation(runs: Runs, tmp_path: Path, kind: str) 
                 assert_tidy(folder)
         if (folder / RESULTS).exists():
             assert unlike(left_by(folder), expected) == []
-        ends["finished" if (folder / RESULTS).exists() else "begun" if (folder / MARK).exists() else "not begun"] += 1
+        finished, begun = (folder / RESULTS).exists(), (folder / MARK).exists()
+        ends["finished" if finished else "begun" if begun else "not begun"] += 1
         resumed = forked(folder, data, resume=True)
         assert resumed is not None
         assert resumed.error == ""
         assert unlike(left_by(folder), expected) == []
-        assert_tidy(folder)
+        if not finished:  # else a lock that nobody holds may stay
+            assert_tidy(folder)
         shutil.rmtree(folder)
     print(f"\n{kind} at {len(whole.operations)} operations {dict(Counter(whole.operations))}: {dict(ends)}")
     assert min(ends.values()) >= 5
@@ -205,7 +207,7 @@ class Life(RuleBasedStateMachine):
         if ended is None:
             self.events["killed"] += 1
             return
-        if self.folder.exists() and not refused:
+        if self.folder.exists() and not refused and state is not State.FINISHED:
             assert_tidy(self.folder)
         if fault is None:
             assert bool(ended.error) == bool(refused), ended.error
