@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from PIL import Image
 from torch import Generator, Tensor
 from transformers import (
@@ -22,10 +21,10 @@ from transformers import (
     PreTrainedModel,
     TimmWrapperConfig,
 )
-from transformers.utils import CONFIG_NAME
 
 from metaxl_evo.messages import first_line
-from metaxl_evo.training.hub import HUB_TIMEOUT
+from metaxl_evo.training.logs import without_load_report
+from metaxl_evo.training.saved_models import ask_hub, cannot_load, require_whole
 from vision_tasks.augmentation import to_float
 
 logger = logging.getLogger(__name__)
@@ -134,14 +133,15 @@ def load_classifier(model: str, names: Sequence[str], preparation: Preparation) 
     }
     try:
         trained = list((AutoConfig.from_pretrained(place, trust_remote_code=False).id2label or {}).values())
-        base, found = AutoModelForImageClassification.from_pretrained(
-            place,
-            dtype="float32",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-            **labels,
-        )
+        with without_load_report():
+            base, found = AutoModelForImageClassification.from_pretrained(
+                place,
+                dtype="float32",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **labels,
+            )
         if isinstance(base.config, TimmWrapperConfig):
             base.config.label_names = list(names)  # which its file keeps in place of id2label, the checkpoint's first
         head = _head(base)
@@ -150,7 +150,7 @@ def load_classifier(model: str, names: Sequence[str], preparation: Preparation) 
             base = _without(base, head)
     except Exception as error:  # the content of a file leads the library into any
         raise _unusable(model, error) from error
-    _require_whole(
+    require_whole(
         model,
         base,
         [name for name in found["missing_keys"] if name not in head and name.startswith(f"{base.base_model_prefix}.")],
@@ -168,13 +168,14 @@ def load_encoder(model: str) -> PreTrainedModel:
     """
     place = _located(model)
     try:
-        encoder, found = AutoModel.from_pretrained(
-            place, dtype="float32", output_loading_info=True, trust_remote_code=False
-        )
+        with without_load_report():
+            encoder, found = AutoModel.from_pretrained(
+                place, dtype="float32", output_loading_info=True, trust_remote_code=False
+            )
     except Exception as error:  # the content of a file leads the library into any
         raise _unusable(model, error) from error
     lacking = [name for name in sorted(found["missing_keys"]) if not name.startswith("pooler.")]  # nobody reads it
-    _require_whole(model, encoder, lacking)
+    require_whole(model, encoder, lacking)
     made: PreTrainedModel = encoder
     return made
 
@@ -198,15 +199,6 @@ def _without(base: PreTrainedModel, head: set[str]) -> PreTrainedModel:
 @cache
 def _say_once(text: str) -> None:
     logger.warning("%s", text)
-
-
-def _require_whole(model: str, base: PreTrainedModel, lacking: Sequence[str]) -> None:
-    unfit = [name for name, parameter in base.named_parameters() if not parameter.isfinite().all()]
-    problem = f"lacks {len(lacking)} of its weights, such as {lacking[0]}" if lacking else ""
-    if unfit:
-        problem = f"has weights that are not finite, such as {unfit[0]}"
-    if problem:
-        raise ValueError(f"model_name_or_path: {model} {problem}: fetch or save it again, whole")
 
 
 def _require_readable(model: str, base: PreTrainedModel, shape: tuple[int, ...], classes: int) -> None:
@@ -235,7 +227,7 @@ def _located(model: str) -> str | Path:
     place = folder if folder.is_dir() else model
     try:
         if place is model:
-            _require_reachable(model)
+            ask_hub(model)
         kernel = str(AutoConfig.from_pretrained(place, trust_remote_code=False)._attn_implementation)
         if "/" in kernel:
             raise ValueError(f"its attention kernel {kernel} of the Hub is code, which is not run")
@@ -244,17 +236,5 @@ def _located(model: str) -> str | Path:
     return place
 
 
-def _require_reachable(model: str) -> None:
-    if isinstance(try_to_load_from_cache(model, CONFIG_NAME), str):
-        return
-    if is_offline_mode():
-        raise ValueError("it is neither a folder nor in the cache")
-    HfApi().model_info(model, timeout=HUB_TIMEOUT)
-
-
 def _unusable(model: str, error: Exception) -> ValueError:
-    reason = f"{type(error).__name__}: {first_line(error).rstrip(':. ')}"
-    return ValueError(
-        f"model_name_or_path: {model!r} cannot be loaded ({reason}): give the folder of an image classifier of "
-        "transformers, a Hub id that can be reached, or set HF_HUB_OFFLINE=1 with a filled cache"
-    )
+    return cannot_load(model, error, "an image classifier of transformers")

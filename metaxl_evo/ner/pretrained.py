@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from torch import nn
 from transformers import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
@@ -32,8 +31,8 @@ from metaxl_evo.models.rtn import SUBFOLDER
 from metaxl_evo.ner.arguments import SHORTEST
 from metaxl_evo.ner.synthetic import SyntheticFamily
 from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
-from metaxl_evo.training.hub import HUB_TIMEOUT
 from metaxl_evo.training.logs import without_load_report
+from metaxl_evo.training.saved_models import ask_hub, cannot_load, not_whole, require_whole
 
 SYNTHETIC = "synthetic"
 ALL_LINEAR = "all-linear"
@@ -50,7 +49,10 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PretrainedCon
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        _require_reachable(model)
+        try:
+            ask_hub(model)
+        except Exception as error:  # of the id, or of an HTTP library
+            raise _unusable(model, error) from error
     elif _is_adapter(folder):
         raise ValueError(
             f"model_name_or_path: {model} holds a peft adapter, not a model: give the output folder of its finished "
@@ -233,18 +235,10 @@ def _require_whole(
     model: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, missing: list[str], *, has_head: bool
 ) -> None:
     """Refuse weights that are not all there, or not numbers, or of another vocabulary than the tokenizer's."""
-    lacking = [name for name in missing if has_head or name.startswith(f"{base.base_model_prefix}.")]
-    unfit = [name for name, parameter in base.named_parameters() if not parameter.isfinite().all()]
+    require_whole(model, base, [one for one in missing if has_head or one.startswith(f"{base.base_model_prefix}.")])
     words = getattr(base.config, "vocab_size", len(tokenizer))
-    problem = ""
-    if lacking:
-        problem = f"lacks {len(lacking)} of its weights, such as {lacking[0]}"
-    elif unfit:
-        problem = f"has weights that are not finite, such as {unfit[0]}"
-    elif tokenizer.is_fast and len(tokenizer) > words:
-        problem = f"has {words} word embeddings for a tokenizer with a vocabulary of {len(tokenizer)}"
-    if problem:
-        raise ValueError(f"model_name_or_path: {model} {problem}: fetch or save it again, whole")
+    if tokenizer.is_fast and len(tokenizer) > words:
+        raise not_whole(model, f"has {words} word embeddings for a tokenizer with a vocabulary of {len(tokenizer)}")
 
 
 def add_lora(
@@ -284,16 +278,6 @@ def _is_adapter(folder: Path) -> bool:
     return inside or (folder / ADAPTER_CONFIG_NAME).is_file()
 
 
-def _require_reachable(model: str) -> None:
-    """Ask the Hub once, with a short timeout, before transformers asks it with its long retries."""
-    try:
-        if is_offline_mode() or isinstance(try_to_load_from_cache(model, CONFIG_NAME), str):
-            return
-        HfApi().model_info(model, timeout=HUB_TIMEOUT)
-    except Exception as error:  # of the id, or of the HTTP library that the installed huggingface_hub uses
-        raise _unusable(model, error) from error
-
-
 def _untrusted(model: str, what: str) -> ValueError:
     return ValueError(
         f"model_name_or_path: {model!r} brings code along ({what}), which is not run unasked: read it, then set "
@@ -314,8 +298,4 @@ def _needs_packages(model: str, error: Exception) -> ValueError | None:
 def _unusable(model: str, error: Exception) -> ValueError:
     if "trust_remote_code=True" in str(error):  # as transformers words it, in several lines
         return _untrusted(model, "auto_map")
-    reason = f"{type(error).__name__}: {first_line(error).rstrip(':. ')}"
-    return ValueError(
-        f"model_name_or_path: {model!r} cannot be loaded ({reason}): give the folder of a transformers model, a Hub "
-        "id that can be reached, or set HF_HUB_OFFLINE=1 with a filled cache"
-    )
+    return cannot_load(model, error, "a transformers model")

@@ -1,0 +1,56 @@
+"""Saved models of a folder, the Hub or its cache, whatever their task: whole, or refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from metaxl_evo.messages import first_line
+from metaxl_evo.training.hub import HUB_TIMEOUT
+
+
+def ask_hub(model: str) -> None:
+    """Ask the Hub once, with a short timeout, before transformers asks it with its long retries.
+
+    Raises:
+        Exception: of the id, or of the HTTP library that the installed huggingface_hub uses.
+    """
+    if not is_offline_mode() and not isinstance(try_to_load_from_cache(model, CONFIG_NAME), str):
+        HfApi().model_info(model, timeout=HUB_TIMEOUT)
+
+
+def require_whole(model: str, base: PreTrainedModel, lacking: Sequence[str]) -> None:
+    """Refuse weights that are not all there, or not numbers.
+
+    Args:
+        lacking: the weights that the checkpoint has not, and should have.
+
+    Raises:
+        ValueError: naming one.
+    """
+    unfit = [name for name, parameter in base.named_parameters() if not parameter.isfinite().all()]
+    if lacking:
+        raise not_whole(model, f"lacks {len(lacking)} of its weights, such as {lacking[0]}")
+    if unfit:
+        raise not_whole(model, f"has weights that are not finite, such as {unfit[0]}")
+
+
+def not_whole(model: str, problem: str) -> ValueError:
+    """The error of a model that was not saved, or fetched, to its end."""
+    return ValueError(f"model_name_or_path: {model} {problem}: fetch or save it again, whole")
+
+
+def cannot_load(model: str, error: Exception, wanted: str) -> ValueError:
+    """The error of a model that a library cannot load.
+
+    Args:
+        wanted: what to give the folder of.
+    """
+    reason = f"{type(error).__name__}: {first_line(error).rstrip(':. ')}"
+    return ValueError(
+        f"model_name_or_path: {model!r} cannot be loaded ({reason}): give the folder of {wanted}, a Hub id that can "
+        "be reached, or set HF_HUB_OFFLINE=1 with a filled cache"
+    )
