@@ -98,8 +98,8 @@ class RotationTask(ClassificationTask[RotationArguments, RotationData]):
         tell_fewer("train_size", settings.train_size, size)
         train, meta = images.take(np.arange(size)), images.take(np.arange(available, len(images)))
         meta.require_classes()
-        train, askew = train.require_classes(), [rotated(images, settings.degrees) for images in (meta, test)]
-        return RotationData(train, *askew, test, preparation)
+        judges, askew = (rotated(images, settings.degrees) for images in (meta, test))
+        return RotationData(train.require_classes(), judges, askew, test, preparation)
 
     def build_trainer(
         self, settings: RotationArguments, args: MetaTrainingArguments, data: RotationData
