@@ -118,8 +118,8 @@ class NoisyLabelsArguments(ClassifierArguments):
             raise ValueError(f"noise_rate must be at least 0 and below 1, not {self.noise_rate}")
 
     def layout(self) -> Layout:
-        given = {"true_label_column": self.true_label_column, "validation_split": self.validation_split}
-        return replace(super().layout(), **given)
+        layout = replace(super().layout(), true_label_column=self.true_label_column)
+        return replace(layout, validation_split=self.validation_split)
 
     def meta_layout(self) -> Layout:
         """That of the clean set: the columns of the data, and the usual splits."""

@@ -224,7 +224,7 @@ def _located(model: str) -> str | Path:
         ValueError: for what is neither, or brings code along, which is never run.
     """
     folder = Path(model).expanduser()
-    place = folder if folder.is_dir() else model
+    place: str | Path = folder if folder.is_dir() else model
     try:
         if place is model:
             ask_hub(model)
