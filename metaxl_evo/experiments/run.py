@@ -23,7 +23,7 @@ from metaxl_evo.experiments.run_folder import Beginning, Mark, alone, note_publi
 from metaxl_evo.experiments.scores import write_outcomes
 from metaxl_evo.experiments.task import Data, Settings, Task
 from metaxl_evo.messages import first_line, one_line
-from metaxl_evo.training.checkpoint import MANIFEST
+from metaxl_evo.training.checkpoint import MANIFEST, remove_incomplete
 from metaxl_evo.training.durable import staged
 from metaxl_evo.training.logs import is_watched
 from metaxl_evo.training.preemption import Interrupted
@@ -125,6 +125,8 @@ def _train(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
     begun = time.perf_counter()
     trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
     facts = {"steps": trainer.state.global_step, "train_seconds": time.perf_counter() - begun}
+    if run.args.should_save:
+        remove_incomplete(run.folder)
     with _keeping(trainer, run.folder):
         _save_model(trainer, run.folder)
         results: dict[str, Any] = {"test": task.score(trainer, run.settings, data)}

@@ -269,6 +269,13 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_incomplete(folder: Path) -> None:
+    """Delete what a killed save, or a killed deletion, has left of checkpoints."""
+    for checkpoint in checkpoints_in(folder):
+        if not (checkpoint / MANIFEST).exists():
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 # Loading
 
 

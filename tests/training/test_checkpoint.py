@@ -29,6 +29,7 @@ from metaxl_evo.training.checkpoint import (
     SaveFailed,
     find_checkpoint,
     made_by,
+    remove_incomplete,
     require_same,
     require_whole,
     rotate,
@@ -406,6 +407,13 @@ def test_rotation(tmp_path: Path, limit: int | None, best: int | None, left: lis
     rotate(tmp_path / "checkpoint-6", limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
     found = sorted(tmp_path.iterdir())
     assert {path.name for path in found} == {f"checkpoint-{step}" for step in [*left, "best"]}
+
+
+def test_what_a_killed_deletion_has_left_goes(output: Path) -> None:
+    unseal(output / "checkpoint-2")
+    (output / "checkpoint-best").mkdir()
+    remove_incomplete(output)
+    assert {path.name for path in output.iterdir()} == {"checkpoint-4", "checkpoint-best"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "meta_state.pt", "optimizer.pt", "tokenizer.json", f"{MANIFEST}.tmp"])
