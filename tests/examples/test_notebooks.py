@@ -13,6 +13,7 @@ nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples/notebooks"
+pytestmark = pytest.mark.timeout(600)  # 20 s each on an idle core
 
 
 @pytest.fixture
