@@ -18,9 +18,9 @@ from PIL import EpsImagePlugin, Image
 from metaxl_evo.training.model_card import write_model_card
 from scripts import evaluate_ner, predict_ner
 from tests.scripts.runs import read, train, write_data, write_model
+from vision_tasks.classification import spreadsheet
 from vision_tasks.domains import read_domain
 from vision_tasks.image_files import TableImages, decode
-from vision_tasks.training_images import spreadsheet
 
 CODE = """
 from pathlib import Path

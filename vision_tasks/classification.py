@@ -99,6 +99,7 @@ class ClassifierArguments(VisionArguments):
 
 Settings = TypeVar("Settings", bound=ClassifierArguments)
 PREDICTIONS = "_predictions.csv"
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
 class ClassificationTask(VisionTask[Settings, Data]):
@@ -119,7 +120,7 @@ class ClassificationTask(VisionTask[Settings, Data]):
         if trainer.args.do_predict:
             size = trainer.args.per_device_eval_batch_size
             table = predictions_of(cast(ImageTask, trainer.model), data.test, size)
-            table.to_csv(folder / PREDICTIONS, index=False)
+            spreadsheet(table).to_csv(folder / PREDICTIONS, index=False)
 
 
 class ImageTask(BilevelModule):
@@ -280,3 +281,8 @@ def pixel_statistics(
     if not min(found[1]) > 0:
         raise ValueError(f"image_std must be above 0, not {found[1]}: are all pixels of {images.where} alike?")
     return found[0], found[1]
+
+
+def spreadsheet(table: pd.DataFrame) -> pd.DataFrame:
+    """The table for a CSV file: names that a spreadsheet would compute, as a folder may have them, behind a quote."""
+    return table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULAS) else cell)

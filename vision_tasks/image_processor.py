@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,8 +29,6 @@ class SmallImageProcessor(BaseImageProcessor):
         image_mean, image_std: of pixels in [0, 1], one number a channel.
     """
 
-    model_input_names = ("pixel_values",)
-
     def __init__(
         self,
         image_size: int = 28,
@@ -45,7 +43,7 @@ class SmallImageProcessor(BaseImageProcessor):
 
     def preprocess(self, images: Any, return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
         """Normalised pixels of an image or of several."""
-        pixels = [self._normalised(to_pil_image(image)) for image in make_flat_list_of_images(images)]
+        pixels = [self._normalised(to_pil_image(image)) for image in cast(list[Any], make_flat_list_of_images(images))]
         return BatchFeature({"pixel_values": [one.numpy() for one in pixels]}, tensor_type=return_tensors)
 
     def _normalised(self, image: Image.Image) -> Tensor:

@@ -25,6 +25,7 @@ from vision_tasks.classification import (
     accuracy,
     make_base,
     scores_on,
+    spreadsheet,
     tell_fewer,
 )
 from vision_tasks.image_parts import Layout
@@ -33,7 +34,7 @@ from vision_tasks.images import ImageRows, ImageSet
 from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
 from vision_tasks.noisy_labels_figures import plot_noise, plot_weight_curves, plot_weights
 from vision_tasks.pretrained import Preparation
-from vision_tasks.training_images import SHEET, TABLE, contact_sheet, judge, spreadsheet, table_of
+from vision_tasks.training_images import SHEET, TABLE, contact_sheet, judge, table_of
 from vision_tasks.weight_net import NORMALISATIONS, WeightedClassifier
 
 METHODS = ("meta_weight_net", "baseline")

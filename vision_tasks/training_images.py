@@ -21,7 +21,6 @@ from vision_tasks.images import ImageSet
 from vision_tasks.noisy_labels import NoisyLabels
 from vision_tasks.weight_net import WeightedClassifier
 
-FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 TABLE, SHEET = "_training_images.csv", "_worst_images.png"
 SHOWN, COLUMNS, TILE, LINE, LONGEST = 48, 8, 96, 12, 15  # images, images a row, pixels, pixels, letters
 
@@ -53,11 +52,6 @@ def table_of(module: WeightedClassifier, noisy: NoisyLabels, batch_size: int = 5
     if noisy.wrong.any():
         columns["true_label"] = names[noisy.true_labels]
     return pd.DataFrame(columns).sort_values("loss", ascending=False, kind="stable")
-
-
-def spreadsheet(table: pd.DataFrame) -> pd.DataFrame:
-    """The table for a CSV file: names that a spreadsheet would compute, as a folder may have them, behind a quote."""
-    return table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULAS) else cell)
 
 
 def contact_sheet(images: ImageSet, table: pd.DataFrame, file: Path) -> None:
