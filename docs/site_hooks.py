@@ -1,8 +1,9 @@
-"""Pages of the site whose sources lie outside docs/: the scripts and notebooks of examples/, as they are."""
+"""Pages of the site from outside docs/: the scripts and notebooks of examples/, and the links between the two."""
 
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-LINK = re.compile(r"\]\((?:\.\./)+(examples/[\w/]+)\.(?:py|ipynb)\)")
+LINK = re.compile(r"\]\(([^):#\s]+\.(?:md|py|ipynb))(?=[)#])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -23,9 +24,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
-    """Links that leave docs/ for an example, as on GitHub, lead to its page."""
-    up = "../" * page.file.src_uri.count("/")
-    return LINK.sub(rf"]({up}\1.md)", markdown)
+    """Links as they are on GitHub, where docs/ is a folder beside examples/, lead to the pages of the site."""
+    here = page.file.src_uri
+    place = posixpath.dirname(here if here.startswith("examples/") else f"docs/{here}")
+
+    def moved(link: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(place, link[1])).removeprefix("docs/")
+        return "](" + posixpath.relpath(re.sub(r"\.(py|ipynb)$", ".md", target), posixpath.dirname(here) or ".")
+
+    return LINK.sub(moved, markdown)
 
 
 def as_markdown(source: Path) -> str:
