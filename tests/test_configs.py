@@ -155,7 +155,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     **BACKBONES,
     "quickstart": {"model_name_or_path": "synthetic", "dataset": "synthetic", "use_cpu": True},
     "wikiann_cpu": {"target_languages": ["sw", "ig", "rw"], "target_train_size": 100, "use_cpu": True},
-    "wikiann_cpu_unroll": {"target_languages": ["sw"], "estimator": "unroll", "meta_every": 20, "use_cpu": True},
+    "wikiann_cpu_unroll": {"target_languages": ["sw"], "estimator": "unroll", "episode_length": 20, "use_cpu": True},
 }
 
 
