@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 
 torch.set_num_threads(1)  # small tensors: two contended threads are many times slower than one
 os.fsync = lambda fd: None  # every checkpoint waits for the disk, which matters after a power cut only
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background, and of all that tests start there
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
