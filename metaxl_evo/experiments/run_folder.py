@@ -29,7 +29,7 @@ from metaxl_evo.experiments.folders import (
 from metaxl_evo.experiments.progress import PROGRESS
 from metaxl_evo.experiments.scores import OUTCOMES
 from metaxl_evo.messages import one_line
-from metaxl_evo.training.checkpoint import MANIFEST
+from metaxl_evo.training.checkpoint import MANIFEST, require_writable
 from metaxl_evo.training.durable import DRAFTS
 from metaxl_evo.training.history import HISTORY
 
@@ -241,9 +241,9 @@ def alone(folder: Path) -> Iterator[None]:
     """Two processes do not make the same run: the lock ends with the process that holds it.
 
     Raises:
-        ValueError: naming the process that holds it.
+        ValueError: naming the process that holds it; for a folder that cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    require_writable(folder)
     lock = FileLock(folder / LOCK, timeout=GLANCE)
     try:
         lock.acquire()

@@ -93,7 +93,7 @@ def test_settings(
 
 
 def test_the_tables_are_whole() -> None:
-    assert len(SETTINGS) == 49
+    assert len(SETTINGS) == 51
     assert len(SIGNS) == 5
 
 
