@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from metaxl_evo.experiments.run_folder import MARK
 from metaxl_evo.ner.synthetic import SyntheticFamily
 from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
 from metaxl_evo.training.trainer import MetaTrainer
@@ -123,7 +122,7 @@ def cut_off_after(steps: int) -> Iterator[None]:
 def keep_checkpoints(folder: Path) -> Path:
     """What a run leaves that does not come to its end."""
     for path in folder.iterdir():
-        if not path.name.startswith(("checkpoint", MARK)):
+        if not path.name.startswith("checkpoint"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return folder
 

@@ -801,7 +801,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest_mapping": (written(MANIFEST, b"{}"), f"checkpoint-2/{MANIFEST}"),
     "manifest_binary": (written(MANIFEST, bytes(range(256))), f"checkpoint-2/{MANIFEST}"),
     "manifest_flipped": (flipped(MANIFEST), f"checkpoint-2/{MANIFEST}"),
-    "manifest_gone": (lambda checkpoint: (checkpoint / MANIFEST).unlink(), f"checkpoint-2 has no {MANIFEST}"),
+    "manifest_gone": (lambda checkpoint: (checkpoint / MANIFEST).unlink(), "holds checkpoint-2, and no run"),
     "manifest_folder": (a_folder_for(MANIFEST), "checkpoint-2"),
     "state_folder": (a_folder_for("meta_state.pt"), "checkpoint-2/meta_state.pt"),
     "rtn_config_rewritten": (written("rtn/config.json", b"{}"), "checkpoint-2/rtn/config.json is damaged"),
