@@ -188,7 +188,7 @@ def test_without_any_setting_but_sizes(tmp_path: Path, capsys: pytest.CaptureFix
     assert results["settings"]["per_device_train_batch_size"] == 1
     assert (results["settings"]["method"], results["settings"]["data"]) == ("learned", "synthetic")
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1] == f"models, cards and results.json: {tmp_path / 'mine'}"
+    assert f"models, cards and results.json: {tmp_path / 'mine'}" in printed
 
 
 @pytest.mark.parametrize("name", ["fewshot_cpu", "fewshot_paper", "fewshot_pretrain_paper"])
