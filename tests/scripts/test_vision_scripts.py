@@ -343,7 +343,7 @@ def test_a_single_run_and_its_words(
     assert "\n# mine\n" in (tmp_path / "mine/README.md").read_text(encoding="utf-8")
     printed = capsys.readouterr().out.splitlines()
     assert f"| accuracy | {results['test']['accuracy']:.4f} |" in printed
-    assert printed[-1] == f"models, cards and results.json: {tmp_path / 'mine'}"
+    assert f"models, cards and results.json: {tmp_path / 'mine'}" in printed
 
 
 @each_script
