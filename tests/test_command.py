@@ -28,7 +28,10 @@ def test_every_task_has_a_command() -> None:
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
-def test_help_fits_a_screen_or_two(name: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_fits_a_screen_or_two(
+    name: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
     command = COMMANDS.get(name or "")
     if command is not None and command.shows_help:
         with pytest.raises(SystemExit) as ended:

@@ -139,7 +139,7 @@ def test_the_results_of_a_comparison(compared: Any, images: Path, script: str) -
             assert held["mean"] == pytest.approx(np.mean(values))
             assert held["std"] == pytest.approx(np.std(values, ddof=1))
         for seed, one in zip((1, 2), own, strict=True):
-            assert list(one) == ["test", "settings", "run"]
+            assert list(one) == ["test", "settings", "data", "run"]
             assert results["run"][run][str(seed)] == one["run"]
             assert one["run"]["steps"] == 4
             assert one["run"]["skipped_meta_steps"] == 0
