@@ -139,6 +139,7 @@ needs_linux = pytest.mark.skipif(
 
 @needs_linux
 @pytest.mark.timeout(0 if STEPS > 1000 else 300)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES if STEPS > 1000 else SHORT)
 def test_memory_stays_flat(case: str, tmp_path: Path) -> None:
     assert STEPS % EPISODE == EARLY % EPISODE
