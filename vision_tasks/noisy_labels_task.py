@@ -123,8 +123,8 @@ class NoisyLabelsArguments(ClassifierArguments):
         return replace(layout, validation_split=self.validation_split)
 
     def meta_layout(self) -> Layout:
-        """That of the clean set: the columns of the data, and the usual splits."""
-        return Layout(self.image_column, self.label_column)
+        """That of the clean set: its part `train`, read as a test is, by the right labels where it has both."""
+        return Layout(self.image_column, self.label_column, self.true_label_column, test_split="train")
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +163,7 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
     def load(self, settings: NoisyLabelsArguments, args: MetaTrainingArguments) -> NoisyLabelsData:
         prepare, own = settings.preparation(), settings.meta_data
         parts = load_images(settings.data, settings.layout(), ("train", "validation", "test"), prepare)
-        meta = None if own is None else load_images(own, settings.meta_layout(), ("train",), prepare)["train"]
+        meta = None if own is None else load_images(own, settings.meta_layout(), ("test",), prepare)["test"]
         meta = None if meta is None else meta.pooled(settings.image_size)
         parts = {part: images.pooled(settings.image_size) for part, images in parts.items()}
         train, test, validation = parts["train"], parts["test"], parts.get("validation")

@@ -142,12 +142,12 @@ def load_classifier(model: str, names: Sequence[str], preparation: Preparation) 
                 trust_remote_code=False,
                 **labels,
             )
-        if isinstance(base.config, TimmWrapperConfig):
-            base.config.label_names = list(names)  # which its file keeps in place of id2label, the checkpoint's first
-        head = _head(base)
-        if trained != list(names):
-            _say_once(f"{model}: a new head for {len(names)} classes takes the place of its own ({len(trained)})")
-            base = _without(base, head)
+            if isinstance(base.config, TimmWrapperConfig):
+                base.config.label_names = list(names)  # its file has these, not id2label
+            head = _head(base)
+            if trained != list(names):
+                _say_once(f"{model}: a new head for {len(names)} classes takes the place of its own ({len(trained)})")
+                base = _without(base, head)
     except Exception as error:  # the content of a file leads the library into any
         raise _unusable(model, error) from error
     require_whole(

@@ -146,6 +146,7 @@ def record(task: Task[Any, Any], run: Run[Any], start: int, steps: int) -> Episo
     args.estimator, args.estimator_kwargs, args.max_steps = NO_ESTIMATOR, None, start + steps
     args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
     args.load_best_model_at_end, args.lr_scheduler_type, args.report_to = False, "constant", []
+    args.lr_milestones = None
     *_, trainer = prepare(task, replace(run, args=args))
     recorder = Recorder(trainer, start)
     trainer.add_callback(recorder)
@@ -173,14 +174,18 @@ def compare_horizons(argv: Sequence[str]) -> pd.DataFrame:
     """
     task = find_task(given_text("task", argv) or HorizonArguments.task)
     which, settings, ours, args = parse_arguments(
-        (RunsArguments, HorizonArguments, task.settings, task.training), argv
+        (RunsArguments, HorizonArguments, task.settings, task.training), argv, task.configs
     )
     folder = Path(str(args.output_dir))
     if (folder / TABLE).exists():
         raise ValueError(f"{folder / TABLE} exists: choose another output_dir")
     with TemporaryDirectory() as scratch:
         args.output_dir = scratch
-        table = measure(settings, task, plan_runs(task, which, ours, args))
+        runs = [run for run in plan_runs(task, which, ours, args) if task.learns(run.settings)]
+        if len({run.name for run in runs}) != 1:
+            named = ", ".join(dict.fromkeys(run.name for run in runs)) or "none"
+            raise ValueError(f"runs: one that learns is measured, there are {named}: leave the others out (null)")
+        table = measure(settings, task, runs)
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / TABLE, index=False)
     (folder / "horizons.md").write_text(falls(table) + "\n", encoding="utf-8")
@@ -211,6 +216,8 @@ def _rows(settings: HorizonArguments, episode: Episode, seed: int) -> Iterator[d
     at_start, _ = episode.judge(episode.w, episode.lam)
     own, other = episode.judge(episode.replay(episode.lam), episode.lam)
     yield {"direction": NOWHERE, "move": 0.0, "own_at_start": at_start, "own": own, "other": other}
+    if tree.norm(episode.lam) == 0:
+        raise ValueError("moves are parts of the norm of the meta parameters, which begin at zero here")
     found = dict(directions(settings, episode, seed))
     longest = found[f"{WHOLE} {max(settings.horizons)}"]
     for name, direction in found.items():

@@ -104,7 +104,7 @@ def read_results(file: Path) -> dict[str, Any]:
             raise TypeError("no scores, settings or facts")
         if not isinstance(found.get("data", {}), dict):
             raise TypeError("no fingerprints")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} holds no results ({one_line(error)}): remove it, and the run goes on") from error
     return found
 

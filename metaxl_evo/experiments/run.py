@@ -122,12 +122,12 @@ def _train(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
         trainer.add_callback(Beginning(run.folder, Mark(settings, marks)))
     start = tree.clone(trainer.model.meta_parameters())
     trainer.add_callback(Progress(run.folder))
-    begun = time.perf_counter()
-    trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
-    facts = {"steps": trainer.state.global_step, "train_seconds": time.perf_counter() - begun}
-    if run.args.should_save:
-        remove_incomplete(run.folder)
     with _keeping(trainer, run.folder):
+        begun = time.perf_counter()
+        trainer.train(resume_from_checkpoint=run.args.resume_from_checkpoint)
+        facts = {"steps": trainer.state.global_step, "train_seconds": time.perf_counter() - begun}
+        if run.args.should_save:
+            remove_incomplete(run.folder)
         _save_model(trainer, run.folder)
         results: dict[str, Any] = {"test": task.score(trainer, run.settings, data)}
         dev = task.dev_score(trainer, run.settings, data)
@@ -144,7 +144,7 @@ def _train(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
 
 @contextmanager
 def _keeping(trainer: MetaTrainer, folder: Path) -> Iterator[None]:
-    """Around what follows a training: where that is told to stop, a training that no checkpoint ends is kept in one.
+    """Around a training and what follows it: told to stop behind the last step, it is kept, if no checkpoint has it.
 
     Not by several processes, which are told at different places and could not wait for each other.
     """
@@ -152,8 +152,9 @@ def _keeping(trainer: MetaTrainer, folder: Path) -> Iterator[None]:
         yield
     except Interrupted:
         args, last = trainer.args, folder / f"checkpoint-{trainer.state.global_step}"
-        finished = any((place / name).exists() for place, name in ((folder, RESULTS), (last, MANIFEST)))
-        if args.world_size == 1 and not args.load_best_model_at_end and not finished:
+        ended = 0 < trainer.state.max_steps <= trainer.state.global_step
+        kept = any((place / name).exists() for place, name in ((folder, RESULTS), (last, MANIFEST)))
+        if ended and args.world_size == 1 and not args.load_best_model_at_end and not kept:
             trainer.keep_step()
         raise
 
@@ -161,7 +162,7 @@ def _keeping(trainer: MetaTrainer, folder: Path) -> Iterator[None]:
 def _save_model(trainer: MetaTrainer, folder: Path) -> None:
     """Here alone: the Trainer would upload it at once, without scores, and lose them where the Hub is away."""
     args, trainer.args = trainer.args, copy.copy(trainer.args)
-    trainer.args.push_to_hub = False
+    trainer.args.push_to_hub, trainer.args.hub_token = False, None  # training_args.bin is uploaded
     try:
         with staged(folder) if args.should_save else nullcontext(folder) as place:
             trainer.save_model(str(place))
@@ -214,8 +215,10 @@ def _draw(task: Task[Any, Any], folder: Path, results: Mapping[str, Any]) -> Non
 
 
 def _is_to_be_published(run: Run[Any]) -> bool:
-    mark = Mark.read(run.folder)
-    return run.args.push_to_hub and run.args.should_save and (mark is None or mark.published is None)
+    mark, wanted = Mark.read(run.folder), run.args.hub_model_id
+    there = None if mark is None else mark.published
+    elsewhere = wanted is not None and there is not None and there.split("/")[-1] != wanted.split("/")[-1]
+    return run.args.push_to_hub and run.args.should_save and (there is None or elsewhere)
 
 
 def _publish(run: Run[Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from metaxl_evo.experiments.plan import Run, plan_runs, selected
 from metaxl_evo.experiments.progress import part_made
 from metaxl_evo.experiments.reporting import Question, report_runs
 from metaxl_evo.experiments.run import keep_finished, make_run, try_out
+from metaxl_evo.experiments.run_folder import alone
 from metaxl_evo.experiments.task import Task, find_task
 from metaxl_evo.messages import one_line
 from metaxl_evo.training.arguments import MetaTrainingArguments
@@ -65,11 +67,24 @@ class Study:
     def run(self) -> dict[int, str]:
         """Make what is not finished yet, compare and report; returns why runs failed, by their number."""
         engine = self._engine()  # what is not installed is told first
-        unfinished = self.try_runs()
-        self.write_plan()
-        errors = self._make(engine, unfinished)
-        self.report(errors)
+        with self._alone():
+            unfinished = self.try_runs()
+            self.write_plan()
+            errors = self._make(engine, unfinished)
+            self.report(errors)
         return errors
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two studies do not write into one folder, which is not made where all is refused."""
+        made = not self.folder.exists()
+        try:
+            with alone(self.folder) if self.args.should_save else nullcontext():
+                yield
+        finally:
+            if made:
+                with suppress(OSError):  # filled
+                    self.folder.rmdir()
 
     def try_runs(self) -> list[int]:
         """Try every chosen run up to its first step; returns those that are not finished.
@@ -175,6 +190,8 @@ class Study:
 def _read(plan: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(plan.read_text(encoding="utf-8"))
+        if not isinstance(found["task"], str) or not all(isinstance(one, str) for one in found["options"]):
+            raise TypeError("its task and options are no texts")
         return {key: found[key] for key in ("task", "options")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{plan} is no plan of a study ({one_line(error)}): give OUT/{PLAN}") from error

@@ -16,6 +16,7 @@ from metaxl_evo.estimators import Estimator
 from metaxl_evo.experiments.arguments import StudyArguments
 from metaxl_evo.experiments.curves import outline_table
 from metaxl_evo.experiments.fingerprint import fingerprints
+from metaxl_evo.experiments.folders import hub_id
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.training.arguments import MetaTrainingArguments
@@ -181,7 +182,10 @@ def settings_section(settings: Mapping[str, Any]) -> str:
 
 
 def _without_place(value: Any) -> Any:
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    if isinstance(value, list):
+        return [_without_place(one) for one in value]
+    is_place = isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or hub_id(value) is None)
+    return Path(value).name if is_place else value
 
 
 def find_task(name: str) -> Task[Any, Any]:

@@ -172,6 +172,8 @@ class NerArguments(LayoutArguments):
         double = [one for one in self.source_languages if self.source_languages.count(one) > 1]
         if double:
             raise ValueError(f"source_languages: {double[0]} is named twice: name it once")
+        if self.rtn_name_or_path is not None and not self.recipe.transform:
+            raise ValueError(f"rtn_name_or_path: method {self.method} has its RTN off: leave it out")
         both = sorted(set(self.source_languages) & set(self.target_languages))
         if both:
             raise ValueError(f"{', '.join(both)} is both a source and a target language: name it once")

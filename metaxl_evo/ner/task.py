@@ -65,7 +65,7 @@ class NerTask(Task[NerArguments, TargetData]):
     units: ClassVar = {"f1": "%", "precision": "%", "recall": "%"}
     case = "target_languages"
     sources = (METAXL,)
-    own_files = (SUBFOLDER, ADAPTER, "tokenizer.json")
+    own_files = (SUBFOLDER, ADAPTER, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     configs = "ner"
 
     def learns(self, settings: NerArguments) -> bool:

@@ -30,7 +30,7 @@ def find_config(named: str, room: str | None = None) -> Path:
     """
     given = Path(named).expanduser()
     inside = configs_folder() / Path(*given.parts[given.parts[:1] == (ROOT,) :])
-    if given.exists() or (given.suffix in SUFFIXES and not inside.exists()):
+    if given.is_file() or (given.suffix in SUFFIXES and not inside.exists()):
         return given  # where it is not there, read_config says so
     if given.suffix in SUFFIXES:
         return inside
