@@ -13,7 +13,7 @@ from typing import Any
 
 from metaxl_evo.experiments.command import run_command
 from metaxl_evo.experiments.study import PLAN, Study
-from metaxl_evo.experiments.task import find_task
+from metaxl_evo.experiments.task import TASKS, find_task
 from metaxl_evo.messages import unknown
 from metaxl_evo.training.cli import ends_with_one_line
 from metaxl_evo.training.environment import environment
@@ -67,11 +67,10 @@ def plain(module: str, settings: str, function: str, room: str | None = None) ->
 
 def check(argv: Sequence[str]) -> int:
     """`--check` of another command."""
-    able = {name: command for name, command in COMMANDS.items() if command.launched or name == "study"}
-    able = {name: command for name, command in able.items() if name not in ("evaluate", "predict")}
+    able = [*(name.replace("_", "-") for name in TASKS), "study"]
     if not argv or argv[0] not in able:
         raise ValueError(unknown("command to check", argv[0] if argv else "", able))
-    return able[argv[0]].run([*argv[1:], "--check=true"])
+    return COMMANDS[argv[0]].run([*argv[1:], "--check=true"])
 
 
 def study(argv: Sequence[str]) -> int:

@@ -23,8 +23,7 @@ from transformers import (
 )
 
 from metaxl_evo.messages import first_line
-from metaxl_evo.training.logs import without_load_report
-from metaxl_evo.training.saved_models import ask_hub, cannot_load, require_whole
+from metaxl_evo.training.saved_models import ask_hub, cannot_load, load, require_whole
 from vision_tasks.augmentation import to_float
 
 logger = logging.getLogger(__name__)
@@ -126,28 +125,20 @@ def load_classifier(model: str, names: Sequence[str], preparation: Preparation) 
         ValueError: for a model that cannot be had, is not whole, or cannot read such images.
     """
     place = _located(model)
-    labels = {
+    labels: dict[str, Any] = {
         "num_labels": len(names),  # timm's configuration asks for it
         "id2label": dict(enumerate(names)),
         "label2id": {name: number for number, name in enumerate(names)},
     }
     try:
         trained = list((AutoConfig.from_pretrained(place, trust_remote_code=False).id2label or {}).values())
-        with without_load_report():
-            base, found = AutoModelForImageClassification.from_pretrained(
-                place,
-                dtype="float32",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                **labels,
-            )
-            if isinstance(base.config, TimmWrapperConfig):
-                base.config.label_names = list(names)  # its file has these, not id2label
-            head = _head(base)
-            if trained != list(names):
-                _say_once(f"{model}: a new head for {len(names)} classes takes the place of its own ({len(trained)})")
-                base = _without(base, head)
+        base, found = load(AutoModelForImageClassification, place, ignore_mismatched_sizes=True, **labels)
+        if isinstance(base.config, TimmWrapperConfig):
+            base.config.label_names = list(names)  # its file has these, not id2label
+        head = _head(base)
+        if trained != list(names):
+            _say_once(f"{model}: a new head for {len(names)} classes takes the place of its own ({len(trained)})")
+            base = _without(base, head)
     except Exception as error:  # the content of a file leads the library into any
         raise _unusable(model, error) from error
     require_whole(
@@ -168,10 +159,7 @@ def load_encoder(model: str) -> PreTrainedModel:
     """
     place = _located(model)
     try:
-        with without_load_report():
-            encoder, found = AutoModel.from_pretrained(
-                place, dtype="float32", output_loading_info=True, trust_remote_code=False
-            )
+        encoder, found = load(AutoModel, place)
     except Exception as error:  # the content of a file leads the library into any
         raise _unusable(model, error) from error
     lacking = [name for name in sorted(found["missing_keys"]) if not name.startswith("pooler.")]  # nobody reads it
@@ -192,7 +180,7 @@ def _head(base: PreTrainedModel) -> set[str]:
 def _without(base: PreTrainedModel, head: set[str]) -> PreTrainedModel:
     """The same model, its head as its class initialises one."""
     held = {name: value for name, value in base.state_dict().items() if name not in head}
-    made: PreTrainedModel = type(base).from_pretrained(None, config=base.config, state_dict=held, dtype="float32")
+    made: PreTrainedModel = load(type(base), None, config=base.config, state_dict=held)[0]
     return made
 
 

@@ -20,9 +20,8 @@ import torch
 from scipy.stats import sem
 from transformers import TrainerCallback
 
+from metaxl_evo.benchmark.trajectories import train
 from metaxl_evo.bilevel import BilevelProblem, PassContext, Tree, run_episode, tree
-from metaxl_evo.bilevel.hypergradients import look_ahead
-from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.update import UpdateRule
 from metaxl_evo.bilevel.update_state import UpdateState, map_trees
 from metaxl_evo.estimators import OneStep, make_estimator
@@ -75,7 +74,7 @@ class HorizonArguments:
 
 
 @dataclass(frozen=True)
-class Episode:
+class Recording:
     """Base steps of a run, from where they began.
 
     Args:
@@ -93,12 +92,7 @@ class Episode:
 
     def replay(self, lam: Tree) -> Tree:
         """The base weights after the same steps with another lam."""
-        w, state = self.w, self.update_state
-        for batch in self.train:
-            made = look_ahead(PassContext(self.problem), InnerStep(w, lam, batch, state)).made
-            assert made is not None
-            w, state = made.w, made.update_state
-        return w
+        return train(self.problem, self.w, lam, self.train, self.update_state)
 
     def judge(self, w: Tree, lam: Tree) -> tuple[float, float]:
         """The outer loss on the meta rows of the last step, and on those of the steps before it."""
@@ -110,7 +104,7 @@ class Episode:
 
 
 class Recorder(TrainerCallback):
-    """Keeps what an `Episode` needs of a training, from base step `start` on."""
+    """Keeps what an `Recording` needs of a training, from base step `start` on."""
 
     def __init__(self, trainer: MetaTrainer, start: int):
         self.trainer, self.start = trainer, start
@@ -128,15 +122,15 @@ class Recorder(TrainerCallback):
             self.before = rule, map_trees(tree.clone, held), *weights
         self.windows.append(self.trainer.window)
 
-    def episode(self) -> Episode:
+    def recording(self) -> Recording:
         """What was recorded, once the training is over."""
         assert self.before is not None
         rule, state, w, lam = self.before
         batches = [one.train for one in self.windows], [one.meta for one in self.windows]
-        return Episode(self.trainer.model.problem(rule), w, lam, state, *batches)
+        return Recording(self.trainer.model.problem(rule), w, lam, state, *batches)
 
 
-def record(task: Task[Any, Any], run: Run[Any], start: int, steps: int) -> Episode:
+def record(task: Task[Any, Any], run: Run[Any], start: int, steps: int) -> Recording:
     """Train up to base step `start` without an estimator, and record the steps behind it.
 
     Raises:
@@ -151,19 +145,19 @@ def record(task: Task[Any, Any], run: Run[Any], start: int, steps: int) -> Episo
     recorder = Recorder(trainer, start)
     trainer.add_callback(recorder)
     trainer.train()
-    return recorder.episode()
+    return recorder.recording()
 
 
-def directions(settings: HorizonArguments, episode: Episode, seed: int) -> Iterator[tuple[str, Tree]]:
+def directions(settings: HorizonArguments, recording: Recording, seed: int) -> Iterator[tuple[str, Tree]]:
     """Where lam is moved: against each estimate, and anywhere."""
     named = {f"{WHOLE} {one}": make_estimator(WHOLE, horizon=one) for one in sorted(settings.horizons)}
     named |= {name: make_estimator(name, **(fields or {})) for name, fields in settings.others.items()}
     for name, estimator in named.items():
-        where = (episode.w, episode.lam, episode.train, episode.meta[-1])
-        found = run_episode(episode.problem, estimator, *where, update_state=episode.update_state)
+        where = (recording.w, recording.lam, recording.train, recording.meta[-1])
+        found = run_episode(recording.problem, estimator, *where, update_state=recording.update_state)
         yield name, tree.scale(found.grads, -1.0)
     generator = torch.Generator().manual_seed(seed)
-    yield RANDOM, {name: torch.randn(leaf.shape, generator=generator) for name, leaf in episode.lam.items()}
+    yield RANDOM, {name: torch.randn(leaf.shape, generator=generator) for name, leaf in recording.lam.items()}
 
 
 def compare_horizons(argv: Sequence[str]) -> pd.DataFrame:
@@ -203,8 +197,8 @@ def measure(settings: HorizonArguments, task: Task[Any, Any], runs: Sequence[Run
     rows = []
     for run in runs:
         for start in settings.starts:
-            episode = record(task, run, start, settings.steps)
-            for row in _rows(settings, episode, run.seed):
+            recording = record(task, run, start, settings.steps)
+            for row in _rows(settings, recording, run.seed):
                 rows.append({"case": run.case, "seed": run.seed, "start": start, **row})
                 print(
                     {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in rows[-1].items()}
@@ -212,19 +206,19 @@ def measure(settings: HorizonArguments, task: Task[Any, Any], runs: Sequence[Run
     return pd.DataFrame(rows)
 
 
-def _rows(settings: HorizonArguments, episode: Episode, seed: int) -> Iterator[dict[str, Any]]:
-    at_start, _ = episode.judge(episode.w, episode.lam)
-    own, other = episode.judge(episode.replay(episode.lam), episode.lam)
+def _rows(settings: HorizonArguments, recording: Recording, seed: int) -> Iterator[dict[str, Any]]:
+    at_start, _ = recording.judge(recording.w, recording.lam)
+    own, other = recording.judge(recording.replay(recording.lam), recording.lam)
     yield {"direction": NOWHERE, "move": 0.0, "own_at_start": at_start, "own": own, "other": other}
-    if tree.norm(episode.lam) == 0:
+    if tree.norm(recording.lam) == 0:
         raise ValueError("moves are parts of the norm of the meta parameters, which begin at zero here")
-    found = dict(directions(settings, episode, seed))
+    found = dict(directions(settings, recording, seed))
     longest = found[f"{WHOLE} {max(settings.horizons)}"]
     for name, direction in found.items():
         for move in settings.moves:
-            length = move * tree.norm(episode.lam)
-            lam = tree.add(episode.lam, direction, length / (tree.norm(direction) or 1.0))
-            own, other = episode.judge(episode.replay(lam), lam)
+            length = move * tree.norm(recording.lam)
+            lam = tree.add(recording.lam, direction, length / (tree.norm(direction) or 1.0))
+            own, other = recording.judge(recording.replay(lam), lam)
             cosine = tree.cosine(direction, longest)
             slope = cosine * tree.norm(longest)
             yield {"direction": name, "move": move, "own": own, "other": other, "cosine": cosine} | {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,9 +14,10 @@ from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.meter import Meter, judge
 from metaxl_evo.benchmark.problems import Episode, regression
 from metaxl_evo.benchmark.rows import Row, standing
-from metaxl_evo.bilevel import Hypergradient, PassContext, Tree, run_episode, tree
+from metaxl_evo.bilevel import BilevelProblem, Hypergradient, PassContext, Tree, run_episode, tree
 from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.problem import InnerStep
+from metaxl_evo.bilevel.update_state import UpdateState
 
 AFTER = "after_step"  # the order of an episode
 Estimation = Callable[[int], Hypergradient]  # seed -> estimate at the end of an episode that it runs
@@ -26,7 +28,13 @@ def measure_regression(settings: BenchmarkArguments) -> Iterator[list[Row]]:
     for horizon in settings.horizons:
         episode = regression(settings, horizon)
         rows = settings.rows([AFTER], horizon=horizon)
-        measure_estimations(settings, rows, partial(by_estimator, episode), partial(train, episode), episode)
+        measure_estimations(
+            settings,
+            rows,
+            partial(by_estimator, episode),
+            partial(train, episode.problem, episode.w, episode.lam, episode.train),
+            episode,
+        )
         yield rows
 
 
@@ -67,11 +75,13 @@ def by_estimator(episode: Episode, row: Row) -> Estimation:
     return estimate
 
 
-def train(episode: Episode) -> Tree:
-    """The inner steps of the episode, from which nothing is learned."""
-    w, state = episode.w, episode.problem.update.init(episode.w)
-    for batch in episode.train:
-        made = look_ahead(PassContext(episode.problem), InnerStep(w, episode.lam, batch, state)).made
+def train(
+    problem: BilevelProblem, w: Tree, lam: Tree, batches: Sequence[Any], state: UpdateState | None = None
+) -> Tree:
+    """The weights after inner steps that teach lam nothing; `state` of the optimiser before them (default: fresh)."""
+    state = problem.update.init(w) if state is None else state
+    for batch in batches:
+        made = look_ahead(PassContext(problem), InnerStep(w, lam, batch, state)).made
         assert made is not None
         w, state = made.w, made.update_state
     return w

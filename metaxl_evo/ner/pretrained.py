@@ -31,8 +31,7 @@ from metaxl_evo.models.rtn import SUBFOLDER
 from metaxl_evo.ner.arguments import SHORTEST
 from metaxl_evo.ner.synthetic import SyntheticFamily
 from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
-from metaxl_evo.training.logs import without_load_report
-from metaxl_evo.training.saved_models import ask_hub, cannot_load, not_whole, require_whole
+from metaxl_evo.training.saved_models import ask_hub, cannot_load, load, not_whole, require_whole
 
 SYNTHETIC = "synthetic"
 ALL_LINEAR = "all-linear"
@@ -119,18 +118,10 @@ def load_classifier(
     kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-        with without_load_report():
-            base, found = AutoModelForTokenClassification.from_pretrained(
-                place,
-                dtype="float32",
-                output_loading_info=True,
-                ignore_mismatched_sizes=is_other,
-                trust_remote_code=trust_remote_code,
-                **labels,
-                **kernel,
-            )
-            if is_other:
-                base, found = _with_new_head(base, **kernel)
+        given = {"ignore_mismatched_sizes": is_other, **labels, **kernel}
+        base, found = load(AutoModelForTokenClassification, place, trust_remote_code=trust_remote_code, **given)
+        if is_other:
+            base, found = _with_new_head(base, **kernel)
     except pickle.UnpicklingError as error:  # whose text advises to run what it refused
         raise _unusable(model, ValueError("its pytorch_model.bin holds more than tensors")) from error
     except Exception as error:  # the content of a file leads the library into any
@@ -145,9 +136,7 @@ def _with_new_head(base: PreTrainedModel, **kernel: Any) -> Any:
     """The encoder of a token classifier under a head as its class initialises one, and what loading it found."""
     prefix = f"{base.base_model_prefix}."
     encoder = {name: value for name, value in base.state_dict().items() if name.startswith(prefix)}
-    return type(base).from_pretrained(
-        None, config=base.config, state_dict=encoder, dtype="float32", output_loading_info=True, **kernel
-    )
+    return load(type(base), None, config=base.config, state_dict=encoder, **kernel)
 
 
 def longest_input(base: PreTrainedModel) -> int:

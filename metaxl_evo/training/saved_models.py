@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from transformers import PreTrainedModel
@@ -10,6 +12,7 @@ from transformers.utils import CONFIG_NAME
 
 from metaxl_evo.messages import first_line
 from metaxl_evo.training.hub import HUB_TIMEOUT
+from metaxl_evo.training.logs import without_load_report
 
 
 def ask_hub(model: str) -> None:
@@ -20,6 +23,20 @@ def ask_hub(model: str) -> None:
     """
     if not is_offline_mode() and not isinstance(try_to_load_from_cache(model, CONFIG_NAME), str):
         HfApi().model_info(model, timeout=HUB_TIMEOUT)
+
+
+def load(
+    kind: Any, place: str | Path | None, *, trust_remote_code: bool = False, **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A float32 model by a class of transformers, and what loading found, for the caller to judge.
+
+    Raises:
+        Exception: of any class, into which the content of a file leads the library.
+    """
+    fixed = {"dtype": "float32", "output_loading_info": True, "trust_remote_code": trust_remote_code}
+    with without_load_report():
+        model, found = kind.from_pretrained(place, **fixed, **settings)
+    return model, found
 
 
 def require_whole(model: str, base: PreTrainedModel, lacking: Sequence[str]) -> None:
