@@ -99,7 +99,7 @@ class TaskTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's, completed by a manifest, before which no older one is deleted and nothing is pushed."""
-        args, folder = self.args, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        args, folder = self.args, self._checkpoint(trial)
         if args.should_save:
             with saving(folder):
                 unseal(folder)
@@ -119,8 +119,15 @@ class TaskTrainer(Trainer):
                     seal(folder, made_by(self.model, args, self.run_settings), args.world_size)
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
-        if args.should_save:
-            rotate(folder, args.save_total_limit, self.state.best_model_checkpoint)
+        self._rotate(folder)
+
+    def _checkpoint(self, trial: Any) -> Path:
+        """The folder of this step."""
+        return Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+
+    def _rotate(self, newest: Path) -> None:
+        if self.args.should_save and newest.is_dir():
+            rotate(newest, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.load_pretrained(resume_from_checkpoint)

@@ -173,7 +173,9 @@ class MetaTrainer(StoppableTrainer):
             refuse_unresumable(self.args)
             require_same(checkpoint, made_by(self.model, self.args, self.run_settings), self.args.world_size)
         self._found = []  # from here on the folder is this trainer's
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
+        output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        self._rotate(self._checkpoint(trial))  # a killed run may have kept one too many
+        return output
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, with meta rows and a meta level of its own, whoever has asked for data loaders."""
