@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
@@ -103,7 +102,7 @@ class _Pass:
 
 
 _DETACH = Tensor.detach  # that of torch, whatever stands in its place during a pass
-_CURRENT: ContextVar[_Pass | None] = ContextVar("metaxl_evo_pass", default=None)
+_CURRENT = "metaxl_evo_pass"  # of the thread; autograd hands it on to those in which a device's backward runs
 
 
 class Unrecorded(RuntimeError):
@@ -112,12 +111,17 @@ class Unrecorded(RuntimeError):
 
 @contextmanager
 def running(inputs: Inputs, tape: Tape, facts: Facts, stack: ExitStack) -> Iterator[None]:
-    """Make a pass the current one."""
-    token = _CURRENT.set(_Pass(inputs, tape, facts, stack))
+    """Make a pass the current one, for what its backward computes again as well."""
+    before = _current_pass()
+    torch._C._stash_obj_in_tls(_CURRENT, _Pass(inputs, tape, facts, stack))
     try:
         yield
     finally:
-        _CURRENT.reset(token)
+        torch._C._stash_obj_in_tls(_CURRENT, before)
+
+
+def _current_pass() -> _Pass | None:
+    return torch._C._get_obj_in_tls(_CURRENT) if torch._C._is_key_in_tls(_CURRENT) else None
 
 
 def stop_gradient(x: Tensor, key: Hashable | None = None) -> Tensor:
@@ -136,7 +140,7 @@ def stop_gradient(x: Tensor, key: Hashable | None = None) -> Tensor:
     Raises:
         RuntimeError: where a pass brings another value for a key that it recorded, or asks for what was not recorded.
     """
-    current = _CURRENT.get()
+    current = _current_pass()
     if current is None:
         return _detached(x)
     current.facts.stop_gradients = True
@@ -183,13 +187,13 @@ def plain_detaches() -> Iterator[None]:
     The method itself is exchanged, since a `TorchFunctionMode` does not see into functions that torch overrides as a
     whole (`gumbel_softmax`). What runs elsewhere, another thread or the backward of another pass, is left alone.
     """
-    current = _CURRENT.get()
+    current = _current_pass()
     if current is None or current.inputs is Inputs.LIVE or not current.facts.replay_detach:
         yield
         return
 
     def detach(x: Tensor) -> Tensor:
-        return _still(current, x, ("detach", next(current.detaches))) if _CURRENT.get() is current else _detached(x)
+        return _still(current, x, ("detach", next(current.detaches))) if _current_pass() is current else _detached(x)
 
     before = Tensor.detach, torch.detach
     Tensor.detach = torch.detach = detach  # type: ignore
@@ -201,7 +205,7 @@ def plain_detaches() -> Iterator[None]:
 
 def keep(x: Tensor) -> None:
     """Offer the hidden states that a cut's prefix would compute; a recording pass keeps them."""
-    current = _CURRENT.get()
+    current = _current_pass()
     if current is not None and current.inputs is Inputs.RECORD:
         current.tape.kept = _detached(x)
 
@@ -209,7 +213,7 @@ def keep(x: Tensor) -> None:
 @contextmanager
 def for_this_pass(manager: AbstractContextManager[Any]) -> Iterator[None]:
     """Enter `manager` until the current pass ends, its backward included; outside any pass, for the `with` block."""
-    current = _CURRENT.get()
+    current = _current_pass()
     if current is None:
         with manager:
             yield

@@ -40,7 +40,8 @@ PLACES = (*OUTSIDE, "data")  # settings that may differ between two runs of equa
 OF_THE_USER = ("notes.txt", "below/notes.txt")
 LIKE_OURS = (RESULTS, "config.json", "README.md", "meta/model.safetensors", "checkpoint-9/weights", MARK, "_draft/a")
 OWN = LineTask.own_files
-FAULTS = st.none() | st.builds(Fault, st.sampled_from(["kill", "full"]), st.integers(1, 170))
+EARLY, ANYWHERE = st.integers(1, 60), st.integers(1, 170)
+FAULTS = st.none() | st.builds(Fault, st.just("kill"), EARLY | ANYWHERE) | st.builds(Fault, st.just("full"), ANYWHERE)
 Made = tuple[float, float]  # learning rate, slope of the data
 
 
