@@ -26,6 +26,14 @@ from metaxl_evo.bilevel.replay import Inputs, Tape, plain_detaches, running
 from metaxl_evo.bilevel.tree import Tree
 
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # of the devices, the host, their libraries
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is about memory, and says nothing about what was computed."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in NO_MEMORY)
+
+
 @dataclass
 class Counts:
     """Work of one hypergradient, in passes over one part of a batch.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from metaxl_evo.bilevel import gate, tree
 from metaxl_evo.bilevel.directions import moved
-from metaxl_evo.bilevel.passes import PassContext
+from metaxl_evo.bilevel.passes import PassContext, is_out_of_memory
 from metaxl_evo.bilevel.replay import Inputs
 from metaxl_evo.bilevel.samples import alone, first_part, smaller, untested
 from metaxl_evo.bilevel.tree import Tree
@@ -126,7 +126,7 @@ def _with(passes: PassContext, engine: str, run: Callable[[str], Found]) -> Foun
         try:
             found = run(one)
         except (RuntimeError, ValueError) as error:
-            if _is_memory(error):
+            if is_out_of_memory(error):
                 raise
             first, last = first or error, error
             continue
@@ -217,7 +217,7 @@ def require_forward_ad(passes: PassContext, w: Tree, lam: Tree, batch: object, w
             except NoDerivative:
                 raise
             except RuntimeError as error:  # perhaps of fewer rows
-                if _is_memory(error):
+                if is_out_of_memory(error):
                     return
                 failed = error
                 continue
@@ -247,7 +247,7 @@ def _forward_agrees(here: PassContext, w: Tree, lam: Tree, part: object, wrt: Se
         with here.scope(0, second_order=True):
             other = double_backward(here, w, point, part, lambda grad: v, wrt)
     except RuntimeError as error:
-        if _is_memory(error):
+        if is_out_of_memory(error):
             raise
         step = 0.01 / tree.norm(v)
         other, finer = ([_finite_difference(here, w, point, part, v, h, one) for one in wrt] for h in (step, step / 2))
@@ -270,10 +270,6 @@ def _samples(passes: PassContext, batch: object) -> list[tuple[PassContext, obje
     """Contexts for a few rows of a part and for that part; none where this process has no rows."""
     found = first_part(passes, batch)
     return [] if found is None else [(alone(passes), part) for part in smaller(*found)]
-
-
-def _is_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def double_backward(
