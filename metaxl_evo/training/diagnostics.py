@@ -81,7 +81,7 @@ class Diagnostics:
         Raises:
             RuntimeError: out of memory.
         """
-        passes = replace(passes.elsewhere(), counts=Counts())
+        passes = replace(passes.elsewhere(), counts=Counts(), precision="float32")
         step = step if step.made is not None else look_ahead(passes, step)
         assert step.made is not None
         if self.exact.second_order and not passes.problem.second_order:
