@@ -181,7 +181,8 @@ def _keeping(trainer: MetaTrainer, folder: Path) -> Iterator[None]:
         kept = any((place / name).exists() for place, name in ((folder, RESULTS), (last, MANIFEST)))
         if ended and not kept and (args.world_size > 1 or args.load_best_model_at_end):
             newest = next((one.name for one in checkpoints_in(folder) if (one / MANIFEST).exists()), "the start")
-            logger.warning("no checkpoint keeps the last step: what is resumed goes on from %s", newest)
+            if args.should_log:
+                logger.warning("no checkpoint keeps the last step: what is resumed goes on from %s", newest)
         elif ended and not kept:
             trainer.keep_step()
         raise
