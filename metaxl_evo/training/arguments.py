@@ -227,8 +227,15 @@ class MetaTrainingArguments(TrainingArguments):
         return estimator
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the estimator, whose class another process need not know."""
-        return {key: value for key, value in vars(self).items() if key != "_kept_estimator"}
+        """Without the estimator, whose class another process need not know, and the token: files may be uploaded."""
+        kept = {key: value for key, value in vars(self).items() if key != "_kept_estimator"}
+        return kept | {"hub_token": None}
+
+    def __copy__(self) -> Self:
+        """With the token, which a copy in this process needs."""
+        copied = object.__new__(type(self))
+        vars(copied).update(self.__getstate__(), hub_token=self.hub_token)
+        return copied
 
     def make_optimizer(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
         """The base optimiser that optimizer_class names."""

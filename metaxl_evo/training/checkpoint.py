@@ -189,6 +189,9 @@ def require_writable(folder: str | Path, setting: str = "output_dir") -> None:
     Raises:
         ValueError: with the setting that asks for it and the reason.
     """
+    for place in (Path(folder), *Path(folder).parents):
+        if place.is_symlink() and not place.exists():
+            raise ValueError(f"{setting}: {place} is a link to {place.readlink()}, which is not there: choose another")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
