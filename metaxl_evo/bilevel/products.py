@@ -305,7 +305,8 @@ def double_backward(
     _refuse_once_differentiable(along)
     targets = [leaf for index in wrt for leaf in at[index].values()]
     products = iter(torch.autograd.grad(along, targets, materialize_grads=True))
-    return [{name: next(products) for name in at[index]} for index in wrt]
+    # Materialised zeros of torch 2.8 require a gradient.
+    return [{name: next(products).detach() for name in at[index]} for index in wrt]
 
 
 def _refuse_once_differentiable(value: Tensor) -> None:
