@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 PRECISIONS = ("float32", "tf32", "bf16")
-_KERNELS = [(of, kind) for of in ("cuda", "cudnn", "mkldnn") for kind in ("matmul", "conv", "rnn")]
+_LIBRARIES = {"cuda": ("cuda", "cudnn"), "cpu": ("mkldnn",)}  # that compute on a kind of device
 
 
 @contextmanager
@@ -31,14 +32,21 @@ def computing(precision: str, devices: Iterable[str]) -> Iterator[None]:
         yield
 
 
-def computes_in_float32() -> bool:
-    """Whether all kernels compute float32 numbers as such, as far as torch was told."""
-    return all(value == exact for *_, value, exact in _switches())
+def computes_in_float32(devices: Iterable[str], module: nn.Module) -> bool:
+    """Whether the layers of a module compute float32 numbers as such on these kinds of devices, as torch is set."""
+    layers = {"conv": nn.modules.conv._ConvNd, "rnn": nn.RNNBase}
+    kinds = {kind for kind, layer in layers.items() if any(isinstance(one, layer) for one in module.modules())}
+    libraries = {library for device in devices for library in _LIBRARIES.get(device, ())}
+    return all(
+        value == exact
+        for library, kind, _, _, value, exact in _switches()
+        if library in libraries and kind in {"matmul", *kinds}
+    )
 
 
 @contextmanager
 def _ieee() -> Iterator[None]:
-    changed = [(holder, name, value, exact) for holder, name, value, exact in _switches() if value != exact]
+    changed = [(*place, value, exact) for _, _, *place, value, exact in _switches() if value != exact]
     for holder, name, _, exact in changed:
         setattr(holder, name, exact)
     try:
@@ -48,14 +56,18 @@ def _ieee() -> Iterator[None]:
             setattr(holder, name, value)
 
 
-def _switches() -> Iterator[tuple[Any, str, Any, Any]]:
-    """What decides on the precision of kernels, its value, and that of float32."""
+def _switches() -> Iterator[tuple[str, str, Any, str, Any, Any]]:
+    """Library, kind of kernel, what decides on its precision, by which name, its value, and that of float32."""
     if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
-        for holder in (torch.backends.cuda.matmul, torch.backends.cudnn):
-            yield holder, "allow_tf32", holder.allow_tf32, False
+        for library, kind, holder in (
+            ("cuda", "matmul", torch.backends.cuda.matmul),
+            ("cudnn", "conv", torch.backends.cudnn),
+        ):
+            yield library, kind, holder, "allow_tf32", holder.allow_tf32, False
         return
-    for of, kind in _KERNELS:
-        kernels: Any = getattr(getattr(torch.backends, of), kind, None)
-        if kernels is not None:
-            value = kernels.fp32_precision
-            yield kernels, "fp32_precision", value, value if value == "none" else "ieee"
+    for library in ("cuda", "cudnn", "mkldnn"):
+        for kind in ("matmul", "conv", "rnn"):
+            kernels: Any = getattr(getattr(torch.backends, library), kind, None)
+            if kernels is not None:
+                value = kernels.fp32_precision
+                yield library, kind, kernels, "fp32_precision", value, value if value == "none" else "ieee"

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from metaxl_evo.benchmark.memory import PeakMemory, live_tensors
-from metaxl_evo.bilevel import SGD, BilevelProblem, Hypergradient, PassContext, Tree, gate, hypergradient
+from metaxl_evo.bilevel import SGD, BilevelProblem, Hypergradient, PassContext, Tree, gate, hypergradient, tree
 from metaxl_evo.bilevel.hypergradients import estimate
 from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.products import ENGINES, hessian_product, mixed_product
@@ -550,10 +550,12 @@ WIDE = 8_000  # rows of the embeddings
 
 
 def peak_of(folder: Path, **fields: Any) -> int:
-    """Of a step whose body is a quarter of its weights, as in XLM-R base."""
+    """Of a step whose body is a quarter of its weights, as in XLM-R base; groups of leaves are in proportion to it."""
     peak = Peak(3)
     tagger = tiny_tagger(dropout=False, layers=(2,), base={"vocab_size": WIDE, "intermediate_size": 512})
-    tiny_trainer(folder, tagger=tagger, trainer={"callbacks": [peak]}, max_steps=3, **fields).train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree, "TOGETHER", 2**14)
+        tiny_trainer(folder, tagger=tagger, trainer={"callbacks": [peak]}, max_steps=3, **fields).train()
     return peak.peak
 
 
