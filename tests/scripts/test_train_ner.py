@@ -16,7 +16,19 @@ from metaxl_evo.experiments.run_folder import State, state_of
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.arguments import METHODS
 from scripts.train_ner import main
-from tests.scripts.runs import TINY, WITH_DEV, argv, cut_off_after, read, same, train, unnamed, weights, write_data
+from tests.scripts.runs import (
+    TINY,
+    WITH_DEV,
+    argv,
+    cut_off_after,
+    read,
+    same,
+    train,
+    unnamed,
+    weights,
+    write_data,
+    write_model,
+)
 
 COUNTS = {"n_sentences": 30, "n_truncated_words": 0}
 SETTINGS = {"copies": 4, "parameters": "^classifier"}
@@ -44,9 +56,12 @@ def test_every_method(tmp_path: Path, model: Path, data: Path, method: str) -> N
     assert results["settings"]["method"] == method
 
 
-def test_it_begins_with_a_trained_rtn(tmp_path: Path, model: Path, data: Path, trained: Path) -> None:
+def test_it_begins_with_a_trained_rtn(
+    tmp_path: Path, model: Path, data: Path, trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     begun = tmp_path / "out"
     train(model, data, begun, method="frozen_rtn", rtn_name_or_path=trained, seed=5)
+    assert "was trained with" not in caplog.text
     found, given = (
         {name: leaf for name, leaf in weights(folder).items() if name.startswith("rtn.")}
         for folder in (begun, trained)
@@ -54,6 +69,9 @@ def test_it_begins_with_a_trained_rtn(tmp_path: Path, model: Path, data: Path, t
     assert same(found, given)
     with pytest.raises(ValueError, match=r"has layers \[2\], not \[1\]: set rtn_layers, rtn_kind, \.\.\. as it has$"):
         train(model, data, tmp_path / "other", rtn_name_or_path=trained, rtn_layers=1)
+    another = write_model(tmp_path / "another")
+    train(another, data, tmp_path / "of_another", rtn_name_or_path=trained, max_steps=1)
+    assert f"was trained with {model}, not {another}" in caplog.text
 
 
 def test_the_methods_are_six() -> None:

@@ -69,6 +69,12 @@ def test_the_judges_are_the_last_images_askew(tmp_path: Path) -> None:
         turned(file, train_size=5)
 
 
+def test_a_number_that_a_long_tail_does_not_reach_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of 3 images a class are kept 3, 2, 2, 2 and six times 1: 3 * 3 ** (-c / 9), rounded down."""
+    noisy(pack(tmp_path / "a.npz"), meta_size=10, imbalance_factor=3, train_size=30)
+    assert "train_size is 30, there are only 15 images: taking all" in caplog.text
+
+
 def test_both_methods_of_a_seed_train_on_the_same_labels(tmp_path: Path) -> None:
     file = pack(tmp_path / "a.npz")
     found = [
