@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -82,3 +82,17 @@ def size(a: Mapping[str, Tensor]) -> int:
 def all_finite(a: Mapping[str, Tensor]) -> bool:
     """Whether no leaf holds an infinity or a NaN."""
     return all(bool(torch.isfinite(leaf).all()) for leaf in a.values())
+
+
+def buckets(a: Mapping[str, Tensor], numbers: int) -> Iterator[list[str]]:
+    """Names of leaves of one dtype, as many as hold so many numbers together, or a larger one alone."""
+    for dtype in dict.fromkeys(leaf.dtype for leaf in a.values()):
+        bucket: list[str] = []
+        held = 0
+        for name, leaf in [(name, leaf) for name, leaf in a.items() if leaf.dtype == dtype]:
+            if bucket and held + leaf.numel() > numbers:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append(name)
+            held += leaf.numel()
+        yield bucket

@@ -30,6 +30,8 @@ from metaxl_evo.bilevel.products import mixed_product
 from metaxl_evo.bilevel.torch_optimizers import from_optimizer
 from metaxl_evo.bilevel.update_state import UpdateState
 from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder, OneStep
+from metaxl_evo.estimators import evograd as evograd_module
+from metaxl_evo.estimators import noise as noise_module
 from tests.estimators.problems import (
     Quadratic,
     Toy,
@@ -344,7 +346,10 @@ def peak(toy: Toy, estimator: Estimator) -> int:
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["full", "cut"])
-def test_memory_is_flat_in_the_number_of_copies(cut: bool) -> None:
+def test_memory_is_flat_in_the_number_of_copies(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond those that are drawn or evaluated together."""
+    monkeypatch.setattr(noise_module, "_BLOCK", 2**10)  # in proportion to the small network
+    monkeypatch.setattr(evograd_module, "TOGETHER", 2**16)
     toy, lam_bytes = wide_problem(cut)
     settings: dict[str, Any] = {"parameters": "head"} if cut else {}
     few, many = (peak(toy, EvoGrad(copies=copies, **settings)) for copies in (4, 32))
