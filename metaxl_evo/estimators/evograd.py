@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -182,7 +181,7 @@ class _SharedPass:
     """One pass of what no copy perturbs; the copies are evaluations of the suffix, one backward reaches lam.
 
     As many copies as fit `TOGETHER` are evaluated in one pass. One graph at a time: that of a single part waits for
-    the cotangent, those of several are made anew.
+    the cotangent (with all losses, where one pass made them), those of several are made anew.
     """
 
     def __init__(self, passes: PassContext, step: InnerStep, noise: Perturbations, cut: Cut) -> None:
@@ -191,14 +190,16 @@ class _SharedPass:
         parts = passes.parts(step.batch)
         self.below = [passes.prefix(step.w, index, part) for index, part in parts]
         self.hidden: list[Tensor] = []
+        self.graph: Tensor | None = None
         losses = torch.zeros(noise.copies, dtype=torch.float64, device=next(iter(step.lam.values())).device)
         for index, part in parts:
             with passes.scope(index):
                 hidden = self._hidden(index, part)
-                with torch.no_grad():
-                    losses += torch.cat(
-                        [self._losses(copies, hidden, index, part) for copies in self._together(hidden)]
-                    )
+                together = self._together(hidden)
+                with torch.set_grad_enabled(len(parts) == len(together) == 1):
+                    found = torch.cat([self._losses(copies, hidden, index, part) for copies in together])
+            self.graph = found if found.requires_grad else None
+            losses += found.detach()
             self.hidden.append(hidden if len(parts) == 1 else hidden.detach())
         self.losses = passes.all_reduce_one(losses)
 
@@ -207,6 +208,8 @@ class _SharedPass:
         total = tree.zeros_like(self.lam)
         for index, part in self.passes.parts(self.step.batch):
             with self.passes.scope(index):
+                if self.graph is not None:
+                    return self._to_lam(self.graph, coefficients.to(self.graph.dtype))
                 leaf = self.hidden[index].detach().requires_grad_()
                 cotangent = torch.zeros_like(leaf)
                 for copies in self._together(leaf):
@@ -215,14 +218,16 @@ class _SharedPass:
                     cotangent += torch.autograd.grad(losses, leaf, weights)[0]
                 self.passes.reseed(index)
                 hidden = self.hidden[index] if len(self.hidden) == 1 else self._hidden(index, part)
-                if not hidden.requires_grad:
-                    continue
-                found = torch.autograd.grad(
-                    hidden, list(self.lam.values()), cotangent, allow_unused=True, materialize_grads=True
-                )
-            self.passes.counts.backwards += 1
-            total = tree.add(total, dict(zip(self.lam, found, strict=True)))
-        return tree.detach(total)
+                if hidden.requires_grad:
+                    total = tree.add(total, self._to_lam(hidden, cotangent))
+        return total
+
+    def _to_lam(self, output: Tensor, cotangent: Tensor) -> Tree:
+        self.passes.counts.backwards += 1
+        found = torch.autograd.grad(
+            output, list(self.lam.values()), cotangent, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(self.lam, found, strict=True))
 
     def _hidden(self, index: int, part: Any) -> Tensor:
         below = self.below[index]
@@ -232,12 +237,12 @@ class _SharedPass:
             self.passes.counts.suffixes += 1
         return self.cut.hidden(self.w, self.lam, below, part)
 
-    def _together(self, hidden: Tensor) -> Iterator[range]:
+    def _together(self, hidden: Tensor) -> list[range]:
         """The copies that are evaluated in one pass, each for as large as its weights and the hidden states."""
         batched, each = self.passes.problem.facts.batched, hidden.numel() + tree.size(self.noise.like)
         size = max(1, TOGETHER // max(1, each)) if batched is not False else 1
-        for first in range(0, self.noise.copies, size):
-            yield range(first, min(first + size, self.noise.copies))
+        copies = range(self.noise.copies)
+        return [copies[first : first + size] for first in range(0, len(copies), size)]
 
     def _losses(self, copies: range, hidden: Tensor, index: int, part: Any) -> Tensor:
         """The losses of some copies, (copies,)."""
