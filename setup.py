@@ -32,9 +32,9 @@ setup(
     package_data={"metaxl_evo": ["py.typed", "experiments/report.html.jinja"], "vision_tasks": ["py.typed"]},
     entry_points={"console_scripts": ["metaxl-evo = metaxl_evo.cli:script"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",
         "transformers>=5.23,<6",
-        "accelerate>=1.10,<2",
+        "accelerate>=1.12,<2",
         "datasets>=4.0,<6",
         "evaluate>=0.4.2",
         "seqeval>=1.2.2",

@@ -1,7 +1,8 @@
 """A pretend GPU: tensors of a device of their own that hold CPU data, to be used in a process of its own.
 
 What they compute is counted (`Launches`), an operator on tensors of both devices fails, and their backward runs in
-autograd's device thread, as on CUDA. The device is there from the first entry on, which has to come before any backward.
+autograd's device thread, as on CUDA. The device is there from the first entry on, which has to come before
+any backward.
 """
 
 from __future__ import annotations

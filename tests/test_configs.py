@@ -574,6 +574,7 @@ STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "noisy_labels_cpu": (["0", "0.2", "0.4"], 3, 5),
     "quickstart": (["beru", "celu"], 2, 3),
     "rotation_cpu": ([""], 3, 4),
+    "rotation_paper": ([""], 5, 3),
     "rtn_horizon_cpu": (["sw"], 3, 3),
 }
 

@@ -11,6 +11,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
@@ -134,6 +136,18 @@ def test_every_third_party_import_is_declared():
     third_party = {DISTRIBUTIONS.get(top, top) for top in found - sys.stdlib_module_names - ours}
     assert "torch" in third_party
     assert third_party <= declared()
+
+
+def test_every_package_that_setup_names_has_a_pin_in_its_range():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, filter(re.compile("[^#]").match, lines))}
+    keywords = setup_keywords()
+    named = [ast.literal_eval(keywords["install_requires"]), *ast.literal_eval(keywords["extras_require"]).values()]
+    asked = [Requirement(one) for group in named for one in group]
+    assert len(asked) > 40
+    for one in asked:
+        (version,) = (pin.version for pin in pins[canonicalize_name(one.name)].specifier)
+        assert version in one.specifier, one
 
 
 def test_the_packages_say_that_they_are_typed_and_bring_their_data():

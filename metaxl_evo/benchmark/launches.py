@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-IDLE = frozenset(  # beside views: allocations and questions that the host answers
-    "empty empty_like empty_strided new_empty new_empty_strided detach alias lift_fresh is_pinned is_same_size "
-    "_local_scalar_dense resolve_conj resolve_neg set_ _has_same_storage_numel sym_size sym_numel _reshape_alias "
-    "_unsafe_view view split split_with_sizes unbind reshape as_strided _nested_tensor_from_mask_left_aligned "
-    "record_stream _pin_memory".split()
-)
-WAITS = frozenset("_local_scalar_dense nonzero masked_select equal _unique2 unique_dim unique_consecutive".split())
-INDEXES = frozenset("index index_put index_put_ _index_put_impl_".split())
+IDLE = {  # beside views: allocations, and questions that the host answers
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "record_stream"),
+    *("detach", "alias", "lift_fresh", "view", "reshape", "_reshape_alias", "_unsafe_view", "as_strided"),
+    *("is_pinned", "is_same_size", "resolve_conj", "resolve_neg", "_has_same_storage_numel", "sym_size", "sym_numel"),
+    "_local_scalar_dense",  # a wait
+}
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive"}
+INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
 def is_launched(operator: Any) -> bool:
@@ -37,9 +36,7 @@ def wait(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str |
     name = operator.overloadpacket.__name__
     if name in WAITS:
         return str(name)
-    if name in INDEXES and any(
-        isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in args[1]
-    ):
+    if name in INDEXES and any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in args[1]):
         return "index by a mask"
     if name == "repeat_interleave" and kwargs.get("output_size") is None:
         return str(name)
@@ -75,8 +72,3 @@ class Launches(TorchDispatchMode):
         kwargs = kwargs or {}
         self.note(func, args, kwargs)
         return func(*args, **kwargs)
-
-
-def devices_in(*trees: Any) -> set[str]:
-    """The kinds of devices of all tensors in some nested arguments."""
-    return {leaf.device.type for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)}

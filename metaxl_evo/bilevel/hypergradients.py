@@ -81,6 +81,7 @@ def hypergradient(
     noise: Sequence[Tree] | None = None,
     update_state: UpdateState | None = None,
     made: StepMade | None = None,
+    precision: str = "float32",
 ) -> Hypergradient:
     """Estimate the hypergradient of one inner step.
 
@@ -94,6 +95,7 @@ def hypergradient(
         noise: perturbations to use in place of drawn ones, a sequence of trees at true scale (EvoGrad).
         update_state: the inner optimiser's state before the step (default: that before a first step).
         made: the step, where it was made already; the estimate is then of that very step.
+        precision: of the passes (`metaxl_evo.bilevel.precision`).
 
     Raises:
         ValueError: where the estimator cannot serve this problem, with the reason.
@@ -113,7 +115,8 @@ def hypergradient(
                 raise ValueError("a step that was made needs `update_state`, the optimiser's state before it")
             update_state = problem.update.init(w)
         made = StepMade(tree.detach(made.w), tree.detach(made.grad), made.update_state)
-    passes = PassContext(problem, seed=_draw_seed(generator), noise=noise, devices=devices_of(w, lam))
+    seed, devices = _draw_seed(generator), devices_of(w, lam)
+    passes = PassContext(problem, seed=seed, noise=noise, devices=devices, precision=precision)
     estimator.prepare(passes, w, lam, train_batch)
     step = InnerStep(w, lam, train_batch, update_state, made, val_batch)
     if state is None:

@@ -20,10 +20,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel.precision import computing
 from metaxl_evo.bilevel.problem import BilevelProblem, Loss
 from metaxl_evo.bilevel.randomness import mix_seed, random_state, seed_all, seeded
 from metaxl_evo.bilevel.replay import Inputs, Tape, plain_detaches, running
 from metaxl_evo.bilevel.tree import Tree
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")  # of the devices, the host, their libraries
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is about memory, and says nothing about what was computed."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in NO_MEMORY)
 
 
 @dataclass
@@ -51,13 +59,14 @@ class PassContext:
     """Runs the passes of one meta step and counts them.
 
     `seed` fixes the randomness that the passes share; `noise` holds injected perturbations (for oracles), if any;
-    `devices` are the CUDA devices whose random state has to be kept.
+    `devices` are the CUDA devices whose random state has to be kept; `precision` is one of `PRECISIONS`.
     """
 
     problem: BilevelProblem
     seed: int = 0
     noise: Sequence[Tree] | None = None
     devices: Sequence[torch.device] = ()
+    precision: str = "float32"
     counts: Counts = field(default_factory=Counts)
     _tapes: dict[int, Tape] = field(default_factory=dict)
 
@@ -80,8 +89,7 @@ class PassContext:
         """One pass over one part: forward and backward both belong inside.
 
         `second_order` confines attention to the math kernel, the only one that can be differentiated twice or in
-        forward mode. `stream` other than 0 draws independent randomness. Autocast is off: a difference of passes has
-        to be of more digits than it leaves.
+        forward mode. `stream` other than 0 draws independent randomness.
 
         Raises:
             ValueError: under `torch.inference_mode`, where autograd sees nothing.
@@ -92,8 +100,7 @@ class PassContext:
                 "block (torch.no_grad() is no obstacle)"
             )
         with ExitStack() as stack:
-            for kind in {"cpu", *(device.type for device in self.devices)}:
-                stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(computing(self.precision, {"cpu", *(device.type for device in self.devices)}))
             stack.enter_context(seeded(self._seed_of(part, stream), self.devices))
             stack.enter_context(self.problem.scope())
             stack.enter_context(torch.enable_grad())

@@ -35,9 +35,9 @@ def untested(
 
 
 def alone(passes: PassContext) -> PassContext:
-    """A context for single parts, whose passes are not counted."""
+    """A context for single parts in full precision, whose passes are not counted."""
     problem = replace(passes.problem, parts=lambda part: (part,), reads_lam=lambda part: part)
-    return replace(passes.elsewhere(), problem=problem, counts=type(passes.counts)())
+    return replace(passes.elsewhere(), problem=problem, precision="float32", counts=type(passes.counts)())
 
 
 def first_part(passes: PassContext, batch: Any) -> tuple[Any, int | None] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,6 @@ OTHERS = {
     Tensor.__array__: ".numpy()",
 }
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "metaxl_evo")
-APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 MOST = 200  # places that are tried
 MOVED = 1.01
 
@@ -104,12 +103,20 @@ def _moved(x: Any) -> Any:
 def _line() -> str | None:
     """The innermost frame that is the user's own; None inside an autograd function, which has its own backward."""
     folders = [Path(str(sys.modules[name].__file__)).parent for name in LIBRARIES if name in sys.modules]
+    forwards = set(_forwards(torch.autograd.Function))
     found, frame = "the model", cast(Any, sys._getframe(2))
     while frame is not None:
-        if frame.f_code is APPLY:
+        if frame.f_code in forwards:
             return None
         file = Path(frame.f_code.co_filename)
         if found == "the model" and not any(file.is_relative_to(folder) for folder in folders):
             found = f"{file}:{frame.f_lineno}"
         frame = frame.f_back
     return found
+
+
+def _forwards(function: type) -> Iterator[Any]:
+    """The code of every autograd function's forward: `apply`, which calls it, has no frame since torch 2.15."""
+    for kind in function.__subclasses__():
+        yield getattr(kind.forward, "__code__", None)
+        yield from _forwards(kind)

@@ -278,7 +278,7 @@ def _derivative(ends: Tree, cotangent: Tree, leaves: Tree) -> Tree:
     if not moved:
         return tree.zeros_like(leaves)
     found = torch.autograd.grad(torch.stack(moved).sum(), list(leaves.values()), materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+    return tree.detach(dict(zip(leaves, found, strict=True)))  # materialised zeros of torch 2.8 require a gradient
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from metaxl_evo.bilevel.directions import moved, random_like, sizes
 from metaxl_evo.bilevel.float64 import promoted
-from metaxl_evo.bilevel.passes import PassContext
+from metaxl_evo.bilevel.passes import PassContext, is_out_of_memory
 from metaxl_evo.bilevel.replay import Inputs, plain_detaches
 from metaxl_evo.bilevel.samples import alone, mapped, smaller
 from metaxl_evo.bilevel.severed import ALLOW, culprit, refusal
@@ -114,6 +114,8 @@ class Trial:
         try:
             good = self._holds()
         except RuntimeError as error:  # a backward that computes again has seen others than were replayed
+            if is_out_of_memory(error):
+                raise
             logger.debug("plain detach cannot be replayed: %s", error)
         finally:
             self.facts.replay_detach = bool(good)

@@ -35,7 +35,7 @@ class EngineEstimator(Estimator):
         return self.engine in ("double_backward", "jvp")
 
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
-        prepare(passes, self._engine(passes.problem), w, lam, batch)
+        prepare(passes, self._engine(passes.problem), w, lam, batch, radius=self.radius)
 
     def _engine(self, problem: BilevelProblem) -> str:
         return self.engine if self.engine != "auto" or problem.second_order else "finite_difference"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 
 import torch
@@ -27,8 +27,8 @@ _GOLDEN, _FIRST, _SECOND = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF5847
 class Perturbations:
     """The K perturbations eps_k of the leaves `like`: drawn on demand, or injected.
 
-    The leaves of a dtype are drawn together, as many as fit a block (`_BLOCK` numbers). Where all leaves of all copies
-    fit one they are kept for the next use; they are drawn again otherwise.
+    The leaves of a dtype are drawn together, as many as fit a block (`_BLOCK` numbers, four times that off the CPU).
+    Where all leaves of all copies fit one they are kept for the next use, else their random words where these fit.
 
     Args:
         copies: K; with `antithetic` they come in pairs +eps, -eps.
@@ -54,9 +54,12 @@ class Perturbations:
         self.like, self.seed, self.kind, self.sigma, self.antithetic = like, seed, kind, sigma, antithetic
         self.rows, self.injected = rows or {}, injected
         self.copies = copies if injected is None else len(injected)
+        device = next(iter(like.values())).device
+        self._block = _BLOCK if device.type == "cpu" else 4 * _BLOCK  # no cache to fit, and launches to save
         whole = {name: leaf for name, leaf in like.items() if name not in self.rows}
-        self._blocks = [*tree.buckets(whole, _BLOCK), *([name] for name in like if name in self.rows)]
-        self._keeps, self._kept = self.copies * tree.size(like) <= _BLOCK, dict[int, Tensor]()
+        self._blocks = [*tree.buckets(whole, self._block), *([name] for name in like if name in self.rows)]
+        self._kept = self._store(tree.size(like))
+        self._kept_words = self._store(sum(map(self._count, like)))
 
     def __getitem__(self, k: int) -> Tree:
         found: Tree = {}
@@ -73,7 +76,7 @@ class Perturbations:
         found: Tree = {}
         for block, names in enumerate(self._blocks):
             eps, at = self._eps(block, copies), _flat(w, names)
-            found |= self._leaves(block, eps + at if self._keeps else eps.add_(at))
+            found |= self._leaves(block, eps.add_(at) if self._kept is None else eps + at)
         return found
 
     def combined(self, w: Tree, weights: Tensor) -> Tree:
@@ -97,7 +100,7 @@ class Perturbations:
 
     def _together(self, block: int) -> Iterator[range]:
         """The copies in groups: as many of a small block as fit one, of a large one, one at a time."""
-        size = max(1, _BLOCK // max(1, sum(self.like[name].numel() for name in self._blocks[block])))
+        size = max(1, self._block // max(1, sum(self.like[name].numel() for name in self._blocks[block])))
         for first in range(0, self.copies, size):
             yield range(first, min(first + size, self.copies))
 
@@ -110,13 +113,23 @@ class Perturbations:
             for (name, leaf), piece in zip(like.items(), pieces, strict=True)
         }
 
+    def _store(self, size: int) -> dict[int, Tensor] | None:
+        """For so many numbers a copy, by block; None where they do not fit."""
+        return {} if self.copies * size <= self._block else None
+
+    def _once(
+        self, store: dict[int, Tensor] | None, draw: Callable[[int, range], Tensor], block: int, copies: range
+    ) -> Tensor:
+        """What is drawn for some copies: fresh, or a view of what is kept."""
+        if store is None:
+            return draw(block, copies)
+        if block not in store:
+            store[block] = draw(block, range(self.copies))
+        return store[block][copies.start : copies.stop]
+
     def _eps(self, block: int, copies: range) -> Tensor:
-        """eps_k of a block for some copies, (copies, n): fresh, or a view of what is kept."""
-        if not self._keeps:
-            return self._drawn(block, copies)
-        if block not in self._kept:
-            self._kept[block] = self._drawn(block, range(self.copies))
-        return self._kept[block][copies.start : copies.stop]
+        """eps_k of a block for some copies, (copies, n)."""
+        return self._once(self._kept, self._drawn, block, copies)
 
     def _drawn(self, block: int, copies: range) -> Tensor:
         like = [self.like[name] for name in self._blocks[block]]
@@ -124,7 +137,8 @@ class Perturbations:
             given = [torch.cat([self.injected[k][name].flatten() for name in self._blocks[block]]) for k in copies]
             return torch.stack(given).to(like[0])
         draw, numbers_of_word = (_signs, 64) if self.kind == "sign" else (_normals, 2)
-        drawn = draw(self._words(block, copies), like[0].dtype, self.sigma)
+        words = self._once(self._kept_words, self._words, block, copies)
+        drawn = draw(words, like[0].dtype, self.sigma)
         if self.antithetic:
             drawn[1 - copies.start % 2 :: 2].neg_()
         if drawn.shape[1] == sum(leaf.numel() for leaf in like):

@@ -164,5 +164,6 @@ def _through_rule(visit: Visit, grad: Tree, alpha: Tree, beta: dict[str, Tree]) 
             materialize_grads=True,
         )
     )
-    pulled = {key: dict(zip(held, found, strict=False)) for key, held in at.items()}
+    # Materialised zeros of torch 2.8 require a gradient.
+    pulled = {key: tree.detach(dict(zip(held, found, strict=False))) for key, held in at.items()}
     return pulled | {"grad": {n: pulled["grad"].get(n, torch.zeros_like(leaf)) for n, leaf in visit.w.items()}}

@@ -9,12 +9,12 @@ from typing import Any
 from transformers import set_seed
 
 from metaxl_evo.experiments.arguments import RunsArguments
-from metaxl_evo.experiments.folders import RESULTS, write_results
+from metaxl_evo.experiments.folders import RESULTS, understood, write_results
 from metaxl_evo.experiments.plan import Key, Run, plan_runs
 from metaxl_evo.experiments.report import REPORT
 from metaxl_evo.experiments.reporting import Question, report_runs
 from metaxl_evo.experiments.run import keep_finished, make_run, try_out
-from metaxl_evo.experiments.run_folder import refuse_above, refuse_inputs, refuse_run
+from metaxl_evo.experiments.run_folder import refuse_above, refuse_held, refuse_inputs, refuse_run
 from metaxl_evo.experiments.task import Data, Settings, Task
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.check import check_training
@@ -78,7 +78,8 @@ def _results(
         return report_runs(task, runs, root, Question.of(task, runs), log=args.should_log) if args.should_save else {}
     if args.should_log:
         print(f"models, cards and {RESULTS}: {', '.join(str(run.folder) for run in runs)}")
-        print(task.table(summary["test"]))
+        with understood(root / RESULTS):
+            print(task.table(summary["test"]))
     return summary
 
 
@@ -132,6 +133,8 @@ def refuse_other_runs(task: Task[Any, Any], root: Path, runs: Sequence[Run[Any]]
         read = {name: getattr(run.settings, name, None) for name in task.inputs}
         for folder in (root, run.folder):
             refuse_inputs(folder, read)
+    for folder in places:  # all of them, before another one's is called another run
+        refuse_held(folder)
     for folder in places:
         refuse_run(folder, resuming, task.own_files)
     if root not in places:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from metaxl_evo.messages import first_line
 from metaxl_evo.training.history import MOVED, VALUE, plot_history, read_history
+
+logger = logging.getLogger(__name__)
 
 CURVES, PICTURE = "history.csv", "history.png"
 ROWS, OUTLINED = 6, ("step", "loss", "meta_loss")  # of an outline
@@ -39,6 +44,17 @@ def draw_curves(folder: Path) -> None:
     rows = read_history(folder / CURVES) if (folder / CURVES).is_file() else []
     if len(rows) > 1:  # a line has two ends
         plot_history(rows, folder / PICTURE)
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Around pictures: one that fails is not worth a run, but for a full disk."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # of any library, or of a task's own code
+        logger.warning("a picture could not be drawn: %s", first_line(error))
 
 
 def outline(log: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,27 @@ def read_results(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: for a file that holds something else.
     """
-    try:
+    with understood(file):
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if not all(isinstance(found[part], dict) for part in ("test", "settings", "run")):
             raise TypeError("no scores, settings or facts")
-        if not isinstance(found.get("data", {}), dict):
-            raise TypeError("no fingerprints")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} holds no results ({one_line(error)}): remove it, and the run goes on") from error
+        if not all(isinstance(found.get(part, {}), dict) for part in ("data", "dev")):
+            raise TypeError("no fingerprints, or no dev scores")
     return found
+
+
+@contextmanager
+def understood(file: Path) -> Iterator[None]:
+    """Around whatever reads `results.json`, which somebody may have edited.
+
+    Raises:
+        ValueError: one line, for all that goes wrong.
+    """
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        what = one_line(error) or type(error).__name__
+        raise ValueError(f"{file} holds no results ({what}): remove it, and the run goes on") from error
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +107,10 @@ def _keep(tasks: Collection[ray.ObjectRef[Ended]]) -> None:
         ray.wait(list(tasks), num_returns=len(tasks))
 
 
-def _cancel(tasks: Iterable[ray.ObjectRef[Ended]]) -> None:
-    for task in tasks:
+def _cancel(tasks: Collection[ray.ObjectRef[Ended]]) -> None:
+    """Those that are not over: of one that has just ended, Ray may end this process (its pull request 54785)."""
+    _, left = ray.wait(list(tasks), num_returns=len(tasks), timeout=0) if tasks else ([], [])
+    for task in left:
         ray.cancel(task, force=True)
 
 

@@ -11,8 +11,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from metaxl_evo.experiments.comparison import Comparison
-from metaxl_evo.experiments.curves import read_curves
-from metaxl_evo.experiments.folders import OUTSIDE, RESULTS, read_results, write_results
+from metaxl_evo.experiments.curves import drawing, read_curves
+from metaxl_evo.experiments.folders import OUTSIDE, RESULTS, read_results, understood, write_results
 from metaxl_evo.experiments.plan import Run
 from metaxl_evo.experiments.records import NOT_MADE, Record
 from metaxl_evo.experiments.report import comparison_text, write_report
@@ -76,7 +76,8 @@ def report_runs(
     write_results(folder, summary)
     written = write_report(comparison, folder)
     if find_spec("matplotlib"):
-        task.plot_study(folder, [record for record in records if record.error is None])
+        with drawing():
+            task.plot_study(folder, [record for record in records if record.error is None])
     if log:
         print(f"report: {', '.join(map(str, written))}")
         print(comparison_text(comparison))
@@ -91,11 +92,11 @@ def read_record(task: Task[Any, Any], run: Run[Any], error: str | None = None) -
         return Record(*where, error or NOT_MADE, history=history)
     try:
         results = read_results(file)
+        with understood(file):
+            held = task.flat_scores(results["test"]).items()
     except ValueError as damaged:
         return Record(*where, str(damaged), history=history)
-    scores = {
-        name: value for name, value in task.flat_scores(results["test"]).items() if isinstance(value, int | float)
-    }
+    scores = {name: value for name, value in held if isinstance(value, int | float)}
     settings = {name: value for name, value in results["settings"].items() if name not in OUTSIDE}
     return Record(*where, None, scores, read_outcomes(run.folder), settings, results["run"], history)
 
@@ -113,9 +114,11 @@ def compare(task: Task[Any, Any], records: Sequence[Record], question: Question)
 
 
 def _judged(record: Record, score: str) -> Record:
-    """A run whose score is no number has failed, whatever it left behind."""
-    value = record.scores.get(score, 0.0)
-    return record if isfinite(value) else replace(record, error=f"its {score} is {value}")
+    """A run without the score, or whose score is no number, has failed, whatever it left behind."""
+    value = record.scores.get(score)
+    if record.error is not None or (value is not None and isfinite(value)):
+        return record
+    return replace(record, error=f"its {score} is {'missing' if value is None else value}")
 
 
 def summarise(comparison: Comparison) -> dict[str, Any]:
@@ -143,7 +146,8 @@ def _nested(records: Iterable[Record], leaf: Callable[[list[Record]], Any]) -> d
 
 
 def _described(records: Sequence[Record]) -> dict[str, Any]:
-    found = {name: [one.scores[name] for one in records] for name in records[0].scores}
+    names = [name for name in records[0].scores if all(name in one.scores for one in records)]
+    found = {name: [one.scores[name] for one in records] for name in names}
     return {
         name: {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "values": values}
         for name, values in found.items()

@@ -15,15 +15,22 @@ from huggingface_hub import HfApi
 from transformers import set_seed
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.experiments.curves import PICTURE, draw_curves, outline, write_curves
-from metaxl_evo.experiments.folders import RESULTS, checkpoint_settings, finished_run, made_of, write_results
+from metaxl_evo.experiments.curves import PICTURE, draw_curves, drawing, outline, write_curves
+from metaxl_evo.experiments.folders import (
+    RESULTS,
+    checkpoint_settings,
+    finished_run,
+    made_of,
+    understood,
+    write_results,
+)
 from metaxl_evo.experiments.plan import Run
 from metaxl_evo.experiments.progress import Progress
 from metaxl_evo.experiments.run_folder import Beginning, Mark, alone, note_published, refuse_other, refuse_run
 from metaxl_evo.experiments.scores import write_outcomes
 from metaxl_evo.experiments.task import Data, Settings, Task
-from metaxl_evo.messages import first_line, one_line
-from metaxl_evo.training.checkpoint import MANIFEST, remove_incomplete
+from metaxl_evo.messages import one_line
+from metaxl_evo.training.checkpoint import MANIFEST, checkpoints_in, remove_incomplete, rotate
 from metaxl_evo.training.durable import staged
 from metaxl_evo.training.logs import is_watched
 from metaxl_evo.training.preemption import Interrupted
@@ -54,7 +61,13 @@ def try_out(task: Task[Any, Any], run: Run[Any]) -> None:
         ValueError: for whatever cannot work, before any training.
     """
     with _no_empty_folder(run):
-        prepare(task, run)
+        _, marks, trainer = prepare(task, run)
+        _refuse_other(task, run, trainer, marks)
+
+
+def _refuse_other(task: Task[Any, Any], run: Run[Any], trainer: MetaTrainer, marks: Mapping[str, str]) -> None:
+    if run.args.should_save:
+        refuse_other(run.folder, run.all_settings(trainer.args), marks, task.own_files)
 
 
 @contextmanager
@@ -88,7 +101,10 @@ def _finished(task: Task[Any, Any], run: Run[Any]) -> dict[str, Any] | None:
     data = task.load(run.settings, run.args)
     marks = task.fingerprints(data)
     args = task.fit_arguments(run.settings, run.args, data)
-    return finished_run(file, run.all_settings(args), marks)
+    results = finished_run(file, run.all_settings(args), marks)
+    with understood(file):
+        task.flat_scores(results["test"]).items(), task.join_cases({run.case: results})
+    return results
 
 
 def make_run(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
@@ -117,8 +133,8 @@ def _train(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
     data, marks, trainer = prepare(task, run)
     settings = run.all_settings(trainer.args)
     trainer.run_settings = checkpoint_settings(made_of(settings, marks))
+    _refuse_other(task, run, trainer, marks)
     if run.args.should_save:
-        refuse_other(run.folder, settings, marks, task.own_files)
         trainer.add_callback(Beginning(run.folder, Mark(settings, marks)))
     start = tree.clone(trainer.model.meta_parameters())
     trainer.add_callback(Progress(run.folder))
@@ -139,14 +155,23 @@ def _train(task: Task[Settings, Data], run: Run[Settings]) -> dict[str, Any]:
         if run.args.should_save:
             _leave(task, run, trainer, data, results)
             write_results(run.folder, results)
+            _rotate(trainer)
     return results
+
+
+def _rotate(trainer: MetaTrainer) -> None:
+    """The last checkpoint is needed until there are results; of one alone that is kept, the best stays."""
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best is not None:
+        rotate(Path(best), trainer.args.save_total_limit, best)
 
 
 @contextmanager
 def _keeping(trainer: MetaTrainer, folder: Path) -> Iterator[None]:
     """Around a training and what follows it: told to stop behind the last step, it is kept, if no checkpoint has it.
 
-    Not by several processes, which are told at different places and could not wait for each other.
+    Not by several processes, which are told at different places and could not wait for each other, nor where the best
+    weights have taken the place of the last: then a line says what will be made anew.
     """
     try:
         yield
@@ -154,7 +179,11 @@ def _keeping(trainer: MetaTrainer, folder: Path) -> Iterator[None]:
         args, last = trainer.args, folder / f"checkpoint-{trainer.state.global_step}"
         ended = 0 < trainer.state.max_steps <= trainer.state.global_step
         kept = any((place / name).exists() for place, name in ((folder, RESULTS), (last, MANIFEST)))
-        if ended and args.world_size == 1 and not args.load_best_model_at_end and not kept:
+        if ended and not kept and (args.world_size > 1 or args.load_best_model_at_end):
+            newest = next((one.name for one in checkpoints_in(folder) if (one / MANIFEST).exists()), "the start")
+            if args.should_log:
+                logger.warning("no checkpoint keeps the last step: what is resumed goes on from %s", newest)
+        elif ended and not kept:
             trainer.keep_step()
         raise
 
@@ -162,7 +191,7 @@ def _keeping(trainer: MetaTrainer, folder: Path) -> Iterator[None]:
 def _save_model(trainer: MetaTrainer, folder: Path) -> None:
     """Here alone: the Trainer would upload it at once, without scores, and lose them where the Hub is away."""
     args, trainer.args = trainer.args, copy.copy(trainer.args)
-    trainer.args.push_to_hub, trainer.args.hub_token = False, None  # training_args.bin is uploaded
+    trainer.args.push_to_hub = False
     try:
         with staged(folder) if args.should_save else nullcontext(folder) as place:
             trainer.save_model(str(place))
@@ -198,20 +227,12 @@ def _leave(
         write_outcomes(folder, task.flat_scores(results["test"]))
         write_curves(folder, trainer.state.log_history)
         if find_spec("matplotlib"):
-            _draw(task, folder, results)
+            with drawing():
+                draw_curves(folder)
+                task.plot(folder, results)
         if (folder / PICTURE).is_file():
             trainer.card_sections.append(f"## Learning curves\n\n![losses, scores and meta parameters]({PICTURE})")
         trainer.create_model_card(**{"model_name": title, **task.card_metadata(run.settings)}, folder=folder)
-
-
-def _draw(task: Task[Any, Any], folder: Path, results: Mapping[str, Any]) -> None:
-    try:
-        draw_curves(folder)
-        task.plot(folder, results)
-    except OSError:
-        raise
-    except Exception as error:  # a picture is not worth a run
-        logger.warning("a picture could not be drawn: %s", first_line(error))
 
 
 def _is_to_be_published(run: Run[Any]) -> bool:

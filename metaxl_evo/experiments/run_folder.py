@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ from metaxl_evo.training.durable import DRAFTS
 from metaxl_evo.training.history import HISTORY
 
 MARK, LOCK, HOLDER = "_run.json", "_lock", "_holder"  # which an upload leaves out
+PASSING = {LOCK: "", HOLDER: r"process \d+ on .*|", PROGRESS: r"[\d.e-]*"}  # there while a run is made; what is in it
 MODEL = ("config.json", "model.safetensors")
 GLANCE = 0.3  # seconds: who only looks whether a folder is held lets go at once
 OWN_FILES = (RESULTS, *MODEL, "README.md", "training_args.bin", HISTORY, CURVES, PICTURE, OUTCOMES, DRAFTS)
@@ -75,7 +77,21 @@ def signs_in(folder: Path, own_files: Iterable[str] = ()) -> list[str]:
     names = [*OWN_FILES, *own_files, *([] if Mark.read(folder) else [MARK])]
     places = [folder, *(path for path in folder.glob("*") if path.is_dir() and path != folder / DRAFTS)]
     signs = (sign for place in places for sign in (*(place / name for name in names), *place.glob("checkpoint-*")))
-    return [str(sign.relative_to(folder)) for sign in signs if sign.exists()]
+    return [*_strangers(folder), *(str(sign.relative_to(folder)) for sign in signs if sign.exists())]
+
+
+def _strangers(folder: Path) -> list[str]:
+    """Files with the names of those that are there while a run is made, and that none has written."""
+    return [name for name, form in PASSING.items() if not _has_form(folder / name, form)]
+
+
+def _has_form(file: Path, form: str) -> bool:
+    try:
+        return re.fullmatch(form, file.read_text(encoding="utf-8")) is not None
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):  # a folder, or no text
+        return False
 
 
 def _is_ours(folder: Path) -> bool:
@@ -94,9 +110,10 @@ def refuse_run(folder: Path, resuming: bool, own_files: Iterable[str] = ()) -> N
     """Nothing of the user's, nor of another run, is overwritten by a run in this folder.
 
     Raises:
-        ValueError: where the folder is foreign, above other runs, or holds a run that is not to be resumed.
+        ValueError: where the folder is foreign, above other runs, or holds a run that is made or not to be resumed.
     """
     found = _found(folder, own_files)
+    refuse_held(folder)
     if not _is_single(folder) and (below := next(_runs_below(folder), None)):
         where = below.relative_to(folder)
         raise ValueError(f"{folder} holds several runs ({where}): choose another output_dir for a single one")
@@ -104,6 +121,16 @@ def refuse_run(folder: Path, resuming: bool, own_files: Iterable[str] = ()) -> N
         raise _foreign(folder, found)
     if found and not resuming:
         raise _another(folder, found)
+
+
+def refuse_held(folder: Path) -> None:
+    """A run that is being made is left alone.
+
+    Raises:
+        ValueError: naming the process that makes it.
+    """
+    if _is_held(folder):
+        raise _held(folder)
 
 
 def refuse_inputs(folder: Path, places: Mapping[str, Any]) -> None:
@@ -241,28 +268,30 @@ def alone(folder: Path) -> Iterator[None]:
     """Two processes do not make the same run: the lock ends with the process that holds it.
 
     Raises:
-        ValueError: naming the process that holds it; for a folder that cannot be written.
+        ValueError: naming the process that holds it; for a folder that cannot be written, or with files of the user's.
     """
     require_writable(folder)
+    if strangers := _strangers(folder):
+        raise _foreign(folder, strangers)
     lock = FileLock(folder / LOCK, timeout=GLANCE)
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"{folder}: {_holder(folder)} makes this run: wait for it, or end it") from error
+        raise _held(folder) from error
     try:
         with suppress(OSError):  # a full disk; what cannot be done without will say so
             (folder / HOLDER).write_text(f"process {os.getpid()} on {gethostname()}", encoding="utf-8")
         yield
     finally:
-        for name in (HOLDER, PROGRESS, LOCK):  # while it is held: after the release they may be another's
+        for name in reversed(PASSING):  # while it is held: after the release they may be another's
             (folder / name).unlink(missing_ok=True)
         lock.release()
 
 
 def _is_held(folder: Path) -> bool:
-    if not (folder / LOCK).exists():
+    if not (folder / LOCK).exists() or _strangers(folder):
         return False
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = FileLock(folder / LOCK, timeout=GLANCE)
     try:
         with lock:
             return False
@@ -270,8 +299,8 @@ def _is_held(folder: Path) -> bool:
         return True
 
 
-def _holder(folder: Path) -> str:
-    try:
-        return (folder / HOLDER).read_text(encoding="utf-8") or "another process"
-    except OSError:  # just being written
-        return "another process"
+def _held(folder: Path) -> ValueError:
+    holder = ""
+    with suppress(OSError):  # just being written
+        holder = (folder / HOLDER).read_text(encoding="utf-8")
+    return ValueError(f"{folder}: {holder or 'another process'} makes this run: wait for it, or end it")

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from metaxl_evo.bilevel.precision import PRECISIONS
 from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
 from metaxl_evo.messages import unknown
 from metaxl_evo.training.distributed import refuse_engines, refuse_lost_processes
@@ -121,6 +122,13 @@ class MetaTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Keep dropout on in meta passes (shared masks, unless the estimator draws its own)."},
     )
+    meta_precision: str = field(
+        default="float32",
+        metadata={
+            "help": "Of meta passes: float32 (full, also where torch computes in TF32), tf32 (as torch is set), bf16 "
+            "(autocast; parameters, losses and hypergradients stay float32)."
+        },
+    )
     meta_diagnostics_every: int = field(
         default=0,
         metadata={
@@ -200,6 +208,8 @@ class MetaTrainingArguments(TrainingArguments):
         refuse_out_of_range(self)
         if self.meta_order not in META_ORDERS:
             raise ValueError(unknown("meta_order", self.meta_order, META_ORDERS))
+        if self.meta_precision not in PRECISIONS:
+            raise ValueError(unknown("meta_precision", self.meta_precision, PRECISIONS))
         if self.episode_reset not in EPISODE_RESETS:
             raise ValueError(unknown("episode_reset", self.episode_reset, EPISODE_RESETS))
         self._check_optimizers()
@@ -217,8 +227,15 @@ class MetaTrainingArguments(TrainingArguments):
         return estimator
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the estimator, whose class another process need not know."""
-        return {key: value for key, value in vars(self).items() if key != "_kept_estimator"}
+        """Without the estimator, whose class another process need not know, and the token: files may be uploaded."""
+        kept = {key: value for key, value in vars(self).items() if key != "_kept_estimator"}
+        return kept | {"hub_token": None}
+
+    def __copy__(self) -> Self:
+        """With the token, which a copy in this process needs."""
+        copied = object.__new__(type(self))
+        vars(copied).update(self.__getstate__(), hub_token=self.hub_token)
+        return copied
 
     def make_optimizer(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
         """The base optimiser that optimizer_class names."""

@@ -42,6 +42,7 @@ FORMER_DEFAULTS = {  # which runs of earlier versions left unsaid
     "validation_size": None,
     "validation_split": None,
     "imbalance_factor": None,
+    "meta_precision": "float32",
 }
 DATA = " data"  # behind the name of a part of the data, whose fingerprint this is
 ADVICE = "resume from an earlier checkpoint, or start anew in another output_dir"
@@ -188,6 +189,9 @@ def require_writable(folder: str | Path, setting: str = "output_dir") -> None:
     Raises:
         ValueError: with the setting that asks for it and the reason.
     """
+    for place in (Path(folder), *Path(folder).parents):
+        if place.is_symlink() and not place.exists():
+            raise ValueError(f"{setting}: {place} is a link to {place.readlink()}, which is not there: choose another")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

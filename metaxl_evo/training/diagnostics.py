@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.hypergradients import Hypergradient, estimate, look_ahead
-from metaxl_evo.bilevel.passes import Counts, PassContext
+from metaxl_evo.bilevel.passes import Counts, PassContext, is_out_of_memory
 from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators import Estimator, OneStep
@@ -77,8 +77,11 @@ class Diagnostics:
         """The exact one-step hypergradient of `step`, of which nothing is taken over, by passes of its own.
 
         `passes` and `step` are those of the estimate, except that `step` starts at the weights before it.
+
+        Raises:
+            RuntimeError: out of memory.
         """
-        passes = replace(passes.elsewhere(), counts=Counts())
+        passes = replace(passes.elsewhere(), counts=Counts(), precision="float32")
         step = step if step.made is not None else look_ahead(passes, step)
         assert step.made is not None
         if self.exact.second_order and not passes.problem.second_order:
@@ -86,6 +89,8 @@ class Diagnostics:
         try:
             grads = self._exact_grads(passes, step)
         except RuntimeError as error:
+            if is_out_of_memory(error):  # perhaps on this process alone, and the others go on with the engine
+                raise
             self._differentiate_once(first_line(error))
             grads = self._exact_grads(passes, step)
         return Exact(grads, step.made.grad)

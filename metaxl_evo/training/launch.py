@@ -51,6 +51,8 @@ def _launch(args: MetaTrainingArguments) -> Found:
     config: Any = args.accelerator_config
     if args.world_size > 1 and not config.even_batches:
         yield "even_batches: false", "ranks with fewer batches leave the others waiting; leave it true"
+    if args.world_size > 1 and (args.bf16_full_eval or args.fp16_full_eval):
+        yield "bf16_full_eval", "it leaves the model off its device until then; bf16: true evaluates under autocast"
     if args.enable_jit_checkpoint:
         yield "enable_jit_checkpoint", "SIGTERM ends any training with a whole checkpoint; leave it out"
     if args.save_strategy != SaveStrategy.NO:
@@ -110,6 +112,13 @@ def _meta_launch(args: MetaTrainingArguments, model: nn.Module) -> Found:
                 f"{parameter.dtype} parameters ({name})",
                 "meta passes need float32; load them with dtype=torch.float32 (bf16: true still speeds up base steps)",
             )
+    kernel = str(getattr(model, "attention_kernel", None))
+    if kernel.startswith("flash_attention") and args.meta_precision != "bf16":
+        yield (
+            f"attn_implementation: {kernel}",
+            f"it knows 16 bits only, and meta passes are in {args.meta_precision}; set attn_implementation: sdpa, or "
+            "meta_precision: bf16 beside bf16: true",
+        )
     options = args.activation_checkpointing_kwargs
     if args.activation_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
         yield (

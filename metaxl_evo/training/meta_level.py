@@ -167,7 +167,8 @@ class MetaLevel:
     def passes(self, problem: BilevelProblem, number: int) -> PassContext:
         """Passes over its losses, with the randomness of base step `number`."""
         devices = devices_of(self.model.base_parameters(), self.model.meta_parameters())
-        return PassContext(problem, seed=step_seed(self.args, number), devices=devices)
+        seed, precision = step_seed(self.args, number), self.args.meta_precision
+        return PassContext(problem, seed=seed, devices=devices, precision=precision)
 
     # ---- a meta step
 

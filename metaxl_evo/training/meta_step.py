@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext
+from metaxl_evo.bilevel.precision import computes_in_float32
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, StepMade
 from metaxl_evo.bilevel.update import SGD, UpdateRule
 from metaxl_evo.bilevel.update_state import UpdateState, map_trees
@@ -148,9 +149,12 @@ class MetaStep:
         return InnerStep(w, lam, self.window.train, state, None, self.window.meta)
 
     def _forward_is_of_use(self) -> bool:
-        """Whether the base step's forward computes what the meta passes would: no dropout masks, no autocast."""
-        plain = AcceleratorState().mixed_precision == "no" and not self.level.args.torch_compile
-        return plain and self.level.estimator.evaluated_at == "previous" and not self.level.model.has_dropout
+        """Whether the base step's forward computes what the meta passes would: no dropout masks, one precision."""
+        args = self.level.args
+        plain = AcceleratorState().mixed_precision == "no" and not args.torch_compile
+        alike = args.meta_precision == "tf32" or (args.meta_precision == "float32" and computes_in_float32())
+        previous = self.level.estimator.evaluated_at == "previous"
+        return plain and alike and previous and not self.level.model.has_dropout
 
 
 def _on_all_processes(rows: Tensor) -> Tensor:

@@ -121,6 +121,15 @@ class TaskTrainer(Trainer):
             self._push_from_checkpoint(str(folder))
         self._rotate(folder)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As the Trainer's, which would delete all but the best checkpoint: the last, and `checkpoint-9-of-mine`."""
+        limited, self.args = self.args, copy.copy(self.args)
+        self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args = limited
+
     def _checkpoint(self, trial: Any) -> Path:
         """The folder of this step."""
         return Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

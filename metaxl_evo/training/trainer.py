@@ -371,6 +371,7 @@ class MetaTrainer(StoppableTrainer):
                 *self.window,
                 generator=torch.Generator().manual_seed(step_seed(self.args, self.state.global_step)),
                 update_state=state,
+                precision=self.args.meta_precision,
             )
 
     @contextmanager

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from metaxl_evo.bilevel import SGD, BilevelProblem, PassContext, Tree, gate, hypergradient, run_episode, stop_gradient
+from metaxl_evo.bilevel.products import NoDerivative
 from metaxl_evo.bilevel.replay import IDLE, Facts
 from metaxl_evo.bilevel.value_test import differs
 from metaxl_evo.estimators import Estimator, EvoGrad, Greedy, Neumann, OneStep, Sama, make_estimator
@@ -153,11 +154,16 @@ def test_exact_engines_are_right_or_say_that_they_are_not(kind: str) -> None:
     problem, expected = weight_net((REPLAYED | REFUSED)[kind]), through_the_step()
     for engine in ("double_backward", "auto"):
         assert relative_error(estimate(problem, make_estimator("one_step", engine=engine)), expected) < 1e-6
-    if kind in (".data", "detach_", "no_grad", "numpy of a detach"):
-        with pytest.raises(ValueError, match="use engine double_backward"):
-            estimate(problem, OneStep("jvp"))
+    refused = kind in (".data", "detach_", "no_grad", "numpy of a detach")
+    try:
+        found = estimate(problem, OneStep("jvp"))
+    except NoDerivative as said:
+        lists = kind == ".tolist()" and "storage" in str(said)  # torch 2.8 makes none of a tensor with a tangent
+        assert refused or lists, said  # noqa: PT017
+        assert "use engine double_backward" in str(said)  # noqa: PT017
     else:
-        assert relative_error(estimate(problem, OneStep("jvp")), expected) < 1e-6
+        assert not refused
+        assert relative_error(found, expected) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["no_grad", ".data"])

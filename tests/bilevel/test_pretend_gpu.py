@@ -45,9 +45,7 @@ def errors_of_recomputed_stop_gradients() -> list[tuple[float, int]]:
         on_device = [to_cpu(grads(estimator, False, *to_gpu(given))) for estimator in ESTIMATORS]
     for estimator, computed in zip(ESTIMATORS, on_device, strict=True):
         expected = grads(estimator, True, *given)
-        found.append(
-            (float(tree.norm(tree.add(computed, expected, -1.0)) / tree.norm(expected)), len(device.threads))
-        )
+        found.append((float(tree.norm(tree.add(computed, expected, -1.0)) / tree.norm(expected)), len(device.threads)))
     return found
 
 

@@ -6,6 +6,7 @@ Forks of pytest's own process may wait for its threads; these are forks of one t
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import sys
@@ -207,6 +208,8 @@ def _serve(folder: Path, data: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
     with quick_pictures():
         train(folder, data, 0.1, resume=False)
+    gc.collect()
+    gc.freeze()  # accelerate collects garbage where a training begins; a fork would copy all that was imported
     while True:
         try:
             job = pipe.recv()

@@ -84,6 +84,7 @@ def test_what_a_card_links_to(tmp_path: Path) -> None:
 
 
 OF_NO_FORM = ['{"test": {}, "run": {}, "settings": %s}' % one for one in ("null", "[]")]  # noqa: UP031
+OF_NO_FORM.append('{"test": {}, "run": {}, "settings": {}, "dev": 3}')
 
 
 @pytest.mark.parametrize("content", ['{"test": ', "{}", "[]", '"text"', "[" * 200_000, *OF_NO_FORM])

@@ -38,7 +38,10 @@ PASSING = (LOCK, HOLDER, PROGRESS)  # that a killed process leaves
 VOLATILE = (RESULTS, "training_args.bin", MARK)  # with times and places
 PLACES = (*OUTSIDE, "data")  # settings that may differ between two runs of equal results
 OF_THE_USER = ("notes.txt", "below/notes.txt")
-LIKE_OURS = (RESULTS, "config.json", "README.md", "meta/model.safetensors", "checkpoint-9/weights", MARK, "_draft/a")
+LIKE_OURS = (
+    *(RESULTS, "config.json", "README.md", "meta/model.safetensors", "checkpoint-9/weights"),
+    *(MARK, HOLDER, "_draft/a"),
+)
 OWN = LineTask.own_files
 EARLY, ANYWHERE = st.integers(1, 60), st.integers(1, 170)
 FAULTS = st.none() | st.builds(Fault, st.just("kill"), EARLY | ANYWHERE) | st.builds(Fault, st.just("full"), ANYWHERE)
@@ -229,9 +232,9 @@ class Life(RuleBasedStateMachine):
             assert_tidy(self.folder)
         if fault is None:
             assert bool(ended.error) == bool(refused), ended.error
-        finished = (self.folder / RESULTS).exists() and state is not State.FOREIGN
-        assert refused or bool(ended.error) != finished
-        self.events["refused" if refused else "finished" if finished else "out of room"] += 1
+        kept = refused or state is State.FINISHED  # which needs room as well, for the lock
+        assert kept or bool(ended.error) != (self.folder / RESULTS).exists()
+        self.events["refused" if refused else "out of room" if ended.error else "finished"] += 1
 
     def _run(self, rate: float, resume: bool, fault: Fault | None) -> Ended | None:
         return self.runs.nursery.run(self.folder, self.data, rate, resume=resume, fault=fault)

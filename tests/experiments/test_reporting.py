@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from math import nan, sqrt
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from metaxl_evo.experiments.plan import Run
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.experiments.reporting import Question, compare, read_record, shared, summarise
 from metaxl_evo.experiments.scores import Rate, read_outcomes, write_outcomes
+from metaxl_evo.experiments.task import Task
+from metaxl_evo.ner.task import NerTask
 from tests.vision_tasks.small import arguments
 from vision_tasks.fewshot_task import FewShotTask
 from vision_tasks.rotation_task import RotationArguments, RotationTask
@@ -128,6 +131,27 @@ def test_a_run_is_read_as_it_was_left(tmp_path: Path) -> None:
     assert found.outcomes["accuracy"].tolist() == [[1, 1], [0, 1], [1, 1]]
     assert (found.settings, found.facts, found.history) == ({"a": 1}, {"steps": 2}, [{"step": 1, "loss": 0.5}])
     assert read_record(RotationTask(), run, "killed").error == "killed"
+
+
+@pytest.mark.parametrize(
+    ("task", "test", "error"),
+    [
+        (NerTask(), {}, r"results.json holds no results \(StopIteration\): remove it, and the run goes on"),
+        (NerTask(), {"beru": 3}, r"holds no results \('int' object has no attribute 'items'\): remove it"),
+        (RotationTask(), {"accuracy": None, "degrees": 3}, "^its accuracy is missing$"),
+    ],
+)
+def test_scores_that_somebody_has_edited(tmp_path: Path, task: Task[Any, Any], test: Any, error: str) -> None:
+    write_results(tmp_path, {"test": test, "settings": {}, "run": {}})
+    run = Run("evo", "", 7, tmp_path, RotationArguments(), arguments(tmp_path))
+    score, *_ = task.units
+    found = summarise(compare(task, [read_record(task, run)], Question(score, ["evo"])))
+    assert re.search(error, found["failed"][str(tmp_path)])
+
+
+def test_a_score_that_not_all_seeds_have_is_left_out() -> None:
+    few = Record("evo", "", 8, Path("evo/8"), scores={"accuracy": 0.5})
+    assert list(summary([*records(), few])["test"]["evo"]) == ["accuracy"]
 
 
 def test_learning_curves_are_a_row_a_step(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from metaxl_evo.experiments.run_folder import (
     LOCK,
     MARK,
     OWN_FILES,
+    PASSING,
     Mark,
     State,
     alone,
@@ -74,7 +75,7 @@ def foreign(*files: str) -> Callable[[Path], None]:
     return lambda folder: touch(folder, *files)
 
 
-SIGNS = {name: name for name in (*OWN_FILES, "own.json", MARK, "below/config.json")}
+SIGNS = {name: name for name in (*OWN_FILES, *PASSING, "own.json", MARK, "below/config.json")}
 SIGNS |= {f"{name}/weights": name for name in ("checkpoint-7", "checkpoint-²")}
 LIVES: dict[str, tuple[Callable[[Path], None], State, str | None, str | None]] = {  # with its refusals: start, resume
     "nothing": (lambda folder: None, State.EMPTY, None, None),
@@ -104,7 +105,7 @@ def test_what_a_folder_is_and_what_may_be_done_in_it(tmp_path: Path, life: str) 
 
 
 def test_the_lives_are_these() -> None:
-    assert len(LIVES) == 7 + len(OWN_FILES) + 5
+    assert len(LIVES) == 7 + len(OWN_FILES) + len(PASSING) + 5
     assert {state for _, state, *_ in LIVES.values()} == {*State} - {State.RUNNING}
 
 
@@ -199,12 +200,35 @@ def test_a_process_holds_a_folder_as_long_as_it_lives(tmp_path: Path) -> None:
         named = rf"process {holding.pid} on {socket.gethostname()} makes this run: wait for it, or end it$"
         with pytest.raises(ValueError, match=named), alone(tmp_path):
             raise AssertionError("two hold it")
+        begun(tmp_path)
+        touch(tmp_path, "model.safetensors")
+        with pytest.raises(ValueError, match=named):  # and not that there is another run
+            refuse_run(tmp_path, resuming=False)
         holding.kill()
-    assert {path.name for path in tmp_path.iterdir()} == {LOCK, HOLDER}
-    assert state_of(tmp_path) is State.EMPTY
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK, HOLDER, MARK, "model.safetensors"}
+    assert state_of(tmp_path) is State.INTERRUPTED
     with alone(tmp_path):
         assert (tmp_path / HOLDER).read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {MARK, "model.safetensors"}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_files_of_the_users_do_not_pass(tmp_path: Path, name: str) -> None:
+    """Though they are called like those that are there while a run is made."""
+    begun(tmp_path)
+    (tmp_path / name).mkdir()
+    for make in (lambda: None, lambda: ((tmp_path / name).rmdir(), touch(tmp_path, name))):
+        make()
+        with pytest.raises(ValueError, match=f"holds {name}, and no run to resume"), alone(tmp_path):
+            raise AssertionError("it is made")
+    assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
+
+
+def test_a_link_to_nowhere_is_told(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for folder in (tmp_path / "link", tmp_path / "link/below"):
+        with pytest.raises(ValueError, match=r"link is a link to .*gone, which is not there: choose"), alone(folder):
+            raise AssertionError("it is made")
 
 
 def test_a_mark_says_what_a_run_is_made_with(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -12,10 +13,15 @@ import pandas as pd
 import pytest
 
 from metaxl_evo.cli import main
+from metaxl_evo.experiments import engines
+from metaxl_evo.experiments import study as studies
+from metaxl_evo.experiments.run_folder import alone
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
+from tests.experiments import faults
 from tests.experiments.own_task import blocks, write_own_task
+from tests.scripts.runs import cut_off_after
 
 QUICK = ["--engine", "inline", "--max_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true"]
 Study = Callable[..., int]
@@ -206,6 +212,44 @@ def test_the_settings_of_a_task_are_its_own(study: Study) -> None:
     Path("trust.py").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="the setting seeds is one of every study: give it another name"):
         study()
+
+
+PLANS = ["null", '{"task": 1, "options": []}', '{"task": "ner", "options": [1]}', '{"task": "ner"}', "[" * 200_000]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_is_no_plan(study: Study, plan: str) -> None:
+    Path("out").mkdir()
+    Path("out/plan.json").write_text(plan, encoding="utf-8")
+    for made in (study, lambda: main(["report", "out"]), lambda: main(["run", "out/plan.json", "--index", "0"])):
+        with pytest.raises(
+            ValueError, match=r"^error: out/plan.json is no plan of a study \(.+\): give OUT/plan.json$"
+        ):
+            made()
+    assert Path("out/plan.json").read_text(encoding="utf-8") == plan
+
+
+def test_two_studies_do_not_write_into_one_folder(study: Study) -> None:
+    held = rf"out: process {os.getpid()} on .* makes this run: wait for it"
+    with alone(Path("out")), pytest.raises(ValueError, match=held):
+        study()
+    assert not list(Path("out").iterdir())
+
+
+def test_changed_data_are_refused_before_a_worker_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that was cut off, which has no results to say so."""
+    data = tmp_path / "data.json"
+    data.write_text("1.0", encoding="utf-8")
+    fixed = {"task": f"{faults.__file__}:LineTask", "data": data, "output_dir": tmp_path / "out", "seeds": "0,1"}
+    steps = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    options = [f"--{name}={value}" for name, value in (fixed | steps).items()]
+    with cut_off_after(2):
+        studies.Study([*options, "--engine=inline"]).run()
+    data.write_text("2.0", encoding="utf-8")
+    monkeypatch.setattr(engines, "RunProcess", lambda *of: pytest.fail("a worker was started"))
+    with pytest.raises(ValueError, match=r"out/\w+/0 was made with another test data, train data: give the data of"):
+        studies.Study([*options, "--engine=local"]).run()
+    assert not list((tmp_path / "out").rglob("results.json"))
 
 
 def test_a_study_of_another_task_is_left_alone(study: Study) -> None:

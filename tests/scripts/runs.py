@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from metaxl_evo.experiments.run_folder import MARK, OWN_FILES
+from metaxl_evo.experiments.task import find_task
 from metaxl_evo.ner.synthetic import SyntheticFamily
 from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
 from metaxl_evo.training.trainer import MetaTrainer
@@ -125,6 +127,11 @@ def keep_checkpoints(folder: Path) -> Path:
         if not path.name.startswith("checkpoint"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return folder
+
+
+def unnamed(folder: Path, task: str) -> set[str]:
+    """What a run has left though its task does not name it: such a file of the user's would be overwritten."""
+    return {path.name for path in folder.iterdir()} - {MARK, *OWN_FILES, *find_task(task).own_files}
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

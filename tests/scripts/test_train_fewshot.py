@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, AutoModel
 from metaxl_evo.estimators import ESTIMATORS
 from scripts.train_fewshot import main
 from tests.scripts.refusals import assert_refused, config_of, offline, truncate, yaml_of
-from tests.scripts.runs import OF_A_RUN, OF_SEVERAL, argv, cut_off_after, read, same
+from tests.scripts.runs import OF_A_RUN, OF_SEVERAL, argv, cut_off_after, read, same, unnamed
 from tests.vision_tasks.models import write_classifier
 from tests.vision_tasks.small import pack
 from vision_tasks import domains
@@ -99,6 +99,7 @@ def test_every_run_has_a_folder_of_its_own(compared: Any) -> None:
     learned = ["feature_transform.png", "meta_history.csv", "meta_history.png"]
     expected = {f"{run}/{seed}/{name}" for run in RUNS for seed in (1, 2) for name in one}
     assert files == {*OF_SEVERAL} | expected | {f"evo/{seed}/{name}" for seed in (1, 2) for name in learned}
+    assert not unnamed(folder / "evo/1", "fewshot")
 
 
 def test_the_results_of_a_comparison(compared: Any) -> None:

@@ -16,7 +16,7 @@ from metaxl_evo.experiments.run_folder import State, state_of
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.arguments import METHODS
 from scripts.train_ner import main
-from tests.scripts.runs import TINY, WITH_DEV, argv, cut_off_after, read, same, train, weights, write_data
+from tests.scripts.runs import TINY, WITH_DEV, argv, cut_off_after, read, same, train, unnamed, weights, write_data
 
 COUNTS = {"n_sentences": 30, "n_truncated_words": 0}
 SETTINGS = {"copies": 4, "parameters": "^classifier"}
@@ -114,6 +114,7 @@ def test_methods_are_compared_over_languages(tmp_path: Path, model: Path, data: 
 def test_the_output_folder(trained: Path) -> None:
     results = read(trained)
     assert_documented(results["test"], ["beru"])
+    assert not unnamed(trained, "ner")
     tag = pipeline("token-classification", model=str(trained))
     names = set(AutoModelForTokenClassification.from_pretrained(trained).config.id2label.values())
     assert names == {"O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"}
@@ -329,5 +330,8 @@ def test_push_to_hub_carries_both_parts(
     assert state_of(first) is State.PUBLISHED
     assert set(uploads) == ({"me/tagger-beru", "me/tagger-celu"} if several else {"me/tagger"})
     needed = {"config.json", "model.safetensors", "tokenizer.json", "rtn/config.json", "rtn/model.safetensors"}
+    train(model, data, out, *options[:3], "me/other", target_languages=targets, resume_from_checkpoint="latest")
+    assert len([name for name in uploads if name.startswith("me/other")]) == len(uploads) / 2  # there as well
+    assert (first / "model.safetensors").stat().st_mtime_ns == trained
     for files in uploads.values():
         assert needed | {"README.md", "results.json"} <= files

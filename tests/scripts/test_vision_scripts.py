@@ -26,7 +26,7 @@ from scripts.train_noisy_labels import main as train_noisy_labels
 from scripts.train_rotation import main as train_rotation
 from tests.hub_cache import REPOSITORY, prepare_image_cache
 from tests.scripts.refusals import assert_refused, config_of, contents, offline, truncate, yaml_of
-from tests.scripts.runs import OF_A_RUN, OF_SEVERAL, argv, cut_off_after, keep_checkpoints, read, same
+from tests.scripts.runs import OF_A_RUN, OF_SEVERAL, argv, cut_off_after, keep_checkpoints, read, same, unnamed
 from tests.vision_tasks.models import write_classifier
 from tests.vision_tasks.small import pack, random_images
 from vision_tasks.classification import PREDICTIONS
@@ -121,6 +121,7 @@ def test_every_run_has_a_folder_of_its_own(compared: Any, script: str) -> None:
         above, drawn = above | {"noise.png", "weights.png"}, {f"evo/{seed}/weights.png" for seed in (1, 2)}
         one += [TABLE, SHEET]
     assert files == above | drawn | {f"{run}/{seed}/{name}" for run in RUNS for seed in (1, 2) for name in one}
+    assert not unnamed(folder / "evo/1", script)
     assert len({tuple(weights(folder / run / str(seed))["classifier.0.weight"].flatten().tolist())
                 for run in RUNS for seed in (1, 2)}) == 4  # fmt: skip
 
@@ -415,6 +416,19 @@ def test_another_runs_folder_is_refused(
     changed = {"runs": RUNS, "seeds": "1,2", "resume_from_checkpoint": "latest", "learning_rate": 0.5}
     message = r"base/1/results.json was made with another learning_rate: give the settings of that run, or another"
     assert_refused(main, settings_of(script, images, folder, changed), message, folder)
+
+
+@each_script
+def test_changed_images_are_refused(tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the results of a finished run, and by what an interrupted one has left."""
+    data, out, settings = pack(tmp_path / "a.npz"), tmp_path / "out", {"max_steps": 1}
+    train(script, data, out, **settings)
+    pack(data, x_test=random_images(20, seed=5).images[..., 0])
+    monkeypatch.setattr("metaxl_evo.training.trainer.MetaTrainer.training_step", None)
+    given = settings_of(script, data, out, settings | {"resume_from_checkpoint": "latest"})
+    assert_refused(SCRIPTS[script], given, r"results.json was made with another test data: give the data of that", out)
+    (out / "results.json").unlink()
+    assert_refused(SCRIPTS[script], given, r"out was made with another test data: give the data of that run", out)
 
 
 @pytest.fixture(scope="module")

@@ -369,8 +369,9 @@ def test_old_ones_go_when_the_new_one_is_complete(tmp_path: Path, monkeypatch: p
             kept.append(("pushed", complete()))
 
     trainer = saving_trainer(tmp_path, trainer_class=Watching, save_total_limit=1)
-    trainer.args.push_to_hub = True
+    trainer.args.push_to_hub, trainer.args.hub_token = True, "hf_secret"
     trainer.train()
+    assert trainer.args.hub_token == "hf_secret"
     assert kept == [
         *(("before", []), ("pushed", ["checkpoint-2"])),
         *(("before", ["checkpoint-2"]), ("pushed", ["checkpoint-2", "checkpoint-4"])),
@@ -378,7 +379,7 @@ def test_old_ones_go_when_the_new_one_is_complete(tmp_path: Path, monkeypatch: p
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6"]
     saved = torch.load(tmp_path / "checkpoint-6" / "training_args.bin", weights_only=False)
-    assert (saved.save_total_limit, saved.push_to_hub) == (1, True)
+    assert (saved.save_total_limit, saved.push_to_hub, saved.hub_token) == (1, True, None)  # it may be uploaded
 
 
 @pytest.mark.parametrize(

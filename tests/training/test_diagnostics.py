@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,22 @@ def test_nothing_of_the_step_is_taken_over_and_its_gradient_outlives_the_estimat
     assert not hasattr(step.made, "grad")
     torch.testing.assert_close(exact.gradient, gradient, rtol=0, atol=0)
     torch.testing.assert_close(exact.grads, found, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory_says_nothing_about_an_engine(message: str) -> None:
+    """On several processes one of which ran out, the others would go on with another engine, and all would wait."""
+
+    def exhausted(w: Tree, lam: Tree, batch: Any) -> Tensor:
+        raise RuntimeError(message)
+
+    toy = quadratic(torch.float64)
+    step = look_ahead(PassContext(toy.problem), InnerStep(toy.w, toy.lam, toy.train))
+    diagnostics = Diagnostics(OneStep(), 1)
+    with pytest.raises(RuntimeError, match="memory"):
+        diagnostics.take_exact(PassContext(replace(toy.problem, inner_loss=exhausted)), step)
+    assert diagnostics.exact.second_order
+    assert not diagnostics.warned
 
 
 @pytest.mark.parametrize("engine", ["auto", "jvp", "double_backward", "finite_difference"])

@@ -55,6 +55,7 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {  # arguments as another mac
         {"world_size": 2, "accelerator_config": SimpleNamespace(even_batches=False)},
         "even_batches: false: .*leave it true",
     ),
+    "16 bits when evaluated": ({"world_size": 2, "bf16_full_eval": True}, "bf16_full_eval: .*bf16: true"),
 }
 ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
     "--use_fsdp": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fsdp: .*DDP"),
@@ -127,6 +128,12 @@ def half_meta() -> CrossLingualTagger:
     return tagger
 
 
+def flash_attention() -> CrossLingualTagger:
+    tagger = tiny_tagger()
+    tagger.base.config._attn_implementation_internal = "flash_attention_2"
+    return tagger
+
+
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "no task": (tiny_base, "a XLMRobertaForTokenClassification as model: .*BilevelModule"),
     "wrapped task": (lambda: nn.DataParallel(tiny_tagger()), "a DataParallel as model: .*unwrapped"),
@@ -151,6 +158,7 @@ META_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "bf16 base": (lambda: based_on(lambda base: base.bfloat16()), r"bfloat16 parameters \(base.*dtype=torch.float32"),
     "fp16 base": (lambda: based_on(lambda base: base.half()), r"float16 parameters \(base.*dtype=torch.float32"),
     "bf16 meta network": (half_meta, r"bfloat16 parameters \(meta.*dtype=torch.float32"),
+    "flash attention": (flash_attention, "attn_implementation: flash_attention_2: .*sdpa, or meta_precision: bf16"),
 }
 
 
@@ -177,8 +185,8 @@ def refused(message: str, make: Callable[[], Any]) -> None:
 
 def test_every_kind_of_refusal_is_here() -> None:
     tables = (ARGUMENTS, ELSEWHERE, ENVIRONMENTS, MODELS, DISTRIBUTED_MODELS)
-    assert [len(table) for table in tables] == [14, 2, 6, 10, 3]
-    assert [len(table) for table in (META_ARGUMENTS, META_ENVIRONMENTS, META_MODELS)] == [1, 1, 3]
+    assert [len(table) for table in tables] == [14, 3, 6, 10, 3]
+    assert [len(table) for table in (META_ARGUMENTS, META_ENVIRONMENTS, META_MODELS)] == [1, 1, 4]
 
 
 def in_turn(cases: Iterable[str]) -> Any:

@@ -150,3 +150,75 @@ def test_hypergradients_of_bf16_steps_of_a_pretrained_model(tmp_path: Path, shar
         for bf16 in (False, True)
     )
     assert relative_error(mixed, plain) <= ROUNDING
+
+
+# The precision of the meta passes themselves
+
+KERNELS = [(torch.backends.cuda, "matmul"), (torch.backends.cudnn, "conv"), (torch.backends.mkldnn, "matmul")]
+BF16_ERRORS: dict[str, tuple[dict[str, Any], float]] = {  # of a tagger of 12M weights
+    "jvp": ({"estimator_kwargs": {"engine": "jvp"}}, 0.03),
+    "double_backward": ({"estimator_kwargs": {"engine": "double_backward"}}, 0.03),
+    "finite_difference": ({"estimator_kwargs": {"engine": "finite_difference", "radius": 0.1}}, 0.04),
+    "sama": ({"estimator": "sama", "estimator_kwargs": {"radius": 0.1}}, 0.04),
+    "evograd head": ({"estimator": "evograd", "estimator_kwargs": {"parameters": "^classifier"}}, 0.15),
+    "evograd": ({"estimator": "evograd"}, 0.15),
+}
+
+
+def precisions() -> list[str]:
+    return [getattr(of, kind).fp32_precision for of, kind in KERNELS]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has other switches")
+@pytest.mark.parametrize("meta_precision", ["float32", "tf32"])
+def test_meta_passes_do_not_compute_in_tf32(tmp_path: Path, meta_precision: str) -> None:
+    """As `torch_compile` switches it on, and GPUs convolve unless told otherwise."""
+    seen = list[list[str]]()
+    tagger, before = tiny_tagger(dropout=False), torch.get_float32_matmul_precision()
+    tagger.base.get_submodule("classifier").register_forward_hook(lambda *_: seen.append(precisions()))
+    try:
+        torch.set_float32_matmul_precision("high")
+        outside = precisions()
+        tiny_trainer(
+            tmp_path, tagger=tagger, meta_order="lookahead", max_steps=1, meta_precision=meta_precision
+        ).train()
+        assert precisions() == outside == ["tf32"] * 3
+    finally:
+        torch.set_float32_matmul_precision(before)
+    *meta, base = seen
+    assert (outside in meta) == (meta_precision == "tf32")
+    assert ["ieee"] * 3 in meta  # tests of the loss, if nothing else
+    assert base == outside
+
+
+def test_meta_passes_in_bf16(tmp_path: Path) -> None:
+    """Logits are of 16 bits, parameters and hypergradients of 32; the base step is left as it is."""
+    base, meta, lam, _ = dtypes_seen(tmp_path, estimator_kwargs={"engine": "jvp"}, meta_precision="bf16")
+    assert (base, meta) == ({torch.float32}, {torch.bfloat16, torch.float32})  # tests of the loss are in float32
+    assert {value.dtype for value in lam.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("case", "bar"), [(case, bar) for case, (_, bar) in BF16_ERRORS.items()])
+def test_errors_of_bf16_meta_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path, case: str, bar: float
+) -> None:
+    """Measured, with room: what a user of `meta_precision: bf16` gives up."""
+    monkeypatch.setitem(ESTIMATORS, case, BF16_ERRORS[case][0])
+    exact, low = (
+        hypergradient_of_first_step(
+            tmp_path / precision,
+            case,
+            pretrained_tagger(shared / "models/xlmr-mini"),
+            meta_order="lookahead",
+            meta_precision=precision,
+        )
+        for precision in ("float32", "bf16")
+    )
+    print(f"{case}, bf16 meta passes: {relative_error(low, exact):.1e}, cosine {tree.cosine(low, exact):.4f}")
+    assert 1e-4 < relative_error(low, exact) <= bar
+
+
+def test_small_differences_are_refused_in_bf16(tmp_path: Path) -> None:
+    kwargs = {"engine": "finite_difference", "radius": 0.05}
+    with pytest.raises(ValueError, match=r"radius to 0\.1 or more"):
+        tiny_trainer(tmp_path, max_steps=1, meta_precision="bf16", estimator_kwargs=kwargs).train()
