@@ -38,7 +38,7 @@ class Processes:
             return shares
         whole: Tree = {}
         names = list(shares)
-        for bucket in tree.buckets(shares, _BUCKET):
+        for bucket in tree.in_groups(shares, _BUCKET):
             leaves = [shares.pop(name) for name in bucket]
             flat = torch.cat([leaf.reshape(-1) for leaf in leaves])
             dist.all_reduce(flat, group=self.group)

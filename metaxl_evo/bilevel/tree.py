@@ -42,17 +42,18 @@ def _have_graph(leaves: Iterable[Tensor]) -> bool:
     return any(leaf.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(leaf) for leaf in leaves)
 
 
-def in_groups(leaves: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """The names in groups of alike leaves of at most `TOGETHER` entries, and those of larger ones alone."""
-    group: list[str] = []
-    size = 0
-    for name, leaf in leaves.items():
-        if group and (size + leaf.numel() > TOGETHER or leaf.dtype != leaves[group[0]].dtype):
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += leaf.numel()
-    if group:
+def in_groups(leaves: Mapping[str, Tensor], size: int | None = None) -> Iterator[list[str]]:
+    """The names in groups of one dtype and at most `size` (`TOGETHER`) entries, and those of larger leaves alone."""
+    limit = TOGETHER if size is None else size
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves.values()):
+        group: list[str] = []
+        held = 0
+        for name, leaf in [(name, leaf) for name, leaf in leaves.items() if leaf.dtype == dtype]:
+            if group and held + leaf.numel() > limit:
+                yield group
+                group, held = [], 0
+            group.append(name)
+            held += leaf.numel()
         yield group
 
 
@@ -135,17 +136,3 @@ def all_finite(a: Mapping[str, Tensor]) -> bool:
     """Whether no leaf holds an infinity or a NaN."""
     leaves = [leaf.detach() for leaf in a.values() if leaf.numel()]
     return all(map(math.isfinite, _numbers(torch._foreach_norm(leaves, math.inf)))) if leaves else True
-
-
-def buckets(a: Mapping[str, Tensor], numbers: int) -> Iterator[list[str]]:
-    """Names of leaves of one dtype, as many as hold so many numbers together, or a larger one alone."""
-    for dtype in dict.fromkeys(leaf.dtype for leaf in a.values()):
-        bucket: list[str] = []
-        held = 0
-        for name, leaf in [(name, leaf) for name, leaf in a.items() if leaf.dtype == dtype]:
-            if bucket and held + leaf.numel() > numbers:
-                yield bucket
-                bucket, held = [], 0
-            bucket.append(name)
-            held += leaf.numel()
-        yield bucket

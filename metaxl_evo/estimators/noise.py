@@ -57,7 +57,7 @@ class Perturbations:
         device = next(iter(like.values())).device
         self._block = _BLOCK if device.type == "cpu" else 4 * _BLOCK  # no cache to fit, and launches to save
         whole = {name: leaf for name, leaf in like.items() if name not in self.rows}
-        self._blocks = [*tree.buckets(whole, self._block), *([name] for name in like if name in self.rows)]
+        self._blocks = [*tree.in_groups(whole, self._block), *([name] for name in like if name in self.rows)]
         self._kept = self._store(tree.size(like))
         self._kept_words = self._store(sum(map(self._count, like)))
 
