@@ -8,7 +8,6 @@ whole, which is the same on all processes to the last bit, and so is everything 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +38,7 @@ class Processes:
             return shares
         whole: Tree = {}
         names = list(shares)
-        for bucket in _buckets(shares):
+        for bucket in tree.in_groups(shares, _BUCKET):
             leaves = [shares.pop(name) for name in bucket]
             flat = torch.cat([leaf.reshape(-1) for leaf in leaves])
             dist.all_reduce(flat, group=self.group)
@@ -50,17 +49,3 @@ class Processes:
     def once(self, whole: Tree) -> Tree:
         """What every process has computed alike as a share: that of the first process counts."""
         return whole if self.rank == 0 else tree.zeros_like(whole)
-
-
-def _buckets(leaves: Tree) -> Iterator[list[str]]:
-    """Names of leaves of one dtype, as many as fit a bucket, or a larger one alone."""
-    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves.values()):
-        bucket: list[str] = []
-        size = 0
-        for name, leaf in [(name, leaf) for name, leaf in leaves.items() if leaf.dtype == dtype]:
-            if bucket and size + leaf.numel() > _BUCKET:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(name)
-            size += leaf.numel()
-        yield bucket

@@ -58,6 +58,7 @@ class Facts:
         trusted: the base parameters along which the value test passed.
         engine: the one that `auto` takes.
         twice: double backward works.
+        batched: several weights can be evaluated in one pass, with the same numbers (None: not known yet).
         forward_ad: the arguments by whose gradient forward mode was seen to agree with double backward.
     """
 
@@ -68,6 +69,7 @@ class Facts:
     trusted: Tested = field(default_factory=Tested)
     engine: str | None = None
     twice: bool = False
+    batched: bool | None = None
     forward_ad: Tested = field(default_factory=Tested)
 
 

@@ -42,17 +42,18 @@ def _have_graph(leaves: Iterable[Tensor]) -> bool:
     return any(leaf.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(leaf) for leaf in leaves)
 
 
-def in_groups(leaves: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """The names in groups of alike leaves of at most `TOGETHER` entries, and those of larger ones alone."""
-    group: list[str] = []
-    size = 0
-    for name, leaf in leaves.items():
-        if group and (size + leaf.numel() > TOGETHER or leaf.dtype != leaves[group[0]].dtype):
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += leaf.numel()
-    if group:
+def in_groups(leaves: Mapping[str, Tensor], size: int | None = None) -> Iterator[list[str]]:
+    """The names in groups of one dtype and at most `size` (`TOGETHER`) entries, and those of larger leaves alone."""
+    limit = TOGETHER if size is None else size
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves.values()):
+        group: list[str] = []
+        held = 0
+        for name, leaf in [(name, leaf) for name, leaf in leaves.items() if leaf.dtype == dtype]:
+            if group and held + leaf.numel() > limit:
+                yield group
+                group, held = [], 0
+            group.append(name)
+            held += leaf.numel()
         yield group
 
 

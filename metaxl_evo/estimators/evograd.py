@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import gate, tree
+from metaxl_evo.bilevel.batched import at_once
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, Cut, InnerStep, Response
 from metaxl_evo.bilevel.replay import Inputs
@@ -19,6 +21,7 @@ from metaxl_evo.estimators.base import Estimator
 from metaxl_evo.estimators.noise import NOISES, Perturbations
 from metaxl_evo.messages import unknown
 
+TOGETHER = 2**23  # numbers of the copies that one pass evaluates
 ONE_HOT = 1.1  # effective copies below this: one copy has more than 95 % of the weight
 
 
@@ -107,14 +110,14 @@ class EvoGrad(Estimator):
         shared = cut is not None and self.share_randomness and names <= cut.names
         copies = _SharedPass(passes, step, noise, cut) if shared and cut else _FullPasses(self, passes, step, noise)
         weights = torch.softmax(-copies.losses / self.temperature, dim=0)
-        diagnostics["effective_copies"] = float(1 / weights.square().sum())
-        diagnostics["loss_spread"] = float(copies.losses.std() / self.temperature)
+        numbers = torch.stack([1 / weights.square().sum(), copies.losses.std() / self.temperature]).tolist()
+        diagnostics["effective_copies"], diagnostics["loss_spread"] = numbers
 
         def vjp(v: Tree) -> Tree:
             along = passes.all_reduce_one(noise.along(v))
             return copies.pull_back(-(weights / self.temperature) * (along - (weights * along).sum()))
 
-        return Response(noise.combined(w, weights.tolist()), vjp, wrt=sorted(names))
+        return Response(noise.combined(w, weights), vjp, wrt=sorted(names))
 
     def advise(self, gradient: Tree, diagnostics: dict[str, float]) -> str | None:
         """Adds `noise_scale` = sigma |g| / temperature, to first order the deviation of the copies' scaled losses."""
@@ -177,7 +180,8 @@ class _FullPasses:
 class _SharedPass:
     """One pass of what no copy perturbs; the copies are evaluations of the suffix, one backward reaches lam.
 
-    One graph at a time: that of a single part waits for the cotangent, those of several are made anew.
+    As many copies as fit `TOGETHER` are evaluated in one pass. One graph at a time: that of a single part waits for
+    the cotangent (with all losses, where one pass made them), those of several are made anew.
     """
 
     def __init__(self, passes: PassContext, step: InnerStep, noise: Perturbations, cut: Cut) -> None:
@@ -186,12 +190,16 @@ class _SharedPass:
         parts = passes.parts(step.batch)
         self.below = [passes.prefix(step.w, index, part) for index, part in parts]
         self.hidden: list[Tensor] = []
+        self.graph: Tensor | None = None
         losses = torch.zeros(noise.copies, dtype=torch.float64, device=next(iter(step.lam.values())).device)
         for index, part in parts:
             with passes.scope(index):
                 hidden = self._hidden(index, part)
-                with torch.no_grad():
-                    losses += torch.stack([self._suffix(k, hidden, index, part).double() for k in range(noise.copies)])
+                together = self._together(hidden)
+                with torch.set_grad_enabled(len(parts) == len(together) == 1):
+                    found = torch.cat([self._losses(copies, hidden, index, part) for copies in together])
+            self.graph = found if found.requires_grad else None
+            losses += found.detach()
             self.hidden.append(hidden if len(parts) == 1 else hidden.detach())
         self.losses = passes.all_reduce_one(losses)
 
@@ -200,21 +208,26 @@ class _SharedPass:
         total = tree.zeros_like(self.lam)
         for index, part in self.passes.parts(self.step.batch):
             with self.passes.scope(index):
+                if self.graph is not None:
+                    return self._to_lam(self.graph, coefficients.to(self.graph.dtype))
                 leaf = self.hidden[index].detach().requires_grad_()
                 cotangent = torch.zeros_like(leaf)
-                for k, coefficient in enumerate(coefficients.tolist()):
-                    (slope,) = torch.autograd.grad(self._suffix(k, leaf, index, part), leaf)
-                    cotangent.add_(slope, alpha=coefficient)
+                for copies in self._together(leaf):
+                    losses = self._losses(copies, leaf, index, part)
+                    weights = coefficients[copies.start : copies.stop].to(losses.dtype)
+                    cotangent += torch.autograd.grad(losses, leaf, weights)[0]
                 self.passes.reseed(index)
                 hidden = self.hidden[index] if len(self.hidden) == 1 else self._hidden(index, part)
-                if not hidden.requires_grad:
-                    continue
-                found = torch.autograd.grad(
-                    hidden, list(self.lam.values()), cotangent, allow_unused=True, materialize_grads=True
-                )
-            self.passes.counts.backwards += 1
-            total = tree.add(total, dict(zip(self.lam, found, strict=True)))
-        return tree.detach(total)
+                if hidden.requires_grad:
+                    total = tree.add(total, self._to_lam(hidden, cotangent))
+        return total
+
+    def _to_lam(self, output: Tensor, cotangent: Tensor) -> Tree:
+        self.passes.counts.backwards += 1
+        found = torch.autograd.grad(
+            output, list(self.lam.values()), cotangent, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(self.lam, found, strict=True))
 
     def _hidden(self, index: int, part: Any) -> Tensor:
         below = self.below[index]
@@ -224,7 +237,19 @@ class _SharedPass:
             self.passes.counts.suffixes += 1
         return self.cut.hidden(self.w, self.lam, below, part)
 
-    def _suffix(self, k: int, hidden: Tensor, index: int, part: Any) -> Tensor:
-        self.passes.counts.suffixes += 1
-        self.passes.reseed(index)
-        return self.cut.loss(self.noise.perturbed(self.w, k), hidden, part)
+    def _together(self, hidden: Tensor) -> list[range]:
+        """The copies that are evaluated in one pass, each for as large as its weights and the hidden states."""
+        batched, each = self.passes.problem.facts.batched, hidden.numel() + tree.size(self.noise.like)
+        size = max(1, TOGETHER // max(1, each)) if batched is not False else 1
+        copies = range(self.noise.copies)
+        return [copies[first : first + size] for first in range(0, len(copies), size)]
+
+    def _losses(self, copies: range, hidden: Tensor, index: int, part: Any) -> Tensor:
+        """The losses of some copies, (copies,)."""
+        self.passes.counts.suffixes += len(copies)
+        return at_once(
+            lambda leaves: self.cut.loss({**self.w, **leaves}, hidden, part),
+            self.noise.points(self.w, copies),
+            partial(self.passes.reseed, index),
+            self.passes.problem.facts,
+        )

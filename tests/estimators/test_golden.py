@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from metaxl_evo.benchmark.launches import Launches
 from metaxl_evo.benchmark.memory import PeakMemory
 from metaxl_evo.bilevel import (
     SGD,
@@ -30,11 +31,14 @@ from metaxl_evo.bilevel.products import mixed_product
 from metaxl_evo.bilevel.torch_optimizers import from_optimizer
 from metaxl_evo.bilevel.update_state import UpdateState
 from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder, OneStep
+from metaxl_evo.estimators import evograd as evograd_module
+from metaxl_evo.estimators import noise as noise_module
 from tests.estimators.problems import (
     Quadratic,
     Toy,
     cut_network,
     golden,
+    known,
     logged,
     network,
     one_dimensional,
@@ -278,9 +282,51 @@ def test_the_cut_path_is_the_full_path(settings: dict[str, Any], parts: bool) ->
     assert relative_error(cheap.grads, whole.grads) < 1e-10
     torch.testing.assert_close(cheap.outer_loss, whole.outer_loss, rtol=1e-13, atol=0)
     count, copies = 2 if parts else 1, estimator.copies
-    above = 2 * count if parts else 1  # one graph at a time: with several parts each is made again for its backward
-    assert cheap.counts == Counts(count + 1, count + 1, suffixes=2 * copies * count + above)
+    # one graph at a time: with several parts each is made again for its backward
+    suffixes = 2 * (copies + 1) * count if parts else copies + 1
+    assert cheap.counts == Counts(count + 1, count + 1, suffixes=suffixes)
     assert (whole.counts.forwards, whole.counts.suffixes) == (copies * count + 1, 0)
+
+
+def dropping_cut_network(asks: bool) -> tuple[Toy, list[Any]]:
+    """With dropout in the suffix, which may also ask for the value of its loss. -> (problem, calls of the suffix)"""
+    toy, calls = cut_network(torch.float64), list[Any]()
+    cut = toy.problem.cut
+    assert cut is not None
+    head = cut.loss
+
+    def loss(w: Tree, hidden: Tensor, batch: Any) -> Tensor:
+        dropped = torch.nn.functional.dropout(hidden, 0.5)
+        found: Tensor = head(w, torch.tanh(dropped), batch)
+        return found * 1.0 if asks and found.item() < 0 else found
+
+    problem = replace(toy.problem, cut=replace(cut, loss=logged(loss, calls)), facts=known())
+    return replace(toy, problem=problem), calls
+
+
+def test_copies_in_one_pass_are_copies_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch cannot vectorise the suffix they are; dropout masks are shared either way."""
+    found = {}
+    for asks, together, first, later in ((False, 2**20, 6, 1), (True, 2**20, 6, 10), (False, 2**6, 8, 6)):
+        toy, calls = dropping_cut_network(asks)
+        monkeypatch.setattr(evograd_module, "TOGETHER", together)
+        noise = [tree.scale(random_like(toy.w, 50 * (k + 1)), 0.1) for k in range(5)]
+        for expected in (first, later):
+            calls.clear()
+            found[asks, together] = estimate(toy, EvoGrad(**HEAD), noise=noise, generator=seeded(3)).grads
+            assert len(calls) == expected
+    one_by_one = found.pop((True, 2**20))
+    assert all(relative_error(other, one_by_one) < 1e-12 for other in found.values())
+
+
+def test_more_copies_of_a_suffix_are_no_more_launches() -> None:
+    toy, launched = cut_network(torch.float32), []
+    estimate(toy, EvoGrad(**HEAD))  # finds out what there is to know of the loss
+    for copies in (2, 64):
+        with Launches() as launches:
+            estimate(toy, EvoGrad(copies=copies, **HEAD))
+        launched.append(launches.launched.total())
+    assert launched[0] == launched[1]
 
 
 @pytest.mark.parametrize("settings", [{"share_randomness": False}, {"parameters": "weight"}])
@@ -344,7 +390,10 @@ def peak(toy: Toy, estimator: Estimator) -> int:
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["full", "cut"])
-def test_memory_is_flat_in_the_number_of_copies(cut: bool) -> None:
+def test_memory_is_flat_in_the_number_of_copies(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond those that are drawn or evaluated together."""
+    monkeypatch.setattr(noise_module, "_BLOCK", 2**10)  # in proportion to the small network
+    monkeypatch.setattr(evograd_module, "TOGETHER", 2**16)
     toy, lam_bytes = wide_problem(cut)
     settings: dict[str, Any] = {"parameters": "head"} if cut else {}
     few, many = (peak(toy, EvoGrad(copies=copies, **settings)) for copies in (4, 32))

@@ -125,7 +125,7 @@ def test_points_means_and_products(kind: str, antithetic: bool, block: int, monk
     eps = perturbations(perturbed, kind=kind, antithetic=antithetic)
     before = {name: leaf.clone() for name, leaf in w.items()}
     points = [eps.perturbed(w, k) for k in range(4)]
-    combined, along = eps.combined(w, weights), eps.along(v)
+    combined, along = eps.combined(w, torch.tensor(weights, dtype=torch.float64)), eps.along(v)
     for name, leaf in w.items():
         own = [eps[k].get(name, torch.zeros_like(leaf)) for k in range(4)]
         for k, point in enumerate(points):

@@ -566,7 +566,10 @@ BARS: dict[str, dict[str, float]] = {  # times a plain step's peak
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_peak_of_a_meta_step_is_about_a_plain_steps(tmp_path: Path, order: str) -> None:
+def test_the_peak_of_a_meta_step_is_about_a_plain_steps(
+    tmp_path: Path, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(noise_module, "_BLOCK", 2**10)  # in proportion to the small body
     plain, bars = peak_of(tmp_path, estimator="none"), BARS[order]
     assert plain > 4 * WIDE * HIDDEN * 4  # weights, gradients and two moments
     peaks = {name: peak_of(tmp_path, meta_order=order, **ESTIMATES[name]) / plain for name in bars}
