@@ -79,7 +79,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[MetaTrainer, 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("kills", "each"), [(8, 2), pytest.param(20, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "each"), [(4, 1), pytest.param(20, 3, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     undisturbed: tuple[MetaTrainer, dict[str, list[float]]], tmp_path: Path, kills: int, each: int
 ) -> None:

@@ -140,12 +140,12 @@ def test_augmented_noisy_labels_resume_bit_by_bit(
 ) -> None:
     """Cut off within an epoch and at its end; batch norm, momentum and the judges' passes go on as they were."""
     fields: dict[str, Any] = {
-        "max_steps": 6,
+        "max_steps": at + 2,
         "save_strategy": "steps",
         "save_steps": at,
         "dataloader_num_workers": workers,
         "estimator": estimator,
-        "estimator_kwargs": None,
+        "estimator_kwargs": {"copies": 2} if estimator == "evograd" else None,
         "gradient_accumulation_steps": accumulation,
     }
     file = pack(tmp_path / "a.npz")
@@ -157,7 +157,7 @@ def test_augmented_noisy_labels_resume_bit_by_bit(
     start = trainer_of(tmp_path, file)
     assert different(base_weights(whole), base_weights(start))
     assert different(meta_weights(whole), meta_weights(start))
-    assert whole.train_dataset.epoch == (5 * accumulation) // 4  # the images of the last step are not the first's
+    assert whole.train_dataset.epoch == (at + 1) * accumulation // 4 > 0  # the last images are not the first
     assert isinstance(whole.train_dataset, ImageRows)
 
 
