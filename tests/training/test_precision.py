@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModelForTokenClassification
 
-from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel import SGD, BilevelProblem, hypergradient, tree
 from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.estimators import OneStep
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.tagger import CrossLingualTagger
 from metaxl_evo.training import meta_level
@@ -189,6 +191,24 @@ def test_meta_passes_do_not_compute_in_tf32(tmp_path: Path, meta_precision: str)
     assert (outside in meta) == (meta_precision == "tf32")
     assert ["ieee"] * 3 in meta  # tests of the loss, if nothing else
     assert base == outside
+
+
+def test_a_loss_may_switch_cudnn_off() -> None:
+    """As torch asks of those who differentiate an LSTM twice; it then reads what the pass has set."""
+    lstm, x = nn.LSTM(2, 2), torch.ones(3, 1, 2)
+    w, lam = {name: p.detach() for name, p in lstm.named_parameters()}, {"scale": torch.ones(())}
+
+    def loss(w: Tree, lam: Tree, batch: None) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=False):
+            return lam["scale"] * functional_call(lstm, w, (x,))[0].square().sum()
+
+    problem, before = (
+        BilevelProblem(inner_loss=loss, outer_loss=loss, update=SGD(0.1)),
+        torch.backends.cudnn.allow_tf32,
+    )
+    found = hypergradient(problem, OneStep("double_backward"), w, lam, None, None).grads
+    assert bool(found["scale"])
+    assert torch.backends.cudnn.allow_tf32 is before
 
 
 def test_meta_passes_in_bf16(tmp_path: Path) -> None:
