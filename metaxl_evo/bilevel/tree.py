@@ -1,14 +1,20 @@
-"""Algebra on trees: flat dictionaries of tensors, keyed by parameter name."""
+"""Algebra on trees: flat dictionaries of tensors, keyed by parameter name.
+
+On a GPU a small model's step is as long as its launches: leaves without a graph are computed together (`_foreach_`),
+and the host asks for a number once a tree.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 Tree = dict[str, Tensor]
+
+TOGETHER = 2**20  # entries of leaves for which memory is taken at a time; a larger leaf comes alone
 
 
 def tree_map(fn: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]) -> Tree:
@@ -18,12 +24,36 @@ def tree_map(fn: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapp
 
 def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor], scale: float = 1.0) -> Tree:
     """`a + scale * b`; a key that `b` lacks is passed through."""
-    return {name: leaf + scale * b[name] if name in b else leaf for name, leaf in a.items()}
+    names = [name for name in a if name in b]
+    ours, theirs = [a[name] for name in names], [b[name] for name in names]
+    if _have_graph(ours + theirs):
+        return {**a, **{n: one + scale * other for n, one, other in zip(names, ours, theirs, strict=True)}}
+    return {**a, **dict(zip(names, torch._foreach_add(ours, theirs, alpha=scale) if names else (), strict=True))}
 
 
 def scale(a: Mapping[str, Tensor], factor: float) -> Tree:
     """`factor * a`."""
-    return tree_map(lambda leaf: factor * leaf, a)
+    if not a or _have_graph(a.values()):
+        return tree_map(lambda leaf: factor * leaf, a)
+    return dict(zip(a, torch._foreach_mul(list(a.values()), factor), strict=True))
+
+
+def _have_graph(leaves: Iterable[Tensor]) -> bool:
+    return any(leaf.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(leaf) for leaf in leaves)
+
+
+def in_groups(leaves: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """The names in groups of alike leaves of at most `TOGETHER` entries, and those of larger ones alone."""
+    group: list[str] = []
+    size = 0
+    for name, leaf in leaves.items():
+        if group and (size + leaf.numel() > TOGETHER or leaf.dtype != leaves[group[0]].dtype):
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += leaf.numel()
+    if group:
+        yield group
 
 
 def zeros_like(a: Mapping[str, Tensor]) -> Tree:
@@ -38,7 +68,11 @@ def detach(a: Mapping[str, Tensor]) -> Tree:
 
 def clone(a: Mapping[str, Tensor]) -> Tree:
     """Copies of the leaves, outside any graph."""
-    return tree_map(lambda leaf: leaf.detach().clone(), a)
+    copies = [torch.empty_like(leaf, requires_grad=False) for leaf in a.values()]
+    if copies:
+        with torch.no_grad():
+            torch._foreach_copy_(copies, list(a.values()))
+    return dict(zip(a, copies, strict=True))
 
 
 def dense(a: Mapping[str, Tensor]) -> Tree:
@@ -54,14 +88,32 @@ def leaves(a: Mapping[str, Tensor], wrt: Iterable[str]) -> Tree:
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """Inner product over the keys of `a`, accumulated in float64 (a 0-d tensor)."""
-    products = [(leaf * b[name]).sum(dtype=torch.float64) for name, leaf in a.items()]
+    if _have_graph([*a.values(), *(b[name] for name in a)]):
+        return torch.stack([(leaf * b[name]).sum(dtype=torch.float64) for name, leaf in a.items()]).sum()
+    products = []
+    for names in in_groups(a):
+        found = torch._foreach_mul([a[name] for name in names], [b[name] for name in names])
+        products.append(torch.cat([one.flatten() for one in found]).sum(dtype=torch.float64))
     return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64)
 
 
 def norm(a: Mapping[str, Tensor]) -> float:
-    """Euclidean norm over all leaves; row by row, since one long float32 sum would lose digits."""
-    rows = [torch.linalg.vector_norm(leaf.detach(), dim=-1) if leaf.dim() else leaf.detach() for leaf in a.values()]
-    return math.hypot(*(torch.linalg.vector_norm(norms, dtype=torch.float64).item() for norms in rows))
+    """Euclidean norm over all leaves, accumulated in float64; of a large leaf row by row, which takes no memory."""
+    leaves = [leaf.detach() for leaf in a.values()]
+    small = [leaf for leaf in leaves if leaf.numel() <= TOGETHER]
+    norms = [
+        torch.linalg.vector_norm(torch.linalg.vector_norm(leaf, dim=-1), dtype=torch.float64)
+        for leaf in leaves
+        if leaf.numel() > TOGETHER
+    ]
+    norms += torch._foreach_norm(small, 2, torch.float64) if small else []
+    return math.hypot(*_numbers(norms))
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """0-d tensors as numbers, asked for once."""
+    numbers: list[float] = torch.stack(list(scalars)).tolist() if scalars else []
+    return numbers
 
 
 def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -81,4 +133,5 @@ def size(a: Mapping[str, Tensor]) -> int:
 
 def all_finite(a: Mapping[str, Tensor]) -> bool:
     """Whether no leaf holds an infinity or a NaN."""
-    return all(bool(torch.isfinite(leaf).all()) for leaf in a.values())
+    leaves = [leaf.detach() for leaf in a.values() if leaf.numel()]
+    return all(map(math.isfinite, _numbers(torch._foreach_norm(leaves, math.inf)))) if leaves else True
