@@ -114,6 +114,12 @@ def _meta_launch(args: MetaTrainingArguments, model: nn.Module) -> Found:
             f"it knows 16 bits only, and meta passes are in {args.meta_precision}; set attn_implementation: sdpa, or "
             "meta_precision: bf16 beside bf16: true",
         )
+    if kernel.startswith("flash_attention") and args.meta_diagnostics_every:
+        yield (
+            f"meta_diagnostics_every beside {kernel}",
+            "what is exact is computed in float32, and it knows 16 bits only; leave it out, or set "
+            "attn_implementation: sdpa",
+        )
     options = args.activation_checkpointing_kwargs
     if args.activation_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
         yield (

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForTokenClassification
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForTokenClassification
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from metaxl_evo.bilevel import SGD, BilevelProblem, hypergradient, tree
 from metaxl_evo.bilevel.tree import Tree
@@ -216,6 +218,27 @@ def test_meta_passes_in_bf16(tmp_path: Path) -> None:
     base, meta, lam, _ = dtypes_seen(tmp_path, estimator_kwargs={"engine": "jvp"}, meta_precision="bf16")
     assert (base, meta) == ({torch.float32}, {torch.bfloat16, torch.float32})  # tests of the loss are in float32
     assert {value.dtype for value in lam.values()} == {torch.float32}
+
+
+def of_16_bits(module: nn.Module, query: Tensor, *more: Any, **settings: Any) -> Any:
+    """An attention kernel like flash attention's."""
+    if query.dtype is not torch.bfloat16:
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    return sdpa_attention_forward(module, query, *more, **settings)
+
+
+def test_attention_that_knows_16_bits_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = "flash_attention_2"
+    monkeypatch.setitem(AttentionInterface._global_mapping, kernel, of_16_bits)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, kernel, sdpa_mask)
+    tagger = tiny_tagger(dropout=False)
+    tagger.base.config._attn_implementation = kernel
+    fields: dict[str, Any] = {"tagger": tagger, "meta_precision": "bf16", "bf16": True, "max_steps": 2}
+    trainer = tiny_trainer(tmp_path, estimator="evograd", **fields)
+    trainer.train()
+    assert len(logged(trainer, "meta_loss")) == 2
+    with pytest.raises(ValueError, match=f"meta_diagnostics_every beside {kernel}: .*leave it out"):
+        tiny_trainer(tmp_path, estimator="evograd", meta_diagnostics_every=1, **fields)
 
 
 @pytest.mark.parametrize(("case", "bar"), [(case, bar) for case, (_, bar) in BF16_ERRORS.items()])
