@@ -22,11 +22,11 @@ BIN := $(VENV)/bin
 SOURCES := $(patsubst %/,%,$(dir $(wildcard metaxl_evo/__init__.py vision_tasks/__init__.py))) $(wildcard scripts)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all soak mutate lint audit format docs site licences test-versions reproduce-ner-cpu reproduce-vision-cpu benchmark clean
+.PHONY: help quickstart test test-all soak mutate lint audit format docs site licences test-versions reproduce-ner-cpu reproduce-vision-cpu benchmark gpu-report clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
-	@echo "Targets: quickstart test test-all soak mutate lint audit format docs site licences test-versions reproduce-ner-cpu reproduce-vision-cpu benchmark clean"
+	@echo "Targets: quickstart test test-all soak mutate lint audit format docs site licences test-versions reproduce-ner-cpu reproduce-vision-cpu benchmark gpu-report clean"
 
 # One stamp an extra: the install runs again only when what it reads has changed.
 $(VENV)/.installed-%: setup.py constraints.txt
@@ -125,6 +125,11 @@ reproduce-vision-cpu: $(VENV)/.installed-report
 benchmark: $(VENV)/.installed-plot
 	$(BIN)/python scripts/benchmark_estimators.py --config configs/benchmark/$(PROBLEM).yaml \
 		--output_dir runs/benchmark/$(PROBLEM)
+
+# Needs CUDA; it writes the page anew.
+gpu-report: $(VENV)/.installed-plot
+	$(BIN)/python scripts/gpu_report.py --output_dir runs/gpu
+	cp runs/gpu/gpu.md docs/results/gpu.md
 
 # runs/ stays: it is the user's work.
 clean:

@@ -152,8 +152,9 @@ class MetaStep:
         """Whether the base step's forward computes what the meta passes would: no dropout masks, one precision."""
         args = self.level.args
         plain = AcceleratorState().mixed_precision == "no" and not args.torch_compile
-        exact = args.meta_precision == "float32" and computes_in_float32({args.device.type}, self.level.model)
-        alike = args.meta_precision == "tf32" or exact
+        alike = args.meta_precision == "tf32" or (
+            args.meta_precision == "float32" and computes_in_float32(args.device.type)
+        )
         previous = self.level.estimator.evaluated_at == "previous"
         return plain and alike and previous and not self.level.model.has_dropout
 

@@ -187,6 +187,22 @@ def test_a_tagger_resumes_bit_by_bit(tmp_path: Path, name: str, accumulation: in
     assert (name == "none") == (not different(meta_weights(whole), meta_weights(start)))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["jvp", "evograd"])
+def test_a_tagger_resumes_bit_by_bit_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, name: str
+) -> None:
+    """Kernels that add in any order are replaced by others, or refused."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    settings: dict[str, Any] = {"use_cpu": False, "full_determinism": True, "max_steps": 8, "save_steps": 4}
+    whole = run(tmp_path / "whole", **settings | RESUMED[name])
+    again = run(tmp_path / "again", resume=tmp_path / "whole" / "checkpoint-4", **settings | RESUMED[name])
+    assert whole.args.device.type == "cuda"
+    assert_same_run(again, whole)
+
+
 def test_latest_and_true_go_on_bit_by_bit(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", max_steps=6, save_steps=2)
     for wanted in ("latest", True):

@@ -754,9 +754,9 @@ def test_second_order_engines_refuse_fused_kernels(tmp_path: Path, engine: str) 
     tagger = tiny_tagger()
     tagger.base.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="use one_step with engine finite_difference, or evograd"):
-        tiny_trainer(tmp_path, tagger=tagger, **ESTIMATES[engine])
+        tiny_trainer(tmp_path, tagger=tagger, meta_precision="bf16", **ESTIMATES[engine])
     for name in ("finite_difference", "evograd"):
-        tiny_trainer(tmp_path, tagger=tagger, **ESTIMATES[name])
+        tiny_trainer(tmp_path, tagger=tagger, meta_precision="bf16", **ESTIMATES[name])
 
 
 @pytest.mark.parametrize(
