@@ -122,6 +122,12 @@ reproduce-vision-cpu: $(VENV)/.installed-report
 	$(call COSTS,fewshot) $(BOTH)
 	$(call COSTS,weight_net_scaling_cpu)
 
+reproduce-long-horizon-cpu: $(VENV)/.installed-report
+	$(BIN)/metaxl-evo study configs/study/hyper_cleaning_cpu.yaml --output_dir runs/long_horizon/hyper_cleaning_mnist \
+		--data $(IMAGES)/mnist_8k_2k.npz
+	$(BIN)/metaxl-evo study configs/study/hyper_cleaning_cpu.yaml --output_dir runs/long_horizon/hyper_cleaning_fashion \
+		--data $(IMAGES)/fashion_mnist_8k_2k.npz --seeds 0 --max_steps 2000
+
 benchmark: $(VENV)/.installed-plot
 	$(BIN)/python scripts/benchmark_estimators.py --config configs/benchmark/$(PROBLEM).yaml \
 		--output_dir runs/benchmark/$(PROBLEM)
