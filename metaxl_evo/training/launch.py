@@ -137,7 +137,7 @@ def _meta_launch(args: MetaTrainingArguments, model: nn.Module) -> Found:
         yield "--dynamo_backend", "meta passes have to know of it; set torch_compile: true in its place"
 
 
-def _sixteen_bits(args: MetaTrainingArguments, model: nn.Module) -> Found:
+def _sixteen_bits(args: MetaTrainingArguments, model: Any) -> Found:
     """Parameters of 16 bits, but for frozen ones of the base below a base step under autocast."""
     learned = {id(p) for one in (model.base_parameters(), model.meta_parameters()) for p in one.values()}
     for name, parameter in model.named_parameters():
