@@ -79,7 +79,7 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
         # products and solvers
         ("difference-quotient-factor", "1 / (2 * step)", "1 / step",
          "bilevel/test_products.py::test_closed_form_on_the_quadratic"),
-        ("once-differentiable-is-constant", "    _refuse_once_differentiable(along)", "    pass",
+        ("once-differentiable-is-constant", "    _refuse_once_differentiable(ends)", "    pass",
          "bilevel/test_products.py::test_a_once_differentiable_function_is_refused_and_not_taken_for_a_constant"),
         ("forward-mode-never-compared", "> 30 * eps**0.5 * size + rounding + allowed", "> float('inf')",
          "bilevel/test_gate.py::test_exact_engines_are_right_or_say_that_they_are_not[.data]"),
