@@ -22,11 +22,11 @@ BIN := $(VENV)/bin
 SOURCES := $(patsubst %/,%,$(dir $(wildcard metaxl_evo/__init__.py vision_tasks/__init__.py))) $(wildcard scripts)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all soak mutate lint audit format docs site licences test-versions reproduce-ner-cpu reproduce-vision-cpu benchmark clean
+.PHONY: help quickstart test test-all soak mutate lint audit format docs site licences test-versions reproduce-ner-cpu reproduce-vision-cpu benchmark gpu-report clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 6
-	@echo "Targets: quickstart test test-all soak mutate lint audit format docs site licences test-versions reproduce-ner-cpu reproduce-vision-cpu benchmark clean"
+	@echo "Targets: quickstart test test-all soak mutate lint audit format docs site licences test-versions reproduce-ner-cpu reproduce-vision-cpu benchmark gpu-report clean"
 
 # One stamp an extra: the install runs again only when what it reads has changed.
 $(VENV)/.installed-%: setup.py constraints.txt
@@ -122,9 +122,20 @@ reproduce-vision-cpu: $(VENV)/.installed-report
 	$(call COSTS,fewshot) $(BOTH)
 	$(call COSTS,weight_net_scaling_cpu)
 
+reproduce-long-horizon-cpu: $(VENV)/.installed-report
+	$(BIN)/metaxl-evo study configs/study/hyper_cleaning_cpu.yaml --output_dir runs/long_horizon/hyper_cleaning_mnist \
+		--data $(IMAGES)/mnist_8k_2k.npz
+	$(BIN)/metaxl-evo study configs/study/hyper_cleaning_cpu.yaml --output_dir runs/long_horizon/hyper_cleaning_fashion \
+		--data $(IMAGES)/fashion_mnist_8k_2k.npz --seeds 0 --max_steps 2000
+
 benchmark: $(VENV)/.installed-plot
 	$(BIN)/python scripts/benchmark_estimators.py --config configs/benchmark/$(PROBLEM).yaml \
 		--output_dir runs/benchmark/$(PROBLEM)
+
+# Needs CUDA; it writes the page anew.
+gpu-report: $(VENV)/.installed-plot
+	$(BIN)/python scripts/gpu_report.py --output_dir runs/gpu
+	cp runs/gpu/gpu.md docs/results/gpu.md
 
 # runs/ stays: it is the user's work.
 clean:

@@ -25,7 +25,7 @@ def on_processes(count: int, worker: Callable[..., Any], *args: Any, timeout: fl
     The worker is a function of a module, and finds RANK, WORLD_SIZE and the like as under torchrun.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         files = [Path(folder) / f"{rank}.pt" for rank in range(count)]
         processes = [
             FORKSERVER.Process(target=_run, args=(rank, count, port, file, worker, args))
@@ -53,15 +53,7 @@ def on_processes(count: int, worker: Callable[..., Any], *args: Any, timeout: fl
 def _run(rank: int, count: int, port: int, file: Path, worker: Callable[..., Any], args: tuple[Any, ...]) -> None:
     gc.freeze()  # what the server has imported
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
+    join(rank, count, port)
     try:
         found = {"result": worker(*args)}
     except BaseException:
@@ -72,7 +64,20 @@ def _run(rank: int, count: int, port: int, file: Path, worker: Callable[..., Any
         torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def join(rank: int, count: int, port: int) -> None:
+    """What torchrun tells a process of its group."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

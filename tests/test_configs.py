@@ -24,6 +24,7 @@ from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.parser import parse_arguments
 from tests.vision_tasks.small import PERTURBED
 from vision_tasks.fewshot_task import FewShotTask
+from vision_tasks.hyper_cleaning_task import HyperCleaningTask
 from vision_tasks.noisy_labels_task import NoisyLabelsTask
 from vision_tasks.rotation_task import RotationTask
 
@@ -289,7 +290,15 @@ def test_the_scaling_study_in_small_is_the_same_study() -> None:
 
 # Images --------------------------------------------------------------------------------------------------------------
 
+CLEANING: dict[str, tuple[str, ...]] = {
+    "baseline": ("none",),
+    "one_step": ("one_step",),
+    "neumann": ("neumann", "terms 5", "step 0.1"),
+    "greedy": ("greedy", "decay 0.9"),
+}
 VISION: dict[str, tuple[Any, dict[str, tuple[str, ...]]]] = {  # task, runs: estimator, its fields
+    "hyper_cleaning_cpu": (HyperCleaningTask(), CLEANING),
+    "hyper_cleaning_paper": (HyperCleaningTask(), CLEANING),
     "noisy_labels_cpu": (
         NoisyLabelsTask(),
         {
@@ -318,6 +327,25 @@ VISION: dict[str, tuple[Any, dict[str, tuple[str, ...]]]] = {  # task, runs: est
 ELSEWHERE = ("fewshot", "illustration")  # configs with tests of their own
 EVOGRAD = {"copies": 2, "sigma": 1e-3, "temperature": 0.05, "noise": "sign", "antithetic": False, "parameters": None}
 IMAGE_PAPERS: dict[str, dict[str, Any]] = {
+    "hyper_cleaning_paper": {  # ICLR 2025 submission 6297
+        "data": "ylecun/mnist",
+        "flip_rate": 0.5,
+        "train_size": 1000,
+        "validation_size": None,
+        "seeds": [0, 1, 2, 3, 4],
+        "max_steps": 200 * 10,
+        "episode_length": 10,
+        "meta_every": 10,
+        "per_device_train_batch_size": 1000,
+        "per_device_meta_batch_size": 10_000,
+        "optimizer_class": "SGD",
+        "optimizer_kwargs": {"momentum": 0.9},
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "meta_optim": "Adam",
+        "meta_learning_rate": 0.1,
+        "meta_lr_scheduler_type": "constant",
+    },
     "rotation_paper": {  # Bohdal et al., NeurIPS 2021, section 4.2 and the published notebook
         "data": "ylecun/mnist",
         "backbone": "lenet",
@@ -401,8 +429,8 @@ def planned(task: Task[Any, Any], name: str, folder: Path) -> list[Run[Any]]:
 def test_the_vision_configs_are_these() -> None:
     found = [path.stem for path in (CONFIGS / "vision").iterdir()]
     assert sorted(name for name in found if not name.startswith(ELSEWHERE)) == sorted(VISION)
-    assert len(VISION) == 4
-    assert [len(one) for one in IMAGE_PAPERS.values()] == [30, 34]
+    assert len(VISION) == 6
+    assert [len(one) for one in IMAGE_PAPERS.values()] == [17, 30, 34]
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -570,6 +598,7 @@ def test_the_other_rows_of_the_fewshot_paper() -> None:
 
 STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "fewshot_cpu": ([""], 3, 6),
+    "hyper_cleaning_cpu": ([""], 3, 4),
     "ner_cpu": (["sw", "mt", "ig"], 3, 4),
     "noisy_labels_cpu": (["0", "0.2", "0.4"], 3, 5),
     "quickstart": (["beru", "celu"], 2, 3),

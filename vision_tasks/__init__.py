@@ -1,1 +1,1 @@
-"""Vision tasks on the same trainer: Meta-Weight-Net, learned feature-wise transformation, the rotation transformer."""
+"""Vision tasks on the same trainer: Meta-Weight-Net, learned noise on features, a learned angle, a weight an image."""

@@ -188,8 +188,10 @@ for _config, _model in (
     AutoImageProcessor.register(_config, image_processor_classes={"pil": SmallImageProcessor})
 
 SMALL: dict[str, Any] = {"channels": [16, 32], "kernel_size": 3, "padding": [1, 1], "hidden": [128]}
+EIGHT: dict[str, Any] = {"channels": 3 * [8], "kernel_size": 3, "padding": 3 * [1], "hidden": []}
 BACKBONES: dict[str, Callable[..., PreTrainedModel]] = {
     "lenet": lambda **fields: ConvNetForImageClassification(ConvNetConfig(**fields)),
     "convnet": lambda **fields: ConvNetForImageClassification(ConvNetConfig(**SMALL | fields)),
     "resnet32": lambda **fields: CifarResNetForImageClassification(CifarResNetConfig(**fields)),
+    "convnet_8": lambda **fields: ConvNetForImageClassification(ConvNetConfig(**EIGHT | fields)),
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.tree import Tree
@@ -41,6 +42,7 @@ from vision_tasks.pretraining import ClassifierRows, EncoderPretraining, load_en
 from vision_tasks.symbols import LOOKS
 from vision_tasks.task import VisionTask
 
+SIZES_PICTURE = "feature_transform.png"
 QUARTILES = ("min", "q1", "median", "q3", "max")
 
 
@@ -74,7 +76,7 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
         "scores = model(support, query).logits  # (episodes, way * queries, way)\n"
         'transform = FeatureTransform.from_pretrained(".")'
     )
-    own_files = (SUBFOLDER,)
+    own_files = (SUBFOLDER, SIZES_PICTURE, IMAGE_PROCESSOR_NAME)
     units: ClassVar = {"accuracy": "%", "interval": "%"}
     shown_only = ("interval",)
     training = EpisodicTrainingArguments
@@ -179,7 +181,7 @@ class FewShotTask(VisionTask[FewShotArguments, FewShotData]):
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         if "feature_transform" in results["run"]:
-            plot_sizes(results["run"]["feature_transform"], folder / "feature_transform.png")
+            plot_sizes(results["run"]["feature_transform"], folder / SIZES_PICTURE)
 
     def _read(self, text: str) -> Domain:
         if text not in self._held:

@@ -38,6 +38,7 @@ from vision_tasks.training_images import SHEET, TABLE, contact_sheet, judge, tab
 from vision_tasks.weight_net import NORMALISATIONS, WeightedClassifier
 
 METHODS = ("meta_weight_net", "baseline")
+WEIGHTS_PICTURE, NOISE_PICTURE = "weights.png", "noise.png"
 AUGMENTATIONS = {"none": None, "pad_crop_flip": PadCropFlip()}
 SELECTION = ("loss", "accuracy")  # scores that choose a checkpoint
 CURVE = torch.linspace(0, 8, 65)  # losses at which the learned weight is drawn
@@ -146,7 +147,7 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
         "\n\nfrom metaxl_evo.models.weight_net import WeightNet\n\n"
         'weigh = WeightNet.from_pretrained(".")  # losses (B,) -> weights (B,)'
     )
-    own_files = (*ClassificationTask.own_files, SUBFOLDER, TABLE, SHEET)
+    own_files = (*ClassificationTask.own_files, SUBFOLDER, TABLE, SHEET, WEIGHTS_PICTURE, NOISE_PICTURE)
     chooses = True  # on a validation set; without one it is refused where the data are known
 
     def learns(self, settings: NoisyLabelsArguments) -> bool:
@@ -253,11 +254,11 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         if "weights" in results["run"]:
-            plot_weights(results["run"]["weights"], folder / "weights.png")
+            plot_weights(results["run"]["weights"], folder / WEIGHTS_PICTURE)
 
     def plot_study(self, folder: Path, records: Sequence[Record]) -> None:
-        plot_noise(records, folder / "noise.png")
-        plot_weight_curves(records, folder / "weights.png")
+        plot_noise(records, folder / NOISE_PICTURE)
+        plot_weight_curves(records, folder / WEIGHTS_PICTURE)
 
 
 def _refuse_tested(name: str, clean: ImageSet, test: ImageSet) -> None:

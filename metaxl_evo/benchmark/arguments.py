@@ -36,7 +36,7 @@ class BenchmarkArguments:
             "with random weights and an RTN, in a MetaTrainer; weight_net: an image classifier on noisy labels with a "
             "loss-weighting net, in a MetaTrainer; rotation: an image classifier with a learned angle, the same; "
             "fewshot: an episodic classifier with a feature-wise transform, the same; peers: one step of weight_net "
-            "beside other libraries."
+            "beside other libraries, on the CPU."
         },
     )
     estimators: list[str] = field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from metaxl_evo.bilevel.passes import PassContext
@@ -85,5 +86,5 @@ def evaluate(passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
     """Evaluate the inner loss of one part, once a run: its own errors are not to be taken for those of a test."""
     facts, found = passes.problem.facts, first_part(passes, batch)
     if found is not None and not facts.evaluated:
-        alone(passes).inner_value(w, lam, found[0])
+        replace(alone(passes), precision=passes.precision).inner_value(w, lam, found[0])
         facts.evaluated = True

@@ -298,24 +298,24 @@ def double_backward(
     passes.counts.hvps += 1
     grads = dict(zip(w, found, strict=True))
     v = direction(tree.detach(grads))
-    inner: list[Tensor] = [(g * v[name]).sum() for name, g in grads.items() if g.requires_grad]
+    inner = [name for name, g in grads.items() if g.requires_grad]
     if not inner:
         return [tree.zeros_like(at[index]) for index in wrt]
-    along = torch.stack(inner).sum()
-    _refuse_once_differentiable(along)
+    ends = [grads[name] for name in inner]
+    _refuse_once_differentiable(ends)
     targets = [leaf for index in wrt for leaf in at[index].values()]
-    products = iter(torch.autograd.grad(along, targets, materialize_grads=True))
+    products = iter(torch.autograd.grad(ends, targets, [v[name] for name in inner], materialize_grads=True))
     # Materialised zeros of torch 2.8 require a gradient.
     return [{name: next(products).detach() for name in at[index]} for index in wrt]
 
 
-def _refuse_once_differentiable(value: Tensor) -> None:
-    """Raise where the graph of `value` holds a function marked `once_differentiable`.
+def _refuse_once_differentiable(values: Sequence[Tensor]) -> None:
+    """Raise where the graph of `values` holds a function marked `once_differentiable`.
 
     Autograd raises only if that node lies on a way to the inputs it is asked for, and the mark cuts every such way:
     the product would silently lack what goes through it.
     """
-    todo, seen = [value.grad_fn], set()
+    todo, seen = [value.grad_fn for value in values], set()
     while todo:
         node = todo.pop()
         if node is None or node in seen:
@@ -350,9 +350,9 @@ def _finite_difference(passes: PassContext, w: Tree, lam: Tree, batch: object, v
 
         point = tree.add(w, v, step)
         plus = gradient(point)
-        for name, leaf in v.items():
-            torch.add(w[name], leaf, alpha=-step, out=point[name])
+        torch._foreach_copy_([point[name] for name in v], [w[name] for name in v])
+        torch._foreach_add_([point[name] for name in v], list(v.values()), alpha=-step)
         minus = gradient(point)
-        return tree.tree_map(lambda p, m: (p - m) / (2 * step), plus, minus)
+        return tree.scale(tree.add(plus, minus, -1.0), 1 / (2 * step))
 
     return gate.perturbed(passes, w, lam, batch, difference)

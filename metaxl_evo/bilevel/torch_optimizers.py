@@ -112,7 +112,7 @@ def _adam(
     steps: int | None,
 ) -> tuple[UpdateRule, UpdateState]:
     rule = cls(**common, betas=tuple(groups.shared("betas")), eps=groups.shared("eps"))
-    made = {n: int(s["step"]) if _has(s, "step") else 0 for n, s in held.items()}
+    made = dict.fromkeys(held, 0) | _counted({n: s["step"] for n, s in held.items() if _has(s, "step")})
     step = max(made.values()) if steps is None else steps
     missed = {n: step - count for n, count in made.items()}
     moments = {
@@ -120,6 +120,14 @@ def _adam(
         for key in ("exp_avg", "exp_avg_sq")
     }
     return rule, counted(step, missed) | moments
+
+
+def _counted(steps: Mapping[str, Any]) -> dict[str, int]:
+    """Numbers of steps, which a fused optimiser keeps on the device: asked for once."""
+    if not steps:
+        return {}
+    counts = torch.stack([torch.as_tensor(step) for step in steps.values()]).tolist()
+    return dict(zip(steps, map(int, counts), strict=True))
 
 
 def _has(held: Mapping[str, Any], key: str) -> bool:

@@ -79,8 +79,8 @@ class UpdateRule(ABC):
             lam: whole; of a `Windowed` entry the one value that acts.
         """
 
-    def _du_dg(self, name: str, v: Tensor, w: Tensor, grad: Tensor, state: UpdateState, lam: Tree) -> Tensor:
-        """(du/dg)^T v of one leaf behind the clipping, a fresh tensor, in closed form; `state` is that after the step.
+    def _du_dg(self, v: Tree, w: Tree, grad: Tree, state: UpdateState, lam: Tree) -> Tree:
+        """(du/dg)^T v of the leaves of v behind the clipping, fresh ones, in closed form; `state` is after the step.
 
         It is used where a class defines it itself; of all others autograd through the step gives the pullback.
         """
@@ -115,7 +115,7 @@ class UpdateRule(ABC):
     ) -> Tree:
         """(du/dg)^T v for w' = D w - u(g), with the derivative of the clamp and of the clip factor.
 
-        Leaf by leaf, so that v and the result are never both whole: `v` is emptied on the way. Zeros for what `grad`
+        Group by group, so that v and the result are never both whole: `v` is emptied on the way. Zeros for what `grad`
         lacks.
 
         Args:
@@ -135,17 +135,17 @@ class UpdateRule(ABC):
         clamped, lam = self._clamp(grad), self._acting(lam, state["step"] - 1)
         factor, norm = self._clip_factor(clamped)
         pulled = {}
-        for name in list(v):
-            cotangent = v.pop(name)
-            if name not in grad:
-                pulled[name] = torch.zeros_like(cotangent)
-                continue
-            clipped = clamped[name] * factor if norm else clamped[name]
-            pulled[name] = self._du_dg(name, cotangent, w[name], clipped, state, lam)
+        for names in list(tree.in_groups(v)):
+            cotangents, taken = {name: v.pop(name) for name in names}, {n: clamped[n] for n in names if n in grad}
+            clipped = tree.scale(taken, factor) if norm else taken
+            found = self._du_dg({name: cotangents[name] for name in taken}, w, clipped, state, lam) if taken else {}
+            for name, cotangent in cotangents.items():
+                pulled[name] = found[name] if name in found else torch.zeros_like(cotangent)
         if norm:  # f (u - n/(n + eps) ghat <ghat, u>)
             along = tree.dot(clamped, pulled).item() / (norm * (norm + _CLIP_EPS))
-            for name, leaf in clamped.items():
-                pulled[name].sub_(leaf, alpha=along).mul_(factor)
+            held = [pulled[name] for name in clamped]
+            torch._foreach_add_(held, list(clamped.values()), alpha=-along)
+            torch._foreach_mul_(held, factor)
         if self.max_grad_value is not None:
             for name, leaf in grad.items():
                 pulled[name].masked_fill_(leaf.abs() > self.max_grad_value, 0.0)
@@ -307,13 +307,17 @@ class SGD(UpdateRule):
             after[name] = w[name] - hyper.value(self.lr, name, lam) * g
         return after, {"step": state["step"] + 1, "momentum_buffer": buffers}
 
-    def _du_dg(self, name: str, v: Tensor, w: Tensor, grad: Tensor, state: UpdateState, lam: Tree) -> Tensor:
+    def _du_dg(self, v: Tree, w: Tree, grad: Tree, state: UpdateState, lam: Tree) -> Tree:
+        return _times(v, {name: self._share(name, state, lam) for name in v})
+
+    def _share(self, name: str, state: UpdateState, lam: Tree) -> float | Tensor:
+        """Of a gradient that is in its step."""
         keep: float | Tensor = 1.0
         if self._has_buffer(name):
             keep = 1.0 if own_steps(state, name) <= 1 else 1 - self.dampening
             if self.nesterov:
                 keep = 1 + hyper.value(self.momentum, name, lam) * keep
-        return hyper.value(self.lr, name, lam) * keep * v
+        return hyper.value(self.lr, name, lam) * keep
 
 
 @dataclass(frozen=True)
@@ -353,21 +357,31 @@ class Adam(UpdateRule):
             after[n] = w[n] - _over_root(scaled, second[n] / (1 - b2**step), self.eps)
         return after, {"step": state["step"] + 1, "exp_avg": first, "exp_avg_sq": second}
 
-    def _du_dg(self, name: str, v: Tensor, w: Tensor, grad: Tensor, state: UpdateState, lam: Tree) -> Tensor:
+    def _du_dg(self, v: Tree, w: Tree, grad: Tree, state: UpdateState, lam: Tree) -> Tree:
         """lr/c1 [(1-b1)/Dn - m (1-b2) g / (c2 r Dn^2)], r = sqrt(s/c2), Dn = r + eps, m and s after the step."""
-        (b1, b2), step = self.betas, own_steps(state, name)
-        c1, root_c2 = 1 - b1**step, math.sqrt(1 - b2**step)
-        root = state["exp_avg_sq"][name].sqrt()  # r sqrt(c2)
-        denominator = root + self.eps * root_c2  # Dn sqrt(c2)
-        unseen = root == 0
-        bend = (state["exp_avg"][name] * self._adaptive_grad(name, w, grad, lam)).div_(root.mul_(denominator))
-        slope = bend.mul_(b2 - 1).add_(1 - b1).div_(denominator).mul_(v)
-        slope = slope.mul_(hyper.value(self.lr, name, lam) * root_c2 / c1)
-        return slope.masked_fill_(unseen, 0.0) if bool(unseen.any()) else slope
+        (b1, b2), steps = self.betas, {name: own_steps(state, name) for name in v}
+        roots_c2 = {name: math.sqrt(1 - b2**step) for name, step in steps.items()}
+        seconds = [state["exp_avg_sq"][name] for name in v]
+        roots = torch._foreach_sqrt(seconds)  # r sqrt(c2)
+        denominators = torch._foreach_add(roots, [self.eps * root_c2 for root_c2 in roots_c2.values()])  # Dn sqrt(c2)
+        torch._foreach_clamp_min_(roots, torch.finfo(roots[0].dtype).tiny)
+        entering = self._adaptive_grad({name: w[name] for name in v}, grad, lam)
+        slopes = torch._foreach_mul([state["exp_avg"][name] for name in v], [entering[name] for name in v])
+        torch._foreach_div_(slopes, roots)
+        del roots
+        torch._foreach_div_(slopes, denominators)
+        torch._foreach_mul_(slopes, b2 - 1)
+        torch._foreach_add_(slopes, 1 - b1)
+        torch._foreach_div_(slopes, denominators)
+        del denominators
+        torch._foreach_mul_(slopes, torch._foreach_sign(seconds))  # 0 where there never was a gradient
+        torch._foreach_mul_(slopes, list(v.values()))
+        rates = {n: hyper.value(self.lr, n, lam) * roots_c2[n] / (1 - b1**step) for n, step in steps.items()}
+        return _times(dict(zip(v, slopes, strict=True)), rates)
 
-    def _adaptive_grad(self, name: str, w: Tensor, grad: Tensor, lam: Tree) -> Tensor:
+    def _adaptive_grad(self, w: Tree, grad: Tree, lam: Tree) -> Tree:
         """The gradient that enters the moments."""
-        return self._decayed({name: w}, {name: grad}, lam)[name]
+        return self._decayed(w, grad, lam)
 
 
 @dataclass(frozen=True)
@@ -382,8 +396,16 @@ class AdamW(Adam):
 
     _du_dg = Adam._du_dg
 
-    def _adaptive_grad(self, name: str, w: Tensor, grad: Tensor, lam: Tree) -> Tensor:
+    def _adaptive_grad(self, w: Tree, grad: Tree, lam: Tree) -> Tree:
         return grad
+
+
+def _times(leaves: Tree, numbers: Mapping[str, float | Tensor]) -> Tree:
+    """Each leaf times its number."""
+    if any(isinstance(number, Tensor) for number in numbers.values()):
+        return {name: numbers[name] * leaf for name, leaf in leaves.items()}
+    found = torch._foreach_mul(list(leaves.values()), [float(numbers[name]) for name in leaves])
+    return dict(zip(leaves, found, strict=True))
 
 
 def _over_root(m: Tensor, s: Tensor, eps: float) -> Tensor:

@@ -69,7 +69,9 @@ class StudyArguments(RunsArguments):
         ValueError: one line for the first value that cannot be, with the valid choices.
     """
 
-    task: str = field(default="ner", metadata={"help": "ner, noisy_labels, rotation, fewshot, or file.py:Class."})
+    task: str = field(
+        default="ner", metadata={"help": "ner, noisy_labels, rotation, hyper_cleaning, fewshot, or file.py:Class."}
+    )
     score: str | None = field(
         default=None, metadata={"help": "The test score that is compared (default: the task's)."}
     )

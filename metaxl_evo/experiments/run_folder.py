@@ -33,12 +33,14 @@ from metaxl_evo.messages import one_line
 from metaxl_evo.training.checkpoint import MANIFEST, require_writable
 from metaxl_evo.training.durable import DRAFTS
 from metaxl_evo.training.history import HISTORY
+from metaxl_evo.training.history import PICTURE as META_PICTURE
 
 MARK, LOCK, HOLDER = "_run.json", "_lock", "_holder"  # which an upload leaves out
 PASSING = {LOCK: "", HOLDER: r"process \d+ on .*|", PROGRESS: r"[\d.e-]*"}  # there while a run is made; what is in it
 MODEL = ("config.json", "model.safetensors")
 GLANCE = 0.3  # seconds: who only looks whether a folder is held lets go at once
-OWN_FILES = (RESULTS, *MODEL, "README.md", "training_args.bin", HISTORY, CURVES, PICTURE, OUTCOMES, DRAFTS)
+ASIDE = (HISTORY, META_PICTURE, DRAFTS)  # of these nothing is lost, whatever run goes on
+OWN_FILES = (RESULTS, *MODEL, "README.md", "training_args.bin", CURVES, PICTURE, OUTCOMES, *ASIDE)
 
 
 class State(StrEnum):
@@ -239,7 +241,7 @@ def refuse_other(
         ValueError: naming them.
     """
     mark = Mark.read(folder)
-    if mark is not None and set(signs_in(folder, own_files)) - {HISTORY, DRAFTS}:  # a history is put aside
+    if mark is not None and set(signs_in(folder, own_files)) - {*ASIDE}:
         then, now = (checkpoint_settings(made_of(*one)) for one in ((mark.settings, mark.data), (settings, data)))
         require_same(folder, then, now)
 

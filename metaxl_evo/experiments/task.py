@@ -26,6 +26,7 @@ TASKS = {
     "ner": "metaxl_evo.ner.task:NerTask",
     "noisy_labels": "vision_tasks.noisy_labels_task:NoisyLabelsTask",
     "rotation": "vision_tasks.rotation_task:RotationTask",
+    "hyper_cleaning": "vision_tasks.hyper_cleaning_task:HyperCleaningTask",
     "fewshot": "vision_tasks.fewshot_task:FewShotTask",
 }
 Settings = TypeVar("Settings")

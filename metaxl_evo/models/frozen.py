@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from metaxl_evo.models.norms import normalises_batches, without_update
+from metaxl_evo.models.norms import normalises_batches, widened, without_update
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def frozen(
 ) -> Iterator[None]:
     """Dropout off unless asked for, running statistics without a memory, buffers on copies that are thrown away.
 
-    Layers still checkpoint.
+    Layers still checkpoint. Frozen weights of 16 bits are widened to float32 for the pass, unless autocast is on.
 
     Args:
         task: the module of both levels, and `base` in it.
@@ -42,7 +42,7 @@ def frozen(
                 module.training = dropout and module.training
         for norm, _ in tracking:  # an update in place is beyond torch.func, even on a copy
             norm.track_running_stats = False
-        with _recomputing(recomputed):
+        with _recomputing(recomputed), _in_float32(task):
             yield
     finally:
         for hook in hooks:
@@ -53,6 +53,11 @@ def frozen(
             module.training = mode
         for norm, tracked in tracking:
             norm.track_running_stats = tracked
+
+
+def _in_float32(task: nn.Module) -> AbstractContextManager[None]:
+    low = {p.device.type for p in task.parameters() if p.element_size() < 4}
+    return nullcontext() if not low or any(map(torch.is_autocast_enabled, low)) else widened(task)
 
 
 def _is_checkpointed(module: nn.Module) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -45,9 +45,18 @@ def without_update(norm: nn.Module) -> list[RemovableHandle]:
     return [norm.register_forward_pre_hook(before), norm.register_forward_hook(after, always_call=True)]
 
 
-@contextmanager
-def cast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def cast(module: nn.Module, dtype: torch.dtype) -> AbstractContextManager[None]:
     """The module's buffers and frozen parameters of another dtype; its trainable parameters are swapped in anyway."""
+    return _exchanged(module, lambda held: held.to(dtype))
+
+
+def widened(module: nn.Module) -> AbstractContextManager[None]:
+    """Those of 16 bits in float32, which has all of their numbers."""
+    return _exchanged(module, lambda held: held.float() if held.element_size() < 4 else held)
+
+
+@contextmanager
+def _exchanged(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     held: list[tuple[Any, str, Tensor]]
     held = [(m._buffers, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
     held += [
@@ -59,7 +68,7 @@ def cast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     try:
         for owner, name, tensor in held:
             if tensor.is_floating_point():
-                owner[name] = tensor.detach().to(dtype)
+                owner[name] = change(tensor.detach())
         yield
     finally:
         for owner, name, tensor in held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.experiments.folders import hub_id
+from metaxl_evo.experiments.folders import RESULTS, hub_id
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.adapters import ADAPTER
@@ -260,6 +261,7 @@ def build_tagger(ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrained
     )
     if ner.rtn_name_or_path is not None:
         _load_rtn(rtn, ner.rtn_name_or_path)
+        _warn_of_another_base(ner.rtn_name_or_path, ner.model_name_or_path)
     recipe = ner.recipe
     return CrossLingualTagger(
         _with_lora(ner, base),
@@ -284,6 +286,16 @@ def _load_rtn(rtn: RepresentationTransform, place: str) -> None:
         pairs = ", ".join(f"{name} {then[name]}, not {now[name]}" for name in differing)
         raise ValueError(f"rtn_name_or_path: the RTN of {place} has {pairs}: set rtn_layers, rtn_kind, ... as it has")
     rtn.load_state_dict(trained.state_dict())
+
+
+def _warn_of_another_base(place: str, model: str) -> None:
+    """An RTN reshapes the states of the model that it was trained with, which the results beside it name."""
+    results = Path(place) / RESULTS
+    if not results.is_file():
+        return
+    base = json.loads(results.read_text(encoding="utf-8")).get("settings", {}).get("model_name_or_path", model)
+    if base != model:
+        logger.warning("rtn_name_or_path: the RTN of %s was trained with %s, not %s", place, base, model)
 
 
 def _with_lora(ner: NerArguments, base: PreTrainedModel) -> nn.Module:

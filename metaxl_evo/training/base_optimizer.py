@@ -112,7 +112,9 @@ class BaseOptimizer:
             if name in rows:
                 gradient = stepped.pop(name, None) if gradient is None else gradient[rows[name]]
             if gradient is not None:  # without one the optimiser has passed the parameter over
-                taken[name] = gradient.mul_((norm + 1e-6) / limit) if clipped else gradient
+                taken[name] = gradient
+        if clipped and taken:
+            torch._foreach_mul_(list(taken.values()), (norm + 1e-6) / limit)
         return taken
 
 

@@ -36,9 +36,9 @@ def refuse_launch(args: MetaTrainingArguments, model: nn.Module, estimator: Esti
 
 
 def _launch(args: MetaTrainingArguments) -> Found:
-    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision.lower() in ("fp16", "fp8"):
-        yield precision.lower(), "its scaled gradients are not those that meta passes see; use bf16 or float32"
+    precision = _base_precision(args)
+    if precision in ("fp16", "fp8"):
+        yield precision, "its scaled gradients are not those that meta passes see; use bf16 or float32"
     if args.n_gpu > 1:
         yield "DataParallel", "replicas lose the hooks; start with accelerate launch, or set CUDA_VISIBLE_DEVICES"
     if args.use_liger_kernel:
@@ -106,18 +106,19 @@ def _model(model: nn.Module) -> Found:
 
 
 def _meta_launch(args: MetaTrainingArguments, model: nn.Module) -> Found:
-    for name, parameter in model.named_parameters():
-        if parameter.element_size() < 4:
-            yield (
-                f"{parameter.dtype} parameters ({name})",
-                "meta passes need float32; load them with dtype=torch.float32 (bf16: true still speeds up base steps)",
-            )
+    yield from _sixteen_bits(args, model)
     kernel = str(getattr(model, "attention_kernel", None))
     if kernel.startswith("flash_attention") and args.meta_precision != "bf16":
         yield (
             f"attn_implementation: {kernel}",
             f"it knows 16 bits only, and meta passes are in {args.meta_precision}; set attn_implementation: sdpa, or "
             "meta_precision: bf16 beside bf16: true",
+        )
+    if kernel.startswith("flash_attention") and args.meta_diagnostics_every:
+        yield (
+            f"meta_diagnostics_every beside {kernel}",
+            "what is exact is computed in float32, and it knows 16 bits only; leave it out, or set "
+            "attn_implementation: sdpa",
         )
     options = args.activation_checkpointing_kwargs
     if args.activation_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
@@ -134,6 +135,27 @@ def _meta_launch(args: MetaTrainingArguments, model: nn.Module) -> Found:
         )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no" and not args.torch_compile:
         yield "--dynamo_backend", "meta passes have to know of it; set torch_compile: true in its place"
+
+
+def _sixteen_bits(args: MetaTrainingArguments, model: Any) -> Found:
+    """Parameters of 16 bits, but for frozen ones of the base below a base step under autocast."""
+    learned = {id(p) for one in (model.base_parameters(), model.meta_parameters()) for p in one.values()}
+    for name, parameter in model.named_parameters():
+        if parameter.element_size() < 4 and id(parameter) in learned:
+            yield (
+                f"{parameter.dtype} parameters ({name})",
+                "meta passes need float32; load them with dtype=torch.float32 (bf16: true still speeds up base steps)",
+            )
+        if parameter.element_size() < 4 and _base_precision(args) != "bf16":
+            yield (
+                f"frozen {parameter.dtype} parameters ({name}) below float32 ones",
+                "the base step would mix them; set bf16: true, or load them with dtype=torch.float32",
+            )
+
+
+def _base_precision(args: MetaTrainingArguments) -> str:
+    given = "fp16" if args.fp16 else "bf16" if args.bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return given.lower()
 
 
 def _refuse_second_derivatives(args: MetaTrainingArguments, estimator: Estimator) -> None:

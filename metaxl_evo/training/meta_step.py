@@ -70,7 +70,7 @@ class MetaStep:
         w = self.weights()
         if any(one.evaluated_at == "previous" for one in level.estimators_at(self.number)):
             self._stepped = self.base.step_embeddings(self.touched_rows())
-            w = {name: leaf if name in self.touched_rows() else leaf.clone() for name, leaf in w.items()}
+            w |= tree.clone({name: leaf for name, leaf in w.items() if name not in self.touched_rows()})
         self._before = self._inner_step(w, state)
 
     def after_update(self) -> None:
@@ -152,7 +152,9 @@ class MetaStep:
         """Whether the base step's forward computes what the meta passes would: no dropout masks, one precision."""
         args = self.level.args
         plain = AcceleratorState().mixed_precision == "no" and not args.torch_compile
-        alike = args.meta_precision == "tf32" or (args.meta_precision == "float32" and computes_in_float32())
+        alike = args.meta_precision == "tf32" or (
+            args.meta_precision == "float32" and computes_in_float32(args.device.type)
+        )
         previous = self.level.estimator.evaluated_at == "previous"
         return plain and alike and previous and not self.level.model.has_dropout
 

@@ -121,7 +121,7 @@ class TaskTrainer(Trainer):
             self._push_from_checkpoint(str(folder))
         self._rotate(folder)
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, which would delete all but the best checkpoint: the last, and `checkpoint-9-of-mine`."""
         limited, self.args = self.args, copy.copy(self.args)
         self.args.save_total_limit = None

@@ -167,6 +167,7 @@ def worker() -> dict[str, Tree]:
     return half_episodes()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_learn_one_initialisation() -> None:
     expected = half_episodes()

@@ -154,7 +154,11 @@ def error(found: Hypergradient, expected: Hypergradient) -> float:
 
 @pytest.mark.parametrize(
     ("count", "dtype", "cases"),
-    [(2, torch.float64, 3), pytest.param(3, torch.float64, 3, marks=pytest.mark.slow), (2, torch.float32, 2)],
+    [
+        (2, torch.float64, 3),
+        pytest.param(3, torch.float64, 3, marks=pytest.mark.slow),
+        pytest.param(2, torch.float32, 2, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_the_hypergradient_of_several_processes_is_that_of_one(count: int, dtype: torch.dtype, cases: int) -> None:
@@ -192,7 +196,7 @@ SENT: dict[str, tuple[tuple[Sent, Sent, Sent], ...]] = {  # by hand: of each ins
 NOT_COUNTED = ("conjugate_gradient", "forward_mode")  # it ends early; it sends as much for every entry of lam
 
 
-@pytest.mark.parametrize(("count", "cases"), [(2, 229), (3, 139)])
+@pytest.mark.parametrize(("count", "cases"), [(2, 229), pytest.param(3, 139, marks=pytest.mark.slow)])
 def test_what_is_sent_is_what_was_counted_by_hand(count: int, cases: int) -> None:
     seen = 0
     for name, settings, toy_name in CHOSEN[count]:

@@ -56,6 +56,7 @@ def test_adaptation_is_learned(name: str, example: Example) -> None:
     assert after < first / 2
 
 
+@pytest.mark.slow
 def test_a_schedule_is_learned(example: Example) -> None:
     rates, losses = example("learn_schedule")[-2:]
     assert len(numbers(rates)) == 5
@@ -86,6 +87,7 @@ def test_noisy_levels_lose_their_weight(tmp_path: Path) -> None:
     assert sum(weights[:2]) > 2 * sum(weights[-2:])
 
 
+@pytest.mark.slow
 def test_confused_annotators_are_not_trusted(example: Example) -> None:
     lines = example("weight_noisy_text")
     plain, weighted = (numbers(line)[0] for line in lines if line.startswith(("none", "one_step")))

@@ -57,6 +57,7 @@ def processes_of(out: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_processes_make_the_same_numbers_and_one_that_dies_harms_no_other(
     capsys: pytest.CaptureFixture[str],

@@ -218,7 +218,7 @@ class Life(RuleBasedStateMachine):
     def _make(self, rate: float, resume: bool, fault: Fault | None) -> None:
         state, signs, before = state_of(self.folder, OWN), signs_in(self.folder, OWN), contents(self.folder)
         other = self.made_of != (rate, self.slope)
-        held = {*signs} - {HISTORY, DRAFTS}  # which need not be lost
+        held = {*signs} - {HISTORY, "meta_history.png", DRAFTS}  # of which nothing is lost
         refused = state is State.FOREIGN or bool(signs and not resume) or bool(held and other)
         ended = self._run(rate, resume, fault)
         if before.get(MARK) != contents(self.folder).get(MARK):
@@ -272,4 +272,4 @@ def test_random_lives_of_a_folder(runs: Runs, lives: int) -> None:
     print(f"\n{made.total()} events: {dict(made)}")
     assert made.total() >= (2000 if lives > 100 else 40)
     if lives > 100:
-        assert min(made[event] for event in ("killed", "out of room", "refused", "finished", "held")) >= 40
+        assert min(made[event] for event in ("killed", "out of room", "refused", "finished", "held")) >= 20

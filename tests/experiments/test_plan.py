@@ -12,6 +12,7 @@ from metaxl_evo.experiments.arguments import RunsArguments, StudyArguments
 from metaxl_evo.experiments.plan import Run, plan_runs, selected
 from metaxl_evo.ner.arguments import NerArguments
 from metaxl_evo.ner.task import NerTask
+from metaxl_evo.training.parser import parse_arguments
 from tests.training.tiny import tiny_arguments
 from tests.vision_tasks.small import arguments
 from vision_tasks.noisy_labels_task import NoisyLabelsArguments, NoisyLabelsTask
@@ -35,6 +36,23 @@ def planned(
 def of_languages(folder: Path, which: dict[str, Any], *targets: str) -> list[Run[Any]]:
     settings = NerArguments(source_languages=["en"], target_languages=list(targets))
     return plan_runs(NerTask(), RunsArguments(**which), settings, tiny_arguments(folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--runs.evo.estimator_kwargs.copies", "16"], {"base": {}, "evo": {"estimator_kwargs": {"copies": 16}}}),
+        (["--runs.evo", "null"], {"base": {}}),
+        (["--runs", '{"other": {"estimator": "sama"}}'], {"other": {"estimator": "sama"}}),
+    ],
+)
+def test_the_command_line_changes_a_run_leaves_one_out_or_replaces_all(
+    tmp_path: Path, options: list[str], expected: dict[str, Any]
+) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("runs: {base: {}, evo: {estimator_kwargs: {copies: 4}}}", encoding="utf-8")
+    (found,) = parse_arguments((RunsArguments,), ["--config", str(file), *options])
+    assert found.runs == expected
 
 
 def folders(runs: list[Run[Any]], root: Path) -> list[str]:

@@ -48,6 +48,7 @@ def test_the_task_of_the_page_is_short() -> None:
     assert len(files["trust.py"].splitlines()) < 60
 
 
+@pytest.mark.slow
 def test_a_study_of_the_page_s_task(
     study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

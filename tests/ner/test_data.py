@@ -202,7 +202,7 @@ except ConnectionError as error:
     assert "--dataset FOLDER" in line
 
 
-@pytest.mark.parametrize("answers", [False, True])
+@pytest.mark.parametrize("answers", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_unreachable_hub_is_said_within_seconds(tmp_path: Path, answers: bool) -> None:
     code = """
 import time

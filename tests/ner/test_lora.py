@@ -199,6 +199,43 @@ def test_evograd_on_the_classifier_is_that_of_the_merged_model(layer: int) -> No
 FIRST = [*{name: (name, settings) for name, settings in reversed(ALL)}.values()]  # settings of each estimator
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("estimator", [OneStep("jvp"), OneStep("finite_difference"), EvoGrad(copies=2)], ids=str)
+def test_frozen_weights_of_16_bits_are_those_numbers(estimator: Any, low: torch.dtype) -> None:
+    """Meta passes in float32 compute with them as if they were held in float32."""
+
+    def grads(dtype: torch.dtype) -> Tree:
+        tagger = lora_tagger(base=lora_base(torch.float32)).eval()
+        for parameter in tagger.base.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(low).to(dtype)
+        w, lam = tagger.base_parameters(), tagger.meta_parameters()
+        batches, generator = (batch_of(4, 0, seed=1), batch_of(3, TARGET, seed=2)), torch.Generator().manual_seed(0)
+        found = hypergradient(tagger.problem(SGD(RATE)), estimator, w, lam, *batches, generator=generator).grads
+        assert {leaf.dtype for leaf in frozen(tagger).values()} == {dtype}
+        return found
+
+    found, expected = grads(low), grads(torch.float32)
+    assert not different(found, expected)
+    assert any(bool(leaf.any()) for leaf in expected.values())
+
+
+@pytest.mark.parametrize("meta_precision", ["float32", "bf16"])
+def test_a_run_on_frozen_weights_of_16_bits(tmp_path: Path, meta_precision: str) -> None:
+    tagger = lora_tagger(base=lora_base(torch.float32))
+    for parameter in tagger.base.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    fields = {"bf16": True, "meta_precision": meta_precision, "max_steps": 2}
+    trainer = trainer_of(tmp_path, tagger, "one_step", {"engine": "jvp"}, **fields)
+    fixed = frozen(tagger)
+    trainer.train()
+    assert all(bool(leaf.isfinite().all()) for leaf in trainer.results[-1].grads.values())
+    assert not different(frozen(tagger), fixed)
+    assert {leaf.dtype for leaf in fixed.values()} == {torch.bfloat16}
+    assert {leaf.dtype for leaf in tagger.base_parameters().values()} == {torch.float32}
+
+
 def test_every_estimator_is_here() -> None:
     assert {name for name, _ in FIRST} == ESTIMATORS.keys()
 

@@ -63,6 +63,7 @@ def digest() -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+@pytest.mark.slow
 def test_same_sentences_in_every_process() -> None:
     code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['digest']())"
     path = os.pathsep.join([str(Path(synthetic.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])

@@ -33,6 +33,7 @@ from scripts import train_ner
 from tests.scripts.refusals import assert_is_one_line, yaml_of
 from tests.scripts.runs import TINY, argv
 from vision_tasks.fewshot_arguments import FewShotArguments
+from vision_tasks.hyper_cleaning_task import HyperCleaningArguments
 from vision_tasks.illustration import IllustrationArguments
 from vision_tasks.noisy_labels_task import NoisyLabelsArguments
 from vision_tasks.rotation_task import RotationArguments
@@ -51,6 +52,7 @@ SCRIPTS: dict[str, tuple[tuple[type, ...], dict[str, str]]] = {
     "train_noisy_labels": ((NoisyLabelsArguments,), {}),
     "train_fewshot": ((FewShotArguments,), {}),
     "train_rotation": ((RotationArguments,), {}),
+    "train_hyper_cleaning": ((HyperCleaningArguments,), {}),
 }
 FIELDS = {
     script: [field.name for one in types for field in dataclasses.fields(one) if field.init]

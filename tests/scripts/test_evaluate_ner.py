@@ -42,6 +42,14 @@ def test_it_reproduces_the_scores_of_training(better: Path, data: Path) -> None:
     assert evaluate(better, data)["test"]["beru"]["n_truncated_words"] == 0
 
 
+def test_a_model_of_mapped_labels_is_judged_by_the_same_map(tmp_path: Path, model: Path, data: Path) -> None:
+    train(model, data, tmp_path / "out", "--label_map.LOC", "O")
+    written = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
+    assert evaluate(tmp_path / "out", data, "beru", "--label_map.LOC", "O")["test"] == written["test"]
+    with pytest.raises(ValueError, match="label_map"):
+        evaluate(tmp_path / "out", data)
+
+
 def test_several_languages_are_printed_and_saved(
     better: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

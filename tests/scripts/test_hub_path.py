@@ -19,6 +19,7 @@ from tests.attack import WRAPS, in_zip
 from tests.hub_cache import NAMES, REPOSITORY, Sentence, prepare_dataset_cache, prepare_model_cache, run_in_home
 from tests.scripts.runs import FAMILY, argv
 
+pytestmark = pytest.mark.slow
 MODEL, ATTACKED, ABSENT = "FacebookAI/xlm-roberta-base", "some-organisation/attacked", "some-organisation/absent"
 SMALLER = {  # sizes and steps, the machine, one target; neither the model nor the data set
     "target_languages": "qu",

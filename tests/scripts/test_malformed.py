@@ -669,6 +669,7 @@ def test_train(name: str, tmp_path: Path, place: Place, no_step: None) -> None:
     assert not (place.folder / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_train_as_a_process(tmp_path: Path, place: Place) -> None:
     name = "a_hub_id_offline"

@@ -32,7 +32,7 @@ from vision_tasks.fewshot import FewShotModel
 from vision_tasks.fewshot_episodes import Episodes, EpisodeSize
 
 CONFIGS = Path(__file__).parents[2] / "configs/vision"
-RUNS = {"none": {"method": "none"}, "evo": {"estimator": "evograd", "estimator_kwargs": {"copies": 4}}}
+RUNS = {"none": {"method": "none"}, "evo": {"estimator": "evograd", "estimator_kwargs": {"copies": 2}}}
 SMALL: dict[str, Any] = {
     "width": 2,
     "image_size": 16,
@@ -192,7 +192,9 @@ def test_without_any_setting_but_sizes(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"models, cards and results.json: {tmp_path / 'mine'}" in printed
 
 
-@pytest.mark.parametrize("name", ["fewshot_cpu", "fewshot_paper", "fewshot_pretrain_paper"])
+@pytest.mark.parametrize(
+    "name", ["fewshot_cpu", pytest.param("fewshot_paper", marks=pytest.mark.slow), "fewshot_pretrain_paper"]
+)
 def test_every_config_runs_on_generated_images(tmp_path: Path, name: str) -> None:
     given = {"config": CONFIGS / f"{name}.yaml", "seeds": "3", "report_to": "none", "save_strategy": "no"}
     given |= {"max_steps": 1, "dataloader_num_workers": 0} | (
@@ -230,6 +232,7 @@ def test_the_warm_up_and_what_starts_from_it(tmp_path: Path) -> None:
 # Resuming and checking
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_bit_by_bit(tmp_path: Path) -> None:
     """Cut off within the second epoch."""
     settings: dict[str, Any] = {"runs": {"evo": RUNS["evo"]}, "save_strategy": "steps", "save_steps": 2}

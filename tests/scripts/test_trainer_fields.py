@@ -35,7 +35,7 @@ WORKING = {  # one run each, with all of its fields off their defaults
         metric_for_best_model=loss greater_is_better=false dataloader_drop_last=true max_steps=12 label_names=labels
         train_sampling_strategy=group_by_length length_column_name=n save_only_model=true""",
     "rows": """
-        dataloader_num_workers=2 dataloader_persistent_workers=true dataloader_prefetch_factor=3 eval_steps=1
+        dataloader_num_workers=1 dataloader_persistent_workers=true dataloader_prefetch_factor=3 eval_steps=1
         dataloader_multiprocessing_context=fork dataloader_in_order=false dataloader_pin_memory=false save_steps=1
         accelerator_config={"split_batches":true} ignore_data_skip=true full_determinism=true""",
     "logs": """
@@ -46,6 +46,7 @@ WORKING = {  # one run each, with all of its fields off their defaults
         restore_callback_states_from_checkpoint=true resume_from_checkpoint=latest do_train=true do_eval=true
         do_predict=true""",
     "places": """
+        max_steps=1 eval_strategy=no save_strategy=no load_best_model_at_end=false
         use_cpu=true local_rank=0 ddp_timeout=100 ddp_find_unused_parameters=true ddp_bucket_cap_mb=1
         ddp_broadcast_buffers=true ddp_static_graph=true fsdp_config={"version":2} hub_token=x hub_private_repo=true
         hub_model_id=x hub_strategy=end hub_always_push=true hub_revision=x torch_compile=true

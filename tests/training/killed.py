@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from metaxl_evo.training.trainer import MetaTrainer
+from tests.processes import join
 from tests.training.tiny import random_rows, tiny_trainer
 
 PHASES = ("start", "step", "save", "evaluation", "between")
@@ -55,15 +56,17 @@ def trainer_of(folder: str) -> Telling:
     return trainer
 
 
-def train(folder: str, phase: Any, connection: Connection) -> None:
-    """Train from the newest complete checkpoint; where it is stands in `phase` and comes through `connection`."""
+def train(folder: str, phase: Any, connection: Connection, rank: int, count: int, port: int) -> None:
+    """Train from the newest complete checkpoint; where rank 0 is stands in `phase` and comes through `connection`."""
     torch.set_num_threads(1)
+    if count > 1:
+        join(rank, count, port)
     trainer = trainer_of(folder)
 
     def told(name: str) -> None:
         phase.value = PHASES.index(name)
         connection.send(name)
 
-    trainer.told = told
+    trainer.told = None if rank else told
     trainer.train("latest")
     connection.send("end")

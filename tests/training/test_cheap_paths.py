@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from metaxl_evo.benchmark.memory import PeakMemory, live_tensors
-from metaxl_evo.bilevel import SGD, BilevelProblem, Hypergradient, PassContext, Tree, gate, hypergradient
+from metaxl_evo.bilevel import SGD, BilevelProblem, Hypergradient, PassContext, Tree, gate, hypergradient, tree
 from metaxl_evo.bilevel.hypergradients import estimate
 from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.products import ENGINES, hessian_product, mixed_product
@@ -49,11 +49,13 @@ from tests.training.tiny import (
 )
 
 WORDS = "roberta.embeddings.word_embeddings.weight"
-STEPS = 3
+STEPS = 2
 
 
 def exact_tagger(*, layers: tuple[int, ...] = (1,), **settings: Any) -> CrossLingualTagger:
-    return tiny_tagger(torch.float64, dropout=False, layers=layers, **settings)
+    return tiny_tagger(
+        torch.float64, dropout=False, layers=layers, base={"num_hidden_layers": max(layers)}, **settings
+    )
 
 
 def batch_of(count: int, language: int | list[int], seed: int = 1) -> Batch:
@@ -272,8 +274,10 @@ def run(folder: Path, *, layers: tuple[int, ...] = (1,), **fields: Any) -> tuple
 
 
 @pytest.mark.parametrize(
-    ("name", "order"), [*((name, ORDERS[index % 2]) for index, name in enumerate(FURTHER)), ("greedy", "after_step")]
-)
+    ("name", "order"),
+    [("jvp", "after_step"), ("finite_difference", "lookahead"), ("evograd", "lookahead"), ("neumann", "after_step"),
+     ("greedy", "lookahead")],
+)  # fmt: skip
 def test_a_run_on_touched_rows_is_one_on_whole_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, order: str
 ) -> None:
@@ -390,7 +394,7 @@ def test_another_forward_than_the_meta_passes_is_not_used(
 
 @pytest.mark.parametrize(
     ("name", "layers"),
-    [*((name, (1,)) for name in (*ESTIMATES, "greedy")), ("jvp", (2,)), ("evograd_head", (2,))],
+    [("finite_difference", (1,)), ("evograd", (1,)), ("greedy", (1,)), ("jvp", (2,)), ("evograd_head", (2,))],
 )
 def test_a_run_that_uses_its_forwards_is_one_that_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, layers: tuple[int, ...]
@@ -550,10 +554,12 @@ WIDE = 8_000  # rows of the embeddings
 
 
 def peak_of(folder: Path, **fields: Any) -> int:
-    """Of a step whose body is a quarter of its weights, as in XLM-R base."""
-    peak = Peak(3)
+    """Of a step whose body is a quarter of its weights, as in XLM-R base; groups of leaves are in proportion to it."""
+    peak = Peak(2)
     tagger = tiny_tagger(dropout=False, layers=(2,), base={"vocab_size": WIDE, "intermediate_size": 512})
-    tiny_trainer(folder, tagger=tagger, trainer={"callbacks": [peak]}, max_steps=3, **fields).train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree, "TOGETHER", 2**14)
+        tiny_trainer(folder, tagger=tagger, trainer={"callbacks": [peak]}, max_steps=2, **fields).train()
     return peak.peak
 
 
@@ -592,8 +598,8 @@ def test_more_copies_need_no_more_than_their_gradients(tmp_path: Path, monkeypat
     monkeypatch.setattr(noise_module, "_BLOCK", 2**10)  # in proportion to the small body
     lam = sum(leaf.nbytes for leaf in tiny_tagger(layers=(2,)).meta_parameters().values())
     for settings, each in (({}, lam), ({"parameters": "^classifier"}, 0)):
-        two, eight = (
+        two, five = (
             peak_of(tmp_path, estimator="evograd", estimator_kwargs={"copies": copies, **settings})
-            for copies in (2, 8)
+            for copies in (2, 5)
         )
-        assert eight - two <= 6 * each + 2**12
+        assert five - two <= 3 * each + 2**12

@@ -22,12 +22,11 @@ from metaxl_evo.training.few_steps import FewSteps
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.test_diagnostics import once_differentiable_tagger
 from tests.training.test_trainer import exploding
-from tests.training.tiny import PAD, collate, logged, meta_weights, random_rows, tiny_arguments, tiny_tagger
+from tests.training.tiny import PAD, SHALLOW, collate, logged, meta_weights, random_rows, tiny_arguments, tiny_tagger
 
 
 def shallow(**settings: Any) -> CrossLingualTagger:
-    """One layer, which costs half."""
-    return tiny_tagger(dropout=False, base={"num_hidden_layers": 1}, **settings)
+    return tiny_tagger(dropout=False, base=SHALLOW, **settings)
 
 
 def checked(
@@ -185,7 +184,7 @@ def test_a_kernel_that_cannot_is_refused_as_in_a_run(tmp_path: Path) -> None:
         return tagger
 
     with pytest.raises(ValueError, match=r"attention kernel.*: use one_step with engine finite_difference"):
-        checked(tmp_path, fused, estimator_kwargs={"engine": "jvp"})
+        checked(tmp_path, fused, meta_precision="bf16", estimator_kwargs={"engine": "jvp"})
 
 
 def test_an_engine_that_cannot_is_refused_as_in_a_run(tmp_path: Path) -> None:

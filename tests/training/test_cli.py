@@ -392,6 +392,7 @@ def test_help_lists_every_option_with_its_default(capsys):
     assert "(default: 0.5)" in text
 
 
+@pytest.mark.slow
 def test_uncaught_it_ends_a_script_with_one_line():
     code = (
         "import dataclasses\nfrom metaxl_evo.training.parser import parse_arguments\n"

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from metaxl_evo.training.history import HISTORY, PICTURE, logged_lam, read_history
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.test_tuned_optimizer import layered
-from tests.training.tiny import logged, meta_weights, tiny_trainer
+from tests.training.tiny import SHALLOW, logged, meta_weights, tiny_tagger, tiny_trainer
 
 
 def test_few_meta_parameters_are_logged_by_value() -> None:
@@ -42,7 +42,11 @@ def histories(folder: Path) -> list[dict[str, str]]:
 
 
 def run(folder: Path, resume: Any = None, **fields: Any) -> MetaTrainer:
-    trainer = tiny_trainer(folder, **{"meta_history": True, "max_steps": 6, "logging_steps": 2, **fields})
+    trainer = tiny_trainer(
+        folder,
+        tagger=tiny_tagger(base=SHALLOW),
+        **{"meta_history": True, "max_steps": 6, "logging_steps": 2, **fields},
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -55,7 +59,7 @@ def test_the_history_is_the_log(tmp_path: Path) -> None:
         assert [float(row[key]) for row in rows] == logged(trainer, key)
     assert [bool(row["meta_cosine_to_exact"]) for row in rows] == [False, True, False]
     assert (tmp_path / PICTURE).stat().st_size > 1000
-    start = tiny_trainer(tmp_path / "other").model.meta_parameters()
+    start = tiny_tagger(base=SHALLOW).meta_parameters()
     now = meta_weights(trainer)
     moved = sum(float((now[n] - p).square().sum()) for n, p in start.items()) ** 0.5
     assert float(rows[-1]["meta_moved"]) == pytest.approx(

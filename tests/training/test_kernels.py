@@ -152,7 +152,6 @@ def label(one: tuple[str, dict[str, Any]]) -> str:
 
 FIRST_ORDER = [one for one in ALL if differentiates_once(*one)]
 SECOND_ORDER = [one for one in ALL if one not in FIRST_ORDER]
-on_all = pytest.mark.parametrize("one", ALL, ids=map(label, ALL))
 on_first_order = pytest.mark.parametrize("one", FIRST_ORDER, ids=map(label, FIRST_ORDER))
 on_second_order = pytest.mark.parametrize("one", SECOND_ORDER, ids=map(label, SECOND_ORDER))
 
@@ -163,6 +162,12 @@ DROPOUTS = {  # of the base step, and of the meta passes
     "dropout": (True, False),
     "meta dropout": (True, True),
 }
+
+
+FIRST = [
+    pytest.param((name, first), marks=[pytest.mark.slow] if name == "forward_mode" else [])
+    for name, (first, *_) in INSTANCES.items()
+]
 
 
 def orders_of(name: str, settings: dict[str, Any]) -> tuple[str, ...]:
@@ -233,7 +238,7 @@ class Attention:
         monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
 
 
-@on_all
+@pytest.mark.parametrize("one", FIRST, ids=label)
 def test_stock_attention_gives_the_numbers_of_eager(
     tmp_path: Path, one: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,7 +339,7 @@ def test_a_gradient_outside_of_functional_call_is_the_trap() -> None:
 
 @pytest.mark.parametrize(
     ("one", "dropout"),
-    [(one, index % 2 == 0 and "parameters" not in one[1]) for index, one in enumerate(FIRST_ORDER)],  # OTHER_MASKS
+    [(one, index % 2 == 1) for index, one in enumerate(FIRST_ORDER[1:6])],  # but for the head: OTHER_MASKS
     ids=lambda value: label(value) if isinstance(value, tuple) else str(value),
 )
 def test_estimates_at_other_weights_are_the_same_under_checkpointing(

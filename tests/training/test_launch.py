@@ -128,6 +128,12 @@ def half_meta() -> CrossLingualTagger:
     return tagger
 
 
+def half_frozen() -> CrossLingualTagger:
+    tagger = tiny_tagger()
+    tagger.base.base_model.bfloat16().requires_grad_(False)
+    return tagger
+
+
 def flash_attention() -> CrossLingualTagger:
     tagger = tiny_tagger()
     tagger.base.config._attn_implementation_internal = "flash_attention_2"
@@ -157,6 +163,10 @@ DISTRIBUTED_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
 META_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "bf16 base": (lambda: based_on(lambda base: base.bfloat16()), r"bfloat16 parameters \(base.*dtype=torch.float32"),
     "fp16 base": (lambda: based_on(lambda base: base.half()), r"float16 parameters \(base.*dtype=torch.float32"),
+    "frozen bf16 weights": (
+        half_frozen,
+        r"frozen torch.bfloat16 parameters \(base.* below float32 ones: .*bf16: true",
+    ),
     "bf16 meta network": (half_meta, r"bfloat16 parameters \(meta.*dtype=torch.float32"),
     "flash attention": (flash_attention, "attn_implementation: flash_attention_2: .*sdpa, or meta_precision: bf16"),
 }
@@ -186,7 +196,7 @@ def refused(message: str, make: Callable[[], Any]) -> None:
 def test_every_kind_of_refusal_is_here() -> None:
     tables = (ARGUMENTS, ELSEWHERE, ENVIRONMENTS, MODELS, DISTRIBUTED_MODELS)
     assert [len(table) for table in tables] == [14, 3, 6, 10, 3]
-    assert [len(table) for table in (META_ARGUMENTS, META_ENVIRONMENTS, META_MODELS)] == [1, 1, 4]
+    assert [len(table) for table in (META_ARGUMENTS, META_ENVIRONMENTS, META_MODELS)] == [1, 1, 5]
 
 
 def in_turn(cases: Iterable[str]) -> Any:

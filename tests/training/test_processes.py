@@ -212,10 +212,10 @@ def test_every_estimator_is_the_same_however_a_batch_is_cut_up(layout: str) -> N
 @pytest.mark.parametrize(
     ("layout", "dtype"),
     [
-        ("4 x 2", torch.float64),
+        pytest.param("4 x 2", torch.float64, marks=pytest.mark.slow),
         ("2 processes x 2 x 2", torch.float64),
         pytest.param("2 processes x 4 x 1", torch.float64, marks=pytest.mark.slow),
-        ("2 processes x 4 x 1", torch.float32),
+        pytest.param("2 processes x 4 x 1", torch.float32, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -267,7 +267,7 @@ def run_long(steps: int) -> dict[str, Any]:
         return found
 
 
-@pytest.mark.parametrize("steps", [12, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_ranks_are_bit_identical_after_many_steps(steps: int) -> None:
     first, second = on_processes(2, run_long, steps)
     assert len(first) == 4

@@ -23,6 +23,7 @@ from tests.training.test_episodes import DRIVEN, INSTANCES, OPTIMIZERS, trainer_
 from tests.training.test_trainer import exploding
 from tests.training.tiny import (
     ESTIMATES,
+    SHALLOW,
     base_weights,
     different,
     final_state,
@@ -56,7 +57,10 @@ def resumed(trainer: MetaTrainer, checkpoint: Path | None) -> MetaTrainer:
 
 def run(folder: Path, *, resume: Path | None = None, **fields: Any) -> MetaTrainer:
     """A tagger."""
-    settings: dict[str, Any] = {"save_strategy": "steps", "tagger": tiny_tagger(**fields.pop("task", {}))}
+    settings: dict[str, Any] = {
+        "save_strategy": "steps",
+        "tagger": tiny_tagger(base=SHALLOW, **fields.pop("task", {})),
+    }
     trainer = {"eval_dataset": random_rows(6, seed=9, language=None)}
     return resumed(tiny_trainer(folder, **settings | fields, trainer=trainer), resume)
 
@@ -135,7 +139,6 @@ def test_every_estimator_is_among_them() -> None:
 
 RESUMED: dict[str, dict[str, Any]] = {  # other engines and estimators remember nothing between its steps
     "jvp": ESTIMATES["jvp"],
-    "evograd": ESTIMATES["evograd"],
     "none": {"estimator": "none"},
     "lookahead": {"meta_order": "lookahead"},
     "meta dropout, own masks": {
@@ -153,7 +156,7 @@ RESUMED: dict[str, dict[str, Any]] = {  # other engines and estimators remember 
         "meta_optim_kwargs": {"momentum": 0.9},
     },
     "sign halving": {"meta_optim": "SignHalving", "meta_learning_rate": 0.1},
-    "diagnostics": {"meta_diagnostics_every": 2, **ESTIMATES["evograd"]},
+    "diagnostics": {"meta_diagnostics_every": 3, **ESTIMATES["evograd"]},
     "float64": {"task": {"dtype": torch.float64}},
     "best model": {
         "eval_strategy": "steps",
@@ -171,7 +174,7 @@ CUTS = [*((name, 2, 4) for name in RESUMED), ("jvp", 1, 6), ("jvp", 2, 6)]
 def test_a_tagger_resumes_bit_by_bit(tmp_path: Path, name: str, accumulation: int, at: int) -> None:
     """24 rows are 6 steps an epoch, 3 with two micro-batches: `at` is within an epoch, and at the end of one."""
     settings: dict[str, Any] = {
-        "max_steps": 8,
+        "max_steps": at + 2,
         "gradient_accumulation_steps": accumulation,
         "save_steps": at,
         **RESUMED[name],
@@ -179,9 +182,25 @@ def test_a_tagger_resumes_bit_by_bit(tmp_path: Path, name: str, accumulation: in
     whole = run(tmp_path / "whole", **settings)
     again = run(tmp_path / "again", resume=tmp_path / "whole" / f"checkpoint-{at}", **settings)
     assert_same_run(again, whole)
-    start = tiny_trainer(tmp_path, tagger=tiny_tagger(**settings.get("task", {})))
+    start = tiny_trainer(tmp_path, tagger=tiny_tagger(base=SHALLOW, **settings.get("task", {})))
     assert different(base_weights(whole), base_weights(start))
     assert (name == "none") == (not different(meta_weights(whole), meta_weights(start)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["jvp", "evograd"])
+def test_a_tagger_resumes_bit_by_bit_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, name: str
+) -> None:
+    """Kernels that add in any order are replaced by others, or refused."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    settings: dict[str, Any] = {"use_cpu": False, "full_determinism": True, "max_steps": 8, "save_steps": 4}
+    whole = run(tmp_path / "whole", **settings | RESUMED[name])
+    again = run(tmp_path / "again", resume=tmp_path / "whole" / "checkpoint-4", **settings | RESUMED[name])
+    assert whole.args.device.type == "cuda"
+    assert_same_run(again, whole)
 
 
 def test_latest_and_true_go_on_bit_by_bit(tmp_path: Path) -> None:
@@ -190,7 +209,8 @@ def test_latest_and_true_go_on_bit_by_bit(tmp_path: Path) -> None:
         folder = tmp_path / str(wanted)
         for step in (2, 4):
             shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-        trainer = tiny_trainer(folder, max_steps=6, save_steps=2, save_strategy="steps")
+        tagger = tiny_tagger(base=SHALLOW)
+        trainer = tiny_trainer(folder, tagger=tagger, max_steps=6, save_steps=2, save_strategy="steps")
         trainer.add_callback(Drawing())
         trainer.train(resume_from_checkpoint=wanted)
         assert same(final_state(trainer), final_state(whole))

@@ -108,6 +108,7 @@ def test_exact_engines_and_finite_differences_are_autograd() -> None:
         assert error(run_episode(problem, make_estimator(name), w, lam, [TRAIN] * 3, JUDGE).grads, three) < 1e-10, name
 
 
+@pytest.mark.slow
 def test_evograd_is_it_in_expectation() -> None:
     """Its factor is sigma^2 (K - 1) / (K tau rate), and its outer loss is judged at the weights before the step."""
     copies, sigma, temperature = 500, 1e-3, 0.05
@@ -121,7 +122,7 @@ def test_evograd_is_it_in_expectation() -> None:
 
 @pytest.mark.parametrize("name", ["finite_difference", "evograd"])
 def test_under_activation_checkpointing_it_is_right_in_either_form(name: str) -> None:
-    settings: dict[str, Any] = {"copies": 8, "sigma": 1e-3} if name == "evograd" else {"engine": name, "radius": 1e-4}
+    settings: dict[str, Any] = {"copies": 3, "sigma": 1e-3} if name == "evograd" else {"engine": name, "radius": 1e-4}
     estimator = name if name == "evograd" else "one_step"
     plain = estimated(task(Named), estimator, **settings)
     assert error(estimated(task(), estimator, **settings), plain) < 1e-10
@@ -161,9 +162,8 @@ class InOrder(MetaTrainer):
 
 def test_eight_by_one_is_four_by_two() -> None:
     whole = moved((1, 1))
-    for accumulation in (2, 4):
-        for estimator, found in moved((1, accumulation)).items():
-            assert error(found, whole[estimator]) < 1e-9, (estimator, accumulation)
+    for estimator, found in moved((1, 2)).items():
+        assert error(found, whole[estimator]) < 1e-9, estimator
 
 
 @pytest.mark.distributed

@@ -22,6 +22,7 @@ from metaxl_evo.training.base_optimizer import may_step_in_two
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.tiny import (
     ESTIMATES,
+    SHALLOW,
     base_weights,
     close,
     collate,
@@ -164,7 +165,7 @@ def test_an_estimator_can_be_asked_for_by_hand(tmp_path: Path) -> None:
 
 def init() -> CrossLingualTagger:
     with torch.random.fork_rng():
-        return tiny_tagger(dropout=False)
+        return tiny_tagger(dropout=False, base=SHALLOW)
 
 
 def from_init(folder: Path, model_init: Any, **fields: Any) -> MetaTrainer:
@@ -221,6 +222,7 @@ class Listed:
         return found
 
 
+@pytest.mark.slow
 def test_a_search_makes_the_meta_level_anew_in_each_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Listed)
     monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)  # optuna is not there

@@ -39,6 +39,7 @@ from tests.training.tiny import (
     NO_DROPOUT,
     ORDERS,
     PAD,
+    SHALLOW,
     Hypergradients,
     base_weights,
     close,
@@ -296,20 +297,13 @@ def recorded_run(folder: Path, **fields: Any) -> Recorder:
 
 
 LIMITS = (0.0, 0.3, 100.0)
-REAL_STEPS = [  # AdamW in every order with every limit, the others in each order, clipped in one of them
-    *(("double_backward", "adamw", order, limit) for order in ORDERS for limit in LIMITS),
-    *(
-        (engine, optimizer, order, limit)
-        for index, (engine, optimizer) in enumerate(
-            [
-                *(("double_backward", name) for name in OPTIMIZERS if name != "adamw"),
-                ("jvp", "adamw"),
-                ("finite_difference", "adamw"),
-                ("finite_difference", "sgd"),
-            ]
-        )
-        for order, limit in zip(ORDERS, (0.3, LIMITS[2 * (index % 2)]), strict=True)
-    ),
+REAL_STEPS = [  # AdamW with every limit, each optimiser clipped after the step, engines ahead of it
+    *(("double_backward", "adamw", "lookahead", limit) for limit in LIMITS),
+    *(("double_backward", name, "after_step", 0.3) for name in OPTIMIZERS),
+    ("jvp", "adamw", "after_step", 100.0),
+    ("jvp", "nesterov", "lookahead", 0.0),
+    ("finite_difference", "adamw", "after_step", 0.3),
+    ("finite_difference", "sgd", "lookahead", 100.0),
 ]
 
 
@@ -340,8 +334,7 @@ def test_one_step_is_the_derivative_of_the_real_step(
         )
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["evograd", "evograd_head"])
+@pytest.mark.parametrize(("name", "order"), [("evograd", "lookahead"), ("evograd_head", "after_step")])
 def test_evograd_is_the_derivative_of_its_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, order: str
 ) -> None:
@@ -380,10 +373,10 @@ def test_each_step_draws_its_own_noise_from_the_meta_seed(tmp_path: Path, monkey
 
     monkeypatch.setattr(meta_level, "estimate", spy)
     for meta_seed in (5, 5, 6):
-        tiny_trainer(tmp_path, meta_seed=meta_seed, **ESTIMATES["evograd_head"]).train()
-    assert len(set(seeds[:3])) == 3
-    assert seeds[:3] == seeds[3:6]
-    assert not set(seeds[:3]) & set(seeds[6:])
+        tiny_trainer(tmp_path, meta_seed=meta_seed, max_steps=2, **ESTIMATES["evograd_head"]).train()
+    assert len(set(seeds[:2])) == 2
+    assert seeds[:2] == seeds[2:4]
+    assert not set(seeds[:2]) & set(seeds[4:])
 
 
 def test_the_windows_hold_the_meta_rows_in_their_two_parts(tmp_path: Path) -> None:
@@ -431,7 +424,7 @@ def everything(trainer: MetaTrainer) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "order", "dropout"),
-    [(name, order, (i + j) % 2 == 0) for i, name in enumerate(ESTIMATES) for j, order in enumerate(ORDERS)],
+    [(name, ORDERS[index % 2], index % 4 < 2) for index, name in enumerate(ESTIMATES)],
 )
 def test_estimating_changes_nothing_but_the_meta_parameters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, order: str, dropout: bool
@@ -446,11 +439,13 @@ def test_estimating_changes_nothing_but_the_meta_parameters(
         return result
 
     monkeypatch.setattr(meta_level, "estimate", watched)
-    settings: dict[str, Any] = {"max_steps": 5, "meta_order": order, "meta_dropout": dropout, "warmup_steps": 1}
-    trainer = tiny_trainer(tmp_path, meta_learning_rate=0.0, **settings, **ESTIMATES[name])
+    settings: dict[str, Any] = {"max_steps": 4, "meta_order": order, "meta_dropout": dropout, "warmup_steps": 1}
+    trainer = tiny_trainer(
+        tmp_path, tagger=tiny_tagger(base=SHALLOW), meta_learning_rate=0.0, **settings, **ESTIMATES[name]
+    )
     trainer.train()
-    assert calls == [dict.fromkeys(calls[0], True)] * 4
-    plain = tiny_trainer(tmp_path, estimator="none", **settings)
+    assert calls == [dict.fromkeys(calls[0], True)] * 3
+    plain = tiny_trainer(tmp_path, tagger=tiny_tagger(base=SHALLOW), estimator="none", **settings)
     plain.train()
     assert different(base_weights(trainer), base_weights(plain)) == []
     assert logged(trainer, "grad_norm") == logged(plain, "grad_norm")
@@ -463,6 +458,7 @@ def test_estimating_changes_nothing_but_the_meta_parameters(
 
 def meta_moves(folder: Path, **fields: Any) -> tuple[MetaTrainer, list[bool]]:
     recorder = Recorder()
+    fields = {"tagger": tiny_tagger(base=SHALLOW)} | fields
     recorder.trainer = tiny_trainer(folder, trainer={"callbacks": [recorder]}, **fields)
     recorder.trainer.train()
     return recorder.trainer, [bool(different(step["lam"], step["after"]["lam"])) for step in recorder.steps]
@@ -648,15 +644,14 @@ class Exploding(CrossLingualTagger):
 
 
 def exploding(bad: Callable[[int], bool]) -> Exploding:
-    tagger = tiny_tagger()
+    tagger = tiny_tagger(base=SHALLOW)
     found = Exploding(tagger.base, tagger.meta, pad_token_id=PAD)
     found.bad = bad
     return found
 
 
 @pytest.mark.parametrize(
-    ("name", "order"),
-    [("jvp", "after_step"), ("finite_difference", "lookahead"), ("evograd", "after_step"), ("evograd", "lookahead")],
+    ("name", "order"), [("jvp", "after_step"), ("evograd_head", "after_step"), ("evograd_head", "lookahead")]
 )
 def test_an_infinite_hypergradient_skips_the_update(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, order: str
@@ -759,9 +754,9 @@ def test_second_order_engines_refuse_fused_kernels(tmp_path: Path, engine: str) 
     tagger = tiny_tagger()
     tagger.base.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="use one_step with engine finite_difference, or evograd"):
-        tiny_trainer(tmp_path, tagger=tagger, **ESTIMATES[engine])
+        tiny_trainer(tmp_path, tagger=tagger, meta_precision="bf16", **ESTIMATES[engine])
     for name in ("finite_difference", "evograd"):
-        tiny_trainer(tmp_path, tagger=tagger, **ESTIMATES[name])
+        tiny_trainer(tmp_path, tagger=tagger, meta_precision="bf16", **ESTIMATES[name])
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def tiny_base(dtype: torch.dtype = torch.float32, **fields: Any) -> XLMRobertaFo
     return XLMRobertaForTokenClassification(XLMRobertaConfig(**settings | fields)).to(dtype)
 
 
+SHALLOW = {"num_hidden_layers": 1}  # costs half, where the layers above the network are beside the point
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 

@@ -252,7 +252,7 @@ def test_per_pass_noise_is_shared_among_copies_only_if_randomness_is(monkeypatch
 # What a meta step leaves alone, and a base step does not -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["jvp", "finite_difference", "evograd_per_copy"])
+@pytest.mark.parametrize("name", ["jvp", "evograd_per_copy"])
 def test_a_hypergradient_leaves_everything_as_it_was(name: str) -> None:
     module = tiny_module().train()
     module.base.encoder.embedder.eval()
@@ -551,7 +551,7 @@ def test_the_fixed_transform_acts_and_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("estimator", "noise"), [("evograd", "per_pass"), ("one_step", "per_batch")])
 def test_a_run_is_its_two_halves(estimator: str, noise: str, tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, **EVALUATED[estimator]}
+    fields: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, **EVALUATED[estimator]}
     whole_run = trainer(tmp_path / "whole", noise=noise, **fields)
     whole_run.train()
     again = trainer(tmp_path / "again", noise=noise, **fields)

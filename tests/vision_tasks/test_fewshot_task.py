@@ -59,7 +59,7 @@ TINY: dict[str, Any] = {
     "aux_images": 4,
 }
 ESTIMATES: dict[str, dict[str, Any]] = {
-    "evograd": {"estimator": "evograd", "estimator_kwargs": {"sigma": 0.01}},
+    "evograd": {"estimator": "evograd", "estimator_kwargs": {"sigma": 0.01, "copies": 2}},
     "one_step": {"estimator": "one_step", "estimator_kwargs": {"engine": "finite_difference"}},
     "none": {"estimator": "none"},
 }
@@ -166,7 +166,7 @@ def test_training_on_files(tmp_path: Path) -> None:
 
 
 def test_the_real_images(shared: Path, tmp_path: Path) -> None:
-    """A few steps on digits and letters, tested on clothes."""
+    """A step on digits and letters, tested on clothes."""
     files: dict[str, Any] = {
         "data": str(shared / "data/images"),
         "domains": ["mnist_8k_2k.npz?classes=whole&name=digits", "omniglot"],
@@ -175,7 +175,7 @@ def test_the_real_images(shared: Path, tmp_path: Path) -> None:
     settings, task = settings_of(**files, aux_domain="omniglot", width=4, image_size=28, n_way=5), FewShotTask()
     data = data_of(task, settings)
     assert [(one.name, len(one.classes)) for one in data.seen] == [("digits", 10), ("omniglot", 242)]
-    run = task.build_trainer(settings, arguments(tmp_path, **ESTIMATES["evograd"], max_steps=3), data)
+    run = task.build_trainer(settings, arguments(tmp_path, **ESTIMATES["evograd"], max_steps=1), data)
     start = meta_weights(run)
     run.train()
     assert set(different(meta_weights(run), start)) == set(start)
@@ -262,18 +262,19 @@ class Pairs(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("train", "meta", "accumulation", "episodes", "resume"),
-    [(1, 1, 1, 3, 4), (2, 3, 2, 5, None)],
+    ("train", "meta", "accumulation", "episodes", "steps", "resume"),
+    [(1, 1, 1, 3, 6, 4), (2, 3, 2, 5, 4, None)],
 )
 def test_the_pair_of_an_epoch_is_one_however_batches_are_cut(
-    task: FewShotTask, tmp_path: Path, train: int, meta: int, accumulation: int, episodes: int, resume: int | None
-) -> None:
+    task: FewShotTask, tmp_path: Path, train: int, meta: int, accumulation: int, episodes: int, steps: int,
+    resume: int | None,
+) -> None:  # fmt: skip
     settings = settings_of(episodes_per_epoch=episodes, aux_domain=None)
     fields: dict[str, Any] = {
         "per_device_train_batch_size": train,
         "per_device_meta_batch_size": meta,
         "gradient_accumulation_steps": accumulation,
-        "max_steps": 7,
+        "max_steps": steps,
         "save_strategy": "steps" if resume else "no",
         "save_steps": resume or 1,
     }
@@ -288,9 +289,9 @@ def test_the_pair_of_an_epoch_is_one_however_batches_are_cut(
         again.add_callback(pairs)
         again.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{resume}"))
         assert pairs.seen[-2:] == seen[-2:]
-    assert len(seen) == 7
+    assert len(seen) == steps
     batches = -(-episodes // train)
-    epochs = [step // -(-batches // accumulation) for step in range(7)]
+    epochs = [step // -(-batches // accumulation) for step in range(steps)]
     expected = {}
     for epoch in set(epochs):
         rows = Episodes(data_of(task, settings).seen, "seen", run.train_dataset.size, length=1, seed=3, transform=None)
@@ -356,7 +357,7 @@ def test_tests_are_of_images_as_they_are(task: FewShotTask, tmp_path: Path, spli
 
 
 def test_evaluation_is_on_the_val_classes(task: FewShotTask, tmp_path: Path) -> None:
-    run = trainer_of(task, tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2)
+    run = trainer_of(task, tmp_path, eval_strategy="steps", eval_steps=1, max_steps=1)
     assert run.eval_dataset.split == "val"
     run.train()
     assert [0 <= row["eval_accuracy"] <= 1 for row in run.state.log_history if "eval_accuracy" in row] == [True]
@@ -408,7 +409,7 @@ def test_sizes_are_softplus() -> None:
 def test_resumed_bit_by_bit(task: FewShotTask, tmp_path: Path, estimator: str, at: int, method: str) -> None:
     """Within an epoch and at its end, whatever the pair of domains, the noise and the auxiliary images are."""
     settings = settings_of(method=method)
-    fields: dict[str, Any] = {"max_steps": 5, "save_strategy": "steps", "save_steps": at, **ESTIMATES[estimator]}
+    fields: dict[str, Any] = {"max_steps": at + 2, "save_strategy": "steps", "save_steps": at, **ESTIMATES[estimator]}
     if method == "pretrain":
         fields["per_device_train_batch_size"] = 100  # three an epoch
     whole = resumed(trainer_of(task, tmp_path / "whole", settings, **fields), None)

@@ -218,6 +218,7 @@ SHORT: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrees", [30, pytest.param(-30, marks=pytest.mark.slow)])
 def test_thirty_steps_turn_real_digits_the_right_way(tmp_path: Path, shared: Path, degrees: int) -> None:
     settings = {"data": shared / "data/images/mnist_8k_2k.npz", "output_dir": tmp_path / "out", "degrees": degrees}
