@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from metaxl_evo.bilevel.passes import is_out_of_memory
 from metaxl_evo.bilevel.replay import Facts
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.messages import first_line
@@ -29,9 +30,9 @@ def at_once(loss: Callable[[Tree], Tensor], points: Tree, restart: Callable[[], 
     restart()
     try:
         found = torch.vmap(loss, randomness="same")(points)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # of any kind: what is wrong with the loss itself is raised again below
+        if is_out_of_memory(error):
+            raise
         facts.batched = False
         logger.info("the copies are evaluated one by one: %s", first_line(error))
         return _one_by_one(loss, points, restart)
