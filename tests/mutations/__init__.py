@@ -218,9 +218,9 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "vision_tasks/test_weight_net.py::test_the_inner_loss_by_hand"),
     ],
     "metaxl_evo/training": [
-        ("clipped-gradient-taken-for-the-whole", "gradient.mul_((norm + 1e-6) / limit) if clipped else gradient",
-         "gradient", REAL_STEP.format("adamw")),
-        ("weights-before-not-copied", "leaf if name in self.touched_rows() else leaf.clone()", "leaf",
+        ("clipped-gradient-taken-for-the-whole", "        if clipped and taken:",
+         "        if False:", REAL_STEP.format("adamw")),
+        ("weights-before-not-copied", "w |= tree.clone({name: leaf for", "w |= ({name: leaf for",
          REAL_STEP.format("adamw")),
         ("base-step-not-counted", "steps_before(self.number) + made", "steps_before(self.number)",
          REAL_STEP.format("dampened")),
