@@ -59,7 +59,15 @@ W, LAM = 0, 1  # the argument of the inner loss that a product is with respect t
 
 
 def mixed_product(
-    passes: PassContext, engine: str, w: Tree, lam: Tree, batch: object, v: Tree, *, radius: float = 0.01
+    passes: PassContext,
+    engine: str,
+    w: Tree,
+    lam: Tree,
+    batch: object,
+    v: Tree,
+    *,
+    radius: float = 0.01,
+    length: float | None = None,
 ) -> Tree:
     """d_lam <grad_w L_T(w, lam; batch), v> at the given point, a tree like `lam`; on several processes a share of it.
 
@@ -67,11 +75,12 @@ def mixed_product(
         engine: one of `ENGINES`, or `auto`: the first of jvp, double_backward and finite_difference that is right.
         v: a direction with the keys of `w`, whole.
         radius: length of the finite-difference perturbation, in the units of w (DARTS, footnote 2: 0.01).
+        length: |v|, where it is known.
 
     Raises:
         ValueError: for an unknown engine.
     """
-    return _product(passes, engine, w, lam, batch, v, radius, LAM)
+    return _product(passes, engine, w, lam, batch, v, radius, LAM, length)
 
 
 def hessian_product(
@@ -86,13 +95,22 @@ def hessian_product(
 
 
 def _product(
-    passes: PassContext, engine: str, w: Tree, lam: Tree, batch: object, v: Tree, radius: float, wrt: int
+    passes: PassContext,
+    engine: str,
+    w: Tree,
+    lam: Tree,
+    batch: object,
+    v: Tree,
+    radius: float,
+    wrt: int,
+    length: float | None = None,
 ) -> Tree:
     if engine not in (AUTO, *ENGINES):
         raise ValueError(unknown("engine", engine, (AUTO, *ENGINES)))
-    if tree.norm(v) == 0:
+    length = tree.norm(v) if length is None else length
+    if length == 0:
         return tree.zeros_like((w, lam)[wrt])
-    return _with(passes, engine, lambda one: _by(passes, one, w, lam, batch, v, radius, wrt))
+    return _with(passes, engine, lambda one: _by(passes, one, w, lam, batch, v, (radius, length), wrt))
 
 
 def prepare(passes: PassContext, engine: str, w: Tree, lam: Tree, batch: object, *, radius: float = 0.01) -> None:
@@ -144,10 +162,21 @@ def _with(passes: PassContext, engine: str, run: Callable[[str], Found]) -> Foun
     raise first
 
 
-def _by(passes: PassContext, engine: str, w: Tree, lam: Tree, batch: object, v: Tree, radius: float, wrt: int) -> Tree:
+def _by(
+    passes: PassContext,
+    engine: str,
+    w: Tree,
+    lam: Tree,
+    batch: object,
+    v: Tree,
+    lengths: tuple[float, float],
+    wrt: int,
+) -> Tree:
+    """The product by one engine; `lengths` are those of a finite difference and of v."""
     if engine == "finite_difference":
+        radius, length = lengths
         _require_radius(passes, radius)
-        return _finite_difference(passes, w, lam, batch, v, radius / tree.norm(v), wrt)
+        return _finite_difference(passes, w, lam, batch, v, radius / length, wrt)
     if engine == "jvp":
         require_forward_ad(passes, w, lam, batch, (wrt,))
     product = tree.zeros_like((w, lam)[wrt])

@@ -55,8 +55,7 @@ class LocalEstimator(EngineEstimator):
         direction = rule.grad_vjp(v, step.w, grad, step.made.update_state, step.lam, before=step.update_state)
         del grad  # its memory serves the product
         direction = passes.all_reduce(direction)
-        diagnostics["direction_norm"] = tree.norm(direction)
-        mixed = mixed_product(
-            passes, self._engine(passes.problem), step.w, step.lam, step.batch, direction, radius=self.radius
-        )
+        diagnostics["direction_norm"] = length = tree.norm(direction)
+        engine, at = self._engine(passes.problem), (step.w, step.lam, step.batch)
+        mixed = mixed_product(passes, engine, *at, direction, radius=self.radius, length=length)
         return tree.add(through_rule, mixed, -1.0)

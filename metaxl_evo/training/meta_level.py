@@ -186,7 +186,7 @@ class MetaLevel:
             diagnostics.compare(result, exact, was_zero=self._silent is not None)
         if self._silent is not None:
             self._watch_silence(self._silent, result, passes, step, number)
-        if tree.all_finite(result.grads) and bool(result.outer_loss.isfinite()):
+        if tree.all_finite({**result.grads, "": result.outer_loss}):
             self._skipped_in_a_row = 0
             self._act(result)
         else:
