@@ -115,7 +115,7 @@ def _line() -> str | None:
     return found
 
 
-def _forwards(function: type) -> Iterator[Any]:
+def _forwards(function: Any) -> Iterator[Any]:
     """The code of every autograd function's forward: `apply`, which calls it, has no frame since torch 2.15."""
     for kind in function.__subclasses__():
         yield getattr(kind.forward, "__code__", None)
