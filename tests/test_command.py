@@ -68,8 +68,10 @@ def test_settings_files_have_names(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_config(named, room) == CONFIGS / f"{found}.yaml"
-    own = tmp_path / named  # a file of the user's own comes first
-    own.parent.mkdir(parents=True, exist_ok=True)
+    own = tmp_path / named
+    own.mkdir(parents=True)  # a folder, such as an output_dir, takes no name away
+    assert find_config(named, room) == CONFIGS / f"{found}.yaml"
+    own.rmdir()  # a file of the user's own comes first
     own.write_text("", encoding="utf-8")
     assert find_config(named, room) == Path(named)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, EvalPrediction, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
+from metaxl_evo.estimators import Estimator
 from metaxl_evo.experiments.folders import hub_id
 from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.experiments.task import Data
@@ -115,6 +116,14 @@ class ClassificationTask(VisionTask[Settings, Data]):
         if model is None:
             return found
         return {**found, "tasks": "image-classification", "finetuned_from": hub_id(model)}
+
+    def card_sections(
+        self, results: Mapping[str, Any], settings: Settings, estimator: Estimator | None
+    ) -> Sequence[str]:
+        """Without the backbone that a pretrained model takes the place of."""
+        left_out = "backbone" if settings.model_name_or_path is not None else None
+        shown = {name: value for name, value in results["settings"].items() if name != left_out}
+        return super().card_sections({**results, "settings": shown}, settings, estimator)
 
     def write_files(self, folder: Path, trainer: MetaTrainer, settings: Settings, data: Any) -> None:
         if trainer.args.do_predict:

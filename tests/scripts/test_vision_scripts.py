@@ -309,6 +309,7 @@ def test_a_pipeline_answers_as_the_test_did(
     assert (table.label == table.predicted).mean() == pytest.approx(results["test"]["accuracy"])
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert ("import vision_tasks.backbones" in card, "pipeline_tag" in card) == (kind is None, kind is not None)
+    assert ("| `backbone` |" in card) == (kind is None)
     monkeypatch.chdir(tmp_path / "out")
     exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], {})
 
