@@ -100,6 +100,14 @@ class HyperCleaningTask(ClassificationTask[HyperCleaningArguments, PreparedData]
     def learns(self, settings: HyperCleaningArguments) -> bool:
         return settings.method == "hyper_cleaning"
 
+    def refuse(self, settings: HyperCleaningArguments, args: MetaTrainingArguments) -> None:
+        super().refuse(settings, args)
+        if not self.learns(settings) and args.episode_reset != "continue":
+            raise ValueError(
+                f"the baseline has no episodes and would train on where episode_reset: {args.episode_reset} begins "
+                "anew, so that it compares with nothing: give it episode_reset: continue and max_steps of one episode"
+            )
+
     def load(self, settings: HyperCleaningArguments, args: MetaTrainingArguments) -> PreparedData:
         preparation = settings.preparation()
         parts = load_images(settings.data, settings.layout(), prepare=preparation)

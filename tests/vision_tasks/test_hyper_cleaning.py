@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from metaxl_evo.bilevel import SGD, hypergradient
 from metaxl_evo.estimators import FirstOrder, OneStep
 from scripts.train_hyper_cleaning import main
-from tests.vision_tasks.small import batch_of, off, random_images, small_convnet
+from tests.vision_tasks.small import batch_of, off, pack, random_images, small_convnet
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.hyper_cleaning import (
     CleanedClassifier,
@@ -148,6 +148,22 @@ def test_settings_that_cannot_be(field: dict[str, Any]) -> None:
 # Whole runs
 
 
+def test_a_baseline_that_trains_on_is_no_baseline_of_restarts(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="the baseline has no episodes"):
+        main(
+            [
+                "--method",
+                "baseline",
+                "--episode_length",
+                "2",
+                "--episode_reset",
+                "restart",
+                "--output_dir",
+                f"{tmp_path}",
+            ]
+        )
+
+
 def test_weights_come_back_and_those_of_other_images_do_not(tmp_path: Path) -> None:
     module, fresh = module_of(0.3), module_of()
     module.save_meta(tmp_path)
@@ -163,36 +179,38 @@ def test_the_papers_net() -> None:
 
 
 SHORT: dict[str, Any] = {
-    "train_size": 200,
-    "validation_size": 200,
-    "test_size": 200,
-    "per_device_train_batch_size": 200,
-    "per_device_meta_batch_size": 200,
-    "per_device_eval_batch_size": 200,
+    "config": "configs/vision/hyper_cleaning_cpu.yaml",
+    "train_size": 100,
+    "per_device_train_batch_size": 50,
+    "per_device_meta_batch_size": 20,
     "seeds": "[0]",
-    "runs.one_step": "null",
-    "runs.neumann": "null",
-    "runs.baseline": "null",
-    "max_steps": 60,
+    **dict.fromkeys(("runs.one_step", "runs.neumann", "runs.baseline"), "null"),
+    "max_steps": 8,
+    "episode_length": 4,
+    "meta_every": 4,
     "save_strategy": "steps",
-    "save_steps": 25,  # in the middle of an episode
+    "save_steps": 3,  # in the middle of an episode
     "disable_tqdm": "true",
 }
 
 
-def test_weights_tell_flipped_digits_and_a_run_goes_on_bit_by_bit(tmp_path: Path, shared: Path) -> None:
+def test_the_table_of_a_run_and_that_it_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    images = random_images(200, classes=10)
+    data = pack(tmp_path / "images.npz", x_train=images.images[..., 0], y_train=images.labels)
+
     def run(name: str, **fields: Any) -> dict[str, Any]:
-        given = {"config": "configs/vision/hyper_cleaning_cpu.yaml", "data": shared / "data/images/mnist_8k_2k.npz"}
-        settings = {**given, **SHORT, "output_dir": tmp_path / name, **fields}
+        settings = {**SHORT, "data": data, "output_dir": tmp_path / name, **fields}
         return main([token for key, value in settings.items() for token in (f"--{key}", str(value))])
 
     whole = run("whole")
     (table,) = (tmp_path / "whole").rglob("_weights.csv")
     rows = list(csv.DictReader(table.open(encoding="utf-8")))
-    assert {row["flipped"] for row in rows} == {"True", "False"}
-    assert all((row["label"] != row["true_label"]) == (row["flipped"] == "True") for row in rows)
-    assert whole["run"]["weights"]["auc"] > 0.7
-    (checkpoint,) = (tmp_path / "whole").rglob("checkpoint-25")
+    assert len(rows) == 100
+    for row in rows:
+        assert int(row["true_label"]) == images.labels[int(row["id"])]
+        assert (row["label"] != row["true_label"]) == (row["flipped"] == "True")
+    assert len({row["weight"] for row in rows}) > 50
+    (checkpoint,) = (tmp_path / "whole").rglob("checkpoint-3")
     resumed = run("resumed", resume_from_checkpoint=checkpoint)
     assert resumed["test"] == whole["test"]
     assert resumed["run"]["weights"] == whole["run"]["weights"]
