@@ -260,7 +260,7 @@ def _error_of(name: str, own: dict[str, Any]) -> str:
 def _numbers(results: dict[str, Any], above: str = "") -> Iterator[list[str]]:
     """The scores and times of a run, which are nested by language."""
     for key, value in results.items():
-        if isinstance(value, dict) and key not in ("environment", "settings"):
+        if isinstance(value, dict) and key not in ("settings", "data", "per_type"):
             yield from _numbers(value, f"{above}{key} ")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield [f"{above}{key}", f"{value:g}"]
