@@ -150,11 +150,7 @@ def paper_run(settings: GpuReportArguments) -> Table:
     argv = ["--config", config, "--target_languages", language, "--max_steps", str(steps), "--output_dir", folder]
     argv += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
     results = run_command(find_task("ner"), argv)
-    numbers = {key: value for key, value in results.items() if isinstance(value, (int, float))}
-    return f"{steps} steps of {config}", [
-        ["result", "value"],
-        *([key, f"{value:g}"] for key, value in numbers.items()),
-    ]
+    return f"{steps} steps of {config}", [["result", "value"], *_numbers(results)]
 
 
 def every_engine() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -259,6 +255,15 @@ def _error_of(name: str, own: dict[str, Any]) -> str:
         return f"{_relative(_estimate(name, own), _exact(name, own)):.1e}"
     except Exception as error:  # the report goes on, and says so
         return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _numbers(results: dict[str, Any], above: str = "") -> Iterator[list[str]]:
+    """The scores and times of a run, which are nested by language."""
+    for key, value in results.items():
+        if isinstance(value, dict) and key not in ("settings", "data", "per_type"):
+            yield from _numbers(value, f"{above}{key} ")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield [f"{above}{key}", f"{value:g}"]
 
 
 def _pairs(settings: dict[str, Any]) -> str:
