@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -22,11 +23,13 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "time, times the plain step": lambda row: _spread(row.time_ratio),
     "peak memory": lambda row: _number(row.memory_ratio),
     "MiB above resident": lambda row: _number(row.memory_increment_mib),
+    "launches, times the plain step": lambda row: _number(row.launch_ratio),
+    "host waits above": lambda row: "" if row.wait_increment is None else str(row.wait_increment),
     "cosine": lambda row: _number(row.cosine, 4),
     "relative error": lambda row: "" if row.relative_error is None else f"{row.relative_error:.1e}",
     "noise / signal": lambda row: "" if row.noise_to_signal is None else f"{row.noise_to_signal:.3g}",
     "passes": lambda row: ", ".join(f"{count} {name}" for name, count in (row.counts or {}).items() if count),
-    "remark": lambda row: row.error or "",
+    "remark": lambda row: row.error or row.untimed or "",
 }
 Points = dict[str, list[tuple[float, float]]]  # by label
 COSINE = "cosine to the exact hypergradient"
@@ -41,7 +44,7 @@ def write_report(folder: Path, settings: Any, rows: Sequence[Row]) -> str:
     results = {
         "environment": environment(),
         "settings": asdict(settings),
-        "rows": [_finite(asdict(row) | {"time_ratio": row.time_ratio and row.time_ratio._asdict()}) for row in rows],
+        "rows": [_finite(asdict(row) | _by_name(row)) for row in rows],
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     text = markdown(rows)
@@ -52,12 +55,23 @@ def write_report(folder: Path, settings: Any, rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table; columns that are empty everywhere are left out."""
+    """The rows as a table, then the plain step of each case; columns that are empty everywhere are left out."""
     cells = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items()}
     cells = {name: column for name, column in cells.items() if any(column)}
     lines = [f"| {' | '.join(cells)} |", f"|{'|'.join('---' if name in TEXTS else '---:' for name in cells)}|"]
     lines += [f"| {' | '.join(line)} |" for line in zip(*cells.values(), strict=True)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_yardsticks(rows)]) + "\n"
+
+
+def _yardsticks(rows: Sequence[Row]) -> list[str]:
+    """A line for the plain step of each case, behind an empty one."""
+    found = {
+        f"- {PLAIN} {_pairs(row.case)}".rstrip() + f": {_spread(row.plain_seconds, '.3g')} s, "
+        f"load of the machine at most {row.load:.1f} on {os.cpu_count()} processors"
+        for row in rows
+        if row.plain_seconds is not None
+    }
+    return ["", *sorted(found)] if found else []
 
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -175,8 +189,13 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _spread(value: Spread | None) -> str:
-    return "" if value is None else f"{value.median:.2f} ({value.q1:.2f} to {value.q3:.2f})"
+def _spread(value: Spread | None, form: str = ".2f") -> str:
+    return "" if value is None else f"{value.median:{form}} ({value.q1:{form}} to {value.q3:{form}})"
+
+
+def _by_name(row: Row) -> dict[str, Any]:
+    """Its spreads with the names of their parts, which JSON has no tuples for."""
+    return {name: value._asdict() for name, value in vars(row).items() if isinstance(value, Spread)}
 
 
 def _finite(value: Any) -> Any:

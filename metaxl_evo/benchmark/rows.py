@@ -26,9 +26,11 @@ class Row:
     Args:
         estimator, settings, order: what ran.
         case: where, such as {"rtn_layer": 12} or {"horizon": 8}.
-        time_ratio: seconds against the yardstick's median.
+        time_ratio: seconds against those of the yardstick before and after; where it is None `untimed` says why.
+        plain_seconds, load: of the yardstick, and the highest load average of the machine (over a minute).
         memory_ratio, memory_increment_mib: peak against the yardstick's peak, and above the resident tensors.
         peak_mib: the peak itself.
+        launch_ratio, wait_increment: operators against the yardstick's, and waits of the host beyond its own.
         cosine, relative_error: to the exact hypergradient of the same horizon; means over the draws of noise.
         noise_to_signal: variance of a draw over the square of the draws' common component along the exact one.
         counts: passes of one hypergradient.
@@ -39,9 +41,14 @@ class Row:
     order: str
     case: dict[str, Any] = field(default_factory=dict)
     time_ratio: Spread | None = None
+    plain_seconds: Spread | None = None
+    load: float | None = None
+    untimed: str | None = None
     memory_ratio: float | None = None
     memory_increment_mib: float | None = None
     peak_mib: float | None = None
+    launch_ratio: float | None = None
+    wait_increment: int | None = None
     cosine: float | None = None
     relative_error: float | None = None
     noise_to_signal: float | None = None

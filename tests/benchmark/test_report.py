@@ -20,6 +20,7 @@ def measured(estimator: str = "one_step", horizon: int = 1, **settings: int) -> 
         estimator, settings, "after_step", {"horizon": horizon}, time_ratio=Spread(1.5, 1.25, 2.0), memory_ratio=1.05,
         memory_increment_mib=12.5, peak_mib=21.0, cosine=0.98765, relative_error=1.234e-5,
         counts={"forwards": 2, "hvps": 0},
+        plain_seconds=Spread(0.5, 0.4, 0.75), load=1.25, launch_ratio=8.8, wait_increment=3,
     )  # fmt: skip
 
 
@@ -37,7 +38,8 @@ def test_results(tmp_path: Path) -> None:
     assert found["rows"][0] == {
         "estimator": "one_step", "settings": {}, "order": "after_step", "case": {"horizon": 1},
         "time_ratio": {"median": 1.5, "q1": 1.25, "q3": 2.0}, "memory_ratio": 1.05, "memory_increment_mib": 12.5,
-        "peak_mib": 21.0,
+        "peak_mib": 21.0, "plain_seconds": {"median": 0.5, "q1": 0.4, "q3": 0.75}, "load": 1.25, "untimed": None,
+        "launch_ratio": 8.8, "wait_increment": 3,
         "cosine": 0.98765, "relative_error": None, "noise_to_signal": None, "counts": {"forwards": 2, "hvps": 0},
         "error": None,
     }  # fmt: skip
@@ -47,16 +49,19 @@ def test_results(tmp_path: Path) -> None:
 
 
 def test_the_table() -> None:
-    lines = markdown([measured(radius=2), FAILED]).splitlines()
+    late = Row("sama", {}, "lookahead", untimed="no time: why")
+    lines = markdown([measured(radius=2), FAILED, late]).splitlines()
     assert lines[0] == (
         "| estimator | settings | case | order | time, times the plain step | peak memory | MiB above resident "
-        "| cosine | relative error | passes | remark |"
+        "| launches, times the plain step | host waits above | cosine | relative error | passes | remark |"
     )
     assert lines[2] == (
-        "| one_step | radius 2 | horizon 1 | after_step | 1.50 (1.25 to 2.00) | 1.05 | 12.50 | 0.9877 | 1.2e-05 "
-        "| 2 forwards |  |"
+        "| one_step | radius 2 | horizon 1 | after_step | 1.50 (1.25 to 2.00) | 1.05 | 12.50 | 8.80 | 3 | 0.9877 "
+        "| 1.2e-05 | 2 forwards |  |"
     )
-    assert lines[3] == "| first_order |  | horizon 1 | lookahead |  |  |  |  |  |  | cannot: do that |"
+    assert lines[3] == "| first_order |  | horizon 1 | lookahead |  |  |  |  |  |  |  |  | cannot: do that |"
+    assert lines[4].endswith("| no time: why |")
+    assert lines[6].startswith("- plain step horizon 1: 0.5 (0.4 to 0.75) s, load of the machine at most 1.2 on ")
 
 
 def test_plots_are_those_that_have_points(tmp_path: Path) -> None:

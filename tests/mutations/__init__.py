@@ -428,7 +428,8 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "vision_tasks/test_noisy_labels.py::test_a_long_tail"),
     ],
     "metaxl_evo/benchmark": [
-        ("time-in-seconds", "Spread(median / unit,", "Spread(median,", f"{METER}::test_ratio_is_that_of_medians"),
+        ("time-by-one-plain-step", "2 * seconds / (before + after)", "seconds / before", f"{METER}::test_pairs"),
+        ("unsettled-pairs-taken", "APART * min(before, after)", "99 * APART", f"{METER}::test_pairs"),
         ("cosine-by-the-exact-length", "a / (tree.norm(draw.grads) or 1.0)", "a / length",
          f"{METER}::test_noise_to_signal_of_several"),
         ("variance-of-a-population", "/ (len(draws) - 1)", "/ len(draws)",
