@@ -291,7 +291,11 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def _is_held(folder: Path) -> bool:
-    if not (folder / LOCK).exists() or _strangers(folder):
+    try:
+        there = (folder / LOCK).exists() and not _strangers(folder)
+    except OSError:  # a name that is too long, which the look at the folder tells
+        return False
+    if not there:
         return False
     lock = FileLock(folder / LOCK, timeout=GLANCE)
     try:

@@ -266,12 +266,11 @@ def test_leaves_of_every_kind_are_summed() -> None:
     assert on_processes(2, of_odd_leaves) == [True, True]
 
 
-def test_a_bucket_is_of_one_dtype_and_no_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes_module, "_BUCKET", 8)
+def test_a_bucket_is_of_one_dtype_and_no_larger_than_asked() -> None:
     leaves = {name: torch.zeros(size) for name, size in (("a", 5), ("b", 3), ("c", 1), ("large", 20), ("d", 1))}
     leaves["b"] = leaves["b"].double()
     leaves["e"] = torch.zeros(3)
-    assert list(processes_module._buckets(leaves)) == [["a", "c"], ["large"], ["d", "e"], ["b"]]
+    assert list(tree.in_groups(leaves, 8)) == [["a", "c"], ["large"], ["d", "e"], ["b"]]
 
 
 def test_one_process_sends_nothing() -> None:

@@ -106,8 +106,8 @@ def test_the_papers_sizes_of_the_weighting_network(hidden: int) -> None:
     assert 0 < float(weights.min()) <= float(weights.max()) < 1
 
 
-def test_the_backbones_are_three() -> None:
-    assert list(BACKBONES) == ["lenet", "convnet", "resnet32"]
+def test_the_backbones_are_four() -> None:
+    assert list(BACKBONES) == ["lenet", "convnet", "resnet32", "convnet_8"]
 
 
 # Blocks
