@@ -14,6 +14,7 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any
 
+from accelerate.state import PartialState
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
@@ -126,12 +127,12 @@ def refuse_run(folder: Path, resuming: bool, own_files: Iterable[str] = ()) -> N
 
 
 def refuse_held(folder: Path) -> None:
-    """A run that is being made is left alone.
+    """A run that is being made is left alone; of several processes the first one looks, which is to hold the folder.
 
     Raises:
         ValueError: naming the process that makes it.
     """
-    if _is_held(folder):
+    if PartialState().is_main_process and _is_held(folder):
         raise _held(folder)
 
 

@@ -20,6 +20,7 @@ from metaxl_evo.benchmark.vision import fewshot, noisy_images, rotation, weight_
 from metaxl_evo.bilevel import SGD
 from metaxl_evo.bilevel.hypergradients import hypergradient
 from metaxl_evo.estimators import Estimator, EvoGrad, OneStep
+from metaxl_evo.estimators import noise as noise_module
 from vision_tasks.images import ImageRows
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -111,8 +112,9 @@ def test_a_case_is_measured_as_if_it_were_alone() -> None:
 
 
 @pytest.mark.slow
-def test_meta_weight_net_holds_no_graph_of_the_network() -> None:
+def test_meta_weight_net_holds_no_graph_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights enter behind the network: only double backward keeps the graph, here of a ResNet-32."""
+    monkeypatch.setattr(noise_module, "_BLOCK", 2**16)  # in proportion to the network, lest the noise of two be kept
     settings = small("weight_net", 16, blocks=5, image_size=32)
     module = weight_net(settings, 1, 100).model
     noisy = noisy_images(settings, 20, 20)
