@@ -200,7 +200,7 @@ def test_an_angle_comes_back_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> N
 SHORT: dict[str, Any] = {
     "train_size": 1000,
     "meta_size": 500,
-    "max_steps": 30,
+    "max_steps": 90,  # of thirty, the first of a network that has learned nothing, some go the wrong way
     "per_device_train_batch_size": 64,
     "per_device_meta_batch_size": 64,
     "per_device_eval_batch_size": 500,
@@ -220,9 +220,9 @@ SHORT: dict[str, Any] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("degrees", [30, pytest.param(-30, marks=pytest.mark.slow)])
-def test_thirty_steps_turn_real_digits_the_right_way(tmp_path: Path, shared: Path, degrees: int) -> None:
+def test_ninety_steps_turn_real_digits_the_right_way(tmp_path: Path, shared: Path, degrees: int) -> None:
     settings = {"data": shared / "data/images/mnist_8k_2k.npz", "output_dir": tmp_path / "out", "degrees": degrees}
     results = main([token for key, value in (SHORT | settings).items() for token in (f"--{key}", str(value))])
     assert results["test"]["degrees"] * degrees > 0
-    assert abs(results["test"]["degrees"]) > 5
-    assert results["test"]["accuracy"] > 0.3
+    assert abs(results["test"]["degrees"]) > 10
+    assert results["test"]["accuracy"] > 0.6
