@@ -69,12 +69,18 @@ class GpuReportArguments:
 
 
 def write_gpu_report(settings: GpuReportArguments) -> str:
-    """Make every part and write gpu.md after each; returns its text."""
+    """Make every part and write gpu.md after each; returns its text.
+
+    Raises:
+        ValueError: for a folder with something in it.
+    """
+    folder = Path(settings.output_dir)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"output_dir: {folder} is not empty: choose another one")
     text = _head(settings)
     for part in (agreement, precisions, kernels, sharing, costs, paper_run):
         title, rows = part(settings)
         text += f"\n## {title}\n\n{_markdown(rows)}"
-        folder = Path(settings.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "gpu.md").write_text(text, encoding="utf-8")
     return text

@@ -40,6 +40,7 @@ TEXTS = ("estimator", "settings", "case", "order", "passes", "remark")
 
 def write_report(folder: Path, settings: Any, rows: Sequence[Row]) -> str:
     """Write results.json, table.md and, with matplotlib, the plots that the rows allow; returns the table."""
+    require_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
     results = {
         "environment": environment(),
@@ -52,6 +53,21 @@ def write_report(folder: Path, settings: Any, rows: Sequence[Row]) -> str:
     if find_spec("matplotlib"):
         plot(rows, folder)
     return text
+
+
+def require_own(folder: Path) -> None:
+    """Refuse a folder with the results of something else than a benchmark.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    file = folder / "results.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
+        raise ValueError(f"{file} is no benchmark's, and would be replaced: choose another output_dir")
 
 
 def markdown(rows: Sequence[Row]) -> str:

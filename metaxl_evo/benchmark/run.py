@@ -9,7 +9,7 @@ from pathlib import Path
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.peers import measure_peers
-from metaxl_evo.benchmark.report import write_report
+from metaxl_evo.benchmark.report import require_own, write_report
 from metaxl_evo.benchmark.rows import Row
 from metaxl_evo.benchmark.steps import measure_tagger, measure_weight_net, measure_widths
 from metaxl_evo.benchmark.trajectories import measure_regression
@@ -27,6 +27,7 @@ MEASURES: dict[str, Callable[[BenchmarkArguments], Iterator[list[Row]]]] = {
 
 def run_benchmark(settings: BenchmarkArguments) -> list[Row]:
     """Measure the problem case by case, each written down when it is done; print the table at the end."""
+    require_own(Path(settings.output_dir))
     rows: list[Row] = []
     table = ""
     gc.freeze()  # what was there before is looked at no more: memory is counted quickly

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,43 +16,72 @@ from metaxl_evo.messages import first_line
 logger = logging.getLogger(__name__)
 
 
-def at_once(loss: Callable[[Tree], Tensor], points: Tree, restart: Callable[[], None], facts: Facts) -> Tensor:
-    """The losses at points (K, *shape) each, (K,); all of them draw the same random numbers.
+Loss = Callable[[Tree, Tensor], Tensor]  # of weights and hidden states
+
+
+def at_once(loss: Loss, points: Tree, hidden: Tensor, restart: Callable[[], None], facts: Facts) -> Tensor:
+    """The losses at points (K, *shape) each and the same hidden states, (K,); all draw the same random numbers.
 
     Made one after the other where `torch.vmap` refuses the loss (which asks for the value of a tensor, say) or, when
-    first used, gives other numbers. That is found out once a run.
+    first used, gives other losses or slopes at the hidden states (it passes hooks over). That is found out once a run.
 
     Args:
         restart: puts the random numbers back to their start.
     """
-    if facts.batched is False:
-        return _one_by_one(loss, points, restart)
-    restart()
-    try:
-        found = torch.vmap(loss, randomness="same")(points)
-    except Exception as error:  # of any kind: what is wrong with the loss itself is raised again below
-        if is_out_of_memory(error):
-            raise
-        facts.batched = False
-        logger.info("the copies are evaluated one by one: %s", first_line(error))
-        return _one_by_one(loss, points, restart)
     if facts.batched is None:
-        with torch.no_grad():
-            expected = _one_by_one(loss, points, restart)
-        facts.batched = _same(found, expected)
-        return found if facts.batched else _one_by_one(loss, points, restart)
-    return found
+        facts.batched = _agrees(loss, points, hidden.detach(), restart)
+    if facts.batched:
+        try:
+            return _batched(loss, points, hidden, restart)
+        except Exception as error:  # of any kind: what is wrong with the loss itself is raised again below
+            _say(error)
+            facts.batched = False
+    return torch.stack([loss(leaves, hidden) for leaves in _each(points, restart)])
 
 
-def _one_by_one(loss: Callable[[Tree], Tensor], points: Tree, restart: Callable[[], None]) -> Tensor:
-    found = []
+def _batched(loss: Loss, points: Tree, hidden: Tensor, restart: Callable[[], None]) -> Tensor:
+    restart()
+    return torch.vmap(lambda leaves: loss(leaves, hidden), randomness="same")(points)
+
+
+def _each(points: Tree, restart: Callable[[], None]) -> Iterator[Tree]:
     for leaves in zip(*points.values(), strict=True):
         restart()
-        found.append(loss(dict(zip(points, leaves, strict=True))))
-    return torch.stack(found)
+        yield dict(zip(points, leaves, strict=True))
+
+
+@torch.enable_grad()
+def _agrees(loss: Loss, points: Tree, hidden: Tensor, restart: Callable[[], None]) -> bool:
+    """Whether losses and slopes made together are those made one by one, to rounding."""
+    leaf = hidden.requires_grad_()
+    try:
+        together = _batched(loss, points, leaf, restart)
+        weights = torch.arange(1, len(together) + 1).to(together)
+        slope = _slope(together, leaf, weights)
+    except Exception as error:
+        _say(error)
+        return False
+    losses, expected = list[Tensor](), torch.zeros_like(leaf)
+    for leaves, weight in zip(_each(points, restart), weights, strict=True):
+        losses.append(loss(leaves, leaf))
+        expected += _slope(losses[-1], leaf, weight)
+    return _same(together.detach(), torch.stack(losses).detach()) and _same(slope, expected)
+
+
+def _slope(losses: Tensor, leaf: Tensor, weights: Tensor) -> Tensor:
+    if not losses.requires_grad:
+        return torch.zeros_like(leaf)
+    return torch.autograd.grad(losses, leaf, weights, allow_unused=True, materialize_grads=True)[0]
+
+
+def _say(error: Exception) -> None:
+    if is_out_of_memory(error):
+        raise error
+    logger.info("the copies are evaluated one by one: %s", first_line(error))
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
-    """To rounding; losses at which both are no numbers are the same."""
-    close = 1e3 * torch.finfo(found.dtype).eps
-    return torch.allclose(found, expected, rtol=close, atol=close * 1e-3, equal_nan=True)
+    """To rounding, of the largest entry; places where both are no numbers are the same."""
+    close = min(1e3 * torch.finfo(found.dtype).eps, 0.1)
+    size = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
+    return torch.allclose(found, expected, rtol=close, atol=close * size, equal_nan=True)

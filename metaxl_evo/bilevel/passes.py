@@ -261,7 +261,7 @@ class PassContext:
 
 def _sum(values: list[Tensor], like: Tree) -> Tensor:
     """The loss of the parts, if there are any."""
-    if len(values) == 1:
+    if len(values) == 1 and values[0].dim() == 0:
         return values[0]
     return torch.stack(values).sum() if values else next(iter(like.values())).new_zeros(())
 

@@ -363,8 +363,8 @@ class Adam(UpdateRule):
         roots_c2 = {name: math.sqrt(1 - b2**step) for name, step in steps.items()}
         seconds = [state["exp_avg_sq"][name] for name in v]
         roots = torch._foreach_sqrt(seconds)  # r sqrt(c2)
-        denominators = torch._foreach_add(roots, [self.eps * root_c2 for root_c2 in roots_c2.values()])  # Dn sqrt(c2)
         torch._foreach_clamp_min_(roots, torch.finfo(roots[0].dtype).tiny)
+        denominators = torch._foreach_add(roots, [self.eps * root_c2 for root_c2 in roots_c2.values()])  # Dn sqrt(c2)
         entering = self._adaptive_grad({name: w[name] for name in v}, grad, lam)
         slopes = torch._foreach_mul([state["exp_avg"][name] for name in v], [entering[name] for name in v])
         torch._foreach_div_(slopes, roots)

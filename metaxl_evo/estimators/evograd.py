@@ -22,6 +22,7 @@ from metaxl_evo.estimators.noise import NOISES, Perturbations
 from metaxl_evo.messages import unknown
 
 TOGETHER = 2**23  # numbers of the copies that one pass evaluates
+BF16_ROUNDING = 2**-8  # of a number, relative to it
 ONE_HOT = 1.1  # effective copies below this: one copy has more than 95 % of the weight
 
 
@@ -91,8 +92,20 @@ class EvoGrad(Estimator):
         self._perturbed(w)
 
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
+        self._require_sigma(passes, w)
         if self.share_meta_inputs:  # live ones are the published code's own choice
             gate.require(passes, w, lam, batch, self._perturbed(w))
+
+    def _require_sigma(self, passes: PassContext, w: Tree) -> None:
+        if passes.precision != "bf16":
+            return
+        moved = {name: w[name] for name in self._perturbed(w)}
+        least = BF16_ROUNDING * tree.norm(moved) / tree.size(moved) ** 0.5
+        if self.sigma < least:
+            raise ValueError(
+                f"evograd's perturbations of size {self.sigma:g} drown in the rounding of bf16, {least:.1g} of "
+                "weights of this size: raise sigma (and temperature with it), or set meta_precision: float32"
+            )
 
     def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         w, names, cut = step.w, self._perturbed(step.w), passes.problem.cut
@@ -248,8 +261,9 @@ class _SharedPass:
         """The losses of some copies, (copies,)."""
         self.passes.counts.suffixes += len(copies)
         return at_once(
-            lambda leaves: self.cut.loss({**self.w, **leaves}, hidden, part),
+            lambda leaves, hidden: self.cut.loss({**self.w, **leaves}, hidden, part),
             self.noise.points(self.w, copies),
+            hidden,
             partial(self.passes.reseed, index),
             self.passes.problem.facts,
         )

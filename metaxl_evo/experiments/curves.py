@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from metaxl_evo.experiments.folders import understood
 from metaxl_evo.messages import first_line
 from metaxl_evo.training.history import MOVED, VALUE, plot_history, read_history
 
@@ -80,5 +81,8 @@ def read_curves(folder: Path) -> list[dict[str, float]]:
     """The rows that `write_curves` left, each with the numbers that it has."""
     if not (folder / CURVES).is_file():
         return []
-    table = pd.read_csv(folder / CURVES)
+    with understood(folder / CURVES):
+        table = pd.read_csv(folder / CURVES)
+        if "step" not in table:
+            raise KeyError("step")
     return [{name: value for name, value in row.items() if value == value} for row in table.to_dict("records")]

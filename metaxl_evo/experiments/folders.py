@@ -108,16 +108,19 @@ def read_results(file: Path) -> dict[str, Any]:
     return found
 
 
+ENDLESS = (StopIteration, RecursionError)
+
+
 @contextmanager
 def understood(file: Path) -> Iterator[None]:
-    """Around whatever reads `results.json`, which somebody may have edited.
+    """Around whatever reads a file that a run has left, which somebody may have edited.
 
     Raises:
         ValueError: one line, for all that goes wrong.
     """
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, *ENDLESS) as error:
         what = one_line(error) or type(error).__name__
         raise ValueError(f"{file} holds no results ({what}): remove it, and the run goes on") from error
 

@@ -86,19 +86,20 @@ def report_runs(
 
 def read_record(task: Task[Any, Any], run: Run[Any], error: str | None = None) -> Record:
     """A run as its folder shows it; `error` is why it failed, where that is known."""
-    where, history = (run.name, run.case, run.seed, run.folder), read_curves(run.folder)
-    file = run.folder / RESULTS
-    if error is not None or not file.is_file():
-        return Record(*where, error or NOT_MADE, history=history)
+    where, file = (run.name, run.case, run.seed, run.folder), run.folder / RESULTS
+    history: list[dict[str, float]] = []
     try:
-        results = read_results(file)
+        history = read_curves(run.folder)
+        if error is not None or not file.is_file():
+            return Record(*where, error or NOT_MADE, history=history)
+        results, outcomes = read_results(file), read_outcomes(run.folder)
         with understood(file):
             held = task.flat_scores(results["test"]).items()
+            scores = {name: float(value) for name, value in held if isinstance(value, int | float)}
     except ValueError as damaged:
-        return Record(*where, str(damaged), history=history)
-    scores = {name: value for name, value in held if isinstance(value, int | float)}
+        return Record(*where, error or str(damaged), history=history)
     settings = {name: value for name, value in results["settings"].items() if name not in OUTSIDE}
-    return Record(*where, None, scores, read_outcomes(run.folder), settings, results["run"], history)
+    return Record(*where, None, scores, outcomes, settings, results["run"], history)
 
 
 def compare(task: Task[Any, Any], records: Sequence[Record], question: Question) -> Comparison:

@@ -91,7 +91,7 @@ def _strangers(folder: Path) -> list[str]:
 def _has_form(file: Path, form: str) -> bool:
     try:
         return re.fullmatch(form, file.read_text(encoding="utf-8")) is not None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # nor can there be one
         return True
     except (OSError, ValueError):  # a folder, or no text
         return False
@@ -227,7 +227,8 @@ class Mark:
             mark = cls(**found)
         except (OSError, ValueError, TypeError, RecursionError):
             return None
-        return mark if isinstance(mark.settings, dict) and isinstance(mark.data, dict) else None
+        of_kind = isinstance(mark.settings, dict) and isinstance(mark.data, dict)
+        return mark if of_kind and isinstance(mark.published, str | None) else None
 
     def write(self, folder: Path) -> None:
         write_json(folder / MARK, asdict(self))

@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from metaxl_evo.experiments.folders import understood
+
 OUTCOMES = "outcomes.csv"
 PARTS = ("numerator", "denominator")
 
@@ -71,5 +73,6 @@ def read_outcomes(folder: Path) -> dict[str, NDArray[np.float64]]:
     """What `write_outcomes` left: score -> (N, 2); empty where it left nothing."""
     if not (folder / OUTCOMES).is_file():
         return {}
-    table = pd.read_csv(folder / OUTCOMES, header=[0, 1])
-    return {str(name): table[name][list(PARTS)].to_numpy(float) for name in table.columns.unique(0)}
+    with understood(folder / OUTCOMES):
+        table = pd.read_csv(folder / OUTCOMES, header=[0, 1])
+        return {str(name): table[name][list(PARTS)].to_numpy(float) for name in table.columns.unique(0)}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from metaxl_evo.models.remembered import remembered
+
 
 class HookedTransform(nn.Module, ABC):
     """A meta network that changes what layers of a model return, and is no part of that model.
@@ -119,18 +121,31 @@ class RowRoute:
         """
         if layers is None and n_layers > 1:
             raise ValueError(f"the RTN has {n_layers} layers: give active() the layer index of each row")
-        by_language = torch.as_tensor(languages, device="cpu")
-        by_layer = torch.zeros_like(by_language) if layers is None else torch.as_tensor(layers, device="cpu")
-        _check_indices("languages", by_language, -1, n_languages)
-        _check_indices("layers", by_layer, 0, n_layers)
+
+        def checked() -> tuple[Tensor, Tensor]:
+            by_language = torch.as_tensor(languages, device="cpu").clone()
+            by_layer = torch.zeros_like(by_language) if layers is None else torch.as_tensor(layers, device="cpu")
+            _check_indices("languages", by_language, -1, n_languages)
+            _check_indices("layers", by_layer, 0, n_layers)
+            return by_language, by_layer
+
+        if layers is None and isinstance(languages, Tensor):
+            by_language, by_layer = remembered(("route", n_languages), checked, languages)
+        else:
+            by_language, by_layer = checked()
         lengths = {len(by_language), len(by_layer)} | ({len(attention_mask)} if attention_mask is not None else set())
         if len(lengths) > 1:
             raise ValueError(f"languages, layers and attention_mask of the RTN differ in rows: {sorted(lengths)}")
         return cls(by_language, by_layer, attention_mask)
 
-    def rows(self, layer: int) -> Tensor:
-        """Row numbers (N,) that are transformed at the layer with index `layer`."""
-        return ((self.languages >= 0) & (self.layers == layer)).nonzero().squeeze(1)
+    def rows(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Numbers (N,), on a device, of the rows transformed at a layer (its index), and their languages (N,)."""
+
+        def find() -> tuple[Tensor, Tensor]:
+            rows = ((self.languages >= 0) & (self.layers == layer)).nonzero().squeeze(1)
+            return rows.to(device), self.languages[rows]
+
+        return remembered(("rows", layer, device), find, self.languages, self.layers)
 
 
 def _check_indices(name: str, indices: Tensor, low: int, stop: int) -> None:

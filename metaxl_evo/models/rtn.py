@@ -27,6 +27,7 @@ from metaxl_evo.bilevel.replay import keep, stop_gradient
 from metaxl_evo.messages import first_line, one_line, unknown
 from metaxl_evo.models.hooks import HookedTransform, RowRoute, encoder_layers
 from metaxl_evo.models.network_files import CONFIG_FILE, WEIGHTS_FILE, save_network
+from metaxl_evo.models.remembered import remembered
 from metaxl_evo.models.rtn_networks import KINDS, initialise
 
 SUBFOLDER = "rtn"
@@ -117,7 +118,7 @@ class RepresentationTransform(HookedTransform):
         frozen = stop_gradient(hidden, key=layer)  # (N, T, H)
         change = torch.zeros_like(frozen)
         for language in range(len(self.languages)):
-            rows = (language_rows == language).nonzero().squeeze(1).to(hidden.device)
+            rows = _rows_of(language, language_rows, hidden.device)
             if len(rows):
                 mask = None if attention_mask is None else attention_mask[rows.to(attention_mask.device)]
                 net = self.nets.get_submodule(f"{language}.{layer}")
@@ -136,11 +137,10 @@ class RepresentationTransform(HookedTransform):
             raise ValueError(f"the active RTN routes {len(route.languages)} rows, the encoder runs {output.shape[0]}")
         self._check_hidden_size(output.shape[-1])
         keep(output)
-        rows = route.rows(layer)
+        rows, languages = route.rows(layer, output.device)
         if not len(rows):
             return None
         mask = None if route.attention_mask is None else route.attention_mask[rows.to(route.attention_mask.device)]
-        languages, rows = route.languages[rows], rows.to(output.device)
         return output.index_copy(0, rows, self.transform(output[rows], layer, languages, mask))
 
     @contextmanager
@@ -274,6 +274,15 @@ def _attention_heads(hidden_size: int, heads: int | None) -> int:
     if heads < 1 or hidden_size % heads:
         raise ValueError(f"num_attention_heads of the RTN must divide its hidden size {hidden_size}, got {heads}")
     return heads
+
+
+def _rows_of(language: int, language_rows: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the rows that are of a language, on a device."""
+
+    def find() -> Tensor:
+        return (language_rows == language).nonzero().squeeze(1).to(device)
+
+    return remembered(("rows of", language, device), find, language_rows)
 
 
 def _local_folder(folder_or_hub_id: str | Path, hub_options: Mapping[str, Any]) -> Path:

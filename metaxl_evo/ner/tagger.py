@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule, Cut
 from metaxl_evo.models.hooks import encoder_layers
 from metaxl_evo.models.layer_trace import require_layers
+from metaxl_evo.models.remembered import remembered
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
 
 IGNORED = -100
@@ -64,12 +65,12 @@ class CrossLingualTagger(BilevelModule):
         self._is_on_top = transform and trace.is_result and meta.layers == (len(layers),)
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        labelled = batch["labels"] != IGNORED  # (B, T)
-        of_source = batch["language"] != TARGET  # (B,)
-        return {
-            "source": int(labelled[of_source].sum()),
-            "target": int(labelled[~of_source].sum()),
-        }
+        def count() -> dict[str, int]:
+            labelled, of_source = (batch["labels"] != IGNORED).sum(1), batch["language"] != TARGET  # (B,)
+            source, target = torch.stack([(labelled * of_source).sum(), (labelled * ~of_source).sum()]).tolist()
+            return {"source": source, "target": target}
+
+        return dict(remembered("counts", count, batch["labels"], batch["language"]))
 
     def inner_loss(self, batch: Batch) -> dict[str, Tensor]:
         if not self._has_plain_head:
@@ -78,7 +79,9 @@ class CrossLingualTagger(BilevelModule):
 
     def outer_loss(self, batch: Batch) -> dict[str, Tensor]:
         logits = self.base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return {"target": _token_loss(logits, batch["labels"])[batch["labels"] != IGNORED]}
+        losses, labels = _token_loss(logits, batch["labels"]), batch["labels"]
+        places = remembered("labelled", lambda: _places(labels != IGNORED), labels)
+        return {"target": losses.flatten().index_select(0, places)}
 
     def cut(self) -> Cut | None:
         if not self._has_plain_head or (self.transform and len(self.meta.layers) > 1):
@@ -87,10 +90,15 @@ class CrossLingualTagger(BilevelModule):
         return Cut(names, self._hidden, self._suffix_loss, self._untransformed if self._is_on_top else None)
 
     def reads_lam(self, batch: Batch) -> Batch:
-        of_source = batch["language"] != TARGET  # (B,)
-        if bool(of_source.all()) or not bool(of_source.any()):
-            return batch
-        return {key: value[of_source] for key, value in batch.items() if isinstance(value, Tensor)}
+        tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+
+        def fewer() -> Batch:
+            rows = _places(batch["language"] != TARGET)  # (B',)
+            some = 0 < len(rows) < len(batch["language"])
+            return {key: value[rows] for key, value in tensors.items()} if some else {}
+
+        others = [value for key, value in tensors.items() if key != "language"]
+        return dict(remembered(("source rows", *tensors), fewer, batch["language"], *others)) or batch
 
     def lookups(self, batch: Batch) -> dict[str, Tensor]:
         words = self.plain_base.get_input_embeddings()
@@ -173,12 +181,22 @@ class CrossLingualTagger(BilevelModule):
             mixed = losses * torch.where(language == TARGET, 1.0, mixing)[:, None]
             first = torch.cumsum(layer == 0, 0) - 1  # (B',): the row that each is a copy of
             losses = mixed.new_zeros(batch["labels"].shape).index_add(0, first, mixed)
-        labelled = batch["labels"] != IGNORED  # (B, T)
-        of_source = (batch["language"] != TARGET)[:, None]  # (B, 1)
+        labels, language = batch["labels"], batch["language"]
+
+        def sides() -> tuple[Tensor, Tensor]:
+            labelled, of_source = labels != IGNORED, (language != TARGET)[:, None]  # (B, T), (B, 1)
+            return _places(labelled & of_source), _places(labelled & ~of_source)
+
+        source, target = remembered("sides", sides, labels, language)
         return {
-            "source": self.source_weight * losses[labelled & of_source],
-            "target": self.target_weight * losses[labelled & ~of_source],
+            "source": self.source_weight * losses.flatten().index_select(0, source),
+            "target": self.target_weight * losses.flatten().index_select(0, target),
         }
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Where a mask holds, in the flat order of its entries."""
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:

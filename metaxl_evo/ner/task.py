@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from metaxl_evo.bilevel.tree import Tree
-from metaxl_evo.experiments.folders import RESULTS, hub_id
+from metaxl_evo.experiments.folders import RESULTS, hub_id, read_results
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.adapters import ADAPTER
@@ -293,7 +292,10 @@ def _warn_of_another_base(place: str, model: str) -> None:
     results = Path(place) / RESULTS
     if not results.is_file():
         return
-    base = json.loads(results.read_text(encoding="utf-8")).get("settings", {}).get("model_name_or_path", model)
+    try:
+        base = read_results(results)["settings"]["model_name_or_path"]
+    except (ValueError, KeyError, TypeError):  # of an earlier version, or edited: nothing to warn of
+        return
     if base != model:
         logger.warning("rtn_name_or_path: the RTN of %s was trained with %s, not %s", place, base, model)
 

@@ -105,9 +105,9 @@ class History(TrainerCallback):
 
 def read_history(file: Path) -> list[dict[str, str]]:
     """The rows, but for one that was cut off."""
-    with file.open(encoding="utf-8", newline="") as opened:
+    with file.open(encoding="utf-8-sig", newline="") as opened:  # as Excel saves it
         rows = list(csv.DictReader(opened))
-    return [row for row in rows if None not in row and None not in row.values() and row["step"].isdecimal()]
+    return [row for row in rows if None not in row and None not in row.values() and row.get("step", "").isdecimal()]
 
 
 def put_aside(file: Path) -> None:

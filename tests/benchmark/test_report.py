@@ -13,6 +13,7 @@ from metaxl_evo.benchmark import report
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.report import markdown, plot, write_report
 from metaxl_evo.benchmark.rows import Row, Spread
+from metaxl_evo.benchmark.run import run_benchmark
 
 
 def measured(estimator: str = "one_step", horizon: int = 1, **settings: int) -> Row:
@@ -46,6 +47,15 @@ def test_results(tmp_path: Path) -> None:
     assert found["rows"][1]["error"] == "cannot: do that"
     assert found["rows"][1]["time_ratio"] is None
     assert (tmp_path / "new/table.md").read_text(encoding="utf-8") == table
+
+
+@pytest.mark.parametrize("held", ['{"test": {}}', "[]", "text"])
+def test_the_results_of_something_else_are_not_replaced(tmp_path: Path, held: str) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(held, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"results.json is no benchmark's, .*another output_dir"):
+        run_benchmark(BenchmarkArguments(problem="regression", output_dir=str(tmp_path)))
+    assert file.read_text(encoding="utf-8") == held
 
 
 def test_the_table() -> None:

@@ -307,7 +307,7 @@ def dropping_cut_network(asks: bool) -> tuple[Toy, list[Any]]:
 def test_copies_in_one_pass_are_copies_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch cannot vectorise the suffix they are; dropout masks are shared either way."""
     found = {}
-    for asks, together, first, later in ((False, 2**20, 6, 1), (True, 2**20, 6, 10), (False, 2**6, 8, 6)):
+    for asks, together, first, later in ((False, 2**20, 7, 1), (True, 2**20, 6, 10), (False, 2**6, 9, 6)):
         toy, calls = dropping_cut_network(asks)
         monkeypatch.setattr(evograd_module, "TOGETHER", together)
         noise = [tree.scale(random_like(toy.w, 50 * (k + 1)), 0.1) for k in range(5)]
@@ -317,6 +317,29 @@ def test_copies_in_one_pass_are_copies_one_by_one(monkeypatch: pytest.MonkeyPatc
             assert len(calls) == expected
     one_by_one = found.pop((True, 2**20))
     assert all(relative_error(other, one_by_one) < 1e-12 for other in found.values())
+
+
+def test_a_hook_in_the_suffix_is_heeded() -> None:
+    """It is passed over where copies are evaluated together, at the same losses."""
+    toy = cut_network(torch.float64)
+    cut = toy.problem.cut
+    assert cut is not None
+    head = cut.loss
+
+    def hooked(w: Tree, hidden: Tensor, batch: Any) -> Tensor:
+        seen = hidden * 1.0
+        if seen.requires_grad:
+            seen.register_hook(lambda slope: -slope)
+        found: Tensor = head(w, seen, batch)
+        return found
+
+    def grads(loss: Any, batched: bool | None) -> Tree:
+        facts = replace(known(), batched=batched)
+        problem = replace(toy.problem, cut=replace(cut, loss=loss), straight_through=True, facts=facts)
+        return estimate(replace(toy, problem=problem), EvoGrad(**HEAD), generator=seeded(3)).grads
+
+    assert relative_error(grads(hooked, None), grads(hooked, False)) < 1e-12
+    assert relative_error(grads(hooked, None), grads(head, None)) > 1e-6
 
 
 def test_more_copies_of_a_suffix_are_no_more_launches() -> None:

@@ -139,6 +139,7 @@ def test_a_run_is_read_as_it_was_left(tmp_path: Path) -> None:
         (NerTask(), {}, r"results.json holds no results \(StopIteration\): remove it, and the run goes on"),
         (NerTask(), {"beru": 3}, r"holds no results \('int' object has no attribute 'items'\): remove it"),
         (RotationTask(), {"accuracy": None, "degrees": 3}, "^its accuracy is missing$"),
+        (RotationTask(), {"accuracy": 10**400, "degrees": 3}, r"holds no results \(.*too large.*: remove it"),
     ],
 )
 def test_scores_that_somebody_has_edited(tmp_path: Path, task: Task[Any, Any], test: Any, error: str) -> None:
@@ -147,6 +148,15 @@ def test_scores_that_somebody_has_edited(tmp_path: Path, task: Task[Any, Any], t
     score, *_ = task.units
     found = summarise(compare(task, [read_record(task, run)], Question(score, ["evo"])))
     assert re.search(error, found["failed"][str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["history.csv", "outcomes.csv"])
+@pytest.mark.parametrize("held", ["", "a,b\n1,2\n"])
+def test_tables_that_somebody_has_edited(tmp_path: Path, name: str, held: str) -> None:
+    write_results(tmp_path, {"test": {"accuracy": 0.5}, "settings": {}, "run": {}})
+    (tmp_path / name).write_text(held, encoding="utf-8")
+    run = Run("evo", "", 7, tmp_path, RotationArguments(), arguments(tmp_path))
+    assert re.search(f"{name} holds no results", str(read_record(RotationTask(), run).error))
 
 
 def test_a_score_that_not_all_seeds_have_is_left_out() -> None:

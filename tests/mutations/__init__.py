@@ -360,7 +360,7 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "ner/test_data.py::test_sample_is_deterministic_and_without_replacement"),
         ("norm-behind-the-last-layer-overlooked", "transform and trace.is_result and", "transform and",
          "models/test_layer_trace.py::test_the_encoder_pass_is_shared_where_the_transform_is_on_top_of_it"),
-        ("source-weight-ignored", "self.source_weight * losses[", "losses[",
+        ("source-weight-ignored", "self.source_weight * losses.", "losses.",
          "ner/test_tagger.py::test_the_weights_of_the_two_means"),
         ("target-rows-are-mixed-too", "torch.where(language == TARGET, 1.0, mixing)", "mixing",
          "ner/test_tagger.py::test_the_inner_loss_and_its_gradients_are_those_by_hand"),

@@ -27,22 +27,22 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BARS: dict[str, dict[str, tuple[float, int]]] = {  # launches, times the plain step's; waits of the host, above its
     "tagger": {
-        "one_step, jvp": (4.1, 34),
-        "one_step, finite_difference": (3.5, 57),
-        "one_step, double_backward": (5.8, 32),
-        "sama": (3.5, 57),
-        "evograd, head, 2 copies": (2.1, 28),
-        "evograd, head, 64 copies": (2.1, 28),
-        "evograd, 2 copies": (3.6, 53),
-        "evograd, 2 copies, normals": (4.3, 53),
+        "one_step, jvp": (4.1, 14),
+        "one_step, finite_difference": (3.4, 16),
+        "one_step, double_backward": (5.8, 14),
+        "sama": (3.4, 16),
+        "evograd, head, 2 copies": (2.1, 10),
+        "evograd, head, 64 copies": (2.1, 10),
+        "evograd, 2 copies": (3.5, 13),
+        "evograd, 2 copies, normals": (4.2, 13),
     },
     "weight net": {
         "one_step, jvp": (4.0, 4),
         "one_step, finite_difference": (3.5, 4),
-        "one_step, double_backward": (3.8, 4),
-        "sama": (3.9, 4),
-        "evograd, 2 copies": (4.3, 6),
-        "evograd, 2 copies, normals": (4.4, 6),
+        "one_step, double_backward": (3.7, 4),
+        "sama": (3.8, 4),
+        "evograd, 2 copies": (4.2, 6),
+        "evograd, 2 copies, normals": (4.3, 6),
     },
 }
 

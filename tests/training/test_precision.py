@@ -265,3 +265,11 @@ def test_small_differences_are_refused_in_bf16(tmp_path: Path) -> None:
     kwargs = {"engine": "finite_difference", "radius": 0.05}
     with pytest.raises(ValueError, match=r"radius to 0\.1 or more"):
         tiny_trainer(tmp_path, max_steps=1, meta_precision="bf16", estimator_kwargs=kwargs).train()
+
+
+def test_small_perturbations_are_refused_in_bf16(tmp_path: Path) -> None:
+    kwargs = {"sigma": 1e-6}
+    with pytest.raises(ValueError, match=r"size 1e-06 drown in the rounding of bf16, .*raise sigma"):
+        tiny_trainer(
+            tmp_path, max_steps=1, meta_precision="bf16", estimator="evograd", estimator_kwargs=kwargs
+        ).train()
