@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from shutil import copytree
 from types import SimpleNamespace
@@ -103,9 +104,9 @@ def test_whatever_is_not_run_has_a_reason() -> None:
     assert {pattern for line in left for pattern in excuses(line)} == NOT_RUN.keys()
 
 
-def write_images(folder: Path, classes: int = 10, count: int = 4, channels: int = 1) -> None:
+def write_images(folder: Path, classes: int = 10, count: int = 4, channels: int = 1, seed: int = 0) -> None:
     """CLASS/IMAGE."""
-    images = random_images(classes * count, classes=classes, side=28, channels=channels)
+    images = random_images(classes * count, seed=seed, classes=classes, side=28, channels=channels)
     for number, (pixels, label) in enumerate(zip(images.images, images.labels, strict=True)):
         place = folder / f"class_{label:02d}"
         place.mkdir(parents=True, exist_ok=True)
@@ -129,15 +130,15 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place in ("FacebookAI/xlm-roberta-base", "MODEL", "DIR"):
         write_model(root / place)
     (root / "FILE").write_text("Doru vakemi Tila .\n", encoding="utf-8")
-    held = random_images(160, classes=10, side=28)
-    arrays = {f"{axis}_{part}": values for part in ("train", "test")
-              for axis, values in {"x": held.images[..., 0], "y": held.labels}.items()}  # fmt: skip
+    held = {part: random_images(160, seed=seed, classes=10, side=28) for seed, part in enumerate(("train", "test"))}
+    arrays = {f"x_{part}": images.images[..., 0] for part, images in held.items()}
+    arrays |= {f"y_{part}": images.labels for part, images in held.items()}
     for place in ("mnist.npz", "FILE.npz"):
         pack(root / place, **arrays)
-    for part in ("train", "test"):
-        write_images(root / "ylecun/mnist" / part, count=16)
-        write_images(root / "uoft-cs/cifar10" / part, channels=3)
-        write_images(root / "PHOTOS" / part, classes=4, count=40, channels=3)
+    for seed, part in enumerate(("train", "test")):
+        write_images(root / "ylecun/mnist" / part, count=16, seed=seed)
+        write_images(root / "uoft-cs/cifar10" / part, channels=3, seed=seed)
+        write_images(root / "PHOTOS" / part, classes=4, count=40, channels=3, seed=seed)
     write_classifier(root / "microsoft/resnet-18", "resnet")
     for domain in ("miniImagenet", "cars", "places", "plantae", "cub", "omniglot"):
         write_images(root / "DOMAINS" / domain, count=6)
@@ -152,13 +153,14 @@ def small(command: Command, free: Path) -> list[str]:
     """The options of a line and what makes it small; it writes to `free` where its place is left to the reader."""
     task = command.name.replace("-", "_")
     smaller = {"output_dir": free} | TASKS[task] if task in TASKS else OTHERS.get(command.name, {})
-    given = list(command.argv)
+    given = [
+        str(free) if before == "--output_dir" and word.isupper() else word
+        for before, word in pairwise(["", *command.argv])
+    ]
     if command.name == "study":
         smaller = TASKS.get(given_text("task", ["--config", *given], "study") or "", SHORT) | {"seeds": 0}
     if any("quickstart" in word for word in given):
         smaller = smaller | {"target_languages": "beru"}
-    if given[-2:-1] == ["--output_dir"] and given[-1].isupper():
-        given[-1] = str(free)
     here = {"engine": "inline", "jobs": 1} if command.name == "study" else {}
     return [*given, *argv({key: value for key, value in smaller.items() if f"--{key}" not in given} | here)]
 
