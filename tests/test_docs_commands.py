@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -71,17 +71,33 @@ def commands(text: str) -> Iterator[str]:
         yield from re.sub(r"\\\n", " ", block or inline).splitlines()
 
 
-def read(command: str) -> bool:
-    """Whether a line holds one of our commands with options, all of which there are."""
-    found = OURS.search(command)
+class Command(NamedTuple):
+    """The script that a line names, if any; its word behind `metaxl-evo`; the options."""
+
+    script: str | None
+    name: str
+    argv: list[str]
+
+
+def parsed(line: str) -> Command | None:
+    """The command of a line, where it holds one that is not an abbreviation."""
+    found = OURS.search(line)
     if found is None:
-        return False
-    command = found[2].replace("$SLURM_ARRAY_TASK_ID", "0")
-    words = shlex.split(re.split(r"[>|&;]", command)[0], comments=True)
+        return None
+    text = found[2].replace("$SLURM_ARRAY_TASK_ID", "0")
+    words = shlex.split(re.split(r"[>|&;]", text)[0], comments=True)
     name, argv = (words[0], words[1:]) if found[1] is None else (SCRIPTS.get(found[1], found[1]), words)
     if not argv or "..." in argv or argv == ["--help"] or name not in {*READERS, *COMMANDS}:
+        return None
+    return Command(found[1], name, argv)
+
+
+def read(line: str) -> bool:
+    """Whether a line holds one of our commands with options, all of which there are."""
+    command = parsed(line)
+    if command is None:
         return False
-    READERS[name]([word for word in argv if not word.startswith("--accelerate_config")])
+    READERS[command.name]([word for word in command.argv if not word.startswith("--accelerate_config")])
     return True
 
 
