@@ -38,6 +38,7 @@ from vision_tasks.images import ImageRows
 from vision_tasks.pretrained import Preparation
 
 METHODS = ("hyper_cleaning", "baseline")
+PICTURE = "weights.png"
 TABLE = "_weights.csv"  # stays out of an upload: ids may be paths of the user's
 
 
@@ -94,7 +95,7 @@ class HyperCleaningTask(ClassificationTask[HyperCleaningArguments, PreparedData]
     title = "Data hyper-cleaning"
     sources = ("Generalized Greedy Gradient-Based Hyperparameter Optimization, ICLR 2025 submission 6297",)
     usage = "\n# The weights of the training images are in image_weights/, before the sigmoid."
-    own_files = (*ClassificationTask.own_files, SUBFOLDER, TABLE)
+    own_files = (*ClassificationTask.own_files, SUBFOLDER, TABLE, PICTURE)
     units: ClassVar = {"accuracy": "%", "validation_accuracy": "%"}
 
     def learns(self, settings: HyperCleaningArguments) -> bool:
@@ -163,7 +164,7 @@ class HyperCleaningTask(ClassificationTask[HyperCleaningArguments, PreparedData]
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         if "weights" in results["run"]:
-            plot_histogram(results["run"]["weights"]["histogram"], folder / "weights.png")
+            plot_histogram(results["run"]["weights"]["histogram"], folder / PICTURE)
 
 
 def _refuse_repeated_rows(images: int, args: MetaTrainingArguments) -> None:
