@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from metaxl_evo.bilevel import SGD, hypergradient
 from metaxl_evo.estimators import FirstOrder, OneStep
 from scripts.train_hyper_cleaning import main
+from tests.scripts.runs import unnamed
 from tests.vision_tasks.small import batch_of, off, pack, random_images, small_convnet
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.hyper_cleaning import (
@@ -210,6 +211,7 @@ def test_the_table_of_a_run_and_that_it_goes_on_bit_by_bit(tmp_path: Path) -> No
         assert int(row["true_label"]) == images.labels[int(row["id"])]
         assert (row["label"] != row["true_label"]) == (row["flipped"] == "True")
     assert len({row["weight"] for row in rows}) > 50
+    assert not unnamed(table.parent, "hyper_cleaning")
     (checkpoint,) = (tmp_path / "whole").rglob("checkpoint-3")
     resumed = run("resumed", resume_from_checkpoint=checkpoint)
     assert resumed["test"] == whole["test"]
