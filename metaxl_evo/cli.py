@@ -117,9 +117,9 @@ def report(argv: Sequence[str]) -> int:
 
 def demo(argv: Sequence[str]) -> int:
     """Tag sentences in the browser by one run or two."""
-    from metaxl_evo.demo import main as opened
+    from metaxl_evo.demo import serve
 
-    return int(opened(argv))
+    return serve(argv)
 
 
 def configs(argv: Sequence[str]) -> int:

@@ -117,9 +117,12 @@ def build_page(taggers: Sequence[Tagger]) -> Any:
     return page
 
 
-@ends_with_one_line
-def main(argv: Sequence[str] | None = None) -> int:
-    """Open the page on this machine alone, until it is interrupted."""
+def serve(argv: Sequence[str] | None = None) -> int:
+    """Open the page on this machine alone, until it is interrupted.
+
+    Raises:
+        ValueError: one line for what cannot be shown.
+    """
     given = list(argv or ())
     named = next((place for place, one in enumerate(given) if one.startswith("-")), len(given))
     names, (settings,) = given[:named], parse_arguments((DemoArguments,), given[named:])
@@ -132,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     page.launch(server_name="127.0.0.1", server_port=settings.port, share=False)
     return 0
 
+
+main = ends_with_one_line(serve)
 
 if __name__ == "__main__":
     import sys

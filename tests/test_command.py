@@ -85,6 +85,8 @@ def test_names_that_are_none() -> None:
         main(["ner", "--accelerate_config", "cpuu"])
     with pytest.raises(ValueError, match="--accelerate_config: study starts its processes itself"):
         main(["study", "x.yaml", "--accelerate_config=cpu"])
+    with pytest.raises(SettingsError, match=r"^error: demo: name the folder of a trained tagger"):
+        main(["demo"])
     with pytest.raises(ValueError, match="unknown command to check 'evaluate'"):
         main(["check", "evaluate"])
 
