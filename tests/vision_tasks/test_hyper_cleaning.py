@@ -211,7 +211,7 @@ def test_the_table_of_a_run_and_that_it_goes_on_bit_by_bit(tmp_path: Path) -> No
         assert int(row["true_label"]) == images.labels[int(row["id"])]
         assert (row["label"] != row["true_label"]) == (row["flipped"] == "True")
     assert len({row["weight"] for row in rows}) > 50
-    assert not unnamed(table.parent, "hyper_cleaning")
+    assert unnamed(table.parent, "hyper_cleaning") == {"checkpoint-3", "checkpoint-6", "checkpoint-8"}
     (checkpoint,) = (tmp_path / "whole").rglob("checkpoint-3")
     resumed = run("resumed", resume_from_checkpoint=checkpoint)
     assert resumed["test"] == whole["test"]
