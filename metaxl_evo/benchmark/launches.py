@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-aten = torch.ops.aten
 IDLE = {  # beside views: allocations, and questions that the host answers
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "record_stream"),
     *("detach", "alias", "lift_fresh", "view", "reshape", "_reshape_alias", "_unsafe_view", "as_strided"),

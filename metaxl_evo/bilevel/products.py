@@ -110,7 +110,14 @@ def _product(
     length = tree.norm(v) if length is None else length
     if length == 0:
         return tree.zeros_like((w, lam)[wrt])
-    return _with(passes, engine, lambda one: _by(passes, one, w, lam, batch, v, (radius, length), wrt))
+
+    def run(one: str) -> Tree:
+        if one != "finite_difference":
+            return _exact_product(passes, one, w, lam, batch, v, wrt)
+        _require_radius(passes, radius)
+        return _finite_difference(passes, w, lam, batch, v, radius / length, wrt)
+
+    return _with(passes, engine, run)
 
 
 def prepare(passes: PassContext, engine: str, w: Tree, lam: Tree, batch: object, *, radius: float = 0.01) -> None:
@@ -162,21 +169,7 @@ def _with(passes: PassContext, engine: str, run: Callable[[str], Found]) -> Foun
     raise first
 
 
-def _by(
-    passes: PassContext,
-    engine: str,
-    w: Tree,
-    lam: Tree,
-    batch: object,
-    v: Tree,
-    lengths: tuple[float, float],
-    wrt: int,
-) -> Tree:
-    """The product by one engine; `lengths` are those of a finite difference and of v."""
-    if engine == "finite_difference":
-        radius, length = lengths
-        _require_radius(passes, radius)
-        return _finite_difference(passes, w, lam, batch, v, radius / length, wrt)
+def _exact_product(passes: PassContext, engine: str, w: Tree, lam: Tree, batch: object, v: Tree, wrt: int) -> Tree:
     if engine == "jvp":
         require_forward_ad(passes, w, lam, batch, (wrt,))
     product = tree.zeros_like((w, lam)[wrt])

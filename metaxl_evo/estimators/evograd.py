@@ -93,6 +93,9 @@ class EvoGrad(Estimator):
 
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
         self._require_sigma(passes, w)
+        self._require_loss(passes, w, lam, batch)
+
+    def _require_loss(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
         if self.share_meta_inputs:  # live ones are the published code's own choice
             gate.require(passes, w, lam, batch, self._perturbed(w))
 
@@ -119,7 +122,7 @@ class EvoGrad(Estimator):
             rows=passes.problem.rows,
             injected=passes.noise,
         )
-        self.prepare(passes, w, step.lam, step.batch)
+        self._require_loss(passes, w, step.lam, step.batch)
         shared = cut is not None and self.share_randomness and names <= cut.names
         copies = _SharedPass(passes, step, noise, cut) if shared and cut else _FullPasses(self, passes, step, noise)
         weights = torch.softmax(-copies.losses / self.temperature, dim=0)
