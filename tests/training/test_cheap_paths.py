@@ -362,7 +362,7 @@ FORWARDS: dict[str, tuple[list[int], list[int]]] = {  # after_step, lookahead
 }
 
 
-@pytest.mark.parametrize(("position", "order"), enumerate(ORDERS))
+@pytest.mark.parametrize(("position", "order"), list(enumerate(ORDERS)))
 @pytest.mark.parametrize("name", FORWARDS)
 def test_forwards_of_a_training_step(tmp_path: Path, name: str, position: int, order: str) -> None:
     assert forwards(tmp_path, meta_order=order, **FURTHER[name]) == FORWARDS[name][position]
