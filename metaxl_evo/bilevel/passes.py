@@ -203,15 +203,20 @@ class PassContext:
         )
         return value, grad_w, grad_lam
 
-    def step_grad(self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE) -> Tree:
-        """The whole gradient of a step at w; it lacks the parameters that the loss did not reach on any process."""
-        parts, processes = self.parts(batch), self.problem.processes
-        _, grad, _, _ = self._grad(self.problem.inner_loss, w, lam, parts, tuple(w), (), inputs, 0, fill=False)
+    def step_grad(
+        self, w: Tree, lam: Tree, batch: Any, *, wrt_lam: Iterable[str] = (), inputs: Inputs = Inputs.LIVE
+    ) -> tuple[Tree, Tree]:
+        """The whole gradient of a step at w, and a share of that at the named meta parameters.
+
+        The first lacks the parameters that the loss did not reach on any process.
+        """
+        parts, processes, names = self.parts(batch), self.problem.processes, tuple(wrt_lam)
+        _, grad, to_lam, _ = self._grad(self.problem.inner_loss, w, lam, parts, tuple(w), names, inputs, 0, fill=False)
         if processes.size > 1:
             like = next(iter(w.values()))
             reached = processes.all_reduce({"": like.new_tensor([float(name in grad) for name in w])})[""].tolist()
             grad = _filled(grad, w, [name for name, count in zip(w, reached, strict=True) if count])
-        return self.all_reduce(grad)
+        return self.all_reduce(grad), to_lam
 
     def lam_grad(self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE) -> Tree:
         """The gradient of the inner loss at the meta parameters, by the rows that read them."""

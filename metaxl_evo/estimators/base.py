@@ -72,6 +72,11 @@ class Estimator(ABC):
         return False
 
     @property
+    def needs_lam_grad(self) -> bool:
+        """Whether it reads what the backward of the inner step itself leaves at lam (`StepMade.lam_grad`)."""
+        return False
+
+    @property
     def needs_sgd(self) -> bool:
         """Whether the inner optimiser that it models is SGD alone, with momentum and weight decay."""
         return False
@@ -198,7 +203,7 @@ class EpisodeEstimator(Estimator):
 
     def respond(self, passes: PassContext, step: InnerStep, state: State, diagnostics: dict[str, float]) -> Response:
         if step.made is None:
-            step = look_ahead(passes, step)
+            step = look_ahead(passes, step, lam_grad=self.needs_lam_grad)
             state = self.observe(passes, step, state)
         return self._answer(passes, step, state, diagnostics)
 

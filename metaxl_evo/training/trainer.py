@@ -299,7 +299,8 @@ class MetaTrainer(StoppableTrainer):
         if self.meta_level is not None:
             model.train()
             self._enter_meta_step(self.meta_level)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with nullcontext() if self.meta_step is None else self.meta_step.reaching_lam():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             _make_dense(self.model)
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:

@@ -510,6 +510,8 @@ def test_unknown_estimator_lists_the_valid_ones() -> None:
         ("one_step", {"engine": "jpv"}, "double_backward.*jvp.*finite_difference"),
         ("one_step", {"radius": 0.0}, "radius"),
         ("one_step", {"radius": float("nan")}, "radius"),
+        ("one_step", {"engine": "finite_difference", "differences": "one sided"}, "did you mean 'one_sided'"),
+        ("greedy", {"differences": "one_sided"}, "of engine finite_difference, and engine is auto: set engine"),
         ("evograd", {"copies": 1}, "copies"),
         ("evograd", {"copies": 2.0}, "copies"),
         ("evograd", {"copies": True}, "copies"),
