@@ -20,7 +20,7 @@ from metaxl_evo.training.values import mapping_of, refuse_out_of_range
 
 NO_ESTIMATOR = "none"
 META_ORDERS = ("after_step", "lookahead")
-EPISODE_RESETS = ("continue", "restart", "reptile")
+EPISODE_RESETS = ("continue", "restart", "reptile", "fomaml")
 META_SCHEDULES = (  # those that need no settings of their own
     "linear",
     "cosine",
@@ -102,11 +102,13 @@ class MetaTrainingArguments(TrainingArguments):
         default="continue",
         metadata={
             "help": "Where the base goes after an episode: continue; restart from the start of the run; reptile: move "
-            "the start by episode_reptile_rate towards the weights reached, and go on from there."
+            "the start by episode_reptile_rate towards the weights reached, and go on from there; fomaml: move it by "
+            "minus episode_reptile_rate times the outer gradient at the weights reached."
         },
     )
     episode_reptile_rate: float = field(
-        default=1.0, metadata={"help": "Share of the way that episode_reset: reptile moves the start."}
+        default=1.0,
+        metadata={"help": "How far an episode moves the start: reptile a share of the way, fomaml a step of this rate."},
     )
     meta_portion: float = field(
         default=1.0,
