@@ -126,7 +126,7 @@ class MetaLearner(BilevelModule):
 
     def measures(self, batch: Batch) -> dict[str, Tensor]:
         """What is measured of tasks that were adapted to, on rows that did not train: numbers (n,) by name."""
-        return {"loss": self.costs(batch).mean(1)}
+        return {"cost": self.costs(batch).mean(1)}
 
     def inner_loss(self, batch: Batch) -> Tensor:
         return self.base.tasks * self.train_costs(batch).mean(1)
@@ -159,7 +159,7 @@ class MetaLearner(BilevelModule):
         return super().forward(**batch) if self.training else self.adapted(batch)
 
     def adapted(self, batch: Batch) -> dict[str, Tensor]:
-        """The `measures` of held-out tasks, each adapted from the start with the meta parameters as they are.
+        """The outer `loss` and the `measures` of held-out tasks, each adapted with the meta parameters as they are.
 
         Args:
             batch: `task` (n,), `train` with tensors (n, steps, rows, ...) and `judge` with tensors (n, rows, ...).
@@ -180,7 +180,8 @@ class MetaLearner(BilevelModule):
                 optimizer.step()
             self.eval()
             with torch.no_grad():
-                return self.measures({SLOT: slots, **batch["judge"]})
+                judge = {SLOT: slots, **batch["judge"]}
+                return {"loss": self.outer_loss(judge).mean(), **self.measures(judge)}
 
 
 def _parts(window: Any) -> Sequence[Batch]:

@@ -85,6 +85,10 @@ class MetaTrainingArguments(TrainingArguments):
     meta_every: int = field(
         default=1, metadata={"help": "Base steps per meta step, which comes with the last of them."}
     )
+    meta_last: int | None = field(
+        default=None,
+        metadata={"help": "Only so many base steps at the end of each episode have meta steps (default: all)."},
+    )
     meta_order: str = field(
         default="after_step",
         metadata={
@@ -108,7 +112,7 @@ class MetaTrainingArguments(TrainingArguments):
     )
     episode_reptile_rate: float = field(
         default=1.0,
-        metadata={"help": "How far an episode moves the start: reptile a share of the way, fomaml a step of this rate."},
+        metadata={"help": "How far the start is moved: by reptile a share of the way, by fomaml a step of this rate."},
     )
     meta_portion: float = field(
         default=1.0,

@@ -32,7 +32,7 @@ class Episodes:
         _refuse(estimator, args)
         self.estimator = estimator
         self.length, self.reset, self.rate = args.episode_length, args.episode_reset, args.episode_reptile_rate
-        self.every, self.name = args.meta_every, args.estimator
+        self.every, self.last, self.name = args.meta_every, args.meta_last, args.estimator
         self.state: Any = None
         self._is_open = False
         self._learned: Any = None
@@ -56,7 +56,7 @@ class Episodes:
 
     def answers(self, step: int) -> bool:
         """Whether there is a meta step with this base step: every `meta_every`-th, or at the end of an episode."""
-        if self.suspended:
+        if self.suspended or self._is_early(step):
             return False
         return (step + 1) % self.every == 0 if self.estimator.online else self.ends(step)
 
@@ -112,6 +112,10 @@ class Episodes:
         if self.ends(number):
             self._learned = self.estimator.end_episode(passes, step, self.state)
             self.state, self._is_open = None, False
+
+    def _is_early(self, step: int) -> bool:
+        """Whether it lies before the last steps of an episode, which alone have meta steps."""
+        return self.length is not None and self.last is not None and step % self.length < self.length - self.last
 
     def _refuse_other_parameters(self, now: frozenset[str]) -> None:
         if self._trained is None or self._trained == now or self.estimator.remembers == "meta":
@@ -179,6 +183,11 @@ def _refuse(estimator: Estimator, args: MetaTrainingArguments) -> None:
             raise ValueError(f"{offline}, when the step has been made: set meta_order: after_step")
         if args.meta_every != 1:
             raise ValueError(f"{offline}: leave meta_every at 1, episode_length says how often")
+    if args.meta_last is not None and not (length is not None and args.meta_last <= length):
+        raise ValueError(
+            f"meta_last: {args.meta_last} are the last base steps of an episode, and episode_length is {length}: set "
+            "episode_length to as many or more, or leave meta_last out"
+        )
     if estimator.remembers == "trajectory" and length is None and args.save_strategy != SaveStrategy.NO:
         raise ValueError(
             f"estimator {args.estimator!r} keeps the last steps of the run, which no checkpoint holds: set "

@@ -117,7 +117,7 @@ def test_held_out_tasks_are_adapted_by_the_steps_of_training() -> None:
     train = {key: torch.stack([one[key] for one in TRAIN], 1) for key in ("x", "y")}
     judge = {key: JUDGE[key] for key in ("x", "y")}
     with torch.no_grad():
-        found = model(task=torch.tensor([7, 8, 9]), train=train, judge=judge)["loss"]
+        found = model(task=torch.tensor([7, 8, 9]), train=train, judge=judge)["cost"]
     for number in SLOTS.tolist():
         problem, share = of_task(number, model, SGD(0.1, momentum=0.5))
         start, lam = dict(model.base.start.named_parameters()), model.meta_parameters()

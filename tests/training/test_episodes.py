@@ -213,6 +213,8 @@ def test_answers_and_ends(tmp_path: Path) -> None:
     assert table("one_step") == ([*range(12)], [])
     assert table("one_step", meta_every=5) == ([4, 9], [])
     assert table("one_step", meta_every=5, episode_length=4) == ([4, 9], [3, 7, 11])
+    assert table("one_step", meta_last=2, episode_length=5) == ([3, 4, 8, 9], [4, 9])
+    assert table("one_step", meta_last=3, meta_every=2, episode_length=6) == ([3, 5, 9, 11], [5, 11])
     assert table("unroll", episode_length=4) == ([3, 7, 11], [3, 7, 11])
     assert table("unroll", episode_length=1) == ([*range(12)], [*range(12)])
     assert table("unroll", estimator_kwargs={"horizon": 2}) == ([*range(12)], [])
