@@ -20,7 +20,7 @@ from metaxl_evo.training.values import mapping_of, refuse_out_of_range
 
 NO_ESTIMATOR = "none"
 META_ORDERS = ("after_step", "lookahead")
-EPISODE_RESETS = ("continue", "restart", "reptile")
+EPISODE_RESETS = ("continue", "restart", "reptile", "fomaml")
 META_SCHEDULES = (  # those that need no settings of their own
     "linear",
     "cosine",
@@ -85,6 +85,10 @@ class MetaTrainingArguments(TrainingArguments):
     meta_every: int = field(
         default=1, metadata={"help": "Base steps per meta step, which comes with the last of them."}
     )
+    meta_last: int | None = field(
+        default=None,
+        metadata={"help": "Only so many base steps at the end of each episode have meta steps (default: all)."},
+    )
     meta_order: str = field(
         default="after_step",
         metadata={
@@ -102,11 +106,13 @@ class MetaTrainingArguments(TrainingArguments):
         default="continue",
         metadata={
             "help": "Where the base goes after an episode: continue; restart from the start of the run; reptile: move "
-            "the start by episode_reptile_rate towards the weights reached, and go on from there."
+            "the start by episode_reptile_rate towards the weights reached, and go on from there; fomaml: move it by "
+            "minus episode_reptile_rate times the outer gradient at the weights reached."
         },
     )
     episode_reptile_rate: float = field(
-        default=1.0, metadata={"help": "Share of the way that episode_reset: reptile moves the start."}
+        default=1.0,
+        metadata={"help": "How far the start is moved: by reptile a share of the way, by fomaml a step of this rate."},
     )
     meta_portion: float = field(
         default=1.0,

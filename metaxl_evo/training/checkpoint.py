@@ -44,6 +44,7 @@ FORMER_DEFAULTS = {  # which runs of earlier versions left unsaid
     "validation_split": None,
     "imbalance_factor": None,
     "meta_precision": "float32",
+    "meta_last": None,
 }
 LATER_FIELDS = {"differences": "central"}  # of estimators, left unsaid at these values as in earlier manifests
 DATA = " data"  # behind the name of a part of the data, whose fingerprint this is

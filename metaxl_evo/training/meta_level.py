@@ -27,7 +27,6 @@ from metaxl_evo.bilevel.update import SGD, UpdateRule
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.estimators.local import EngineEstimator
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
-from metaxl_evo.models.examples import examples_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.base_optimizer import BaseOptimizer
 from metaxl_evo.training.diagnostics import Diagnostics
@@ -308,7 +307,7 @@ def problem_of(
     problem = model.problem(rule, dropout=args.meta_dropout, rows=rows)
     processes = Processes(args.process_index, args.world_size)
     second_order = problem.second_order and not args.torch_compile
-    examples = examples_of(model, processes)
+    examples = model.examples(processes)
     return replace(problem, second_order=second_order, processes=processes, examples=examples, facts=facts)
 
 

@@ -87,21 +87,9 @@ class MetaStep:
 
     def after_update(self) -> None:
         """Behind the base step: observe it, and take its hypergradient where one is due."""
-        if self._before is None:
-            return
-        level, before = self.level, self._before
-        rule, made = self._made()
-        recorded = self._recorded
-        self._before = self._recorded = None
-        step = replace(before, w=made.w) if level.estimator.evaluated_at == "current" else before
-        if level.estimator.needs_update_rule:
-            step = replace(step, made=made)
-        problem = level.problem(rule, self.touched_rows())
-        passes = level.passes(problem, self.number) if recorded is None else replace(recorded, problem=problem)
-        level.episodes.observe(passes, step)
-        if level.args.meta_order == "after_step" and self._is_answered():
-            level.move(passes, step, replace(before, made=made), self.number)
-        level.episodes.end_step(self.number, passes, step)
+        if self._before is not None:
+            self._follow(self._before)
+        self.level.episodes.move_start(self.number, self.level.model, self._outer_gradient)
 
     def touched_rows(self) -> tree.Tree:
         """The embedding rows that the window reads, on any process; none where whole weights outlive the step.
@@ -132,11 +120,33 @@ class MetaStep:
         level = self.level
         return level.episodes.remembers or (level.args.meta_order == "after_step" and self._is_answered())
 
+    def _follow(self, before: InnerStep) -> None:
+        level = self.level
+        rule, made = self._made()
+        recorded = self._recorded
+        self._before = self._recorded = None
+        step = replace(before, w=made.w) if level.estimator.evaluated_at == "current" else before
+        if level.estimator.needs_update_rule:
+            step = replace(step, made=made)
+        problem = level.problem(rule, self.touched_rows())
+        passes = level.passes(problem, self.number) if recorded is None else replace(recorded, problem=problem)
+        level.episodes.observe(passes, step)
+        if level.args.meta_order == "after_step" and self._is_answered():
+            level.move(passes, step, replace(before, made=made), self.number)
+        level.episodes.end_step(self.number, passes, step)
+
     def _look_ahead(self) -> None:
         level = self.level
         rule, state = self._update_rule(level.estimators_at(self.number)[-1])
         step = self._inner_step(self.weights(), state)
         level.move(level.passes(level.problem(rule, self.touched_rows()), self.number), step, step, self.number)
+
+    def _outer_gradient(self) -> tree.Tree:
+        """Of the outer loss with respect to the weights now, whole, at the meta parameters now."""
+        level, w = self.level, gathered(self.level.model.base_parameters(), None)
+        passes = level.passes(level.problem(SGD(0.0)), self.number)
+        _, found, _, _ = passes.outer_grad(w, level.model.meta_parameters(), self.window.meta, wrt_w=w, wrt_lam=())
+        return passes.all_reduce(found)
 
     def _made(self) -> tuple[UpdateRule, StepMade]:
         """The rule of the step that was made, and the step; nobody else holds its gradient, so it can be freed."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 from metaxl_evo.bilevel.hypergradients import Hypergradient, hypergradient
@@ -38,7 +39,14 @@ from metaxl_evo.training.history import History
 from metaxl_evo.training.isolation import kept_random_state
 from metaxl_evo.training.launch import refuse_unresumable
 from metaxl_evo.training.meta_level import MetaLevel, meta_seed, problem_of, step_seed
-from metaxl_evo.training.meta_rows import MetaRows, StreamedMetaRows, Window, make_meta_rows, tell_epoch
+from metaxl_evo.training.meta_rows import (
+    MetaRows,
+    StreamedMetaRows,
+    Window,
+    is_in_order,
+    make_meta_rows,
+    tell_epoch,
+)
 from metaxl_evo.training.meta_step import MetaStep
 from metaxl_evo.training.refusals import refuse_another_run, refuse_call, refuse_data, refuse_unfit
 from metaxl_evo.training.schedules import with_drops
@@ -255,6 +263,11 @@ class MetaTrainer(StoppableTrainer):
                 set_totals(self.model, window, names, self._over_processes)
         self.window, self.meta_step = Window(batches, judged), None
         return batches, items
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As the Trainer's, but for rows that are in order."""
+        held = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(held) if is_in_order(held) else super()._get_train_sampler(train_dataset)
 
     def _make_meta_rows(self) -> MetaRows | StreamedMetaRows | None:
         if self.meta_dataset is None:

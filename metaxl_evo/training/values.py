@@ -42,6 +42,16 @@ def refuse_out_of_range(args: TrainingArguments) -> None:
             raise ValueError(f"{name} must be {what}, not {value!r}")
 
 
+def refuse_count(name: str, value: int | None, least: int = 1) -> None:
+    """Refuse what is no whole number of at least `least`, and below 2**31; None is left out.
+
+    Raises:
+        ValueError: one line with the setting, its range and the value.
+    """
+    if value is not None and not _is_count(value, least):
+        raise ValueError(f"{name} must be a whole number of at least {least} and below 2**31, not {value!r}")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
@@ -97,6 +107,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # setting -> whether a
         lambda value: value is None or _is_count(value),
         "a whole number of at least 1, or left out",
     ),
+    "meta_last": (lambda value: value is None or _is_count(value), "a whole number of at least 1, or left out"),
     "lr_milestones": (_are_milestones, "increasing numbers above 0 and below 1"),
     "lr_milestone_factor": _SHARE,
     "episode_reptile_rate": _SHARE,

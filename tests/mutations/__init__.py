@@ -264,7 +264,7 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
         ("episode-ends-a-step-early", "(step + 1) % self.length == 0", "(step + 2) % self.length == 0",
          f"{EPISODES}::test_answers_and_ends"),
         ("restart-keeps-the-momentum", "optimizer.state.clear()", "pass", f"{EPISODES}::test_where_an_episode_begins"),
-        ("reptile-the-other-way", "lerp_(weight, self.rate)", "lerp_(weight, 1 - self.rate)",
+        ("reptile-the-other-way", "lerp_(reached, self.rate)", "lerp_(reached, 1 - self.rate)",
          f"{EPISODES}::test_where_an_episode_begins"),
         # what a user reads
         ("cosine-sign", "cosine = tree.cosine(result.grads, exact.grads)",
