@@ -43,6 +43,8 @@ FORMER_DEFAULTS = {  # which runs of earlier versions left unsaid
     "validation_split": None,
     "imbalance_factor": None,
     "meta_precision": "float32",
+    "meta_learning_rates": None,
+    "max_grad_value": None,
 }
 DATA = " data"  # behind the name of a part of the data, whose fingerprint this is
 ADVICE = "resume from an earlier checkpoint, or start anew in another output_dir"
