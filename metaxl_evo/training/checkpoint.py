@@ -45,6 +45,8 @@ FORMER_DEFAULTS = {  # which runs of earlier versions left unsaid
     "imbalance_factor": None,
     "meta_precision": "float32",
     "meta_last": None,
+    "meta_learning_rates": None,
+    "max_grad_value": None,
 }
 LATER_FIELDS = {"differences": "central"}  # of estimators, left unsaid at these values as in earlier manifests
 DATA = " data"  # behind the name of a part of the data, whose fingerprint this is

@@ -32,7 +32,9 @@ from metaxl_evo.training.base_optimizer import BaseOptimizer
 from metaxl_evo.training.diagnostics import Diagnostics
 from metaxl_evo.training.episodes import Episodes
 from metaxl_evo.training.history import logged_lam
+from metaxl_evo.training.optimizers import with_rates
 from metaxl_evo.training.tuned import keep_in_range
+from metaxl_evo.training.values import mapping_of
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +116,8 @@ class MetaLevel:
                 base.update_rule(self.diagnostics.exact, 0)
             except ValueError as error:
                 raise ValueError(f"{error}, or leave meta_diagnostics_every at 0") from None
-        self.optimizer = self.args.make_meta_optimizer(lam.values())
+        rates = mapping_of("meta_learning_rates", self.args.meta_learning_rates)
+        self.optimizer = self.args.make_meta_optimizer(with_rates(lam, rates))
 
     def make_scheduler(self, base_steps: int) -> None:
         """The schedule of the meta learning rate, in base steps."""

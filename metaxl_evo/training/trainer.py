@@ -316,6 +316,8 @@ class MetaTrainer(StoppableTrainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             _make_dense(self.model)
+            if self.args.max_grad_value is not None:
+                torch.nn.utils.clip_grad_value_(self.model.base_parameters().values(), self.args.max_grad_value)
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             self._refuse_unreduced()
             average_statistics(self.model)
