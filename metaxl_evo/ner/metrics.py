@@ -20,13 +20,16 @@ from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.ner.encoding import STRIDE
 
 Scores = dict[str, Any]
+Mark = tuple[str, int, int]  # its kind, its first and its last word
 
 RATES = ("precision", "recall", "f1", "accuracy")
 COUNTS = ("n_sentences", "n_words", "n_entities")
 
 
-def word_predictions(predictions: Any, labels: Any, lengths: Sequence[int], names: Sequence[str]) -> list[list[str]]:
-    """The predicted label of each word: that of its first sub-token, and O for a word that has none.
+def word_predictions(
+    predictions: Any, labels: Any, lengths: Sequence[int], names: Sequence[str], unread: str = "O"
+) -> list[list[str]]:
+    """The predicted label of each word: that of its first sub-token, and `unread` for a word that has none.
 
     Every word is judged, so that an entity lost to truncation counts as missed.
 
@@ -36,7 +39,7 @@ def word_predictions(predictions: Any, labels: Any, lengths: Sequence[int], name
         lengths: the words of each sentence.
     """
     found = by_word(predictions, labels, lengths)
-    return [["O" if guess is None else names[guess] for guess in row] for row in found]
+    return [[unread if guess is None else names[guess] for guess in row] for row in found]
 
 
 def by_word(values: Any, labels: Any, lengths: Sequence[int]) -> list[list[Any]]:
@@ -105,7 +108,7 @@ def _entity_counts(reference: Sequence[str], prediction: Sequence[str], strict: 
     return len(true), len(found), len(true & found)
 
 
-def entities(tags: list[str], strict: bool) -> set[tuple[str, int, int]]:
+def entities(tags: list[str], strict: bool) -> set[Mark]:
     """The entities of a sentence: type, and first and last word."""
     if not strict:
         return set(get_entities(tags))
@@ -113,13 +116,13 @@ def entities(tags: list[str], strict: bool) -> set[tuple[str, int, int]]:
     return {(one.tag, one.start, one.end - 1) for one in found}
 
 
-def average(scores: Mapping[str, Scores]) -> Scores:
+def average(scores: Mapping[str, Scores], rates: Sequence[str] = RATES, counts: Sequence[str] = COUNTS) -> Scores:
     """The unweighted mean of the rates over languages, and the sums of the counts."""
     if not scores:
         raise ValueError("there is no language to average over")
     rows = list(scores.values())
-    means = {key: sum(row[key] for row in rows) / len(rows) for key in RATES}
-    return means | {key: sum(row[key] for row in rows) for key in COUNTS}
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in rates}
+    return means | {key: sum(row[key] for row in rows) for key in counts}
 
 
 def scores_table(scores: Mapping[str, Scores]) -> str:
