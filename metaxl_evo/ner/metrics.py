@@ -83,11 +83,11 @@ def entity_scores(
         mode = {"mode": "strict", "scheme": IOB2} if strict else {}
         report = classification_report(truth, guess, output_dict=True, zero_division=0, **mode)
     n_words = sum(map(len, truth))
-    return _entity_rates(report.get("micro avg", {})) | {
+    return rates_of(report.get("micro avg", {}), "n_entities") | {
         "accuracy": float(accuracy_score(truth, guess)) if n_words else 0.0,
         "n_sentences": len(truth),
         "n_words": n_words,
-        "per_type": {kind: _entity_rates(report[kind]) for kind in types},
+        "per_type": {kind: rates_of(report[kind], "n_entities") for kind in types},
     }
 
 
@@ -145,11 +145,14 @@ def _percent(row: Mapping[str, Any]) -> str:
     return " | ".join(f"{100 * row[key]:.2f}" for key in ("f1", "precision", "recall"))
 
 
-def _entity_rates(row: Mapping[str, Any]) -> Scores:
-    """Plain Python numbers, which go into JSON, from a row of seqeval's report; zeros from an empty one."""
+def rates_of(row: Mapping[str, Any], counted: str) -> Scores:
+    """Plain Python numbers, which go into JSON, from a row of a report; zeros from an empty one.
+
+    `counted`: the name of how many there are of the row's kind.
+    """
     keys = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
     rates: Scores = {ours: float(row.get(theirs, 0.0)) for ours, theirs in keys.items()}
-    return rates | {"n_entities": int(row.get("support", 0))}
+    return rates | {counted: int(row.get("support", 0))}
 
 
 class EntityF1(evaluate.Metric):

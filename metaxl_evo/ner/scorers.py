@@ -18,6 +18,7 @@ from metaxl_evo.ner.metrics import (
     average,
     entities,
     entity_scores,
+    rates_of,
     scores_table,
     types_table,
     with_sentences,
@@ -109,17 +110,12 @@ class WordScorer(Scorer):
         labels = sorted({*true, *found} - {self.unread})
         report = classification_report(true, found, labels=labels, output_dict=True, zero_division=0)
         right = [sum(here == there for here, there in row) for row in pairs]
-        names = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
         return {
             "accuracy": Rate.of(right, list(map(len, pairs))),
             "macro_f1": float(report["macro avg"]["f1-score"]),
             "n_sentences": len(pairs),
             "n_words": len(true),
-            "per_type": {
-                label: {ours: float(report[label][theirs]) for ours, theirs in names.items()}
-                | {"n_words": int(report[label]["support"])}
-                for label in labels
-            },
+            "per_type": {label: rates_of(report[label], "n_words") for label in labels},
         }
 
     def average(self, scores: Mapping[str, Scores]) -> Scores:

@@ -151,8 +151,8 @@ class Grammar:
             clause.append(self._adpositional(where))
         if self.lexicon.differs("verb last"):
             clause.append(clause.pop(1))
-        (first, *tags), *rest = [item for phrase in clause for item in phrase]
-        return [(first.capitalize(), *tags), *rest, (".", "O", "PUNCT")]
+        (first, tag, part_of_speech), *rest = [item for phrase in clause for item in phrase]
+        return [(first.capitalize(), tag, part_of_speech), *rest, (".", "O", "PUNCT")]
 
     def _phrase(self, kind: str) -> Tagged:
         return {"thing": self._thing, "person": self._person, "place": self._place, "org": self._organisation}[kind]()
@@ -171,8 +171,8 @@ class Grammar:
 
     def _adpositional(self, kind: str) -> Tagged:
         """A place or organisation with its adposition and case ending."""
-        *words, (last, *tags) = self._phrase(kind)
-        phrase = [*words, (last + self.lexicon.root("ending", 2), *tags)]
+        *words, (last, tag, part_of_speech) = self._phrase(kind)
+        phrase = [*words, (last + self.lexicon.root("ending", 2), tag, part_of_speech)]
         return self._order("postpositions", _outside("ADP", self._word(f"at a {kind}", 2)), phrase)
 
     def _person(self) -> Tagged:

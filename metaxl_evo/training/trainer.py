@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -267,7 +267,7 @@ class MetaTrainer(StoppableTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As the Trainer's, but for rows that are in order."""
         held = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(held) if is_in_order(held) else super()._get_train_sampler(train_dataset)
+        return SequentialSampler(cast(Any, held)) if is_in_order(held) else super()._get_train_sampler(train_dataset)
 
     def _make_meta_rows(self) -> MetaRows | StreamedMetaRows | None:
         if self.meta_dataset is None:
