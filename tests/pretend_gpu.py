@@ -129,7 +129,8 @@ def pretend_gpu() -> Iterator[PretendGPU]:
     if not hasattr(torch, NAME):
         _setup_privateuseone_for_python_backend(NAME)
         torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
-        torch.utils._foreach_utils._foreach_supported_types.append(Pretended)
+        for held in (torch.utils._foreach_utils, torch.optim.optimizer):  # as on CUDA
+            held._foreach_supported_types.append(Pretended)
         torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16]  # type: ignore[attr-defined]
     device, generator = PretendGPU(), torch.Generator
     _ENTERED.append(device)
