@@ -422,7 +422,7 @@ def test_counts_are_the_calls_of_the_losses(name: str, settings: dict[str, Any],
     )
     estimate(build(name, settings), replace(toy, problem=watched))  # which finds out what is to be known of the losses
     calls.clear()
-    watched.facts.batched = False  # a suffix counts once for each of the copies that one call evaluates
+    watched.facts.batched = watched.facts.batched_whole = False  # a call counts once for each copy that it evaluates
     counts = estimate(build(name, settings), replace(toy, problem=watched)).counts
     assert counts.forwards + counts.hvps + counts.jvps + counts.suffixes == len(calls)
 
