@@ -372,7 +372,7 @@ def _finite_difference(passes: PassContext, w: Tree, lam: Tree, batch: object, v
 
         point = tree.add(w, v, step)
         plus = gradient(point)
-        torch._foreach_copy_([point[name] for name in v], [w[name] for name in v])
+        tree.copy_into({name: point[name] for name in v}, w)
         torch._foreach_add_([point[name] for name in v], list(v.values()), alpha=-step)
         minus = gradient(point)
         return tree.scale(tree.add(plus, minus, -1.0), 1 / (2 * step))
