@@ -387,7 +387,7 @@ def _finite_difference(
         plus = gradient(point)
         if at_w is not None:
             return tree.scale(tree.add(plus, at_w, -1.0), 1 / step)
-        torch._foreach_copy_([point[name] for name in v], [w[name] for name in v])
+        tree.copy_into({name: point[name] for name in v}, w)
         torch._foreach_add_([point[name] for name in v], list(v.values()), alpha=-step)
         minus = gradient(point)
         return tree.scale(tree.add(plus, minus, -1.0), 1 / (2 * step))

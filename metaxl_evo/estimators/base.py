@@ -102,6 +102,11 @@ class Estimator(ABC):
         return False
 
     @property
+    def takes_shards(self) -> bool:
+        """Whether the base weights may be sharded: it takes first derivatives of the losses, all processes alike."""
+        return False
+
+    @property
     def stochastic(self) -> bool:
         """Whether it draws noise, which a caller may inject."""
         return False
@@ -174,6 +179,11 @@ class Estimator(ABC):
                 f"{name} takes the first weights for constants, and w[{problem.initial.first!r}] is a meta parameter "
                 "or computed from one: use run_episode with unroll (no horizon) or forward_mode (at most 64 numbers), "
                 "or give a detached clone if a constant is meant"
+            )
+        if problem.weights.sharded and not self.takes_shards:
+            raise ValueError(
+                f"{name} does not work on base weights that are sharded (FSDP): use one_step or sama with engine "
+                "finite_difference, or evograd on all weights, or DDP in the place of FSDP"
             )
         if self.second_order and not problem.second_order:
             raise ValueError(

@@ -53,6 +53,7 @@ class EvoGrad(Estimator):
     citation = "Bohdal et al., EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization, 2021"
     exact = "in expectation"
     stochastic = True
+    takes_shards = True
     evaluated_at = "previous"  # where the base step's own forward has left its activations
 
     copies: int = 2

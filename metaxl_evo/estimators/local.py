@@ -35,11 +35,16 @@ class EngineEstimator(Estimator):
     def second_order(self) -> bool:
         return self.engine in ("double_backward", "jvp")
 
+    @property
+    def takes_shards(self) -> bool:
+        return not self.second_order
+
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
         prepare(passes, self._engine(passes.problem), w, lam, batch, radius=self.radius)
 
     def _engine(self, problem: BilevelProblem) -> str:
-        return self.engine if self.engine != "auto" or problem.second_order else "finite_difference"
+        exact = problem.second_order and not problem.weights.sharded
+        return self.engine if self.engine != "auto" or exact else "finite_difference"
 
 
 @dataclass(frozen=True)
