@@ -46,7 +46,7 @@ def study(argv: list[str]) -> None:
 READERS: dict[str, Reader] = {
     **{
         name: of_task(name.replace("-", "_"))
-        for name in ("ner", "noisy-labels", "fewshot", "rotation", "hyper-cleaning", "sinusoid")
+        for name in ("ner", "pos", "noisy-labels", "fewshot", "rotation", "hyper-cleaning", "sinusoid")
     },
     "compare_horizons": of_task("ner", HorizonArguments),
     "evaluate": of(EvaluationArguments),
@@ -59,7 +59,8 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys(("report", "env", "configs", "demo"), lambda argv: None),
 }
 SCRIPTS = {
-    "train_ner": "ner", "train_noisy_labels": "noisy-labels", "train_fewshot": "fewshot", "train_rotation": "rotation",
+    "train_ner": "ner", "train_pos": "pos", "train_noisy_labels": "noisy-labels", "train_fewshot": "fewshot",
+    "train_rotation": "rotation",
     "train_hyper_cleaning": "hyper-cleaning",
     "evaluate_ner": "evaluate", "predict_ner": "predict", "benchmark_estimators": "benchmark",
 }  # fmt: skip
