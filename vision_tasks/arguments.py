@@ -7,6 +7,7 @@ from typing import Any
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.values import refuse_count
 from vision_tasks.images import SYNTHETIC
 
 
@@ -35,6 +36,4 @@ class VisionArguments:
     @staticmethod
     def require_count(name: str, value: int | None, least: int = 1) -> None:
         """Raises the error of a number out of range; None is left out."""
-        whole = isinstance(value, int) and not isinstance(value, bool)  # a run's own settings come as they are
-        if value is not None and not (whole and least <= value < 2**31):
-            raise ValueError(f"{name} must be a whole number of at least {least} and below 2**31, not {value!r}")
+        refuse_count(name, value, least)

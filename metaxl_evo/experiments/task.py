@@ -24,10 +24,12 @@ from metaxl_evo.training.trainer import MetaTrainer
 
 TASKS = {
     "ner": "metaxl_evo.ner.task:NerTask",
+    "pos": "metaxl_evo.ner.task:PosTask",
     "noisy_labels": "vision_tasks.noisy_labels_task:NoisyLabelsTask",
     "rotation": "vision_tasks.rotation_task:RotationTask",
     "hyper_cleaning": "vision_tasks.hyper_cleaning_task:HyperCleaningTask",
     "fewshot": "vision_tasks.fewshot_task:FewShotTask",
+    "sinusoid": "metaxl_evo.long_horizon.sinusoid_task:SinusoidTask",
 }
 Settings = TypeVar("Settings")
 Data = TypeVar("Data")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metaxl_evo.bilevel.problem import BilevelProblem, Cut
+from metaxl_evo.bilevel.problem import BilevelProblem, Cut, Examples
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.replay import for_this_pass
 from metaxl_evo.bilevel.tree import Tree
@@ -140,6 +140,22 @@ class BilevelModule(nn.Module, ABC):
     def take_rows(self, batch: Batch, rows: Tensor) -> Batch:
         """The rows (a 1-d int64 tensor) of a micro-batch, for estimators that draw examples of several (D*)."""
         return take_rows(batch, rows)
+
+    def examples(self, processes: Processes) -> Examples:
+        """How such an estimator takes batches apart and puts them together; by default row by row."""
+        return examples_of(self, processes)
+
+    @property
+    def tasks(self) -> int:
+        """Of how many tasks the base holds the weights (`MetaLearner`)."""
+        return 1
+
+    def pooled(self, w: Tree) -> Tree:
+        """The mean over the tasks of base weights, or of what is like them, in the place of each."""
+        return w
+
+    def begin_from(self, start: Tree) -> None:
+        """Told, at the end of an episode, the base weights from which the next one begins."""
 
     def cut(self) -> Cut | None:
         """The inner loss in pieces, of which a cheap suffix alone reads some of the base parameters."""
@@ -275,7 +291,7 @@ class BilevelModule(nn.Module, ABC):
             direct_term=self.direct_term,
             reads_lam=self._reading_lam if not dropout else _same,  # other rows, other masks
             rows=rows,
-            examples=examples_of(self, Processes()),
+            examples=self.examples(Processes()),
             cast=lambda dtype: cast(self, dtype),
         )
 

@@ -105,7 +105,7 @@ def load_classifier(
         ValueError: for a model that cannot be had or read, or whose trained head has other labels.
     """
     if model == SYNTHETIC:
-        return make_synthetic_tagger(SyntheticFamily())
+        return make_synthetic_tagger(SyntheticFamily(), labels=names)
     trained = trained_labels(model, trust_remote_code=trust_remote_code)
     is_other = trained not in (None, list(names))
     if trained is not None and is_other and not ignore_mismatched_sizes:

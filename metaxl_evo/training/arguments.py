@@ -20,7 +20,7 @@ from metaxl_evo.training.values import mapping_of, refuse_out_of_range
 
 NO_ESTIMATOR = "none"
 META_ORDERS = ("after_step", "lookahead")
-EPISODE_RESETS = ("continue", "restart", "reptile")
+EPISODE_RESETS = ("continue", "restart", "reptile", "fomaml")
 META_SCHEDULES = (  # those that need no settings of their own
     "linear",
     "cosine",
@@ -31,7 +31,7 @@ META_SCHEDULES = (  # those that need no settings of their own
     "inverse_sqrt",
 )
 
-_MAPPINGS = ("estimator_kwargs", "lr_scheduler_kwargs", "meta_optim_kwargs", "optimizer_kwargs")
+_MAPPINGS = ("estimator_kwargs", "lr_scheduler_kwargs", "meta_learning_rates", "meta_optim_kwargs", "optimizer_kwargs")
 _BASE_FIELDS = {  # the fields that hold an optimiser's settings
     "lr": "learning_rate",
     "weight_decay": "weight_decay",
@@ -62,6 +62,13 @@ class MetaTrainingArguments(TrainingArguments):
         default=None, metadata={"help": 'Fields of the estimator, such as {"copies": 8}.'}
     )
     meta_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the meta optimiser."})
+    meta_learning_rates: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Name of a meta parameter -> its own rate, as in {"weight_decay": 3e-4}; the others keep '
+            "meta_learning_rate."
+        },
+    )
     meta_optim: str = field(default="AdamW", metadata={"help": "Meta optimiser: the name of a torch.optim class."})
     meta_optim_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -85,6 +92,10 @@ class MetaTrainingArguments(TrainingArguments):
     meta_every: int = field(
         default=1, metadata={"help": "Base steps per meta step, which comes with the last of them."}
     )
+    meta_last: int | None = field(
+        default=None,
+        metadata={"help": "Only so many base steps at the end of each episode have meta steps (default: all)."},
+    )
     meta_order: str = field(
         default="after_step",
         metadata={
@@ -102,11 +113,13 @@ class MetaTrainingArguments(TrainingArguments):
         default="continue",
         metadata={
             "help": "Where the base goes after an episode: continue; restart from the start of the run; reptile: move "
-            "the start by episode_reptile_rate towards the weights reached, and go on from there."
+            "the start by episode_reptile_rate towards the weights reached, and go on from there; fomaml: move it by "
+            "minus episode_reptile_rate times the outer gradient at the weights reached."
         },
     )
     episode_reptile_rate: float = field(
-        default=1.0, metadata={"help": "Share of the way that episode_reset: reptile moves the start."}
+        default=1.0,
+        metadata={"help": "How far the start is moved: by reptile a share of the way, by fomaml a step of this rate."},
     )
     meta_portion: float = field(
         default=1.0,
@@ -148,6 +161,10 @@ class MetaTrainingArguments(TrainingArguments):
     )
     max_skipped_meta_steps: int = field(
         default=10, metadata={"help": "Stop after this many non-finite hypergradients in a row."}
+    )
+    max_grad_value: float | None = field(
+        default=None,
+        metadata={"help": "Bound on every entry of the base gradients, before max_grad_norm (default: none)."},
     )
     optimizer_class: str | None = field(
         default=None,
@@ -249,8 +266,8 @@ class MetaTrainingArguments(TrainingArguments):
         further = mapping_of("optimizer_kwargs", self.optimizer_kwargs)
         return make_optimizer(optimizer_named(self.optimizer_class, "optimizer_class"), parameters, held, further)
 
-    def make_meta_optimizer(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
-        """The meta optimiser."""
+    def make_meta_optimizer(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        """The meta optimiser, of parameters or groups of them."""
         held = {
             "lr": self.meta_learning_rate,
             "weight_decay": self.meta_weight_decay,

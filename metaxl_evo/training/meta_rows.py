@@ -31,6 +31,11 @@ def tell_epoch(dataset: Any, epoch: int) -> None:
         dataset.set_epoch(epoch)
 
 
+def is_in_order(dataset: Any) -> bool:
+    """Whether a data set says (`in_order`) that row i is of a certain step, so that it is to be read as it stands."""
+    return bool(getattr(dataset, "in_order", False))
+
+
 class Window(NamedTuple):
     """The micro-batches of one optimizer step on this process, and those of the meta rows that judge it."""
 
@@ -66,7 +71,8 @@ class MetaRows:
     the seed and the number of the pass alone: the number of rows that went by is the whole state.
 
     Args:
-        dataset: a map-style data set; one that is `DrawnByEpoch` is told the pass before each draw.
+        dataset: a map-style data set; one that is `DrawnByEpoch` is told the pass before each draw, one that is
+            `in_order` is read as it stands in every pass.
         batch_size: rows a micro-batch, over all processes.
         portion: share of each draw that is meta; 0 and 1 leave the other part empty.
         seed: of the order.
@@ -90,8 +96,7 @@ class MetaRows:
     def draw(self, micro_batches: int = 1) -> list[tuple[list[Any], list[Any]]]:
         """This process's (train rows, meta rows) of the next draw, for each micro-batch of a step."""
         number, position = divmod(self.drawn, len(self.dataset))
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, number))
-        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        order = self._order(number)
         chosen = order[position : position + self.batch_size * micro_batches]
         left = len(order) - position - len(chosen)
         self.drawn += len(chosen) + (left if left < self.smallest else 0)
@@ -108,6 +113,12 @@ class MetaRows:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after the given number of rows."""
         self.drawn = int(state["drawn"])
+
+    def _order(self, number: int) -> Sequence[int]:
+        if is_in_order(self.dataset):
+            return range(len(self.dataset))
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, number))
+        return torch.randperm(len(self.dataset), generator=generator).tolist()
 
     def _rows(self, indices: Sequence[int]) -> list[Any]:
         return [self.dataset[index] for index in indices]

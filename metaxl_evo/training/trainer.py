@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 from metaxl_evo.bilevel.hypergradients import Hypergradient, hypergradient
@@ -38,7 +39,14 @@ from metaxl_evo.training.history import History
 from metaxl_evo.training.isolation import kept_random_state
 from metaxl_evo.training.launch import refuse_unresumable
 from metaxl_evo.training.meta_level import MetaLevel, meta_seed, problem_of, step_seed
-from metaxl_evo.training.meta_rows import MetaRows, StreamedMetaRows, Window, make_meta_rows, tell_epoch
+from metaxl_evo.training.meta_rows import (
+    MetaRows,
+    StreamedMetaRows,
+    Window,
+    is_in_order,
+    make_meta_rows,
+    tell_epoch,
+)
 from metaxl_evo.training.meta_step import MetaStep
 from metaxl_evo.training.refusals import refuse_another_run, refuse_call, refuse_data, refuse_unfit
 from metaxl_evo.training.schedules import with_drops
@@ -256,6 +264,11 @@ class MetaTrainer(StoppableTrainer):
         self.window, self.meta_step = Window(batches, judged), None
         return batches, items
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As the Trainer's, but for rows that are in order."""
+        held = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(cast(Any, held)) if is_in_order(held) else super()._get_train_sampler(train_dataset)
+
     def _make_meta_rows(self) -> MetaRows | StreamedMetaRows | None:
         if self.meta_dataset is None:
             return None
@@ -299,9 +312,12 @@ class MetaTrainer(StoppableTrainer):
         if self.meta_level is not None:
             model.train()
             self._enter_meta_step(self.meta_level)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with nullcontext() if self.meta_step is None else self.meta_step.reaching_lam():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             _make_dense(self.model)
+            if self.args.max_grad_value is not None:
+                torch.nn.utils.clip_grad_value_(self.model.base_parameters().values(), self.args.max_grad_value)
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             self._refuse_unreduced()
             average_statistics(self.model)

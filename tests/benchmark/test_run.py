@@ -290,6 +290,8 @@ def test_the_scaling_study_varies_one_thing_at_a_time(tmp_path: Path) -> None:
         (["--problem", "fewshot"], "unknown backbone 'convnet': .*Valid: resnet10"),
         (["--image_channels", "2"], "image_channels must be 1 or 3, not 2"),
         (["--widths", "1,2"], "widths are of resnet32, .* not of the backbone convnet: leave them out"),
+        (["--problem", "peers", "--cases", '{"a": {"problem": "toy"}}'], "cases: a must be .* of weight_net, tagger"),
+        (["--problem", "peers", "--cases", '{"a": {"problem": "tagger", "lengt": 8}}'], "of the case a 'lengt'"),
         (["--blocks", "2"], "blocks are of resnet32, not of the backbone convnet"),
     ],
 )

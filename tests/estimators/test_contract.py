@@ -422,7 +422,7 @@ def test_counts_are_the_calls_of_the_losses(name: str, settings: dict[str, Any],
     )
     estimate(build(name, settings), replace(toy, problem=watched))  # which finds out what is to be known of the losses
     calls.clear()
-    watched.facts.batched = False  # a suffix counts once for each of the copies that one call evaluates
+    watched.facts.batched = watched.facts.batched_whole = False  # a call counts once for each copy that it evaluates
     counts = estimate(build(name, settings), replace(toy, problem=watched)).counts
     assert counts.forwards + counts.hvps + counts.jvps + counts.suffixes == len(calls)
 
@@ -510,6 +510,8 @@ def test_unknown_estimator_lists_the_valid_ones() -> None:
         ("one_step", {"engine": "jpv"}, "double_backward.*jvp.*finite_difference"),
         ("one_step", {"radius": 0.0}, "radius"),
         ("one_step", {"radius": float("nan")}, "radius"),
+        ("one_step", {"engine": "finite_difference", "differences": "one sided"}, "did you mean 'one_sided'"),
+        ("greedy", {"differences": "one_sided"}, "of engine finite_difference, and engine is auto: set engine"),
         ("evograd", {"copies": 1}, "copies"),
         ("evograd", {"copies": 2.0}, "copies"),
         ("evograd", {"copies": True}, "copies"),

@@ -16,7 +16,6 @@ from metaxl_evo.bilevel import SGD, Tree, run_episode
 from metaxl_evo.bilevel.update import AdamW, UpdateRule
 from metaxl_evo.estimators import ESTIMATORS, make_estimator
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
-from metaxl_evo.training import meta_level
 from metaxl_evo.training.arguments import EPISODE_RESETS
 from metaxl_evo.training.episodes import Episodes
 from metaxl_evo.training.trainer import MetaTrainer
@@ -214,6 +213,8 @@ def test_answers_and_ends(tmp_path: Path) -> None:
     assert table("one_step") == ([*range(12)], [])
     assert table("one_step", meta_every=5) == ([4, 9], [])
     assert table("one_step", meta_every=5, episode_length=4) == ([4, 9], [3, 7, 11])
+    assert table("one_step", meta_last=2, episode_length=5) == ([3, 4, 8, 9], [4, 9])
+    assert table("one_step", meta_last=3, meta_every=2, episode_length=6) == ([3, 5, 9, 11], [5, 11])
     assert table("unroll", episode_length=4) == ([3, 7, 11], [3, 7, 11])
     assert table("unroll", episode_length=1) == ([*range(12)], [*range(12)])
     assert table("unroll", estimator_kwargs={"horizon": 2}) == ([*range(12)], [])
@@ -310,7 +311,7 @@ def test_an_episode_is_that_of_run_episode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, Any], optimizer: str, reset: str
 ) -> None:
     """From the weights and over the batches of each episode that begins with a fresh optimiser."""
-    monkeypatch.setattr(meta_level, "examples_of", lambda *of: None)  # they would be drawn by another seed
+    monkeypatch.setattr(BilevelModule, "examples", lambda *of: None)  # they would be drawn by another seed
     fields, rule = OPTIMIZERS[optimizer]
     estimator = make_estimator(name, **settings)
     watch = watched(
@@ -334,7 +335,7 @@ def test_hyperdistill_fits_in_an_episode_that_leaves_lam_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
     """Every other episode; what it learns is used in the next one."""
-    monkeypatch.setattr(meta_level, "examples_of", lambda *of: None)  # they would be drawn by another seed
+    monkeypatch.setattr(BilevelModule, "examples", lambda *of: None)  # they would be drawn by another seed
     settings = {"decay": 0.9, "fit_every": 2}
     watch = watched(
         tmp_path, estimator="hyperdistill", estimator_kwargs=settings, meta_every=3, meta_order=order, max_steps=12,
@@ -391,6 +392,12 @@ def test_where_an_episode_begins(tmp_path: Path, name: str, fields: dict[str, An
                 assert same(step["at"]["w"], start)
             elif index in (3, 6) and reset == "reptile":
                 start = {key: leaf + 0.25 * (reached[key] - leaf) for key, leaf in start.items()}
+                close(step["at"]["w"], start, 1e-14)
+            elif index in (3, 6) and reset == "fomaml":
+                w = {key: leaf.clone().requires_grad_() for key, leaf in reached.items()}
+                judged = outer_by_hand(w, watch.steps[index - 1]["after"]["lam"], watch.steps[index - 1]["window"][1])
+                slopes = torch.autograd.grad(judged, list(w.values()))
+                start = {key: start[key] - 0.25 * slope for key, slope in zip(w, slopes, strict=True)}
                 close(step["at"]["w"], start, 1e-14)
             else:
                 assert same(step["at"]["w"], reached)

@@ -1,0 +1,1 @@
+"""Tasks over long horizons that are not of images."""
