@@ -23,6 +23,7 @@ FLOORS = {
     "metaxl_evo.training": 4,
     "metaxl_evo.experiments": 5,
     "metaxl_evo.ner": 6,
+    "metaxl_evo.weighting": 6,
     "vision_tasks": 6,
     "metaxl_evo.benchmark": 7,
     "metaxl_evo.demo": 7,

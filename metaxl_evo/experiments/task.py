@@ -28,6 +28,7 @@ TASKS = {
     "rotation": "vision_tasks.rotation_task:RotationTask",
     "hyper_cleaning": "vision_tasks.hyper_cleaning_task:HyperCleaningTask",
     "fewshot": "vision_tasks.fewshot_task:FewShotTask",
+    "weight_text": "metaxl_evo.weighting.weight_task:WeightTextTask",
 }
 Settings = TypeVar("Settings")
 Data = TypeVar("Data")
