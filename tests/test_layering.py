@@ -24,6 +24,7 @@ FLOORS = {
     "metaxl_evo.experiments": 5,
     "metaxl_evo.ner": 6,
     "metaxl_evo.long_horizon": 6,
+    "metaxl_evo.weighting": 6,
     "vision_tasks": 6,
     "metaxl_evo.benchmark": 7,
     "metaxl_evo.demo": 7,

@@ -16,9 +16,9 @@ from transformers import PrinterCallback, XLMRobertaConfig, XLMRobertaForTokenCl
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.rows import Row
 from metaxl_evo.bilevel import SGD, BilevelProblem, Tree
+from metaxl_evo.models.adapters import add_lora
 from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.models.rtn import RepresentationTransform
-from metaxl_evo.ner.pretrained import add_lora
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.base_optimizer import BaseOptimizer

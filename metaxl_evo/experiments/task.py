@@ -30,6 +30,7 @@ TASKS = {
     "hyper_cleaning": "vision_tasks.hyper_cleaning_task:HyperCleaningTask",
     "fewshot": "vision_tasks.fewshot_task:FewShotTask",
     "sinusoid": "metaxl_evo.long_horizon.sinusoid_task:SinusoidTask",
+    "weight_text": "metaxl_evo.weighting.weight_task:WeightTextTask",
 }
 Settings = TypeVar("Settings")
 Data = TypeVar("Data")

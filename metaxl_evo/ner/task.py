@@ -19,7 +19,7 @@ from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.experiments.folders import RESULTS, hub_id, read_results
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.messages import unknown
-from metaxl_evo.models.adapters import ADAPTER
+from metaxl_evo.models.adapters import ADAPTER, add_lora
 from metaxl_evo.models.hooks import encoder_layers
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
 from metaxl_evo.ner.arguments import (
@@ -36,7 +36,6 @@ from metaxl_evo.ner.encoding import PadRight, encode
 from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
 from metaxl_evo.ner.pretrained import (
     SYNTHETIC,
-    add_lora,
     load_classifier,
     longest_input,
     require_padding_unseen,
