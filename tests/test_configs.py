@@ -606,6 +606,7 @@ STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "rotation_cpu": ([""], 3, 4),
     "rotation_paper": ([""], 5, 3),
     "rtn_horizon_cpu": (["sw"], 3, 3),
+    "sinusoid_paper": ([""], 5, 5),
 }
 
 

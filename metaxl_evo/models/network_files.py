@@ -65,7 +65,7 @@ def save_state(network: Any, folder: Path, state: Mapping[str, Any] | None = Non
     """
     folder.mkdir(parents=True, exist_ok=True)
     if callable(getattr(network, "save_pretrained", None)):
-        network.save_pretrained(folder, state_dict=state)
+        network.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     elif state is not None:
         save_file(dict(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     else:
