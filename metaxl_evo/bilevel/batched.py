@@ -43,7 +43,17 @@ def at_once(loss: Loss, points: Tree, hidden: Tensor, restart: Callable[[], None
 
 def _batched(loss: Loss, points: Tree, hidden: Tensor, restart: Callable[[], None]) -> Tensor:
     restart()
-    return torch.vmap(lambda leaves: loss(leaves, hidden), randomness="same")(points)
+    return vectorised(lambda leaves: loss(leaves, hidden), points)
+
+
+def vectorised(loss: Callable[..., Tensor], *points: Tree, randomness: str = "same") -> Tensor:
+    """The losses at points (K, *shape) each, (K,), in one call.
+
+    What is kept to be computed again in the backward (activation checkpointing) raises an error: the levels of `vmap`
+    are of this thread, and that backward may run in another, where it would end the process.
+    """
+    with torch.autograd.graph.disable_saved_tensors_hooks("a checkpointed loss is not evaluated at several weights"):
+        return torch.vmap(loss, randomness=randomness)(*points)
 
 
 def _each(points: Tree, restart: Callable[[], None]) -> Iterator[Tree]:

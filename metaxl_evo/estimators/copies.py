@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import gate, tree
-from metaxl_evo.bilevel.batched import Made, agree, at_once, say_one_by_one
+from metaxl_evo.bilevel.batched import Made, agree, at_once, say_one_by_one, vectorised
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import Cut, InnerStep
 from metaxl_evo.bilevel.replay import Inputs, Unrecorded, plain_detaches
@@ -60,7 +60,8 @@ class FullPasses:
             held = [gradients.pop(name) for gradients in self.gradients]
             gradients = held[0] if len(held) == 1 else torch.cat(held)
             flat = gradients.reshape(len(gradients), leaf.numel())
-            total[name] = (coefficients.to(flat.dtype) @ flat).view_as(leaf)
+            # in place, which an autocast around the meta step leaves alone
+            total[name] = flat.new_zeros(leaf.numel()).addmv_(flat.T, coefficients.to(flat.dtype)).view_as(leaf)
         return total
 
     def _all(self, inputs: Inputs) -> list[Found]:
@@ -145,7 +146,7 @@ class FullPasses:
             return self.passes.problem.inner_loss({**self.w, **w}, lam, part)
 
         with plain_detaches():
-            return torch.vmap(loss, randomness="same" if self.share_randomness else "error")(points, lam)
+            return vectorised(loss, points, lam, randomness="same" if self.share_randomness else "error")
 
 
 class SharedPass:
