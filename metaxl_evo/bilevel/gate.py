@@ -61,8 +61,6 @@ def require(passes: PassContext, w: Tree, lam: Tree, batch: Any, names: frozense
     problem, known = passes.problem, passes.problem.facts.trusted
     if problem.straight_through:
         return
-    if problem.weights.sharded:
-        return
     for kind, part, size in untested(passes, batch, known, names):
         evaluate(passes, w, lam, batch)
         passed: Trial | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -45,23 +46,24 @@ RULES = {"AdamW": AdamW(0.1, weight_decay=0.1), "clipped": AdamW(0.1, max_grad_n
 class Net(nn.Module):
     """Layers of nine rows, which no two or four processes share evenly, and of one, which most have nothing of."""
 
-    def __init__(self) -> None:
+    def __init__(self, severed: Callable[[Tensor], Tensor] = stop_gradient) -> None:
         super().__init__()
+        self.severed = severed
         self.first, self.second, self.gain = nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 1)
         self.last = nn.Linear(9, CLASSES)
 
     def forward(self, x: Tensor, mix: Tensor | None = None) -> Tensor:
         hidden = torch.tanh(self.first(x))
         if mix is not None:
-            hidden = hidden + torch.tanh(stop_gradient(hidden) @ mix)
+            hidden = hidden + torch.tanh(self.severed(hidden) @ mix)
         hidden = torch.tanh(self.second(hidden))
         found: Tensor = self.last(hidden * self.gain(hidden).sigmoid())
         return found
 
 
-def net() -> Net:
+def net(severed: Callable[[Tensor], Tensor] = stop_gradient) -> Net:
     torch.manual_seed(0)
-    return Net().double()
+    return Net(severed).double()
 
 
 def meta() -> Tree:
@@ -108,23 +110,32 @@ def estimated(one: BilevelProblem, estimator: Estimator, w: Tree, of: slice) -> 
     return hypergradient(one, estimator, w, meta(), train, val, generator=generator)
 
 
-def of_this_process() -> dict[str, Any]:
-    dist.init_process_group("gloo")
+def mine() -> slice:
+    """The rows of this process."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    model, found = sharded(net()), {}
-    parameters = dict(model.named_parameters())
-    start = tree.clone(parameters)
-    home = Sharded(model, parameters)
+    return slice(rank * ROWS // size, (rank + 1) * ROWS // size)
+
+
+def on_shards(model: nn.Module, rule: str) -> BilevelProblem:
+    home = Sharded(model, dict(model.named_parameters()))
 
     def run(w: Tree, x: Tensor, mix: Tensor | None = None) -> Tensor:
         with for_this_pass(home.at(w)):
-            return model(x, mix)
+            found: Tensor = model(x, mix)
+            return found
 
-    mine = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
+    return problem(run, rule, parts=list, weights=home, processes=Processes(dist.get_rank(), dist.get_world_size()))
+
+
+def of_this_process() -> dict[str, Any]:
+    dist.init_process_group("gloo")
+    model, found = sharded(net()), {}
+    parameters = dict(model.named_parameters())
+    start = tree.clone(parameters)
     for rule in RULES:
-        one = problem(run, rule, parts=list, weights=home, processes=Processes(rank, size))
+        one = on_shards(model, rule)
         for key, (name, settings) in ESTIMATORS.items():
-            found[f"{key} {rule}"] = estimated(one, make_estimator(name, **settings), tree.detach(parameters), mine)
+            found[f"{key} {rule}"] = estimated(one, make_estimator(name, **settings), tree.detach(parameters), mine())
     now = shards.local(parameters)
     assert all(torch.equal(now[name], leaf) for name, leaf in shards.local(start).items())  # to the last bit
     assert all(parameter.grad is None for parameter in parameters.values())
@@ -164,3 +175,33 @@ def test_sharded_weights_give_the_hypergradient_of_one_process(count: int) -> No
         assert float(found.outer_loss) == pytest.approx(float(one.outer_loss), rel=1e-12)
         for other in ranks[1:]:
             assert all(torch.equal(other[key].grads[name], leaf) for name, leaf in found.grads.items()), key
+
+
+SEVERED: dict[str, Callable[[Tensor], Tensor]] = {"detach": Tensor.detach, "data": lambda x: x.data}
+
+
+def of_severed_losses() -> dict[str, Any]:
+    """What is out of the graph by other means than `stop_gradient`; and a backward that sums nothing."""
+    dist.init_process_group("gloo")
+    found: dict[str, Any] = {}
+    estimator = make_estimator("one_step", **FINE)
+    for how, severed in SEVERED.items():
+        model = sharded(net(severed))
+        try:
+            found[how] = estimated(on_shards(model, "AdamW"), estimator, dict(model.named_parameters()), mine())
+        except ValueError as error:
+            found[how] = str(error)
+    model = sharded(net())
+    model.set_requires_gradient_sync(False)
+    try:
+        estimated(on_shards(model, "AdamW"), estimator, dict(model.named_parameters()), mine())
+    except RuntimeError as error:
+        found["no sync"] = str(error)
+    return found
+
+
+def test_values_out_of_the_graph_are_refused_on_all_processes() -> None:
+    for found in on_processes(2, of_severed_losses):
+        for how in SEVERED:
+            assert re.search(r"inner loss is not its slope: .* stop_gradient\(x\)", found[how])
+        assert "summed no gradient: leave no_sync" in found["no sync"]
