@@ -77,6 +77,11 @@ class Estimator(ABC):
         return False
 
     @property
+    def repeats_steps(self) -> bool:
+        """Whether it makes the inner steps again, which then have to be what the meta passes compute."""
+        return False
+
+    @property
     def needs_sgd(self) -> bool:
         """Whether the inner optimiser that it models is SGD alone, with momentum and weight decay."""
         return False

@@ -160,7 +160,12 @@ class MetaLevel:
         return None
 
     def _refuse_out_of_reach(self) -> None:
-        """Refuse an estimator that reads what the base step's own backward leaves, where that is of no use."""
+        """Refuse an estimator that needs the base step to be what the meta passes compute, where it is not."""
+        if self.estimator.repeats_steps and self.forward_obstacle is not None:
+            raise ValueError(
+                f"recompute: true makes base steps again, and the base step {self.forward_obstacle}: or leave "
+                "recompute out, which keeps the weights of all steps"
+            )
         if not self.estimator.needs_lam_grad or self.args.meta_order != "after_step":
             return
         if self.forward_obstacle is not None:
