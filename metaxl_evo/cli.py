@@ -141,6 +141,7 @@ COMMANDS = {
     "fewshot": Command("few-shot classification on an unseen image domain", task("fewshot"), launched=True),
     "rotation": Command("learn the angle of a test set", task("rotation"), launched=True),
     "hyper-cleaning": Command("learn a weight for each training image", task("hyper_cleaning"), launched=True),
+    "many-shot": Command("layers, warps or weights for many-shot image tasks", task("many_shot"), launched=True),
     "sinusoid": Command("features from which a head fits a new sinusoid", task("sinusoid"), launched=True),
     "study": Command("CONFIG --output_dir OUT: make runs x cases x seeds, compare, report", study),
     "run": Command(f"OUT/{PLAN} --index N: make one run of a study's plan", run, shows_help=False),

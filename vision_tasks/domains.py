@@ -92,6 +92,38 @@ def read_domain(text: str) -> Domain:
     return domain
 
 
+def located_domains(data: str, named: Sequence[str]) -> list[str]:
+    """The texts of domains as `read_domain` takes them: relative paths begin in the folder `data`.
+
+    Raises:
+        ValueError: for a path that there is not, or more domains than can be generated (`data: synthetic`).
+    """
+    if data == SYNTHETIC.removesuffix(":"):
+        if len(named) > len(LOOKS):
+            raise ValueError(
+                f"data: {data} has {len(LOOKS)} domains, {len(named)} are asked for: name fewer, or give the "
+                "folder of real ones"
+            )
+        return [f"{SYNTHETIC}{look}" for look in LOOKS][: len(named)]
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        generated = SYNTHETIC.removesuffix(":")
+        raise ValueError(f"data must be {generated} or the folder where the domains are, {data} is neither")
+    return [_located(text, folder) for text in named]
+
+
+def _located(text: str, folder: Path) -> str:
+    source, _ = parse_source(text)
+    if source.startswith(SYNTHETIC) or Path(source).is_absolute():
+        return text
+    if (folder / source).exists():
+        return f"{folder / source}{text.removeprefix(source)}"
+    if source.count("/") == 1 and not source.startswith(".") and not Path(source).suffix:
+        return text  # a Hub id
+    present = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    raise ValueError(f"{folder}: {unknown('domain', source, present)} (or ORGANISATION/NAME of the Hub)")
+
+
 def name_of(text: str) -> str:
     """The name of the domain that a text names."""
     source, options = parse_source(text)

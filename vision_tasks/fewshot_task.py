@@ -23,23 +23,19 @@ from metaxl_evo.experiments.fingerprint import fingerprints
 from metaxl_evo.experiments.folders import hub_id
 from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.experiments.statistics import interval
-from metaxl_evo.messages import unknown
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
 from vision_tasks import fewshot, pretrained
 from vision_tasks.augmentation import EvaluationTransform, TrainTransform
 from vision_tasks.classification import accuracy
-from vision_tasks.domains import SYNTHETIC as GENERATED
-from vision_tasks.domains import name_of, parse_source, read_domain
+from vision_tasks.domains import located_domains, name_of, read_domain
 from vision_tasks.feature_transform import SHARPNESS, SUBFOLDER, FeatureTransform
 from vision_tasks.fewshot import CrossDomainFewShot, FewShotModel
-from vision_tasks.fewshot_arguments import SYNTHETIC_DOMAINS, EpisodicTrainingArguments, FewShotArguments
+from vision_tasks.fewshot_arguments import EpisodicTrainingArguments, FewShotArguments
 from vision_tasks.fewshot_episodes import Auxiliary, Domain, Episodes, EpisodeSize
-from vision_tasks.images import SYNTHETIC
 from vision_tasks.pretrained import Preparation, PreparedTransform, load_preparation
 from vision_tasks.pretraining import ClassifierRows, EncoderPretraining, load_encoder
-from vision_tasks.symbols import LOOKS
 from vision_tasks.task import VisionTask
 
 SIZES_PICTURE = "feature_transform.png"
@@ -195,30 +191,7 @@ def located(settings: FewShotArguments) -> list[str]:
     Raises:
         ValueError: for a path that there is not, or more domains than can be generated.
     """
-    named = [*settings.domains, settings.unseen_domain]
-    if settings.data == SYNTHETIC:
-        if len(named) > len(LOOKS):
-            raise ValueError(
-                f"data: {SYNTHETIC} has {len(LOOKS)} domains, {len(named)} are asked for: name fewer, or give the "
-                "folder of real ones"
-            )
-        return SYNTHETIC_DOMAINS[: len(named)]
-    folder = Path(settings.data).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"data must be {SYNTHETIC} or the folder where the domains are, {settings.data} is neither")
-    return [_located(text, folder) for text in named]
-
-
-def _located(text: str, folder: Path) -> str:
-    source, _ = parse_source(text)
-    if source.startswith(GENERATED) or Path(source).is_absolute():
-        return text
-    if (folder / source).exists():
-        return f"{folder / source}{text.removeprefix(source)}"
-    if source.count("/") == 1 and not source.startswith(".") and not Path(source).suffix:
-        return text  # a Hub id
-    present = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    raise ValueError(f"{folder}: {unknown('domain', source, present)} (or ORGANISATION/NAME of the Hub)")
+    return located_domains(settings.data, [*settings.domains, settings.unseen_domain])
 
 
 def train_transform(settings: FewShotArguments) -> TrainTransform:

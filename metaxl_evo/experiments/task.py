@@ -29,6 +29,7 @@ TASKS = {
     "rotation": "vision_tasks.rotation_task:RotationTask",
     "hyper_cleaning": "vision_tasks.hyper_cleaning_task:HyperCleaningTask",
     "fewshot": "vision_tasks.fewshot_task:FewShotTask",
+    "many_shot": "vision_tasks.many_shot_task:ManyShotTask",
     "sinusoid": "metaxl_evo.long_horizon.sinusoid_task:SinusoidTask",
 }
 Settings = TypeVar("Settings")

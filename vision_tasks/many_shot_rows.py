@@ -1,0 +1,171 @@
+"""Many-shot tasks of image classes: task j draws some classes, and of each the images that train and those that judge.
+
+All of it follows from (seed, j), and the images of a step from (seed, j, step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Generator, Tensor
+
+from metaxl_evo.bilevel.randomness import mix_seed
+from metaxl_evo.training.task_rows import Rows
+from vision_tasks.augmentation import Transform, resize, to_channels, to_float
+from vision_tasks.fewshot_episodes import Domain
+
+SPLITS = ("train", "validation", "test")
+_CLASSES, _TRAIN, _JUDGE, _TEST, _LABELS, _SPLIT = range(6)  # what is drawn with a seed of its own
+_LEAST = 4  # images of a class: some train, some judge
+
+
+@dataclass(frozen=True, eq=False)
+class ClassPool:
+    """Classes of several domains with their images, all of one size.
+
+    Args:
+        images: class -> uint8 (N, H, W, C).
+    """
+
+    images: Mapping[str, Tensor]
+
+    def split(self, counts: Sequence[int], way: int) -> list[ClassPool]:
+        """Pools of so many classes each, none in two of them; the same in every run.
+
+        Raises:
+            ValueError: for more classes than there are, fewer than a task takes, or a class with too few images.
+        """
+        names = sorted(self.images)
+        wanted = ", ".join(f"{count} {name}" for name, count in zip(SPLITS, counts, strict=True))
+        if sum(counts) > len(names):
+            raise ValueError(
+                f"{wanted} classes are {sum(counts)}, and there are {len(names)}: lower train_classes, "
+                "validation_classes or test_classes, or name more domains"
+            )
+        if min(counts) < way:
+            raise ValueError(f"a task has n_way {way} classes, and the splits have {wanted}: raise the smaller ones")
+        for name in names:
+            if len(self.images[name]) < _LEAST:
+                raise ValueError(
+                    f"class {name} has {len(self.images[name])} images, and a task needs {_LEAST}, half of them to "
+                    "judge: leave it out (?largest_classes=N of its domain)"
+                )
+        order = torch.randperm(len(names), generator=_generator(_SPLIT)).tolist()
+        parts = [[names[place] for place in order[a:b]] for a, b in pairwise(accumulate(counts, initial=0))]
+        return [ClassPool({name: self.images[name] for name in sorted(part)}) for part in parts]
+
+
+def make_pool(domains: Sequence[Domain], *, side: int, channels: int) -> ClassPool:
+    """All classes of the domains, at `side` x `side` pixels and so many channels."""
+    images: dict[str, Tensor] = {}
+    for domain in domains:
+        for name, members in zip(domain.classes, domain.members, strict=True):
+            sized = [_sized(domain.images[place], side, channels) for place in members.tolist()]
+            images[f"{domain.name}/{name}"] = torch.stack(sized)
+    return ClassPool(images)
+
+
+@dataclass(frozen=True)
+class ManyShotSize:
+    """What a task has.
+
+    Args:
+        way: classes.
+        images: of a class at most, half of them to judge.
+        batch: images of a step, as many of each class.
+        test: images that test an adapted task, likewise; where a class has fewer, each of them several times.
+
+    Raises:
+        ValueError: for sizes that are no multiple of the classes.
+    """
+
+    way: int = 10
+    images: int = 500
+    batch: int = 100
+    test: int = 2500
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "test"):
+            if getattr(self, name) % self.way:
+                raise ValueError(
+                    f"{name}_images {getattr(self, name)} is not a multiple of n_way {self.way}: every class of a "
+                    "task has as many"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class ManyShotTasks:
+    """Numbered tasks of the classes of a pool.
+
+    Args:
+        pool: of one split.
+        seed: all of task j follows from (seed, j).
+        flip_rate: probability that the label of a training image is another class of the task; those that judge and
+            test are right.
+        transform: of training images (default: none).
+    """
+
+    pool: ClassPool
+    size: ManyShotSize
+    seed: int
+    flip_rate: float = 0.0
+    transform: Transform | None = None
+
+    def train(self, task: int, step: int) -> Rows:
+        return self._rows(task, self.size.batch, _TRAIN, step, self.transform)
+
+    def judge(self, task: int, step: int) -> Rows:
+        return self._rows(task, self.size.batch, _JUDGE, step)
+
+    def test(self, task: int) -> Rows:
+        return self._rows(task, self.size.test, _TEST, 0)
+
+    def _rows(self, task: int, count: int, part: int, step: int, transform: Transform | None = None) -> Rows:
+        """Images (count, C, H, W) in [0, 1], and their places among the classes of the task, (count,)."""
+        generator, images, labels = _generator(self.seed, task, part, step), list[Tensor](), list[Tensor]()
+        for held, places, known_as in self._classes(task, part):
+            turns = -(-count // self.size.way // len(places))
+            drawn = torch.cat([torch.randperm(len(places), generator=generator) for _ in range(turns)])
+            chosen = drawn[: count // self.size.way]
+            images.append(held[places[chosen]])
+            labels.append(known_as[chosen])
+        pixels = torch.cat(images)
+        if transform is None:
+            x = pixels.permute(0, 3, 1, 2).float() / 255
+        else:
+            x = torch.stack([transform(image, generator) for image in pixels])
+        return {"x": x, "y": torch.cat(labels)}
+
+    def _classes(self, task: int, part: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each class of a task all its images, the places of those that train or judge, and their labels."""
+        generator, way = _generator(self.seed, task, _CLASSES), self.size.way
+        names = list(self.pool.images)
+        for label, chosen in enumerate(torch.randperm(len(names), generator=generator)[:way].tolist()):
+            held = self.pool.images[names[chosen]]
+            places = torch.randperm(len(held), generator=generator)[: self.size.images]
+            half = len(places) // 2
+            places = places[:half] if part == _TRAIN else places[half:]
+            labels = torch.full((len(places),), label)
+            if part == _TRAIN and self.flip_rate:
+                labels = _flipped(labels, self.flip_rate, way, _generator(self.seed, task, _LABELS, label))
+            yield held, places, labels
+
+
+def _flipped(labels: Tensor, rate: float, way: int, generator: Generator) -> Tensor:
+    """Each label with probability `rate` another one of the task, all others alike."""
+    others = torch.randint(1, way, labels.shape, generator=generator)
+    wrong = torch.rand(labels.shape, generator=generator) < rate
+    return torch.where(wrong, (labels + others) % way, labels)
+
+
+def _generator(*keys: int) -> Generator:
+    return torch.Generator().manual_seed(mix_seed(0, *keys))
+
+
+def _sized(image: object, side: int, channels: int) -> Tensor:
+    """uint8 (H, W, C) of any size -> uint8 (side, side, channels)."""
+    pixels = resize(to_channels(to_float(image), channels), side, side)
+    return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
