@@ -140,6 +140,7 @@ COMMANDS = {
     "fewshot": Command("few-shot classification on an unseen image domain", task("fewshot"), launched=True),
     "rotation": Command("learn the angle of a test set", task("rotation"), launched=True),
     "hyper-cleaning": Command("learn a weight for each training image", task("hyper_cleaning"), launched=True),
+    "schedule": Command("learn a schedule of an optimiser's numbers over a long training", task("schedule")),
     "study": Command("CONFIG --output_dir OUT: make runs x cases x seeds, compare, report", study),
     "run": Command(f"OUT/{PLAN} --index N: make one run of a study's plan", run, shows_help=False),
     "report": Command("OUT: compare and report what a study has made so far", report, shows_help=False),
