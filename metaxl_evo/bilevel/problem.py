@@ -137,12 +137,14 @@ class StepMade:
     """An inner step that was really made: the weights after it, its gradient (before clipping), the state after it.
 
     As with torch, the gradient lacks the parameters that the loss did not reach; the step passed them over. Whoever
-    reads it last takes it over, so that its memory is free for the passes to come.
+    reads it last takes it over, so that its memory is free for the passes to come. `grad_norm` is its norm, where that
+    is known.
     """
 
     w: Tree
     grad: Tree
     update_state: UpdateState
+    grad_norm: float | None = None
 
     def take_grad(self) -> Tree:
         """The gradient, which is gone from here: reading `grad` again is an AttributeError."""

@@ -100,21 +100,25 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
 
 def norm(a: Mapping[str, Tensor]) -> float:
     """Euclidean norm over all leaves, accumulated in float64; of a large leaf row by row, which takes no memory."""
+    return math.hypot(*numbers(norms(a)))
+
+
+def norms(a: Mapping[str, Tensor]) -> list[Tensor]:
+    """Those of the leaves, 0-d tensors in float64: not a number, or infinite, where one of their entries is."""
     leaves = [leaf.detach() for leaf in a.values()]
     small = [leaf for leaf in leaves if leaf.numel() <= TOGETHER]
-    norms = [
+    large = [
         torch.linalg.vector_norm(torch.linalg.vector_norm(leaf, dim=-1), dtype=torch.float64)
         for leaf in leaves
         if leaf.numel() > TOGETHER
     ]
-    norms += torch._foreach_norm(small, 2, torch.float64) if small else []
-    return math.hypot(*_numbers(norms))
+    return large + list(torch._foreach_norm(small, 2, torch.float64) if small else ())
 
 
-def _numbers(scalars: Sequence[Tensor]) -> list[float]:
-    """0-d tensors as numbers, asked for once."""
-    numbers: list[float] = torch.stack(list(scalars)).tolist() if scalars else []
-    return numbers
+def numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """0-d tensors of a device and a dtype as numbers, asked for once."""
+    found: list[float] = torch.stack(list(scalars)).tolist() if scalars else []
+    return found
 
 
 def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -135,4 +139,4 @@ def size(a: Mapping[str, Tensor]) -> int:
 def all_finite(a: Mapping[str, Tensor]) -> bool:
     """Whether no leaf holds an infinity or a NaN."""
     leaves = [leaf.detach() for leaf in a.values() if leaf.numel()]
-    return all(map(math.isfinite, _numbers(torch._foreach_norm(leaves, math.inf)))) if leaves else True
+    return all(map(math.isfinite, numbers(torch._foreach_norm(leaves, math.inf)))) if leaves else True

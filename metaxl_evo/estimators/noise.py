@@ -27,7 +27,7 @@ _GOLDEN, _FIRST, _SECOND = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF5847
 class Perturbations:
     """The K perturbations eps_k of the leaves `like`: drawn on demand, or injected.
 
-    The leaves of a dtype are drawn together, as many as fit a block (`_BLOCK` numbers, four times that off the CPU).
+    The leaves of a dtype are drawn together, as many as fit a block (`_BLOCK` numbers, eight times that off the CPU).
     Where all leaves of all copies fit one they are kept for the next use, else their random words where these fit.
 
     Args:
@@ -55,7 +55,7 @@ class Perturbations:
         self.rows, self.injected = rows or {}, injected
         self.copies = copies if injected is None else len(injected)
         device = next(iter(like.values())).device
-        self._block = _BLOCK if device.type == "cpu" else 4 * _BLOCK  # no cache to fit, and launches to save
+        self._block = _BLOCK if device.type == "cpu" else 8 * _BLOCK  # no cache to fit, and launches to save
         whole = {name: leaf for name, leaf in like.items() if name not in self.rows}
         self._blocks = [*tree.in_groups(whole, self._block), *([name] for name in like if name in self.rows)]
         self._kept = self._store(tree.size(like))
