@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -59,14 +60,15 @@ class Hypergradient:
     Args:
         grads: like lam, at true scale.
         outer_loss: the outer loss where it was judged, a 0-d tensor.
-        diagnostics: the estimator's own numbers (effective sample size, perturbation length, ...).
+        diagnostics: the estimator's own numbers (effective sample size, perturbation length, ...); of `estimate` some
+            are still 0-d tensors, so that the host need not wait for each.
         counts: the passes that it took.
         w: the base weights at the end, where an episode was run.
     """
 
     grads: Tree
     outer_loss: Tensor
-    diagnostics: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
     w: Tree | None = None
 
@@ -136,7 +138,7 @@ def estimate(passes: PassContext, estimator: HypergradientEstimator, step: Inner
     For callers that run the inner steps themselves, with passes that may have recorded the step's own forward. The
     gradient of a step that was made may be taken over (`step.lent()` keeps it), to free its memory early.
     """
-    lam, diagnostics = step.lam, dict[str, float]()
+    lam, diagnostics = step.lam, dict[str, Any]()
     with kept():
         response = estimator.respond(passes, step, state, diagnostics)
         wrt = tuple(step.w) if response.wrt is None else tuple(response.wrt)
@@ -234,7 +236,17 @@ def _draw_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
+def look_at(result: Hypergradient) -> tuple[float, float]:
+    """The norm and the outer loss of an estimate, whose diagnostics are numbers from then on: asked for at once."""
+    waiting = {name: found for name, found in result.diagnostics.items() if isinstance(found, Tensor)}
+    norms = tree.norms(result.grads)
+    found = tree.numbers([*norms, result.outer_loss.double(), *map(Tensor.double, waiting.values())])
+    result.diagnostics.update(zip(waiting, found[len(norms) + 1 :], strict=True))
+    return math.hypot(*found[: len(norms)]), found[len(norms)]
+
+
 def _said_if_zero(passes: PassContext, step: InnerStep, result: Hypergradient) -> Hypergradient:
+    look_at(result)
     deaf = [name for name, leaf in result.grads.items() if not leaf.any()]
     if len(deaf) == len(result.grads):
         logger.warning("%s", why_zero(passes, step))

@@ -141,13 +141,14 @@ class StepMade:
 
     As with torch, the gradient lacks the parameters that the loss did not reach; the step passed them over. Whoever
     reads it last takes it over, so that its memory is free for the passes to come. `lam_grad` is what the same
-    backward left at lam, this process's share, where it was asked for.
+    backward left at lam, this process's share, where it was asked for; `grad_norm` is the norm of `grad`, where known.
     """
 
     w: Tree
     grad: Tree
     update_state: UpdateState
     lam_grad: Tree | None = None
+    grad_norm: float | None = None
 
     def take_grad(self) -> Tree:
         """The gradient, which is gone from here: reading `grad` again is an AttributeError."""

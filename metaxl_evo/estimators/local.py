@@ -58,7 +58,8 @@ class LocalEstimator(EngineEstimator):
         assert step.made is not None
         rule, grad = passes.problem.update, step.made.take_grad()
         through_rule = rule.lam_vjp(v, step.w, step.update_state, grad, step.lam)
-        direction = rule.grad_vjp(v, step.w, grad, step.made.update_state, step.lam, before=step.update_state)
+        after, norm = step.made.update_state, step.made.grad_norm
+        direction = rule.grad_vjp(v, step.w, grad, after, step.lam, before=step.update_state, norm=norm)
         del grad  # its memory serves the product
         direction = passes.all_reduce(direction)
         diagnostics["direction_norm"] = length = tree.norm(direction)

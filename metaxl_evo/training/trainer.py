@@ -376,7 +376,7 @@ class MetaTrainer(StoppableTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
         if norm is not None and self.meta_step is not None:
-            self.meta_step.grad_norm = float(norm)
+            self.meta_step.grad_norm = norm
         return norm
 
     # ---- a hypergradient outside of a training

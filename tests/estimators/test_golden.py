@@ -391,7 +391,7 @@ def test_whole_copies_in_one_pass_are_copies_one_by_one(
     estimator = EvoGrad(temperature=0.5, share_randomness=share)
     alone = replace(toy, problem=replace(toy.problem, facts=Facts(batched_whole=False)))
     expected = estimate(alone, estimator, noise=noise, generator=seeded(3))
-    monkeypatch.setattr(copies_module, "TOGETHER_ON_CPU", together)
+    monkeypatch.setattr(copies_module, "WHOLE_TOGETHER_ON_CPU", together)
     for _ in ("finds out", "knows"):
         calls.clear()
         found = estimate(toy, estimator, noise=noise, generator=seeded(3))
@@ -475,7 +475,7 @@ def peak(toy: Toy, estimator: Estimator) -> int:
 def test_memory_is_flat_in_the_number_of_copies(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond those that are drawn or evaluated together."""
     monkeypatch.setattr(noise_module, "_BLOCK", 2**10)  # in proportion to the small network
-    for limit in ("TOGETHER", "TOGETHER_ON_CPU"):
+    for limit in ("TOGETHER", "WHOLE_TOGETHER_ON_CPU"):
         monkeypatch.setattr(copies_module, limit, 2**16)
     toy, lam_bytes = wide_problem(cut)
     settings: dict[str, Any] = {"parameters": "head"} if cut else {}
