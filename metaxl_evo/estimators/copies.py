@@ -31,8 +31,8 @@ Found = tuple[Tensor, Tree]  # losses (k,) and gradients to lam (k, *shape) of s
 class FullPasses:
     """Whole forwards of the copies, each of which yields its loss and its lambda-gradient; the K gradients are kept.
 
-    As many copies as make `WHOLE_TOGETHER` numbers are evaluated in one pass, where torch can vectorise the loss and that
-    gives what single passes give, which is tried with two copies once a run.
+    As many copies as make `WHOLE_TOGETHER` numbers are evaluated in one pass, where torch can vectorise the loss and
+    that gives what single passes give, which is tried with two copies once a run.
 
     Args:
         share_randomness, share_meta_inputs: as of `EvoGrad`.
