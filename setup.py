@@ -38,6 +38,7 @@ setup(
         "datasets>=4.0,<6",
         "evaluate>=0.4.2",
         "seqeval>=1.2.2",
+        "scikit-learn>=1.3",
         "safetensors>=0.4.3",
         "huggingface_hub>=1.0,<3",
         "tokenizers>=0.21",

@@ -136,12 +136,15 @@ def env(argv: Sequence[str]) -> int:
 
 COMMANDS = {
     "ner": Command("train a cross-lingual NER tagger, and test it", task("ner"), launched=True),
+    "pos": Command("train a cross-lingual tagger of parts of speech, and test it", task("pos"), launched=True),
     "noisy-labels": Command("train an image classifier on noisy labels", task("noisy_labels"), launched=True),
     "fewshot": Command("few-shot classification on an unseen image domain", task("fewshot"), launched=True),
     "rotation": Command("learn the angle of a test set", task("rotation"), launched=True),
     "hyper-cleaning": Command("learn a weight for each training image", task("hyper_cleaning"), launched=True),
     "many-shot": Command("layers, warps or weights for many-shot image tasks", task("many_shot"), launched=True),
     "sinusoid": Command("features from which a head fits a new sinusoid", task("sinusoid"), launched=True),
+    "weight-text": Command("learn which texts a classifier should train on", task("weight_text"), launched=True),
+    "schedule": Command("learn a schedule of an optimiser's numbers over a long training", task("schedule")),
     "study": Command("CONFIG --output_dir OUT: make runs x cases x seeds, compare, report", study),
     "run": Command(f"OUT/{PLAN} --index N: make one run of a study's plan", run, shows_help=False),
     "report": Command("OUT: compare and report what a study has made so far", report, shows_help=False),

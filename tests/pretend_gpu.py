@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -129,7 +130,8 @@ def pretend_gpu() -> Iterator[PretendGPU]:
     if not hasattr(torch, NAME):
         _setup_privateuseone_for_python_backend(NAME)
         torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
-        torch.utils._foreach_utils._foreach_supported_types.append(Pretended)
+        for held in (torch.utils._foreach_utils, torch_optimizer):  # as on CUDA
+            held._foreach_supported_types.append(Pretended)
         torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16]  # type: ignore[attr-defined]
     device, generator = PretendGPU(), torch.Generator
     _ENTERED.append(device)

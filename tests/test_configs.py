@@ -604,6 +604,7 @@ STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "many_shot_cpu": ([""], 3, 5),
     "ner_cpu": (["sw", "mt", "ig"], 3, 4),
     "noisy_labels_cpu": (["0", "0.2", "0.4"], 3, 5),
+    "pos_cpu": (["ha", "ig", "rw", "sw"], 3, 4),
     "quickstart": (["beru", "celu"], 2, 3),
     "rotation_cpu": ([""], 3, 4),
     "rotation_paper": ([""], 5, 3),

@@ -15,7 +15,7 @@ from metaxl_evo.benchmark.horizons import HorizonArguments
 from metaxl_evo.cli import COMMANDS, RunArguments
 from metaxl_evo.experiments.arguments import RunsArguments
 from metaxl_evo.experiments.study import Study
-from metaxl_evo.experiments.task import find_task
+from metaxl_evo.experiments.task import TASKS, find_task
 from metaxl_evo.ner.evaluate_command import EvaluationArguments
 from metaxl_evo.ner.predict_command import PredictionArguments
 from metaxl_evo.training.parser import parse_arguments
@@ -44,10 +44,7 @@ def study(argv: list[str]) -> None:
 
 
 READERS: dict[str, Reader] = {
-    **{
-        name: of_task(name.replace("-", "_"))
-        for name in ("ner", "noisy-labels", "fewshot", "rotation", "hyper-cleaning", "sinusoid")
-    },
+    **{name.replace("_", "-"): of_task(name) for name in TASKS},
     "compare_horizons": of_task("ner", HorizonArguments),
     "evaluate": of(EvaluationArguments),
     "predict": of(PredictionArguments),
@@ -59,7 +56,8 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys(("report", "env", "configs", "demo"), lambda argv: None),
 }
 SCRIPTS = {
-    "train_ner": "ner", "train_noisy_labels": "noisy-labels", "train_fewshot": "fewshot", "train_rotation": "rotation",
+    "train_ner": "ner", "train_pos": "pos", "train_noisy_labels": "noisy-labels", "train_fewshot": "fewshot",
+    "train_rotation": "rotation",
     "train_hyper_cleaning": "hyper-cleaning",
     "evaluate_ner": "evaluate", "predict_ner": "predict", "benchmark_estimators": "benchmark",
 }  # fmt: skip

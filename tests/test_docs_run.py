@@ -21,7 +21,7 @@ from PIL import Image
 from metaxl_evo import demo
 from metaxl_evo.cli import main
 from metaxl_evo.training.parser import given_text
-from tests.scripts.runs import argv, write_data, write_model
+from tests.scripts.runs import FAMILY, argv, write_data, write_model
 from tests.test_docs_commands import PAGES, ROOT, Command, commands, parsed
 from tests.vision_tasks.models import write_classifier
 from tests.vision_tasks.small import pack, random_images
@@ -51,6 +51,7 @@ SHORT: dict[str, Any] = {
 IMAGES = SHORT | {"seeds": 1, "per_device_train_batch_size": 4, "per_device_meta_batch_size": 4}
 TASKS: dict[str, dict[str, Any]] = {
     "ner": SHORT | {"train_size": 24, "eval_size": 8, "max_length": 32, "target_languages": "sw"},
+    "pos": SHORT | {"train_size": 24, "eval_size": 8, "max_length": 32, "target_languages": "sw"},
     "noisy_labels": IMAGES | {"train_size": 20, "meta_size": 10},
     "rotation": IMAGES | {"train_size": 20, "meta_size": 10},
     "hyper_cleaning": IMAGES | {
@@ -59,6 +60,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "sinusoid": SHORT | {
         "seeds": 1, "max_steps": 2, "episode_length": 2, "meta_last": 1, "meta_batch": 2, "test_tasks": 2, "hidden": 5,
     },
+    "weight_text": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 60, "eval_size": 40},
     "fewshot": SHORT | {
         "seeds": 1, "width": 2, "image_size": 16, "n_way": 2, "n_shot": 2, "n_query": 2, "test_n_query": 2,
         "test_episodes": 4, "aux_images": 4,
@@ -124,12 +126,27 @@ def write_sentences(folder: Path) -> None:
         copytree(made / "beru", folder / language)
 
 
+def write_parts_of_speech(folder: Path) -> None:
+    """Two columns of the same sentences, all languages but the source one."""
+    for language, drawn in (("en", "aru"), *((one, "beru") for one in ("ha", "ig", "rw", "sw"))):
+        for split, rows in FAMILY.load(drawn).items():
+            names = rows.features["upos"].feature.names
+            lines = (
+                "".join(f"{word}\t{names[tag]}\n" for word, tag in zip(row["tokens"], row["upos"], strict=True))
+                for row in rows
+            )
+            place = folder / language / str(split)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text("\n".join(lines), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages name and a user has, or the Hub."""
     root = tmp_path_factory.mktemp("named")
     for place in ("unimelb-nlp/wikiann", "WIKIANN", "DIR", "data"):
         write_sentences(root / place)
+    write_parts_of_speech(root / "ud")
     for place in ("FacebookAI/xlm-roberta-base", "MODEL", "DIR"):
         write_model(root / place)
     (root / "FILE").write_text("Doru vakemi Tila .\n", encoding="utf-8")

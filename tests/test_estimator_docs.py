@@ -86,7 +86,7 @@ def test_formulas_are_formulas() -> None:
         ("facts", "hyperdistill, scale: fixed", {"trees like w", "SGD, Adam, AdamW"}),
         ("costs", "sama", {"3 F + 3 B"}),  # the outer loss, and the inner one on two sides
         ("costs", "evograd", {"3 F + 3 B"}),  # the outer loss, and two copies
-        ("costs", "unroll, horizon: 3", {"1 F + 1 B + 1 D", "1 F + 1 B + 3 D", "horizon: 3"}),
+        ("costs", "unroll, horizon: 3", {"1 F + 1 B + 1 D", "1 F + 1 B + 3 D", "horizon: 3, recompute: false"}),
         ("costs", "greedy", {"2 F + 2 B + 1 J", "11 F + 11 B + 10 J"}),
         ("costs", "conjugate_gradient", {"1 F + 1 B + 6 J"}),  # five iterations and the mixed product
     ],

@@ -24,6 +24,7 @@ FLOORS = {
     "metaxl_evo.experiments": 5,
     "metaxl_evo.ner": 6,
     "metaxl_evo.long_horizon": 6,
+    "metaxl_evo.weighting": 6,
     "vision_tasks": 6,
     "metaxl_evo.benchmark": 7,
     "metaxl_evo.demo": 7,
@@ -33,7 +34,11 @@ FLOORS = {
 }
 LAZY_ROOT = "metaxl_evo"  # its names may come from any floor, so only scripts may import them from there
 THIRD_PARTY = {"metaxl_evo.messages": set(), "metaxl_evo.bilevel": {"torch"}, "metaxl_evo.estimators": {"torch"}}
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # where a module's name is not its distribution's
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+}  # where a module's name is not its distribution's
 
 
 def module_name(file: Path) -> str:

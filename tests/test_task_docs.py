@@ -1,4 +1,4 @@
-"""The page on adding a task runs as printed."""
+"""The pages on adding a task and on weighting run as printed."""
 
 from __future__ import annotations
 
@@ -25,3 +25,15 @@ def test_the_page_runs_as_printed(
     weights = [float(number) for number in re.findall(r"\d\.\d+", lines[-1])]
     assert weights[0] > 1 > weights[1]  # the domain that judges
     assert (tmp_path / "runs/mixture/config.json").is_file()
+
+
+def test_the_page_on_weighting_runs_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = BLOCK.findall((Path(__file__).parents[1] / "docs/weighting.md").read_text("utf-8"))
+    script = tmp_path / "page.py"
+    script.write_text(block, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    last = printed(script, monkeypatch=monkeypatch, capsys=capsys)[-1]
+    assert all(0.1 < float(number) < 1 for number in re.findall(r"\d\.\d+", last))
+    assert (tmp_path / "runs/weighted/weigher/model.safetensors").is_file()

@@ -188,3 +188,6 @@ class PadCropFlip:
 
     def __call__(self, image: Any, generator: Generator) -> Tensor:
         return (pad_crop_flip if self.flips else pad_crop)(to_float(image), generator, self.pad)
+
+
+AUGMENTATIONS: dict[str, Transform | None] = {"none": None, "pad_crop_flip": PadCropFlip()}

@@ -184,10 +184,14 @@ class ImageRows:
         return len(self.set)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        image, label = self.set.images[index], torch.tensor(self.set.labels[index])
+        return self.row(index, index)
+
+    def row(self, number: int, draw: int) -> dict[str, Tensor]:
+        """Image `number`, augmented by draw `draw` of this epoch."""
+        image, label = self.set.images[number], torch.tensor(self.set.labels[number])
         if self.transform is None:
             return {"images": to_float(image), "labels": label}
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch, index))
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch, draw))
         return {"images": self.transform(image, generator), "labels": label}
 
 

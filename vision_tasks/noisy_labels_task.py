@@ -17,7 +17,7 @@ from metaxl_evo.messages import unknown
 from metaxl_evo.models.weight_net import SUBFOLDER, WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
-from vision_tasks.augmentation import PadCropFlip
+from vision_tasks.augmentation import AUGMENTATIONS
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.classification import (
     ClassificationTask,
@@ -39,7 +39,6 @@ from vision_tasks.weight_net import NORMALISATIONS, WeightedClassifier
 
 METHODS = ("meta_weight_net", "baseline")
 WEIGHTS_PICTURE, NOISE_PICTURE = "weights.png", "noise.png"
-AUGMENTATIONS = {"none": None, "pad_crop_flip": PadCropFlip()}
 SELECTION = ("loss", "accuracy")  # scores that choose a checkpoint
 CURVE = torch.linspace(0, 8, 65)  # losses at which the learned weight is drawn
 

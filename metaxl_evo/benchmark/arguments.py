@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
@@ -17,6 +17,7 @@ from vision_tasks import fewshot
 from vision_tasks.backbones import BACKBONES
 
 PROBLEMS = ("regression", "tagger", "weight_net", "rotation", "fewshot", "peers")
+OF_PEERS = ("weight_net", "tagger")
 WIDE = ("resnet32", *fewshot.BACKBONES)  # backbones that have a width
 
 
@@ -35,8 +36,15 @@ class BenchmarkArguments:
             "help": "regression: a decay for each feature learned over whole episodes, in float64; tagger: an XLM-R "
             "with random weights and an RTN, in a MetaTrainer; weight_net: an image classifier on noisy labels with a "
             "loss-weighting net, in a MetaTrainer; rotation: an image classifier with a learned angle, the same; "
-            "fewshot: an episodic classifier with a feature-wise transform, the same; peers: one step of weight_net "
+            "fewshot: an episodic classifier with a feature-wise transform, the same; peers: one SGD step of `cases` "
             "beside other libraries, on the CPU."
+        },
+    )
+    cases: dict[str, Any] = field(
+        default_factory=lambda: {"weight_net": {"problem": "weight_net"}},
+        metadata={
+            "help": f"Name -> what is other in this case than in the settings around it, a problem of {OF_PEERS} at "
+            "least; all is measured once for each (peers)."
         },
     )
     estimators: list[str] = field(
@@ -129,9 +137,24 @@ class BenchmarkArguments:
                 raise ValueError(
                     f"{name} are of {', '.join(having)}, not of the backbone {self.backbone}: leave them out"
                 )
+        if self.problem == "peers":
+            for name in self.cases:
+                self.case(name)
         for name, variants in self.variants.items():
             if not (isinstance(variants, list) and all(isinstance(one, dict) for one in variants)):
                 raise ValueError(f"variants: {name} must be a list of mappings, as in [{{}}], not {variants!r}")
+
+    def case(self, name: str) -> BenchmarkArguments:
+        """The settings in one of `cases`.
+
+        Raises:
+            ValueError: for what is no case, naming it.
+        """
+        given = self.cases[name]
+        if not isinstance(given, dict) or given.get("problem") not in OF_PEERS:
+            raise ValueError(f"cases: {name} must be a mapping with a problem of {', '.join(OF_PEERS)}, not {given!r}")
+        self._known(f"field of the case {name}", given, [one.name for one in fields(self)])
+        return replace(self, **given)
 
     def rows(self, orders: list[str] | None = None, **case: Any) -> list[Row]:
         """An empty row for every estimator, variant and order."""

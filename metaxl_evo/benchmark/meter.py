@@ -160,7 +160,7 @@ def judge(row: Row, draws: Sequence[Hypergradient], exact: Tree) -> None:
         raise ValueError("the exact hypergradient is zero here: there is nothing to compare with")
     along = [float(tree.dot(draw.grads, exact)) / length for draw in draws]
     row.cosine = statistics.fmean(a / (tree.norm(draw.grads) or 1.0) for a, draw in zip(along, draws, strict=True))
-    row.relative_error = statistics.fmean(tree.norm(tree.add(draw.grads, exact, -1.0)) / length for draw in draws)
+    row.relative_error = statistics.fmean(relative_error(draw.grads, exact) for draw in draws)
     if row.counts is None:
         row.counts = draws[0].counts.as_dict()
     if len(draws) > 1:
@@ -168,3 +168,8 @@ def judge(row: Row, draws: Sequence[Hypergradient], exact: Tree) -> None:
         variance = sum(tree.norm(tree.add(draw.grads, mean, -1.0)) ** 2 for draw in draws) / (len(draws) - 1)
         signal = statistics.fmean(along)
         row.noise_to_signal = variance / signal**2 if signal else math.inf
+
+
+def relative_error(found: Tree, expected: Tree) -> float:
+    """|found - expected| / |expected|."""
+    return tree.norm(tree.add(found, expected, -1.0)) / tree.norm(expected)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
-from metaxl_evo.benchmark.problems import Episode
+from metaxl_evo.benchmark.problems import Episode, make_tagger, sentences
 from metaxl_evo.benchmark.rows import Row
 from metaxl_evo.benchmark.trajectories import AFTER, Estimation, by_estimator, measure_estimations
 from metaxl_evo.benchmark.vision import EPOCH, noisy_images, weighted_classifier
 from metaxl_evo.bilevel import SGD, Hypergradient
 from metaxl_evo.estimators import ESTIMATORS
-from metaxl_evo.models.bilevel_module import Batch
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule
+from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
+from metaxl_evo.training.base_optimizer import gathered
 from vision_tasks.images import ImageRows
 from vision_tasks.weight_net import WeightedClassifier
 
@@ -31,21 +34,31 @@ INSTALL = {
     "betty": "pip install --no-deps --ignore-requires-python betty-ml==0.2.1",
 }
 
+_TWICE = partial(sdpa_kernel, SDPBackend.MATH)  # torch's other attention kernels have no second derivative
+
 
 def measure_peers(settings: BenchmarkArguments) -> Iterator[list[Row]]:
-    """One SGD step of weight_net and its hypergradient; the yardstick is that step in plain torch."""
-    module, episode = weighted_step(settings)
-    (train,), val = episode.train, episode.val
+    """One SGD step and its hypergradient, in each case; the yardstick is that step in plain torch."""
+    for name in settings.cases:
+        yield _measure_case(settings.case(name), name)
+
+
+def _measure_case(settings: BenchmarkArguments, name: str) -> list[Row]:
+    """The case is made here, so that it is gone when the next one is: its tensors would count as the next one's."""
+    module, episode = STEPS[settings.problem](settings)
+    lr, (train,), val = settings.learning_rate, episode.train, episode.val
 
     def prepare(row: Row) -> Estimation:
         if row.estimator in ESTIMATORS:
             return by_estimator(episode, row)
-        return PEERS[row.estimator](trainable(module), settings.learning_rate, train, val, **row.settings)
+        return PEERS[row.estimator](module, lr, train, val, **row.settings)
 
-    rows = [*settings.rows([AFTER]), Row("higher", {}, AFTER), Row("torchopt", {}, AFTER)]
-    rows += [Row("betty", {"type": one}, AFTER) for one in ("darts", "sama")]
-    measure_estimations(settings, rows, prepare, plain_step(trainable(module), settings.learning_rate, train), episode)
-    yield rows
+    where = {"problem": name}
+    rows = settings.rows([AFTER], **where)
+    rows += [Row(peer, {}, AFTER, where) for peer in ("higher", "torchopt")]
+    rows += [Row("betty", {"type": one}, AFTER, where) for one in ("darts", "sama")]
+    measure_estimations(settings, rows, prepare, plain_step(module, lr, train), episode)
+    return rows
 
 
 def weighted_step(settings: BenchmarkArguments) -> tuple[WeightedClassifier, Episode]:
@@ -58,58 +71,90 @@ def weighted_step(settings: BenchmarkArguments) -> tuple[WeightedClassifier, Epi
         default_collate([rows[number] for number in range(settings.batch_size)])
         for rows in (ImageRows(images.train), ImageRows(images.meta))
     )
-    problem = module.problem(SGD(settings.learning_rate))
-    return module, Episode(problem, module.base_parameters(), module.meta_parameters(), [train], val)
+    return module, first_step(module, settings.learning_rate, train, val)
 
 
-def plain_step(module: WeightedClassifier, lr: float, train: Batch) -> Callable[[], None]:
-    """Forward, backward and optimiser as everybody writes them."""
+def tagged_step(settings: BenchmarkArguments) -> tuple[CrossLingualTagger, Episode]:
+    """MetaXL on random sentences, and its first step: half of the rows are the source's, others judge."""
+    module = make_tagger(settings, settings.rtn_layer[0])
+    half = max(1, settings.batch_size // 2)
+    source, target, meta = (sentences(settings, module, half, language) for language in (0, TARGET, TARGET))
+    train, val = default_collate([*source, *target]), default_collate(meta)
+    return module, first_step(module, settings.learning_rate, train, val)
+
+
+STEPS: dict[str, Callable[[BenchmarkArguments], tuple[Any, Episode]]] = {
+    "weight_net": weighted_step,
+    "tagger": tagged_step,
+}
+
+
+def first_step(module: BilevelModule, lr: float, train: Batch, val: Batch) -> Episode:
+    """An SGD step as an episode, of embeddings with the rows that it touches alone, as in the trainer.
+
+    From here on the meta parameters take gradients, as peers have it.
+    """
+    module.meta.requires_grad_(True)
+    rows = module.touched_rows([train, val])
+    w = gathered(module.base_parameters(), rows)
+    return Episode(module.problem(SGD(lr), rows=rows), w, module.meta_parameters(), [train], val)
+
+
+def plain_step(module: BilevelModule, lr: float, train: Batch) -> Callable[[], None]:
+    """Forward, backward and optimiser as everybody writes them; the meta network stands still."""
     optimizer = torch.optim.SGD(module.base.parameters(), lr=lr)
 
     def step() -> None:
-        optimizer.zero_grad()
+        module.meta.requires_grad_(False)
         module.mean_inner_loss(train).backward()
         optimizer.step()
+        optimizer.zero_grad()
+        module.meta.requires_grad_(True)
 
     return step
 
 
-def by_higher(module: WeightedClassifier, lr: float, train: Batch, val: Batch) -> Estimation:
+def by_higher(module: BilevelModule, lr: float, train: Batch, val: Batch) -> Estimation:
     """A patched copy of the base, which takes a differentiable step (Grefenstette et al., 2019)."""
     higher: Any = _import("higher")
     base = module.base
     optimizer = torch.optim.SGD(base.parameters(), lr=lr)
 
     def estimate(seed: int) -> Hypergradient:
-        with higher.innerloop_ctx(base, optimizer) as (module.base, differentiable):
-            differentiable.step(module.mean_inner_loss(train))
-            found = _by_autograd(module, val)
-        module.base = base
-        return found
+        try:
+            with _TWICE(), higher.innerloop_ctx(base, optimizer) as (module.base, differentiable):
+                for patched, own in zip(module.base.modules(), base.modules(), strict=True):
+                    patched._forward_hooks = own._forward_hooks  # of the meta network; higher leaves them behind
+                differentiable.step(module.mean_inner_loss(train))
+                return _by_autograd(module, val)
+        finally:
+            module.base = base
 
     return estimate
 
 
-def by_torchopt(module: WeightedClassifier, lr: float, train: Batch, val: Batch) -> Estimation:
+def by_torchopt(module: BilevelModule, lr: float, train: Batch, val: Batch) -> Estimation:
     """A differentiable optimiser that puts the base's next weights in place (Ren et al., JMLR 2023)."""
     torchopt: Any = _import("torchopt")
     optimizer = torchopt.MetaSGD(module.base, lr=lr)
     start = [torchopt.extract_state_dict(one, by="reference") for one in (module.base, optimizer)]
 
     def estimate(seed: int) -> Hypergradient:
-        optimizer.step(module.mean_inner_loss(train))
-        found = _by_autograd(module, val)
-        for one, state in zip((module.base, optimizer), start, strict=True):
-            torchopt.recover_state_dict(one, state)
-        return found
+        try:
+            with _TWICE():
+                optimizer.step(module.mean_inner_loss(train))
+                return _by_autograd(module, val)
+        finally:
+            for one, state in zip((module.base, optimizer), start, strict=True):
+                torchopt.recover_state_dict(one, state)
 
     return estimate
 
 
-def by_betty(module: WeightedClassifier, lr: float, train: Batch, val: Batch, *, type: str) -> Estimation:
+def by_betty(module: BilevelModule, lr: float, train: Batch, val: Batch, *, type: str) -> Estimation:
     """Two problems in an engine, the lower one's config names the estimator (Choe et al., ICLR 2023)."""
     problems, engine, configs = (_import(f"betty.{part}") for part in ("problems", "engine", "configs"))
-    start = [parameter.detach().clone() for parameter in module.base.parameters()]
+    start = [parameter.detach().numpy().copy() for parameter in module.base.parameters()]  # tensors would count
     found: list[Tensor] = []
 
     class Lower(problems.ImplicitProblem):  # type: ignore[name-defined]
@@ -135,10 +180,13 @@ def by_betty(module: WeightedClassifier, lr: float, train: Batch, val: Batch, *,
     loop = engine.Engine([upper, lower], configs.EngineConfig(train_iters=1), dependencies)
 
     def estimate(seed: int) -> Hypergradient:
-        with torch.no_grad():
-            for parameter, value in zip(module.base.parameters(), start, strict=True):
-                parameter.copy_(value)
-        loop.run()
+        try:
+            loop.run()
+        finally:
+            module.zero_grad()
+            with torch.no_grad():
+                for parameter, value in zip(module.base.parameters(), start, strict=True):
+                    parameter.copy_(torch.from_numpy(value))
         return Hypergradient(dict(zip(module.meta_parameters(), found, strict=True)), torch.zeros(()))
 
     return estimate
@@ -147,14 +195,7 @@ def by_betty(module: WeightedClassifier, lr: float, train: Batch, val: Batch, *,
 PEERS: dict[str, Callable[..., Estimation]] = {"higher": by_higher, "torchopt": by_torchopt, "betty": by_betty}
 
 
-def trainable(module: WeightedClassifier) -> WeightedClassifier:
-    """A copy of one's own whose meta parameters take gradients."""
-    module = copy.deepcopy(module)
-    module.meta.requires_grad_(True)
-    return module
-
-
-def _by_autograd(module: WeightedClassifier, val: Batch) -> Hypergradient:
+def _by_autograd(module: BilevelModule, val: Batch) -> Hypergradient:
     parameters = module.meta_parameters()
     loss = module.mean_outer_loss(val)
     return Hypergradient(

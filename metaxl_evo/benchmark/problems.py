@@ -16,9 +16,9 @@ from transformers import PrinterCallback, XLMRobertaConfig, XLMRobertaForTokenCl
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.rows import Row
 from metaxl_evo.bilevel import SGD, BilevelProblem, Tree
+from metaxl_evo.models.adapters import add_lora
 from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.models.rtn import RepresentationTransform
-from metaxl_evo.ner.pretrained import add_lora
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.base_optimizer import BaseOptimizer
@@ -107,30 +107,39 @@ class MeasuredTrainer(MetaTrainer):
 
 
 def tagger(settings: BenchmarkArguments, rtn_layer: int) -> MeasuredTrainer:
-    """An XLM-R token classifier with random weights, without dropout, with an RTN after one of its layers.
+    """`make_tagger` on sentences of a source and of the target language, half of the meta rows training."""
+    module = make_tagger(settings, rtn_layer)
+    args = step_arguments(settings, meta_portion=0.5)
+    train = sentences(settings, module, EPOCH * args.per_device_train_batch_size)
+    meta = sentences(settings, module, EPOCH * args.per_device_meta_batch_size, TARGET)
+    return measured_trainer(module, partial(setattr, module, "transform"), args, train, meta)
 
-    Sentences are random tokens, as many as a batch takes, all of one length, all labelled.
-    """
+
+def make_tagger(settings: BenchmarkArguments, rtn_layer: int) -> CrossLingualTagger:
+    """An XLM-R token classifier with random weights, without dropout, with an RTN after one of its layers."""
     torch.manual_seed(settings.seed)
     config: Any = XLMRobertaConfig(**NO_DROPOUT | settings.model)
     rtn = RepresentationTransform(config.hidden_size, layers=[rtn_layer])
     base: Any = XLMRobertaForTokenClassification(config)
     if settings.lora_r is not None:
         base = add_lora(base, r=settings.lora_r, alpha=settings.lora_r, dropout=0.0, target_modules=None)
-    module = CrossLingualTagger(base, rtn, pad_token_id=config.pad_token_id)
+    return CrossLingualTagger(base, rtn, pad_token_id=config.pad_token_id)
 
-    def sentence(language: int) -> dict[str, Tensor]:
+
+def sentences(
+    settings: BenchmarkArguments, module: CrossLingualTagger, number: int, language: int = 0
+) -> list[dict[str, Tensor]]:
+    """Random tokens, as many as a batch takes, all of one length, all labelled."""
+
+    def sentence() -> dict[str, Tensor]:
         return {
-            "input_ids": torch.randint(5, config.vocab_size, (settings.length,)),
+            "input_ids": torch.randint(5, module.config.vocab_size, (settings.length,)),
             "attention_mask": torch.ones(settings.length, dtype=torch.long),
-            "labels": torch.randint(config.num_labels, (settings.length,)),
+            "labels": torch.randint(module.config.num_labels, (settings.length,)),
             "language": torch.tensor(language),
         }
 
-    args = step_arguments(settings, meta_portion=0.5)
-    train = [sentence(0) for _ in range(EPOCH * args.per_device_train_batch_size)]
-    meta = [sentence(TARGET) for _ in range(EPOCH * args.per_device_meta_batch_size)]
-    return measured_trainer(module, partial(setattr, module, "transform"), args, train, meta)
+    return [sentence() for _ in range(number)]
 
 
 def step_arguments(settings: BenchmarkArguments, **fields: Any) -> MetaTrainingArguments:

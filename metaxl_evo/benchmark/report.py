@@ -26,7 +26,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "launches, times the plain step": lambda row: _number(row.launch_ratio),
     "host waits above": lambda row: "" if row.wait_increment is None else str(row.wait_increment),
     "cosine": lambda row: _number(row.cosine, 4),
-    "relative error": lambda row: "" if row.relative_error is None else f"{row.relative_error:.1e}",
+    "relative error": lambda row: _error(row.relative_error),
+    "relative error to the same in float32": lambda row: _error(row.precision_error),
     "noise / signal": lambda row: "" if row.noise_to_signal is None else f"{row.noise_to_signal:.3g}",
     "passes": lambda row: ", ".join(f"{count} {name}" for name, count in (row.counts or {}).items() if count),
     "remark": lambda row: row.error or row.untimed or "",
@@ -203,6 +204,10 @@ def _pairs(settings: dict[str, Any]) -> str:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
 
 
 def _spread(value: Spread | None, form: str = ".2f") -> str:

@@ -32,6 +32,8 @@ class Row:
         peak_mib: the peak itself.
         launch_ratio, wait_increment: operators against the yardstick's, and waits of the host beyond its own.
         cosine, relative_error: to the exact hypergradient of the same horizon; means over the draws of noise.
+        precision_error: relative error to the same estimates by float32 meta passes, where they are of another
+            precision.
         noise_to_signal: variance of a draw over the square of the draws' common component along the exact one.
         counts: passes of one hypergradient.
     """
@@ -51,6 +53,7 @@ class Row:
     wait_increment: int | None = None
     cosine: float | None = None
     relative_error: float | None = None
+    precision_error: float | None = None
     noise_to_signal: float | None = None
     counts: dict[str, int] | None = None
     error: str | None = None

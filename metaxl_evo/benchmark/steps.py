@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
-from metaxl_evo.benchmark.meter import Meter, judge
+from metaxl_evo.benchmark.meter import Meter, judge, relative_error
 from metaxl_evo.benchmark.problems import MeasuredTrainer, tagger
 from metaxl_evo.benchmark.rows import Row, standing
 from metaxl_evo.benchmark.vision import weight_net
@@ -19,7 +20,7 @@ from metaxl_evo.bilevel import Counts, Hypergradient, tree
 from metaxl_evo.estimators import Estimator, OneStep
 from metaxl_evo.training.callbacks import MetaCallback
 
-EXACT = OneStep("double_backward")
+EXACT, FULL = OneStep("double_backward"), "float32"  # what estimates are compared with, and its precision
 NO_META_STEP = (
     "made no meta step: the hypergradient was not finite (lower training.learning_rate), or the estimator takes its "
     "first episode for itself (hyperdistill: set scale to fixed)"
@@ -118,20 +119,32 @@ class _Rotation(MetaCallback):
 
 
 def _judge(settings: BenchmarkArguments, trainer: MeasuredTrainer, rows: Sequence[Row], bar: Any) -> None:
-    """Compare estimates of a step to come with its exact hypergradient; both orders share them."""
+    """Compare estimates of a step to come with its exact hypergradient; both orders share them.
+
+    Where meta passes are of another precision than float32, the exact one is not; nor is what shows the difference.
+    """
     args = trainer.args
+    precision = args.meta_precision
 
     @cache
-    def estimates(estimator: Estimator, draws: int = 1) -> list[Hypergradient]:
-        found = []
+    def estimates(estimator: Estimator, draws: int, precision: str) -> list[Hypergradient]:
+        args.meta_precision, found = precision, []
         for args.meta_seed in range(draws):
             found.append(trainer.estimate(estimator))
         return found
 
     for row in rows:
         with row.failing():
-            judge(row, estimates(row.make(), settings.draws(row)), estimates(EXACT)[0].grads)
+            drawn = row.make(), settings.draws(row)
+            found = estimates(*drawn, precision)
+            judge(row, found, estimates(EXACT, 1, FULL)[0].grads)
+            if precision != FULL:
+                full = estimates(*drawn, FULL)
+                row.precision_error = fmean(
+                    relative_error(one.grads, other.grads) for one, other in zip(found, full, strict=True)
+                )
         bar.update()
+    args.meta_precision = precision
 
 
 def _resident_bytes(trainer: MeasuredTrainer) -> int:

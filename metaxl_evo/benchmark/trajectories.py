@@ -91,8 +91,9 @@ def through_all_steps(episode: Episode) -> Tree:
     """The exact hypergradient of the episode: autograd through every step at once."""
     problem, lam = episode.problem, tree.leaves(episode.lam, episode.lam)
     w, state = tree.leaves(episode.w, episode.w), problem.update.init(episode.w)
-    for batch in episode.train:
-        grads = torch.autograd.grad(problem.inner_loss(w, lam, batch), list(w.values()), create_graph=True)
-        w, state = problem.update(w, state, dict(zip(w, grads, strict=True)), lam)
-    found = torch.autograd.grad(problem.outer_loss(w, lam, episode.val), list(lam.values()))
+    with PassContext(problem).scope(0, second_order=True):
+        for batch in episode.train:
+            grads = torch.autograd.grad(problem.inner_loss(w, lam, batch), list(w.values()), create_graph=True)
+            w, state = problem.update(w, state, dict(zip(w, grads, strict=True)), lam)
+        found = torch.autograd.grad(problem.outer_loss(w, lam, episode.val), list(lam.values()))
     return dict(zip(lam, found, strict=True))

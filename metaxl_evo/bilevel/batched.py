@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaxl_evo.bilevel.passes import is_out_of_memory
 from metaxl_evo.bilevel.replay import Facts
@@ -34,14 +36,24 @@ def at_once(loss: Loss, points: Tree, hidden: Tensor, restart: Callable[[], None
         try:
             return _batched(loss, points, hidden, restart)
         except Exception as error:  # of any kind: what is wrong with the loss itself is raised again below
-            _say(error)
+            say_one_by_one(error)
             facts.batched = False
     return torch.stack([loss(leaves, hidden) for leaves in _each(points, restart)])
 
 
 def _batched(loss: Loss, points: Tree, hidden: Tensor, restart: Callable[[], None]) -> Tensor:
     restart()
-    return torch.vmap(lambda leaves: loss(leaves, hidden), randomness="same")(points)
+    return vectorised(lambda leaves: loss(leaves, hidden), points)
+
+
+def vectorised(loss: Callable[..., Tensor], *points: Tree, randomness: str = "same") -> Tensor:
+    """The losses at points (K, *shape) each, (K,), in one call.
+
+    What is kept to be computed again in the backward (activation checkpointing) raises an error: the levels of `vmap`
+    are of this thread, and that backward may run in another, where it would end the process.
+    """
+    with torch.autograd.graph.disable_saved_tensors_hooks("a checkpointed loss is not evaluated at several weights"):
+        return torch.vmap(loss, randomness=randomness)(*points)
 
 
 def _each(points: Tree, restart: Callable[[], None]) -> Iterator[Tree]:
@@ -59,13 +71,13 @@ def _agrees(loss: Loss, points: Tree, hidden: Tensor, restart: Callable[[], None
         weights = torch.arange(1, len(together) + 1).to(together)
         slope = _slope(together, leaf, weights)
     except Exception as error:
-        _say(error)
+        say_one_by_one(error)
         return False
     losses, expected = list[Tensor](), torch.zeros_like(leaf)
     for leaves, weight in zip(_each(points, restart), weights, strict=True):
         losses.append(loss(leaves, leaf))
         expected += _slope(losses[-1], leaf, weight)
-    return _same(together.detach(), torch.stack(losses).detach()) and _same(slope, expected)
+    return agree(together.detach(), torch.stack(losses).detach()) and agree(slope, expected)
 
 
 def _slope(losses: Tensor, leaf: Tensor, weights: Tensor) -> Tensor:
@@ -74,13 +86,33 @@ def _slope(losses: Tensor, leaf: Tensor, weights: Tensor) -> Tensor:
     return torch.autograd.grad(losses, leaf, weights, allow_unused=True, materialize_grads=True)[0]
 
 
-def _say(error: Exception) -> None:
+class Made(TorchDispatchMode):
+    """Counts, while it is entered, the numbers that operators make: what a graph keeps of them is no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        outputs = found if isinstance(found, (list, tuple)) else (found,)
+        if not func.is_view:
+            self.numbers += sum(one.numel() for one in outputs if isinstance(one, Tensor))
+        return found
+
+
+def say_one_by_one(error: Exception) -> None:
+    """Say why copies are not evaluated together.
+
+    Raises:
+        Exception: the error itself, where it is about memory.
+    """
     if is_out_of_memory(error):
         raise error
     logger.info("the copies are evaluated one by one: %s", first_line(error))
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
+def agree(found: Tensor, expected: Tensor) -> bool:
     """To rounding, of the largest entry; places where both are no numbers are the same."""
     close = min(1e3 * torch.finfo(found.dtype).eps, 0.1)
     size = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metaxl_evo.bilevel import shards, tree
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.tree import Tree
 
@@ -23,10 +24,13 @@ def moved(leaves: Tree, amount: float) -> Tree:
 
 
 def random_like(leaf: Tensor, number: int, size: float) -> Tensor:
-    """A random tensor like `leaf`, float32, of mean square `size`^2; the same for a number."""
-    generator = torch.Generator(leaf.device).manual_seed(mix_seed(_STREAM, number))
-    drawn = torch.empty(leaf.shape, dtype=torch.float32, device=leaf.device)
-    return drawn.uniform_(-1, 1, generator=generator).mul_(3**0.5 * size)
+    """A random tensor like `leaf`, float32, of mean square `size`^2; the same for a number, and for the rows here."""
+    (here,) = shards.local({"": leaf}).values()
+    place = (shards.first_row(leaf),) if shards.is_sharded(leaf) else ()
+    generator = torch.Generator(leaf.device).manual_seed(mix_seed(_STREAM, number, *place))
+    drawn = torch.empty(here.shape, dtype=torch.float32, device=leaf.device)
+    drawn.uniform_(-1, 1, generator=generator).mul_(3**0.5 * size)
+    return shards.like({"": leaf}, {"": drawn})[""]
 
 
 def sizes(w: Tree) -> dict[str, float]:
@@ -38,4 +42,4 @@ def sizes(w: Tree) -> dict[str, float]:
 
 
 def size_of(leaf: Tensor) -> float:
-    return float(torch.linalg.vector_norm(leaf.detach(), dtype=torch.float64)) / max(leaf.numel(), 1) ** 0.5
+    return tree.norm({"": leaf}) / max(leaf.numel(), 1) ** 0.5

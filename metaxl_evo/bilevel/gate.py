@@ -43,7 +43,8 @@ def record(passes: PassContext, w: Tree, lam: Tree, batch: Any, names: Iterable[
     require(passes, w, lam, batch, frozenset(w if names is None else names))
     if problem.stop_gradients is False:
         return Inputs.LIVE
-    if not passes.has_recorded(batch) and (problem.stop_gradients or facts.stop_gradients or facts.replay_detach):
+    calls = problem.stop_gradients or facts.stop_gradients or facts.replay_detach
+    if not passes.has_recorded(batch) and (calls or problem.weights.sharded):  # where all have to do the same
         passes.inner_value(w, lam, batch, inputs=Inputs.RECORD)
     return Inputs.REPLAY
 

@@ -34,6 +34,9 @@ class HypergradientEstimator(Protocol):
     @property
     def requires_direct_term(self) -> bool: ...
 
+    @property
+    def needs_lam_grad(self) -> bool: ...
+
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None: ...
 
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None: ...
@@ -114,7 +117,8 @@ def hypergradient(
             if made.update_state["step"] > 1:
                 raise ValueError("a step that was made needs `update_state`, the optimiser's state before it")
             update_state = problem.update.init(w)
-        made = StepMade(tree.detach(made.w), tree.detach(made.grad), made.update_state)
+        to_lam = None if made.lam_grad is None else tree.detach(made.lam_grad)
+        made = StepMade(tree.detach(made.w), tree.detach(made.grad), made.update_state, to_lam)
     seed, devices = _draw_seed(generator), devices_of(w, lam)
     passes = PassContext(problem, seed=seed, noise=noise, devices=devices, precision=precision)
     estimator.prepare(passes, w, lam, train_batch)
@@ -191,7 +195,8 @@ def run_episode(
         w, before = w0, problem.update.init(w0) if update_state is None else update_state
         for index, batch in enumerate(train_batches):
             passes = PassContext(problem, seed=mix_seed(seed, index), devices=devices)  # one randomness a step
-            step = look_ahead(passes, InnerStep(w, lam, batch, before, val_batch=val_batch))
+            step = InnerStep(w, lam, batch, before, val_batch=val_batch)
+            step = look_ahead(passes, step, lam_grad=estimator.needs_lam_grad)
             assert step.made is not None
             passes.counts = counts  # the step itself is not the estimator's work
             state = estimator.observe(passes, step, state)
@@ -206,15 +211,21 @@ def run_episode(
     return Hypergradient(result.grads, result.outer_loss, result.diagnostics, counts, step.current)
 
 
-def look_ahead(passes: PassContext, step: InnerStep) -> InnerStep:
-    """The step with what the optimiser makes of it; its pass records the stop-gradient inputs on the way."""
+def look_ahead(passes: PassContext, step: InnerStep, *, lam_grad: bool = False) -> InnerStep:
+    """The step with what the optimiser makes of it; its pass records the stop-gradient inputs on the way.
+
+    Args:
+        lam_grad: whether the step made is to hold what its backward leaves at lam.
+    """
     rule = passes.problem.update
     inputs = Inputs.LIVE if passes.problem.stop_gradients is False else Inputs.RECORD
-    grad = passes.step_grad(step.w, step.lam, step.batch, inputs=inputs)
+    wrt_lam = step.lam if lam_grad else ()
+    grad, to_lam = passes.step_grad(step.w, step.lam, step.batch, wrt_lam=wrt_lam, inputs=inputs)
     before = step.update_state if step.update_state is not None else rule.init(step.w)
     with torch.no_grad():
         after, after_state = rule(step.w, before, grad, tree.detach(step.lam))
-    return replace(step, update_state=before, made=StepMade(after, grad, after_state))
+    made = StepMade(after, grad, after_state, to_lam if lam_grad else None)
+    return replace(step, update_state=before, made=made)
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:

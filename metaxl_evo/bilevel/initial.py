@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel import shards, tree
 from metaxl_evo.bilevel.tree import Tree
 
 
@@ -82,6 +82,8 @@ def initial_of(w: Mapping[str, Tensor], lam: Mapping[str, Tensor]) -> Initial | 
     same: dict[str, str] = {}
     computed: Tree = {}
     for name, leaf in w.items():
+        if shards.is_sharded(leaf):  # which is no part of a whole lam, nor computed from one
+            continue
         for key in held.get(leaf.untyped_storage().data_ptr(), ()):
             if leaf is lam[key] or _place(leaf) == _place(lam[key]):
                 same[name] = key

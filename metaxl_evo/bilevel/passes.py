@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel import shards, tree
 from metaxl_evo.bilevel.precision import computing
 from metaxl_evo.bilevel.problem import BilevelProblem, Loss
 from metaxl_evo.bilevel.randomness import mix_seed, random_state, seed_all, seeded
@@ -142,7 +142,7 @@ class PassContext:
     def all_reduce(self, shares: Tree) -> Tree:
         """The sum of what every process has computed for its rows; takes `shares` over."""
         if self.problem.processes.size > 1:
-            self.counts.reduced += tree.size(shares)
+            self.counts.reduced += tree.size({n: leaf for n, leaf in shares.items() if not shards.is_sharded(leaf)})
         return self.problem.processes.all_reduce(shares)
 
     def all_reduce_one(self, share: Tensor) -> Tensor:
@@ -203,15 +203,21 @@ class PassContext:
         )
         return value, grad_w, grad_lam
 
-    def step_grad(self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE) -> Tree:
-        """The whole gradient of a step at w; it lacks the parameters that the loss did not reach on any process."""
-        parts, processes = self.parts(batch), self.problem.processes
-        _, grad, _, _ = self._grad(self.problem.inner_loss, w, lam, parts, tuple(w), (), inputs, 0, fill=False)
+    def step_grad(
+        self, w: Tree, lam: Tree, batch: Any, *, wrt_lam: Iterable[str] = (), inputs: Inputs = Inputs.LIVE
+    ) -> tuple[Tree, Tree]:
+        """The whole gradient of a step at w, and a share of that at the named meta parameters.
+
+        The first lacks the parameters that the loss did not reach on any process.
+        """
+        parts, processes, names = self.parts(batch), self.problem.processes, tuple(wrt_lam)
+        _, grad, to_lam, _ = self._grad(self.problem.inner_loss, w, lam, parts, tuple(w), names, inputs, 0, fill=False)
         if processes.size > 1:
             like = next(iter(w.values()))
-            reached = processes.all_reduce({"": like.new_tensor([float(name in grad) for name in w])})[""].tolist()
+            here = torch.tensor([float(name in grad) for name in w], dtype=like.dtype, device=like.device)
+            reached = processes.all_reduce({"": here})[""].tolist()
             grad = _filled(grad, w, [name for name, count in zip(w, reached, strict=True) if count])
-        return self.all_reduce(grad)
+        return self.all_reduce(grad), to_lam
 
     def lam_grad(self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE) -> Tree:
         """The gradient of the inner loss at the meta parameters, by the rows that read them."""
@@ -247,13 +253,13 @@ class PassContext:
                     loss = loss_fn(w_leaves, lam_leaves, part)
                 values.append(loss.detach())
                 self.counts.forwards += 1
-                targets = [*(w_leaves[n] for n in wrt_w), *(lam_leaves[n] for n in wrt_lam)]
-                if not loss.requires_grad or not targets:
+                if not loss.requires_grad or not (wrt_w or wrt_lam):
                     continue
-                found = torch.autograd.grad(loss, targets, allow_unused=True)
+                targets = {n: w_leaves[n] for n in wrt_w}, {n: lam_leaves[n] for n in wrt_lam}
+                found_w, found_lam = self.problem.weights.gradients(loss, *targets)
                 self.counts.backwards += 1
-            _accumulate(grad_w, wrt_w, found[: len(wrt_w)])
-            _accumulate(grad_lam, wrt_lam, found[len(wrt_w) :])
+            _accumulate(grad_w, wrt_w, found_w)
+            _accumulate(grad_lam, wrt_lam, found_lam)
         if fill:
             grad_w = _filled(grad_w, w, wrt_w)
         return _sum(values, w), grad_w, _filled(grad_lam, lam, wrt_lam), bool(grad_lam)
@@ -263,7 +269,8 @@ def _sum(values: list[Tensor], like: Tree) -> Tensor:
     """The loss of the parts, if there are any."""
     if len(values) == 1 and values[0].dim() == 0:
         return values[0]
-    return torch.stack(values).sum() if values else next(iter(like.values())).new_zeros(())
+    leaf = next(iter(like.values()))
+    return torch.stack(values).sum() if values else torch.zeros((), dtype=leaf.dtype, device=leaf.device)
 
 
 def _accumulate(total: Tree, names: Sequence[str], found: Sequence[Tensor | None]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaxl_evo.bilevel.base_weights import BaseWeights, Whole
 from metaxl_evo.bilevel.initial import Initial
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.replay import Facts
@@ -95,6 +96,7 @@ class BilevelProblem:
         rows: row numbers of the leaves of w that hold only some rows of their parameter (touched embedding rows).
         examples: how batches are taken apart and put together.
         processes: those that hold a share of every batch each; the losses then are shares that add up to the whole.
+        weights: where w lives; `Sharded` has losses that enter `weights.at(w)`.
         initial: how the first weights depend on lam, where they do; `hypergradient` and `run_episode` find it out.
         cast: dtype -> a context manager in which what the losses read besides w, lam and batch is of that dtype.
         facts: what was found out about the inner loss, for problems that are made anew at every step.
@@ -115,6 +117,7 @@ class BilevelProblem:
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     examples: Examples | None = None
     processes: Processes = field(default_factory=Processes)
+    weights: BaseWeights = field(default_factory=Whole)
     initial: Initial | None = None
     cast: Callable[[torch.dtype], AbstractContextManager[Any]] = _as_it_is
     facts: Facts = field(default_factory=Facts, compare=False)
@@ -137,12 +140,14 @@ class StepMade:
     """An inner step that was really made: the weights after it, its gradient (before clipping), the state after it.
 
     As with torch, the gradient lacks the parameters that the loss did not reach; the step passed them over. Whoever
-    reads it last takes it over, so that its memory is free for the passes to come.
+    reads it last takes it over, so that its memory is free for the passes to come. `lam_grad` is what the same
+    backward left at lam, this process's share, where it was asked for.
     """
 
     w: Tree
     grad: Tree
     update_state: UpdateState
+    lam_grad: Tree | None = None
 
     def take_grad(self) -> Tree:
         """The gradient, which is gone from here: reading `grad` again is an AttributeError."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import distributed as dist
 
-from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel import shards, tree
 from metaxl_evo.bilevel.tree import Tree
 
 _BUCKET = 2**22  # numbers that are sent together: many small tensors cost one call, and no second copy of all is made
@@ -33,11 +33,14 @@ class Processes:
     group: dist.ProcessGroup | None = None
 
     def all_reduce(self, shares: Tree) -> Tree:
-        """The sums over the processes; `shares` is emptied on the way, so that the two are never both whole."""
+        """The sums over the processes; `shares` is emptied on the way, so that the two are never both whole.
+
+        Sharded leaves are whole as they are: a backward sums them.
+        """
         if self.size == 1:
             return shares
-        whole: Tree = {}
         names = list(shares)
+        whole = {name: shares.pop(name) for name in names if shards.is_sharded(shares[name])}
         for bucket in tree.in_groups(shares, _BUCKET):
             leaves = [shares.pop(name) for name in bucket]
             flat = torch.cat([leaf.reshape(-1) for leaf in leaves])

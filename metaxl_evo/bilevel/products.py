@@ -8,6 +8,7 @@ the gradient to lam, or to w, changes along v.
 | `double_backward` | a forward, a backward with its graph, a double backward | second-order kernels, most memory |
 | `jvp` | one forward and backward, each with its tangent (forward over reverse) | second-order kernels |
 | `finite_difference` | two forwards and backwards, at w +- radius v/|v| | nothing; error O(radius^2) |
+| the same, one-sided | one, at w + radius v/|v|, and the gradient at w | nothing; error O(radius) |
 
 The first two are exact and agree to rounding. Reverse over forward is not offered: torch's layer_norm is wrong there.
 """
@@ -68,6 +69,7 @@ def mixed_product(
     *,
     radius: float = 0.01,
     length: float | None = None,
+    at_w: Tree | None = None,
 ) -> Tree:
     """d_lam <grad_w L_T(w, lam; batch), v> at the given point, a tree like `lam`; on several processes a share of it.
 
@@ -76,11 +78,12 @@ def mixed_product(
         v: a direction with the keys of `w`, whole.
         radius: length of the finite-difference perturbation, in the units of w (DARTS, footnote 2: 0.01).
         length: |v|, where it is known.
+        at_w: d_lam L_T(w, lam; batch), this process's share of it: finite differences then are one-sided.
 
     Raises:
         ValueError: for an unknown engine.
     """
-    return _product(passes, engine, w, lam, batch, v, radius, LAM, length)
+    return _product(passes, engine, w, lam, batch, v, radius, LAM, length, at_w)
 
 
 def hessian_product(
@@ -104,6 +107,7 @@ def _product(
     radius: float,
     wrt: int,
     length: float | None = None,
+    at_w: Tree | None = None,
 ) -> Tree:
     if engine not in (AUTO, *ENGINES):
         raise ValueError(unknown("engine", engine, (AUTO, *ENGINES)))
@@ -115,7 +119,7 @@ def _product(
         if one != "finite_difference":
             return _exact_product(passes, one, w, lam, batch, v, wrt)
         _require_radius(passes, radius)
-        return _finite_difference(passes, w, lam, batch, v, radius / length, wrt)
+        return _finite_difference(passes, w, lam, batch, v, radius / length, wrt, at_w)
 
     return _with(passes, engine, run)
 
@@ -363,7 +367,16 @@ def _jvp(passes: PassContext, w: Tree, lam: Tree, part: object, v: Tree, wrt: in
     return tree.detach(tangent)
 
 
-def _finite_difference(passes: PassContext, w: Tree, lam: Tree, batch: object, v: Tree, step: float, wrt: int) -> Tree:
+def _finite_difference(
+    passes: PassContext,
+    w: Tree,
+    lam: Tree,
+    batch: object,
+    v: Tree,
+    step: float,
+    wrt: int,
+    at_w: Tree | None = None,
+) -> Tree:
     def difference(inputs: Inputs) -> Tree:
         def gradient(point: Tree) -> Tree:
             if wrt == LAM:
@@ -372,7 +385,9 @@ def _finite_difference(passes: PassContext, w: Tree, lam: Tree, batch: object, v
 
         point = tree.add(w, v, step)
         plus = gradient(point)
-        torch._foreach_copy_([point[name] for name in v], [w[name] for name in v])
+        if at_w is not None:
+            return tree.scale(tree.add(plus, at_w, -1.0), 1 / step)
+        tree.copy_into({name: point[name] for name in v}, w)
         torch._foreach_add_([point[name] for name in v], list(v.values()), alpha=-step)
         minus = gradient(point)
         return tree.scale(tree.add(plus, minus, -1.0), 1 / (2 * step))

@@ -58,7 +58,10 @@ class Facts:
         trusted: the base parameters along which the value test passed.
         engine: the one that `auto` takes.
         twice: double backward works.
-        batched: several weights can be evaluated in one pass, with the same numbers (None: not known yet).
+        batched: a cut's suffix can be evaluated at several weights in one pass, with the same numbers (None: not known
+            yet).
+        batched_whole: so can the whole loss.
+        made: how many numbers one evaluation makes, by the shapes of its batch.
         forward_ad: the arguments by whose gradient forward mode was seen to agree with double backward.
     """
 
@@ -70,6 +73,8 @@ class Facts:
     engine: str | None = None
     twice: bool = False
     batched: bool | None = None
+    batched_whole: bool | None = None
+    made: dict[Hashable, int] = field(default_factory=dict)
     forward_ad: Tested = field(default_factory=Tested)
 
 

@@ -73,6 +73,18 @@ def mapped(fn: Callable[[Tensor], Tensor], batch: Any) -> Any:
     return batch
 
 
+def shapes_of(batch: Any) -> tuple[torch.Size, ...]:
+    """The shapes of its tensors, in order."""
+    found: list[torch.Size] = []
+
+    def look(x: Tensor) -> Tensor:
+        found.append(x.shape)
+        return x
+
+    mapped(look, batch)
+    return tuple(found)
+
+
 def _rows(batch: Any) -> int | None:
     """The number of rows that all tensors of a batch lead with; None where they do not, or something is no tensor."""
     sizes: set[int | None] = set()

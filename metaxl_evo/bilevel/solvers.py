@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel import shards, tree
 from metaxl_evo.bilevel.tree import Tree
 
 Matvec = Callable[[Tree], Tree]
@@ -68,7 +69,7 @@ def conjugate_gradients(matvec: Matvec, v: Tree, *, iterations: int, tolerance: 
 def largest_eigenvalue(matvec: Matvec, like: Tree, *, iterations: int, seed: int) -> float:
     """The largest magnitude of an eigenvalue, approached from below by power iterations from a random start."""
     generator = torch.Generator().manual_seed(seed)
-    x = tree.tree_map(lambda leaf: torch.randn(leaf.shape, generator=generator).to(leaf), like)
+    x = tree.tree_map(lambda leaf: shards.part_of(_normal(leaf, generator), leaf), like)
     found = 0.0
     for _ in range(iterations):
         size = tree.norm(x)
@@ -77,3 +78,7 @@ def largest_eigenvalue(matvec: Matvec, like: Tree, *, iterations: int, seed: int
         x = matvec(tree.scale(x, 1 / size))
         found = tree.norm(x)
     return found
+
+
+def _normal(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)

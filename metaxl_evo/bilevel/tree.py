@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from metaxl_evo.bilevel import shards
+
 Tree = dict[str, Tensor]
 
 TOGETHER = 2**20  # entries of leaves for which memory is taken at a time; a larger leaf comes alone
@@ -69,11 +71,17 @@ def detach(a: Mapping[str, Tensor]) -> Tree:
 
 def clone(a: Mapping[str, Tensor]) -> Tree:
     """Copies of the leaves, outside any graph."""
-    copies = [torch.empty_like(leaf, requires_grad=False) for leaf in a.values()]
-    if copies:
-        with torch.no_grad():
-            torch._foreach_copy_(copies, list(a.values()))
-    return dict(zip(a, copies, strict=True))
+    copies = tree_map(lambda leaf: torch.empty_like(leaf, requires_grad=False), a)
+    copy_into(copies, a)
+    return copies
+
+
+@torch.no_grad()
+def copy_into(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    """Give the leaves of `a`, in place, the values of those of `b`."""
+    ours, theirs = shards.local(a), shards.local(b)
+    if ours:
+        torch._foreach_copy_(list(ours.values()), [theirs[name] for name in ours])
 
 
 def dense(a: Mapping[str, Tensor]) -> Tree:
@@ -91,16 +99,16 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """Inner product over the keys of `a`, accumulated in float64 (a 0-d tensor)."""
     if _have_graph([*a.values(), *(b[name] for name in a)]):
         return torch.stack([(leaf * b[name]).sum(dtype=torch.float64) for name, leaf in a.items()]).sum()
-    products = []
-    for names in in_groups(a):
-        found = torch._foreach_mul([a[name] for name in names], [b[name] for name in names])
+    ours, theirs, products = shards.local(a), shards.local(b), []
+    for names in in_groups(ours):
+        found = torch._foreach_mul([ours[name] for name in names], [theirs[name] for name in names])
         products.append(torch.cat([one.flatten() for one in found]).sum(dtype=torch.float64))
-    return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64)
+    return shards.total(a, torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64))
 
 
 def norm(a: Mapping[str, Tensor]) -> float:
     """Euclidean norm over all leaves, accumulated in float64; of a large leaf row by row, which takes no memory."""
-    leaves = [leaf.detach() for leaf in a.values()]
+    leaves = [leaf.detach() for leaf in shards.local(a).values()]
     small = [leaf for leaf in leaves if leaf.numel() <= TOGETHER]
     norms = [
         torch.linalg.vector_norm(torch.linalg.vector_norm(leaf, dim=-1), dtype=torch.float64)
@@ -108,7 +116,13 @@ def norm(a: Mapping[str, Tensor]) -> float:
         if leaf.numel() > TOGETHER
     ]
     norms += torch._foreach_norm(small, 2, torch.float64) if small else []
-    return math.hypot(*_numbers(norms))
+    length = math.hypot(*_numbers(norms))
+    return math.sqrt(_total(a, length**2)) if shards.any_sharded(a) else length
+
+
+def _total(a: Mapping[str, Tensor], number: float) -> float:
+    device = next(iter(a.values())).device
+    return float(shards.total(a, torch.tensor(number, dtype=torch.float64, device=device)))
 
 
 def _numbers(scalars: Sequence[Tensor]) -> list[float]:
@@ -134,5 +148,6 @@ def size(a: Mapping[str, Tensor]) -> int:
 
 def all_finite(a: Mapping[str, Tensor]) -> bool:
     """Whether no leaf holds an infinity or a NaN."""
-    leaves = [leaf.detach() for leaf in a.values() if leaf.numel()]
-    return all(map(math.isfinite, _numbers(torch._foreach_norm(leaves, math.inf)))) if leaves else True
+    leaves = [leaf.detach() for leaf in shards.local(a).values() if leaf.numel()]
+    finite = all(map(math.isfinite, _numbers(torch._foreach_norm(leaves, math.inf)))) if leaves else True
+    return _total(a, float(not finite)) == 0 if shards.any_sharded(a) else finite

@@ -336,7 +336,7 @@ class Adam(UpdateRule):
         return {"step": 0, "exp_avg": tree.zeros_like(w), "exp_avg_sq": tree.zeros_like(w)}
 
     def check_state(self, after: UpdateState) -> None:
-        if not any(bool(second.any()) for second in after.get("exp_avg_sq", {"": torch.ones(1)}).values()):
+        if tree.norm(after.get("exp_avg_sq", {"": torch.ones(1)})) == 0:
             raise ValueError(
                 f"the inner gradient is exactly zero, as it always was, and {type(self).__name__} divides by "
                 "its size, so that there is no hypergradient: let the inner loss not start at zero (weights of "

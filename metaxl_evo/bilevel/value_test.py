@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from metaxl_evo.bilevel import shards, tree
 from metaxl_evo.bilevel.directions import moved, random_like, sizes
 from metaxl_evo.bilevel.float64 import promoted
 from metaxl_evo.bilevel.passes import PassContext, is_out_of_memory
@@ -89,7 +90,7 @@ class Trial:
                 if good and not self.clear:
                     good = self._holds_by_looking()
                 if good is False:
-                    return refusal(self._culprit(detaches=False), self._culprit(detaches=True))
+                    return self._refusal()
                 return "" if good else None
         except _Fault as fault:
             return str(fault)
@@ -98,6 +99,9 @@ class Trial:
             return None
         finally:
             self.w = {}
+
+    def _refusal(self) -> str:
+        return refusal(self._culprit(detaches=False), self._culprit(detaches=True))
 
     def _holds_by_looking(self) -> bool:
         """Where numbers of few digits show nothing clearly: whether the loss reads no value that left the graph."""
@@ -131,7 +135,7 @@ class Trial:
             self._refuse(*(float(self._recorded(1)) for _ in range(2)))
             agrees = self._agrees_beside(w_move)
             self.showed = bool((self.moves > NOTHING * self.moves[0]).all())
-            if agrees and (self.facts.stop_gradients or self.facts.replay_detach):
+            if agrees and self._is_replayed():
                 return self._replays_for_lam(lam_move, w_move)
             if agrees is not None:
                 return agrees
@@ -221,8 +225,14 @@ class Trial:
             self.varied[name].add_(leaf(), alpha=amount)
 
     def _recorded(self, sign: int, keep: bool = False) -> Tensor:
-        context = self.contexts[sign] if keep else self.passes.elsewhere()
-        return context.inner_value(self.w, self.metas[sign], self.batch, inputs=Inputs.RECORD)
+        return self._value(self.contexts[sign] if keep else self.passes.elsewhere(), sign, Inputs.RECORD)
+
+    def _value(self, context: PassContext, sign: int, inputs: Inputs) -> Tensor:
+        return context.inner_value(self.w, self.metas[sign], self.batch, inputs=inputs)
+
+    def _is_replayed(self) -> bool:
+        """Whether there is anything that a perturbed pass replays."""
+        return self.facts.stop_gradients or self.facts.replay_detach
 
     # ---- the comparison
 
@@ -287,13 +297,7 @@ class Trial:
         for move in (step, -2 * step):
             self._move(direction, move)
             sides.append(
-                {
-                    sign: self.contexts[sign]
-                    .inner_value(self.w, self.metas[sign], self.batch, inputs=Inputs.REPLAY)
-                    .double()
-                    .cpu()
-                    for sign in self.signs
-                }
+                {sign: self._value(self.contexts[sign], sign, Inputs.REPLAY).double().cpu() for sign in self.signs}
             )
         self._move(direction, step)
         self._largest = max(abs(float(value)) for side in sides for value in side.values())
@@ -306,6 +310,42 @@ class Trial:
 
     def _combined(self, of: dict[int, Tensor]) -> Tensor:
         return torch.stack([of[1]] if len(of) == 1 else [of[1], of[1] - of[-1]])
+
+
+class _Together(Trial):
+    """On sharded weights: of the losses of all processes, each on a part of its own, as they compute.
+
+    All take the same way through it: what decides is summed. So nobody looks for the line that is to blame, and plain
+    detaches are not replayed, of which torch makes some of its own where it gathers weights.
+    """
+
+    def _value(self, context: PassContext, sign: int, inputs: Inputs) -> Tensor:
+        return context.all_reduce_one(super()._value(context, sign, inputs))
+
+    def _is_replayed(self) -> bool:
+        return True
+
+    def _culprit(self, detaches: bool) -> str | None:
+        return None
+
+    def _holds_replayed(self) -> bool:
+        return False
+
+    def _refusal(self) -> str:
+        return (
+            "the gradient of the inner loss is not its slope: it reads something that depends on the sharded base "
+            "weights and is out of the graph (detach, .data, .item(), a straight-through estimator); put "
+            f"stop_gradient(x) in its place (a check on one process names the line), {ALLOW}"
+        )
+
+    def _slopes(self, sign: int) -> Tensor:
+        names = list(self.varied)
+        wrt = {"wrt_w": names} if shards.any_sharded(self.varied) else {"wrt_lam": names}
+        at, context = (self.w, self.metas[sign], self.batch), self.contexts[sign]
+        _, of_w, of_lam = context.inner_grad(*at, inputs=Inputs.REPLAY, **wrt)
+        grads = context.all_reduce(of_w or of_lam)
+        directions = (self._along(direction) for direction in range(DIRECTIONS))
+        return torch.stack([tree.dot(grads, {n: leaf() for n, leaf in one.items()}) for one in directions]).cpu()
 
 
 class _Slopes(torch.autograd.Function):
@@ -325,9 +365,12 @@ class _Slopes(torch.autograd.Function):
 def trials(passes: PassContext, w: Tree, lam: Tree, part: Any, size: int | None, names: frozenset[str]) -> list[Trial]:
     """The same test on a few rows in float64, on all rows of a part, and as the loss itself computes.
 
-    What a backward computes again does not know of the casts that are left out, so that they are left in then.
+    What a backward computes again does not know of the casts that are left out, so that they are left in then. Sharded
+    weights are gathered as they are, so that the last test alone is of use.
     """
     here = alone(passes)
+    if passes.problem.weights.sharded:
+        return [_Together(here, w, lam, part, names, None)]
 
     def in_float64(casts: bool) -> PassContext:
         return replace(here, problem=replace(here.problem, inner_loss=promoted(here.problem.inner_loss, casts)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -61,7 +62,14 @@ def takes_any_optimizer() -> list[str]:
     return [name for name in ESTIMATORS if not make_estimator(name).needs_update_rule]
 
 
-_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", NoneType: "null"}
+_WORDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    Mapping: "names with numbers",
+    NoneType: "null",
+}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -70,11 +78,13 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, member) for member in get_args(hint))
     if isinstance(value, bool):
         return hint is bool
-    return isinstance(value, (int, float) if hint is float else str if get_origin(hint) is Literal else hint)
+    kind = str if get_origin(hint) is Literal else get_origin(hint) or hint
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _in_words(hint: Any) -> str:
-    return " or ".join(_WORDS.get(member, "a text") for member in get_args(hint) or (hint,))
+    members = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    return " or ".join(_WORDS.get(get_origin(member) or member, "a text") for member in members)
 
 
 __all__ = [

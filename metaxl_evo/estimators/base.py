@@ -72,6 +72,16 @@ class Estimator(ABC):
         return False
 
     @property
+    def needs_lam_grad(self) -> bool:
+        """Whether it reads what the backward of the inner step itself leaves at lam (`StepMade.lam_grad`)."""
+        return False
+
+    @property
+    def repeats_steps(self) -> bool:
+        """Whether it makes the inner steps again, which then have to be what the meta passes compute."""
+        return False
+
+    @property
     def needs_sgd(self) -> bool:
         """Whether the inner optimiser that it models is SGD alone, with momentum and weight decay."""
         return False
@@ -94,6 +104,11 @@ class Estimator(ABC):
     @property
     def tunes_optimizer(self) -> bool:
         """Whether lam may hold the optimiser's own numbers (learning rate, momentum, weight decay)."""
+        return False
+
+    @property
+    def takes_shards(self) -> bool:
+        """Whether the base weights may be sharded: it takes first derivatives of the losses, all processes alike."""
         return False
 
     @property
@@ -170,6 +185,11 @@ class Estimator(ABC):
                 "or computed from one: use run_episode with unroll (no horizon) or forward_mode (at most 64 numbers), "
                 "or give a detached clone if a constant is meant"
             )
+        if problem.weights.sharded and not self.takes_shards:
+            raise ValueError(
+                f"{name} does not work on base weights that are sharded (FSDP): use one_step or sama with engine "
+                "finite_difference, or evograd on all weights, or DDP in the place of FSDP"
+            )
         if self.second_order and not problem.second_order:
             raise ValueError(
                 f"{name} differentiates the inner loss twice, and this problem allows it once (attention kernel, "
@@ -198,7 +218,7 @@ class EpisodeEstimator(Estimator):
 
     def respond(self, passes: PassContext, step: InnerStep, state: State, diagnostics: dict[str, float]) -> Response:
         if step.made is None:
-            step = look_ahead(passes, step)
+            step = look_ahead(passes, step, lam_grad=self.needs_lam_grad)
             state = self.observe(passes, step, state)
         return self._answer(passes, step, state, diagnostics)
 

@@ -5,23 +5,19 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from metaxl_evo.bilevel import gate, tree
-from metaxl_evo.bilevel.batched import at_once
 from metaxl_evo.bilevel.passes import PassContext
-from metaxl_evo.bilevel.problem import BilevelProblem, Cut, InnerStep, Response
-from metaxl_evo.bilevel.replay import Inputs
+from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import Estimator
+from metaxl_evo.estimators.copies import FullPasses, SharedPass
 from metaxl_evo.estimators.noise import NOISES, Perturbations
 from metaxl_evo.messages import unknown
 
-TOGETHER = 2**23  # numbers of the copies that one pass evaluates
 BF16_ROUNDING = 2**-8  # of a number, relative to it
 ONE_HOT = 1.1  # effective copies below this: one copy has more than 95 % of the weight
 
@@ -57,6 +53,7 @@ class EvoGrad(Estimator):
     citation = "Bohdal et al., EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization, 2021"
     exact = "in expectation"
     stochastic = True
+    takes_shards = True
     evaluated_at = "previous"  # where the base step's own forward has left its activations
 
     copies: int = 2
@@ -124,7 +121,7 @@ class EvoGrad(Estimator):
         )
         self._require_loss(passes, w, step.lam, step.batch)
         shared = cut is not None and self.share_randomness and names <= cut.names
-        copies = _SharedPass(passes, step, noise, cut) if shared and cut else _FullPasses(self, passes, step, noise)
+        copies = SharedPass(passes, step, noise, cut) if shared and cut else self._full_passes(passes, step, noise)
         weights = torch.softmax(-copies.losses / self.temperature, dim=0)
         numbers = torch.stack([1 / weights.square().sum(), copies.losses.std() / self.temperature]).tolist()
         diagnostics["effective_copies"], diagnostics["loss_spread"] = numbers
@@ -134,6 +131,10 @@ class EvoGrad(Estimator):
             return copies.pull_back(-(weights / self.temperature) * (along - (weights * along).sum()))
 
         return Response(noise.combined(w, weights), vjp, wrt=sorted(names))
+
+    def _full_passes(self, passes: PassContext, step: InnerStep, noise: Perturbations) -> FullPasses:
+        shares = {"share_randomness": self.share_randomness, "share_meta_inputs": self.share_meta_inputs}
+        return FullPasses(passes, step, noise, **shares)
 
     def advise(self, gradient: Tree, diagnostics: dict[str, float]) -> str | None:
         """Adds `noise_scale` = sigma |g| / temperature, to first order the deviation of the copies' scaled losses."""
@@ -159,114 +160,3 @@ class EvoGrad(Estimator):
                 f"evograd: parameters={self.parameters!r} finds none of the base parameters, such as {examples}"
             )
         return names
-
-
-class _FullPasses:
-    """One whole forward a copy, which yields its loss and its lambda-gradient; the K gradients are kept."""
-
-    def __init__(self, config: EvoGrad, passes: PassContext, step: InnerStep, noise: Perturbations) -> None:
-        w, lam, batch = step.w, step.lam, step.batch
-
-        def copies(inputs: Inputs) -> list[tuple[Tensor, Tree]]:
-            found = []
-            for k in range(noise.copies):
-                stream = 0 if config.share_randomness else k + 1
-                loss, _, gradient = passes.inner_grad(
-                    noise.perturbed(w, k), lam, batch, wrt_lam=lam, inputs=inputs, stream=stream
-                )
-                found.append((loss.double(), gradient))
-            return found
-
-        names = config._perturbed(w)
-        found = (
-            gate.perturbed(passes, w, lam, batch, copies, names) if config.share_meta_inputs else copies(Inputs.LIVE)
-        )
-        self.losses = passes.all_reduce_one(torch.stack([loss for loss, _ in found]))
-        self.gradients = [gradient for _, gradient in found]
-        self.lam = lam
-
-    def pull_back(self, coefficients: Tensor) -> Tree:
-        """sum_k a_k d_lam l_k."""
-        total = tree.zeros_like(self.lam)
-        for coefficient, gradient in zip(coefficients.tolist(), self.gradients, strict=True):
-            total = tree.add(total, gradient, coefficient)
-        return total
-
-
-class _SharedPass:
-    """One pass of what no copy perturbs; the copies are evaluations of the suffix, one backward reaches lam.
-
-    As many copies as fit `TOGETHER` are evaluated in one pass. One graph at a time: that of a single part waits for
-    the cotangent (with all losses, where one pass made them), those of several are made anew.
-    """
-
-    def __init__(self, passes: PassContext, step: InnerStep, noise: Perturbations, cut: Cut) -> None:
-        self.passes, self.step, self.noise, self.cut = passes, step, noise, cut
-        self.lam, self.w = tree.leaves(step.lam, step.lam), tree.detach(step.w)
-        parts = passes.parts(step.batch)
-        self.below = [passes.prefix(step.w, index, part) for index, part in parts]
-        self.hidden: list[Tensor] = []
-        self.graph: Tensor | None = None
-        losses = torch.zeros(noise.copies, dtype=torch.float64, device=next(iter(step.lam.values())).device)
-        for index, part in parts:
-            with passes.scope(index):
-                hidden = self._hidden(index, part)
-                together = self._together(hidden)
-                with torch.set_grad_enabled(len(parts) == len(together) == 1):
-                    found = torch.cat([self._losses(copies, hidden, index, part) for copies in together])
-            self.graph = found if found.requires_grad else None
-            losses += found.detach()
-            self.hidden.append(hidden if len(parts) == 1 else hidden.detach())
-        self.losses = passes.all_reduce_one(losses)
-
-    def pull_back(self, coefficients: Tensor) -> Tree:
-        """Accumulate sum_k a_k d l_k / d hidden, then one backward to lam, a part at a time."""
-        total = tree.zeros_like(self.lam)
-        for index, part in self.passes.parts(self.step.batch):
-            with self.passes.scope(index):
-                if self.graph is not None:
-                    return self._to_lam(self.graph, coefficients.to(self.graph.dtype))
-                leaf = self.hidden[index].detach().requires_grad_()
-                cotangent = torch.zeros_like(leaf)
-                for copies in self._together(leaf):
-                    losses = self._losses(copies, leaf, index, part)
-                    weights = coefficients[copies.start : copies.stop].to(losses.dtype)
-                    cotangent += torch.autograd.grad(losses, leaf, weights)[0]
-                self.passes.reseed(index)
-                hidden = self.hidden[index] if len(self.hidden) == 1 else self._hidden(index, part)
-                if hidden.requires_grad:
-                    total = tree.add(total, self._to_lam(hidden, cotangent))
-        return total
-
-    def _to_lam(self, output: Tensor, cotangent: Tensor) -> Tree:
-        self.passes.counts.backwards += 1
-        found = torch.autograd.grad(
-            output, list(self.lam.values()), cotangent, allow_unused=True, materialize_grads=True
-        )
-        return dict(zip(self.lam, found, strict=True))
-
-    def _hidden(self, index: int, part: Any) -> Tensor:
-        below = self.below[index]
-        if below is None:
-            self.passes.counts.forwards += 1
-        else:
-            self.passes.counts.suffixes += 1
-        return self.cut.hidden(self.w, self.lam, below, part)
-
-    def _together(self, hidden: Tensor) -> list[range]:
-        """The copies that are evaluated in one pass, each for as large as its weights and the hidden states."""
-        batched, each = self.passes.problem.facts.batched, hidden.numel() + tree.size(self.noise.like)
-        size = max(1, TOGETHER // max(1, each)) if batched is not False else 1
-        copies = range(self.noise.copies)
-        return [copies[first : first + size] for first in range(0, len(copies), size)]
-
-    def _losses(self, copies: range, hidden: Tensor, index: int, part: Any) -> Tensor:
-        """The losses of some copies, (copies,)."""
-        self.passes.counts.suffixes += len(copies)
-        return at_once(
-            lambda leaves, hidden: self.cut.loss({**self.w, **leaves}, hidden, part),
-            self.noise.points(self.w, copies),
-            hidden,
-            partial(self.passes.reseed, index),
-            self.passes.problem.facts,
-        )

@@ -23,6 +23,7 @@ class FirstOrder(Estimator):
     citation = "Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022 (row FO)"
     exact = "never"
     requires_direct_term = True
+    takes_shards = True
 
     def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         return Response(step.current, lambda v: tree.zeros_like(step.lam), wrt=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +34,8 @@ class ForwardMode(EpisodeEstimator):
 
     Args:
         windows: FDS. The rule's `Windowed` hyperparameters are vectors of so many values, which the losses do not
-            read; the inner optimiser is SGD with momentum and weight decay. The column of a window that is still to
-            come is zero and costs nothing: a step takes (index of its window + 1) products a schedule.
+            read: a number for all of them, or one by name. The column of a window that is still to come is zero and
+            costs nothing: a step takes (index of its window + 1) products a schedule.
         clamp: bound on the entries of the inner gradient's tangents (H Z, for the optimiser's own numbers); FDS uses
             1 where a run may diverge, and then the estimate is no derivative. The bound of the gradient itself (3) is
             the update rule's `max_grad_value`.
@@ -52,11 +53,12 @@ class ForwardMode(EpisodeEstimator):
     max_meta_size = 64
     tunes_optimizer = True
 
-    windows: int | None = None
+    windows: int | Mapping[str, int] | None = None
     clamp: float | None = None
 
     def __post_init__(self) -> None:
-        if self.windows is not None and (type(self.windows) is not int or self.windows < 1):
+        given = self.windows.values() if isinstance(self.windows, Mapping) else [self.windows]
+        if self.windows is not None and not all(type(one) is int and one >= 1 for one in given):
             raise ValueError(f"forward_mode: windows must be an integer of at least 1, not {self.windows}")
         if self.clamp is not None and not (self.clamp > 0 and math.isfinite(self.clamp)):
             raise ValueError(f"forward_mode: clamp must be a positive number, not {self.clamp}")
@@ -69,21 +71,18 @@ class ForwardMode(EpisodeEstimator):
     def learns_initial(self) -> bool:
         return self.windows is None
 
-    @property
-    def needs_sgd(self) -> bool:
-        return self.windows is not None  # FDS is a method for its rate, momentum and decay
-
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)
         if self.windows is not None:
             self._check_windows(problem.update, lam)
 
     def _check_windows(self, rule: UpdateRule, lam: Tree) -> None:
-        sizes = {hyper.name: list(lam[hyper.name].shape) for hyper in rule.windowed}
-        if not sizes or any(size != [self.windows] for size in sizes.values()):
+        sizes = {hyper.name: lam[hyper.name].numel() for hyper in rule.windowed}
+        wanted = self.windows if isinstance(self.windows, Mapping) else dict.fromkeys(sizes, self.windows)
+        if not sizes or sizes != wanted:
             raise ValueError(
-                f"forward_mode: windows={self.windows} asks for Windowed hyperparameters of shape [{self.windows}], "
-                f"and the update rule reads {sizes or 'none'}: change windows, or leave it out"
+                f"forward_mode: windows={self.windows} asks for Windowed hyperparameters of so many values, and the "
+                f"update rule reads {sizes or 'none'}: change windows, or leave it out"
             )
 
     def init(self, problem: BilevelProblem, w: Tree, lam: Tree, previous: Any = None) -> Columns:

@@ -10,11 +10,11 @@ from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import EpisodeEstimator
-from metaxl_evo.estimators.local import LocalEstimator
+from metaxl_evo.estimators.local import StepEstimator
 
 
 @dataclass(frozen=True)
-class Greedy(EpisodeEstimator, LocalEstimator):
+class Greedy(EpisodeEstimator, StepEstimator):
     """value = w_t, offset = G_t = decay G_{t-1} + d_lam <Phi(w_{t-1}, lam), grad_w L_V(w_t)>, vjp = 0.
 
     The products of base Jacobians between a past step and now are taken for decay^age, and each step keeps the outer
@@ -23,7 +23,7 @@ class Greedy(EpisodeEstimator, LocalEstimator):
     heavy-ball momentum (buffer G <- decay G + g, no dampening) on the indirect one-step term.
 
     Args:
-        engine, radius: of the local term, as in `one_step`.
+        engine, radius, differences: of the local term, as in `one_step`.
         decay: gamma, from 0 (`one_step`) to 1 (the plain sum).
 
     Source: generalized greedy gradients, ICLR 2025 submission 6297 (decays 0.9, 0.99, 0.999).

@@ -99,6 +99,10 @@ class HyperDistill(EpisodeEstimator, LocalEstimator):
     def needs_sgd(self) -> bool:
         return self.scale == "fit"
 
+    @property
+    def takes_shards(self) -> bool:
+        return super().takes_shards and self.scale != "fit"
+
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         if self.scale != "fit":
             return super().check(problem, w, lam)

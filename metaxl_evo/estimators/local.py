@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext
@@ -15,6 +15,7 @@ from metaxl_evo.estimators.base import Estimator
 from metaxl_evo.messages import unknown
 
 Engine = Literal["auto", "double_backward", "jvp", "finite_difference"]
+Differences = Literal["central", "one_sided"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,16 @@ class EngineEstimator(Estimator):
     def second_order(self) -> bool:
         return self.engine in ("double_backward", "jvp")
 
+    @property
+    def takes_shards(self) -> bool:
+        return not self.second_order
+
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
         prepare(passes, self._engine(passes.problem), w, lam, batch, radius=self.radius)
 
     def _engine(self, problem: BilevelProblem) -> str:
-        return self.engine if self.engine != "auto" or problem.second_order else "finite_difference"
+        exact = problem.second_order and not problem.weights.sharded
+        return self.engine if self.engine != "auto" or exact else "finite_difference"
 
 
 @dataclass(frozen=True)
@@ -57,5 +63,38 @@ class LocalEstimator(EngineEstimator):
         direction = passes.all_reduce(direction)
         diagnostics["direction_norm"] = length = tree.norm(direction)
         engine, at = self._engine(passes.problem), (step.w, step.lam, step.batch)
-        mixed = mixed_product(passes, engine, *at, direction, radius=self.radius, length=length)
+        at_w = self._lam_grad(passes, step)
+        mixed = mixed_product(passes, engine, *at, direction, radius=self.radius, length=length, at_w=at_w)
         return tree.add(through_rule, mixed, -1.0)
+
+    def _lam_grad(self, passes: PassContext, step: InnerStep) -> Tree | None:
+        """d_lam L_T where the product is taken, for a one-sided difference."""
+        return None
+
+
+@dataclass(frozen=True)
+class StepEstimator(LocalEstimator):
+    """Local terms at the step's own weights and batch, whose backward can leave half of a difference at lam."""
+
+    differences: Differences = "central"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if self.differences not in get_args(Differences):
+            raise ValueError(unknown(f"{name} differences", str(self.differences), get_args(Differences)))
+        if self.differences == "one_sided" and self.engine != "finite_difference":
+            raise ValueError(
+                f"{name}: differences: one_sided is a way of engine finite_difference, and engine is {self.engine}: "
+                "set engine: finite_difference, or leave differences at central"
+            )
+
+    @property
+    def needs_lam_grad(self) -> bool:
+        return self.differences == "one_sided"
+
+    def _lam_grad(self, passes: PassContext, step: InnerStep) -> Tree | None:
+        if not self.needs_lam_grad or step.made is None:
+            return None
+        left = step.made.lam_grad
+        return passes.lam_grad(step.w, step.lam, step.batch) if left is None else left

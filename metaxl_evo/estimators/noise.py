@@ -14,7 +14,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from metaxl_evo.bilevel import tree
+from metaxl_evo.bilevel import shards, tree
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.tree import Tree
 
@@ -51,28 +51,31 @@ class Perturbations:
     ) -> None:
         if injected is not None and len(injected) < 2:
             raise ValueError(f"evograd: noise must hold at least 2 perturbations, not {len(injected)}")
-        self.like, self.seed, self.kind, self.sigma, self.antithetic = like, seed, kind, sigma, antithetic
-        self.rows, self.injected = rows or {}, injected
+        self.whole, self.like, self.seed, self.kind = like, shards.local(like), seed, kind
+        self.sigma, self.antithetic, self.injected = sigma, antithetic, injected
+        self.rows = {**(rows or {}), **_rows_here(like)}
         self.copies = copies if injected is None else len(injected)
         device = next(iter(like.values())).device
         self._block = _BLOCK if device.type == "cpu" else 4 * _BLOCK  # no cache to fit, and launches to save
-        whole = {name: leaf for name, leaf in like.items() if name not in self.rows}
-        self._blocks = [*tree.in_groups(whole, self._block), *([name] for name in like if name in self.rows)]
-        self._kept = self._store(tree.size(like))
+        alone = [name for name in like if name in self.rows or shards.is_sharded(like[name])]
+        others = {name: leaf for name, leaf in like.items() if name not in alone}
+        self._blocks = [*tree.in_groups(others, self._block), *([name] for name in alone)]
+        self._kept = self._store(tree.size(self.like))
         self._kept_words = self._store(sum(map(self._count, like)))
 
     def __getitem__(self, k: int) -> Tree:
         found: Tree = {}
         for block in range(len(self._blocks)):
             found |= self._leaves(block, self._eps(block, range(k, k + 1))[0])
-        return found
+        return shards.like(self.whole, found)
 
     def perturbed(self, w: Tree, k: int) -> Tree:
         """w + eps_k; leaves without noise are passed through."""
-        return {**w, **{name: leaf[0] for name, leaf in self.points(w, range(k, k + 1)).items()}}
+        found = {name: leaf[0] for name, leaf in self.points(w, range(k, k + 1)).items()}
+        return {**w, **shards.like(self.whole, found)}
 
     def points(self, w: Tree, copies: range) -> Tree:
-        """w + eps_k of the leaves with noise, for some copies: (copies, *shape) each."""
+        """w + eps_k of the leaves with noise, for some copies: (copies, *shape) each, of the rows that are here."""
         found: Tree = {}
         for block, names in enumerate(self._blocks):
             eps, at = self._eps(block, copies), _flat(w, names)
@@ -81,16 +84,16 @@ class Perturbations:
 
     def combined(self, w: Tree, weights: Tensor) -> Tree:
         """w + sum_k weights_k eps_k, weights (K,)."""
-        moved = dict(w)
+        moved: Tree = {}
         for block, names in enumerate(self._blocks):
             flat = _flat(w, names).clone()
             for copies in self._together(block):
                 flat.addmv_(self._eps(block, copies).T, weights[copies.start : copies.stop].to(flat.dtype))
             moved |= self._leaves(block, flat)
-        return moved
+        return {**w, **shards.like(self.whole, moved)}
 
     def along(self, v: Tree) -> Tensor:
-        """The inner products <v, eps_k>, (K,) in float64."""
+        """The inner products <v, eps_k>, (K,) in float64; of sharded leaves a share, that of the rows here."""
         products = []
         for block, names in enumerate(self._blocks):
             flat = _flat(v, names)
@@ -134,8 +137,10 @@ class Perturbations:
     def _drawn(self, block: int, copies: range) -> Tensor:
         like = [self.like[name] for name in self._blocks[block]]
         if self.injected is not None:
-            given = [torch.cat([self.injected[k][name].flatten() for name in self._blocks[block]]) for k in copies]
+            given = [_flat(self.injected[k], self._blocks[block]) for k in copies]
             return torch.stack(given).to(like[0])
+        if not sum(leaf.numel() for leaf in like):
+            return like[0].new_zeros(len(copies), 0)
         draw, numbers_of_word = (_signs, 64) if self.kind == "sign" else (_normals, 2)
         words = self._once(self._kept_words, self._words, block, copies)
         drawn = draw(words, like[0].dtype, self.sigma)
@@ -143,6 +148,9 @@ class Perturbations:
             drawn[1 - copies.start % 2 :: 2].neg_()
         if drawn.shape[1] == sum(leaf.numel() for leaf in like):
             return drawn
+        if like[0].dim() == 1 and (whole := self.whole[self._blocks[block][0]]).shape != like[0].shape:
+            first = shards.first_row(whole)
+            return drawn[:, first : first + len(like[0])]
         pieces = drawn.split([self._count(name) * numbers_of_word for name in self._blocks[block]], dim=1)
         rows = [
             piece.view(len(copies), _rows(leaf), -1)[:, :, : leaf.numel() // max(1, _rows(leaf))].flatten(1)
@@ -183,8 +191,9 @@ class Perturbations:
         return torch.tensor(columns).T.contiguous().to(device)
 
     def _count(self, name: str) -> int:
-        """The number of words of a leaf: each of its rows begins with a new one."""
-        leaf, rows = self.like[name], _rows(self.like[name])
+        """The number of words of a leaf: each of its rows begins with a new one; of a vector those of the whole."""
+        leaf = self.like[name] if self.like[name].dim() > 1 else self.whole[name]
+        rows = _rows(leaf)
         return rows * math.ceil(leaf.numel() / max(1, rows) / (64 if self.kind == "sign" else 2))
 
 
@@ -192,9 +201,18 @@ def _rows(leaf: Tensor) -> int:
     return leaf.shape[0] if leaf.dim() > 1 else 1
 
 
+def _rows_here(like: Tree) -> Tree:
+    """The numbers of the rows that are here, of sharded matrices."""
+    here = {
+        name: leaf for name, leaf in shards.local(like).items() if shards.is_sharded(like[name]) and leaf.dim() > 1
+    }
+    firsts = {name: shards.first_row(like[name]) for name in here}
+    return {name: torch.arange(len(leaf), device=leaf.device) + firsts[name] for name, leaf in here.items()}
+
+
 def _flat(a: Tree, names: Sequence[str]) -> Tensor:
-    """The numbers of some leaves one behind the other; those of a single one are not copied."""
-    leaves = [a[name].reshape(-1) for name in names]
+    """The numbers of some leaves one behind the other, those here; those of a single one are not copied."""
+    leaves = [leaf.reshape(-1) for leaf in shards.local({name: a[name] for name in names}).values()]
     return leaves[0] if len(leaves) == 1 else torch.cat(leaves)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from metaxl_evo.bilevel import hyper, tree
+from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.products import LAM, W, double_backward, otherwise
@@ -52,6 +53,51 @@ class Visit:
         before = map_trees(tree.clone, step.update_state)
         w, lam, stepped = tree.clone(step.w), tree.clone(step.lam), frozenset(step.made.grad)
         return cls(w, lam, step.batch, before, passes.problem.update, passes.seed, stepped)
+
+    def without_weights(self, lam: Tree) -> Visit:
+        """The step alone, to be made again; `lam` is that of another, where it stands still."""
+        return replace(self, w={}, lam=lam, update_state={})
+
+
+def thinned(visits: Sequence[Visit]) -> list[Visit]:
+    """The steps so far, of which every so many-th has weights: at most sqrt(T) of T, whatever T will be."""
+    every = _every(len(visits))
+    if every == _every(len(visits) - 1):
+        *before, last = visits
+        at = len(before)
+        return [*before, last if at % every == 0 else last.without_weights(before[0].lam)]
+    first = visits[0].lam
+    return [one if at % every == 0 else one.without_weights(first) for at, one in enumerate(visits)]
+
+
+def _every(steps: int) -> int:
+    """The smallest power of 2 that is at least sqrt(steps)."""
+    every = 1
+    while every**2 < steps:
+        every *= 2
+    return every
+
+
+def made_again(passes: PassContext, visits: Sequence[Visit]) -> Iterator[Visit]:
+    """The steps, the last one first, those without weights made again from the nearest one before that has them."""
+    end = len(visits)
+    while end:
+        start = max(at for at in range(end) if visits[at].w)
+        stretch = [visits[start]]
+        for visit in visits[start + 1 : end]:
+            stretch.append(_after(passes, stretch[-1], visit))
+        while stretch:
+            yield stretch.pop()
+        end = start
+
+
+def _after(passes: PassContext, before: Visit, visit: Visit) -> Visit:
+    """A step with the weights and the state that the step before it leaves."""
+    problem = replace(passes.problem, update=before.rule)
+    there = replace(passes.elsewhere(before.seed), problem=problem)
+    made = look_ahead(there, InnerStep(before.w, before.lam, before.batch, before.update_state)).made
+    assert made is not None
+    return replace(visit, w=made.w, update_state=made.update_state)
 
 
 def walk_back(passes: PassContext, visits: Iterable[Visit], cotangent: Tree) -> Iterator[Tree]:

@@ -37,7 +37,8 @@ def work(estimator: Estimator, steps: int) -> Work:
         state = estimator.init(problem, w, lam, previous)
         for _ in range(steps):
             before = None if step.made is None else step.made.update_state
-            step = look_ahead(PassContext(problem), InnerStep(step.current, lam, None, before))
+            step = InnerStep(step.current, lam, None, before)
+            step = look_ahead(PassContext(problem), step, lam_grad=estimator.needs_lam_grad)
             state = estimator.observe(passes, step, state)
         return passes, step, state
 

@@ -70,7 +70,8 @@ class StudyArguments(RunsArguments):
     """
 
     task: str = field(
-        default="ner", metadata={"help": "ner, noisy_labels, rotation, hyper_cleaning, fewshot, or file.py:Class."}
+        default="ner",
+        metadata={"help": "A task of metaxl-evo (ner, noisy_labels, ...), or file.py:Class."},
     )
     score: str | None = field(
         default=None, metadata={"help": "The test score that is compared (default: the task's)."}

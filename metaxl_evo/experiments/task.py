@@ -24,12 +24,15 @@ from metaxl_evo.training.trainer import MetaTrainer
 
 TASKS = {
     "ner": "metaxl_evo.ner.task:NerTask",
+    "pos": "metaxl_evo.ner.task:PosTask",
     "noisy_labels": "vision_tasks.noisy_labels_task:NoisyLabelsTask",
     "rotation": "vision_tasks.rotation_task:RotationTask",
     "hyper_cleaning": "vision_tasks.hyper_cleaning_task:HyperCleaningTask",
+    "schedule": "vision_tasks.schedule_task:ScheduleTask",
     "fewshot": "vision_tasks.fewshot_task:FewShotTask",
     "many_shot": "vision_tasks.many_shot_task:ManyShotTask",
     "sinusoid": "metaxl_evo.long_horizon.sinusoid_task:SinusoidTask",
+    "weight_text": "metaxl_evo.weighting.weight_task:WeightTextTask",
 }
 Settings = TypeVar("Settings")
 Data = TypeVar("Data")

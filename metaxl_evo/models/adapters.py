@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from metaxl_evo.messages import first_line
 
 ADAPTER = "adapter"  # the subfolder; at the top of a model folder transformers would load the adapter over the model
 WEIGHTS_FILE = "adapter_model.safetensors"
+ALL_LINEAR = "all-linear"
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -35,6 +39,46 @@ def plain_model(model: Any) -> Any:
         kind = model.active_peft_config.peft_type.value
         raise ValueError(f"peft's {kind} changes the inputs of the base model: use a method inside its layers (LoRA)")
     return model.get_base_model()
+
+
+def add_lora(
+    base: PreTrainedModel,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    target_modules: Sequence[str] | None,
+    task_type: str = "TOKEN_CLS",
+) -> nn.Module:
+    """`base` with a LoRA adapter: the adapter and a classifier are trainable, all else is frozen.
+
+    Args:
+        task_type: peft's word for the head.
+
+    Raises:
+        ValueError: for target modules that are not layers of the encoder, with those that are.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    layers = [name for name, layer in base.base_model.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
+    targets = list(DEFAULTS.get(base.config.model_type, []) if target_modules is None else target_modules)
+    everywhere = targets == [ALL_LINEAR]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
+    if not everywhere and (unknown or not targets):
+        wanted = f"{', '.join(unknown)} are no layers of" if unknown else "peft has no choice for"
+        there = ", ".join([ALL_LINEAR, *sorted({name.rpartition(".")[2] for name in layers})])
+        raise ValueError(f"lora_target_modules: {wanted} {type(base).__name__}: choose from {there}")
+    heads = [name for name, child in base.named_children() if child is not base.base_model]
+    config = LoraConfig(
+        task_type=TaskType[task_type],  # a classifier is trained and saved with the adapter
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=ALL_LINEAR if everywhere else targets,
+        exclude_modules=heads if everywhere else None,
+    )
+    return get_peft_model(base, config)
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:

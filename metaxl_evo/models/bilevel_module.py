@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from metaxl_evo.bilevel.base_weights import BaseWeights, Sharded, Whole, reshard
 from metaxl_evo.bilevel.problem import BilevelProblem, Cut, Examples
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.replay import for_this_pass
@@ -174,6 +177,8 @@ class BilevelModule(nn.Module, ABC):
 
         The rows up to `padding_idx` are among them, so that it keeps its number.
         """
+        if self.is_sharded:  # by rows already
+            return {}
         found: dict[str, list[Tensor]] = defaultdict(list)
         for batch in batches:
             for name, rows in self.lookups(batch).items():
@@ -219,11 +224,17 @@ class BilevelModule(nn.Module, ABC):
 
     def base_parameters(self) -> Tree:
         """The trainable base parameters by their names in `plain_base` (frozen ones are constants of the problem)."""
+        reshard(self.base)  # what a forward has left gathered are others
         return {name: p for name, p in self.plain_base.named_parameters() if p.requires_grad}
 
     def meta_parameters(self) -> Tree:
         """The meta parameters by name."""
         return dict(self.meta.named_parameters())
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process holds a part of the base's weights, which gathers them where it is called itself."""
+        return isinstance(self.base, FSDPModule)
 
     @property
     def has_dropout(self) -> bool:
@@ -264,6 +275,7 @@ class BilevelModule(nn.Module, ABC):
         if not any(True for _ in self.meta.parameters()):
             raise ValueError(f"{type(self).__name__}.meta has no parameters to learn: set estimator: none")
         obstacle = self.second_order_obstacle
+        weights: BaseWeights = Sharded(self.base, self.base_parameters()) if self.is_sharded else Whole()
         base, meta = places_of(self.plain_base), places_of(self.meta)
         rows = {} if rows is None else rows
         embeddings = [(base[name][0][0], numbers) for name, numbers in rows.items()]
@@ -273,7 +285,8 @@ class BilevelModule(nn.Module, ABC):
 
             @wraps(loss)
             def evaluate(w: Tree, lam: Tree, *arguments: Any) -> Tensor:
-                with for_this_pass(swapped(base, w)), for_this_pass(swapped(meta, lam)):
+                here = weights.at(w) if weights.sharded else swapped(base, w)  # a swap would not be gathered
+                with for_this_pass(here), for_this_pass(swapped(meta, lam)):
                     return loss(*arguments)
 
             return evaluate
@@ -284,12 +297,13 @@ class BilevelModule(nn.Module, ABC):
             update=update,
             parts=partial(as_window, self),
             scope=lambda: frozen(self, self.base, dropout=dropout, embeddings=embeddings),
-            cut=self._cut_at(at) if obstacle is None else None,
+            cut=self._cut_at(at) if obstacle is None and not weights.sharded else None,
             second_order=obstacle is None,
+            weights=weights,
             stop_gradients=self.stop_gradients,
             straight_through=self.straight_through,
             direct_term=self.direct_term,
-            reads_lam=self._reading_lam if not dropout else _same,  # other rows, other masks
+            reads_lam=_same if dropout or weights.sharded else self._reading_lam,  # other rows, other masks
             rows=rows,
             examples=self.examples(Processes()),
             cast=lambda dtype: cast(self, dtype),
@@ -330,16 +344,26 @@ class BilevelModule(nn.Module, ABC):
         """
         load_state(self.meta, Path(folder) / META)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Any] | None = None) -> None:
         """The base as a plain Hugging Face folder, the meta network in its own subfolder.
 
         Of a base that peft wraps the adapter alone is written, into `adapter/`; `save_merged` writes the model.
+
+        Args:
+            state_dict: of the base, where it is sharded: `gathered_state()`.
         """
         if is_adapted(self.base):
             save_adapter(self.base, Path(folder) / ADAPTER)
         else:
-            save_state(self.base, Path(folder))
+            save_state(self.base, Path(folder), state_dict)
         self.save_meta(folder)
+
+    def gathered_state(self) -> dict[str, Any] | None:
+        """The whole state of a sharded base, on the CPU of the first process; all processes call it. Else None."""
+        if not self.is_sharded:
+            return None
+        reshard(self.base)
+        return get_model_state_dict(self.base, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     def save_merged(self, folder: str | Path) -> None:
         """The base that peft wraps as a plain Hugging Face folder, the adapter merged into a copy of its weights."""

@@ -57,11 +57,17 @@ def load_network(folder: str | Path, model_type: str, make: Callable[..., Networ
     return network
 
 
-def save_state(network: Any, folder: Path) -> None:
-    """By the network's own `save_pretrained` where it has one, else its state as `model.safetensors`."""
+def save_state(network: Any, folder: Path, state: Mapping[str, Any] | None = None) -> None:
+    """By the network's own `save_pretrained` where it has one, else its state as `model.safetensors`.
+
+    Args:
+        state: the whole state of a network that is sharded.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if callable(getattr(network, "save_pretrained", None)):
-        network.save_pretrained(folder)
+        network.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+    elif state is not None:
+        save_file(dict(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     else:
         save_model(network, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
 

@@ -1,4 +1,4 @@
-"""The weighting network of Meta-Weight-Net, for any task: an example's weight is read off its loss."""
+"""The weighting network of Meta-Weight-Net, for any task: a weight is read off a loss, or off features."""
 
 from __future__ import annotations
 
@@ -16,21 +16,28 @@ MODEL_TYPE = "metaxl_weight_net"
 class WeightNet(nn.Module):
     """V(loss): one hidden layer with ReLU and a sigmoid, (B,) -> (B,) in (0, 1); 3 `hidden` + 1 parameters.
 
+    Args:
+        inputs: numbers that an example is weighed by; of several, V takes (B, inputs).
+        floor: weights are in (floor, 1).
+
     Source: Shu et al., Meta-Weight-Net, NeurIPS 2019, section 3.1.
     """
 
-    def __init__(self, hidden: int = 100) -> None:
+    def __init__(self, hidden: int = 100, inputs: int = 1, floor: float = 0.0) -> None:
         super().__init__()
-        self.hidden = nn.Linear(1, hidden)
+        self.hidden = nn.Linear(inputs, hidden)
         self.out = nn.Linear(hidden, 1)
+        self.floor = floor
 
-    def forward(self, losses: Tensor) -> Tensor:
-        weights: Tensor = torch.sigmoid(self.out(torch.relu(self.hidden(losses.unsqueeze(1))))).squeeze(1)
-        return weights
+    def forward(self, seen: Tensor) -> Tensor:
+        seen = seen.unsqueeze(1) if seen.dim() == 1 else seen
+        weights: Tensor = torch.sigmoid(self.out(torch.relu(self.hidden(seen)))).squeeze(1)
+        return weights if self.floor == 0 else self.floor + (1 - self.floor) * weights
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into the folder itself."""
-        save_network(folder, MODEL_TYPE, {"hidden": self.hidden.out_features}, self)
+        sizes = {"hidden": self.hidden.out_features, "inputs": self.hidden.in_features}
+        save_network(folder, MODEL_TYPE, {**sizes, "floor": self.floor}, self)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> WeightNet:

@@ -1,17 +1,19 @@
-"""Settings of a cross-lingual NER run, and the methods that are compared."""
+"""Settings of a cross-lingual tagger, and the methods that are compared."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_peft_available
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.rtn_networks import KINDS
-from metaxl_evo.ner.layout import LayoutArguments
+from metaxl_evo.ner.layout import ColumnArguments, LayoutArguments, PosLayoutArguments
+from metaxl_evo.ner.scorers import EntityScorer, Scorer, WordScorer
 from metaxl_evo.training.arguments import MetaTrainingArguments
 
 PAPER_LANGUAGES = ("qu", "cdo", "ilo", "xmf", "mhr", "mi", "tk", "gn")
@@ -74,15 +76,24 @@ class NerTrainingArguments(MetaTrainingArguments):
         default=None, metadata={"help": "Names of tags that are integers, from 0 on, e.g. O,B-PER,I-PER."}
     )
 
+    best: ClassVar = "f1"  # what chooses a checkpoint, as `select` says; TrainingArguments would take the loss
+
     def __post_init__(self) -> None:
         if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "f1"  # as `select` says; TrainingArguments would take the loss
+            self.metric_for_best_model = self.best
         super().__post_init__()
 
 
 @dataclass
-class NerArguments(LayoutArguments):
-    """Model, data, RTN and method; the optimisation is in NerTrainingArguments.
+class PosTrainingArguments(NerTrainingArguments):
+    """NerTrainingArguments of a tagger of parts of speech."""
+
+    best: ClassVar = "accuracy"
+
+
+@dataclass
+class TaggingArguments(ColumnArguments):
+    """Model, data, RTN and method, whatever is tagged; the optimisation is in NerTrainingArguments.
 
     Raises:
         ValueError: one line for the first value that cannot be, with the valid choices.
@@ -141,11 +152,10 @@ class NerArguments(LayoutArguments):
     select: str = field(
         default="dev",
         metadata={
-            "help": "dev: score a dev set too, and leave the checkpoint with the best F1 if load_best_model_at_end "
-            "is on; last: the last, no dev set is read."
+            "help": "dev: score a dev set too, and leave the best checkpoint (by F1, or accuracy) if "
+            "load_best_model_at_end is on; last: the last, no dev set is read."
         },
     )
-    strict: bool = field(default=False, metadata={"help": "Count only well-formed IOB2 entities."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,6 +191,44 @@ class NerArguments(LayoutArguments):
     @property
     def recipe(self) -> Method:
         return METHODS[self.method]
+
+    @property
+    @abstractmethod
+    def scorer(self) -> Scorer:
+        """What the words are judged by."""
+
+
+@dataclass
+class NerArguments(TaggingArguments, LayoutArguments):
+    """Settings of a tagger of entities.
+
+    Raises:
+        ValueError: one line for the first value that cannot be, with the valid choices.
+    """
+
+    strict: bool = field(default=False, metadata={"help": "Count only well-formed IOB2 entities."})
+
+    @property
+    def scorer(self) -> EntityScorer:
+        return EntityScorer(self.strict)
+
+
+@dataclass
+class PosArguments(TaggingArguments, PosLayoutArguments):
+    """Settings of a tagger of parts of speech.
+
+    Raises:
+        ValueError: one line for the first value that cannot be, with the valid choices.
+    """
+
+    dataset: str = field(
+        default="synthetic",
+        metadata={"help": "Hub id (a configuration a language), a folder LANG/{train,dev,test}, or `synthetic`."},
+    )
+
+    @property
+    def scorer(self) -> WordScorer:
+        return WordScorer()
 
 
 def refuse_fields(args: TrainingArguments) -> None:

@@ -1,4 +1,4 @@
-"""What `--check` finds of the NER task beside the findings of any: the sentences, and what the RTN acts on."""
+"""What `--check` finds of a tagger beside the findings of any: the sentences, and what the RTN acts on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 
 from metaxl_evo.bilevel import tree
-from metaxl_evo.ner.arguments import NerArguments
+from metaxl_evo.ner.arguments import TaggingArguments
 from metaxl_evo.ner.encoding import lost_words
 from metaxl_evo.ner.pretrained import longest_input
 from metaxl_evo.ner.target_data import TargetData
 from metaxl_evo.training.trainer import MetaTrainer
 
 
-def sentence_findings(ner: NerArguments, data: TargetData, trainer: MetaTrainer) -> dict[str, Any]:
+def sentence_findings(ner: TaggingArguments, data: TargetData, trainer: MetaTrainer) -> dict[str, Any]:
     """The sentences that were read, and what of them the tokenizer loses."""
     tokenizer: Any = trainer.processing_class
     longest = longest_input(trainer.model.plain_base)

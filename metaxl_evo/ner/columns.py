@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metaxl_evo.ner.layout import Layout
+from metaxl_evo.ner.schemes import PartsOfSpeech
 
 CODE = r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]{1,8})*|simple"  # of a language, as WikiAnn writes it before each token
 DOCUMENT = "-DOCSTART-"
+CONLLU = 10  # columns of a treebank's file
 MANY = 200  # lines, among which some words come twice
 CHANCE = 10  # tokens that look as if they had a prefix
 LAYOUT = "a line is TOKEN<TAB>TAG, or label_column_name is the number of the tag's column"
@@ -118,6 +120,7 @@ def text_lines(path: Path) -> list[str]:
 def _sentences(path: Path, layout: Layout) -> list[list[Line]]:
     lines = text_lines(path)
     split = [_split(line) for line in lines]
+    no_words = {number for number, columns in enumerate(split, start=1) if _is_no_word(columns, layout)}
     width = _width(split)
     is_plain = width <= 2 and layout.tokens is None and layout.tags is None
     found = None if is_plain else _tag_column(path, split, layout)
@@ -136,6 +139,8 @@ def _sentences(path: Path, layout: Layout) -> list[list[Line]]:
     for number, columns in enumerate(split, start=1):
         if not columns or columns[0].startswith(DOCUMENT):
             sentences.append([])
+            continue
+        if number in no_words:
             continue
         if any("\0" in column or "\r" in column for column in columns):
             raise ValueError(
@@ -179,6 +184,12 @@ def _is_comment(columns: list[str]) -> bool:
     )
 
 
+def _is_no_word(columns: list[str], layout: Layout) -> bool:
+    """Whether a line of CoNLL-U, numbered 3-4 or 5.1, is of several words, or of one that is not written."""
+    of_conllu = isinstance(layout.scheme, PartsOfSpeech) and len(columns) == CONLLU
+    return of_conllu and re.fullmatch(r"\d+[-.]\d+", columns[0]) is not None
+
+
 def _width(split: Sequence[list[str]]) -> int:
     """The usual number of columns, comments aside where there is anything else."""
     lines = [columns for columns in split if columns and not columns[0].startswith(DOCUMENT)]
@@ -189,6 +200,7 @@ def _width(split: Sequence[list[str]]) -> int:
 def _tag_column(path: Path, split: Sequence[list[str]], layout: Layout) -> tuple[int, int] | None:
     """How many columns to keep, and which, from 0, is the tag; None for all and the last."""
     lines = [line for line in split if line and not _is_comment(line) and not line[0].startswith(DOCUMENT)]
+    lines = [line for line in lines if not _is_no_word(line, layout)]
     widths = set(map(len, lines))
     narrowest, widest = min(widths, default=0), max(widths, default=0)
     for setting, number in (("tokens_column", layout.tokens), ("label_column_name", layout.tags)):
@@ -206,6 +218,8 @@ def _tag_column(path: Path, split: Sequence[list[str]], layout: Layout) -> tuple
     }
     tags = [at for at in range(1, narrowest) if all(held[at])]
     alone = len(tags) == 1 and not any(any(held[at]) for at in held if at > tags[0])
+    if tags and isinstance(layout.scheme, PartsOfSpeech) and all(line[0].isdecimal() for line in lines):
+        return tags[0], tags[0]  # a treebank's own tags, behind, may be the same
     # Without the number it may be CoNLL 2003, whose chunks look like tags, with entities that do not.
     return (tags[0], tags[0]) if alone and all(line[0].isdecimal() for line in lines) else None
 

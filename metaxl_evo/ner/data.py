@@ -1,22 +1,24 @@
 """NER data: one loader for the Hub, local folders and the synthetic family, and what a tagger needs of it.
 
 Whatever the source, a language becomes a `DatasetDict` in memory with the columns `tokens` (strings) and `ner_tags`
-(a `ClassLabel` over O, B-TYPE and I-TYPE), and all languages loaded together share one label set.
+(a `ClassLabel` over O, B-TYPE and I-TYPE, or over parts of speech), and all languages loaded together share one label
+set.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features
 
 from metaxl_evo.messages import unknown
-from metaxl_evo.ner.labels import label_names, map_types, ner_features
+from metaxl_evo.ner.labels import ner_features
 from metaxl_evo.ner.layout import Layout
-from metaxl_evo.ner.schemes import IOB2, TagScheme
+from metaxl_evo.ner.schemes import IOB2, NO_WORD, PartsOfSpeech, TagScheme
 from metaxl_evo.ner.sources import SPLITS, Corpus, Sentences, read_folder, read_hub, read_table
 from metaxl_evo.ner.synthetic import SyntheticFamily
 
@@ -54,8 +56,8 @@ def load_ner_dataset(
     """
     layout = layout or Layout()
     corpus = read_corpus(dataset, languages, splits, layout, synthetic)
-    require_types(layout.label_map, corpus)
-    return label_corpus(corpus, layout.label_map, names, names_of)
+    require_types(layout, corpus)
+    return label_corpus(corpus, layout, names, names_of)
 
 
 def read_corpus(
@@ -81,38 +83,40 @@ def read_corpus(
         for split, part in parts.items():
             where = f"{dataset}, {language}, {split}"
             _check_sentences(part, where)
-            parts[split] = _in_iob2(part, layout.scheme, where)
+            parts[split] = _as_labels(part, layout.scheme, where)
     return corpus
 
 
-def require_types(label_map: Mapping[str, str], corpus: Corpus) -> None:
+def require_types(layout: Layout, corpus: Corpus) -> None:
     """Refuse a map of a type that no language has, as of a name that is misspelt."""
     parts = [part for splits in corpus.values() for part in splits.values()]
-    there = {tag[2:] for part in parts for tags in (*part.tags, part.declared or ()) for tag in tags} - {""}
-    for kind in label_map:
+    kind_of = layout.scheme.kind
+    there = {kind_of(tag) for part in parts for tags in (*part.tags, part.declared or ()) for tag in tags} - {""}
+    for kind in layout.label_map:
         if kind not in there:
-            raise ValueError(unknown(f"entity type of {', '.join(corpus)} in label_map", kind, sorted(there)))
+            raise ValueError(unknown(f"{layout.scheme.what} of {', '.join(corpus)} in label_map", kind, sorted(there)))
 
 
 def label_corpus(
-    corpus: Corpus, label_map: Mapping[str, str], names: Sequence[str] | None = None, names_of: str = "the model"
+    corpus: Corpus, layout: Layout, names: Sequence[str] | None = None, names_of: str = "the model"
 ) -> dict[str, DatasetDict]:
     """The second half of `load_ner_dataset`: the types mapped, and all languages with one label set."""
-    if label_map:
+    if layout.label_map:
         corpus = {
-            language: {split: _mapped(part, label_map) for split, part in parts.items()}
+            language: {split: _mapped(part, layout) for split, part in parts.items()}
             for language, parts in corpus.items()
         }
-    features = ner_features(_shared_names(corpus, names, names_of))
+    features = ner_features(_shared_names(corpus, layout.scheme, names, names_of))
     return {
         language: DatasetDict({split: _to_dataset(part, features) for split, part in parts.items()})
         for language, parts in corpus.items()
     }
 
 
-def _mapped(part: Sentences, label_map: Mapping[str, str]) -> Sentences:
-    declared = [name for tag in part.declared or () for name in map_types([tag], label_map)]
-    tags = [map_types(tags, label_map) for tags in part.tags]
+def _mapped(part: Sentences, layout: Layout) -> Sentences:
+    mapped, label_map = layout.scheme.mapped, layout.label_map
+    declared = [name for tag in part.declared or () for name in mapped([tag], label_map)]
+    tags = [mapped(tags, label_map) for tags in part.tags]
     return Sentences(part.tokens, tags, list(dict.fromkeys(declared)) or None)
 
 
@@ -169,6 +173,17 @@ def _check_sentences(part: Sentences, where: str) -> None:
         raise ValueError(f"{where} has only empty tokens: repair the data")
 
 
+def _as_labels(part: Sentences, scheme: TagScheme | PartsOfSpeech, where: str) -> Sentences:
+    if isinstance(scheme, TagScheme):
+        return _in_iob2(part, scheme, where)
+    kept = [[tag != NO_WORD for tag in tags] for tags in part.tags]
+    declared = part.declared and [name for name in part.declared if name != NO_WORD]
+    words, tags = (
+        [list(compress(*pair)) for pair in zip(rows, kept, strict=True)] for rows in (part.tokens, part.tags)
+    )
+    return Sentences(words, tags, declared)
+
+
 def _in_iob2(part: Sentences, scheme: TagScheme, where: str) -> Sentences:
     """The same entities in IOB2; tags that are not as their scheme has them are counted and logged."""
     tags = list(map(scheme.to_iob2, part.tags))
@@ -186,15 +201,18 @@ def _stray_insides(tags: list[str]) -> int:
     return sum(tag[0] == "I" and tag[2:] != before[2:] for before, tag in zip(["O", *tags], tags, strict=False))
 
 
-def _shared_names(corpus: Corpus, names: Sequence[str] | None, names_of: str) -> list[str]:
+def _shared_names(
+    corpus: Corpus, scheme: TagScheme | PartsOfSpeech, names: Sequence[str] | None, names_of: str
+) -> list[str]:
     """The label names: those given, else those that a language declares, else those of the first language's types."""
     parts = [(language, part) for language, splits in corpus.items() for part in splits.values()]
     declared = next(((language, part.declared) for language, part in parts if part.declared), None)
     first = parts[0][0]
-    seen = {tag[2:] for language, part in parts if language == first for tags in part.tags for tag in tags} - {""}
+    seen = {scheme.kind(tag) for language, part in parts if language == first for tags in part.tags for tag in tags}
+    seen -= {""}
     if names is None and declared is None and not seen:
         raise ValueError(f"{first} has no entity: choose a first language with every entity type, or repair its tags")
-    owner, chosen = (names_of, list(names)) if names is not None else declared or (first, label_names(seen))
+    owner, chosen = (names_of, list(names)) if names is not None else declared or (first, scheme.label_names(seen))
     for language, part in parts:
         labels = part.declared or sorted({tag for tags in part.tags for tag in tags})
         # Declared label sets must be the same; labels merely seen in text, or judged by a model, may be fewer.

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from metaxl_evo.ner.metrics import Scores, entities, types_table
+from metaxl_evo.ner.metrics import Scores
+from metaxl_evo.ner.scorers import EntityScorer, Scorer, Tags
 
-NONE = "O"  # the type of words where there is no entity
 WORST = 10  # sentences
 SHOWN = 12  # words of one that are printed
 
-Tags = Sequence[Sequence[str]]
+ENTITIES = EntityScorer()
 
 
-def confusion(references: Tags, predictions: Tags, *, strict: bool = False) -> dict[str, dict[str, int]]:
+def confusion(references: Tags, predictions: Tags, scorer: Scorer = ENTITIES) -> dict[str, dict[str, int]]:
     """How many entities of each type (rows) were predicted as which, with the same words; O is none of these words.
 
     So a row adds up to the entities of a type, a column to those predicted, and what is right stands in the diagonal.
+    Where words are scored, the same of their labels.
     """
     counts: Counter[tuple[str, str]] = Counter()
+    none = scorer.unread
     for pair in zip(references, predictions, strict=True):
-        true, found = ({(*words,): kind for kind, *words in entities(list(tags), strict)} for tags in pair)
-        counts.update((true.get(words, NONE), found.get(words, NONE)) for words in true.keys() | found.keys())
-    types = [*sorted({kind for pair in counts for kind in pair} - {NONE}), NONE]
-    return {true: {found: counts[true, found] for found in types if {true, found} != {NONE}} for true in types}
+        true, found = ({(*words,): kind for kind, *words in scorer.marks(tags)} for tags in pair)
+        counts.update((true.get(words, none), found.get(words, none)) for words in true.keys() | found.keys())
+    types = [*sorted({kind for pair in counts for kind in pair} - {none}), none]
+    return {true: {found: counts[true, found] for found in types if {true, found} != {none}} for true in types}
 
 
 def worst_sentences(
-    tokens: Tags, references: Tags, predictions: Tags, *, strict: bool = False
+    tokens: Tags, references: Tags, predictions: Tags, scorer: Scorer = ENTITIES
 ) -> list[dict[str, Any]]:
     """The sentences, numbered from 1, with the most entities that are missed or wrongly found; ten at most."""
     wrong = [
-        len(entities(list(reference), strict) ^ entities(list(prediction), strict))
+        len(scorer.marks(reference) ^ scorer.marks(prediction))
         for reference, prediction in zip(references, predictions, strict=True)
     ]
     order = sorted(filter(wrong.__getitem__, range(len(wrong))), key=lambda row: -wrong[row])[:WORST]
@@ -49,11 +51,11 @@ def worst_sentences(
     ]
 
 
-def errors_text(language: str, scores: Scores, errors: Mapping[str, Any]) -> str:
+def errors_text(language: str, scores: Scores, errors: Mapping[str, Any], scorer: Scorer = ENTITIES) -> str:
     """Markdown: the rates of each type in percent, what is taken for what, and the words of the worst sentences."""
-    lines = [f"{language}, by type:", "", types_table(scores)]
+    lines = [f"{language}, by type:", "", scorer.details(scores)]
     types = list(errors["confusion"])
-    lines += ["", f"{language}, entities that are (rows) and were found to be:", ""]
+    lines += ["", f"{language}, {scorer.marked} that are (rows) and were found to be:", ""]
     lines += [f"| | {' | '.join(types)} |", f"|---|{'---:|' * len(types)}"]
     for true, row in errors["confusion"].items():
         lines.append(f"| {true} | {' | '.join(str(row.get(found, '')) for found in types)} |")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.ner.data import first_rows, load_ner_dataset
 from metaxl_evo.ner.errors import confusion, errors_text, worst_sentences
 from metaxl_evo.ner.layout import LayoutArguments
-from metaxl_evo.ner.metrics import average, scores_table
 from metaxl_evo.ner.saved_tagger import SavedTagger, SavedTaggerArguments, conll
+from metaxl_evo.ner.schemes import PartsOfSpeech
+from metaxl_evo.ner.scorers import WordScorer, scorer_of
 from metaxl_evo.ner.sources import SPLITS
 from metaxl_evo.training.checkpoint import require_writable
 
@@ -65,9 +66,12 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
     if len(set(files.values())) < len(files):
         raise ValueError(f"output_file and predictions are both {settings.predictions}: name two files")
     names, layout = settings.labels(), settings.layout(settings.label_names)
+    scorer = scorer_of(names, strict=settings.strict)
+    if isinstance(scorer, WordScorer):
+        layout = replace(layout, scheme=PartsOfSpeech())
     data = load_ner_dataset(settings.dataset, settings.languages, splits=[settings.split], names=names, layout=layout)
     parts = {one: first_rows(splits[SPLITS[settings.split]], settings.eval_size) for one, splits in data.items()}
-    tagger = SavedTagger(settings, names, parts, settings.strict)
+    tagger = SavedTagger(settings, names, parts, scorer)
     for name, file in files.items():
         require_writable(file.parent, name)
     scores, errors, lines = {}, {}, []
@@ -76,19 +80,19 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
         judged = (one.references, found.labels)
         scores[language] = one.score_words(found.labels)
         errors[language] = {
-            "confusion": confusion(*judged, strict=settings.strict),
-            "worst_sentences": worst_sentences(tokens, *judged, strict=settings.strict),
+            "confusion": confusion(*judged, scorer),
+            "worst_sentences": worst_sentences(tokens, *judged, scorer),
         }
         lines.append(f"# language = {language}\n{conll(tokens, *judged, found.confidences)}")
     results = {
-        settings.split: {**scores, "average": average(scores)},
+        settings.split: {**scores, "average": scorer.average(scores)},
         "errors": errors,
         "settings": asdict(settings),
     }
     if tagger.trainer.is_world_process_zero():
         for language in scores:
-            print(errors_text(language, scores[language], errors[language]))
-        print(scores_table(scores))
+            print(errors_text(language, scores[language], errors[language], scorer))
+        print(scorer.table(scores))
         texts = {"output_file": json.dumps(results, indent=2) + "\n", "predictions": "\n".join(lines)}
         for name, file in files.items():
             file.write_text(texts[name], encoding="utf-8")

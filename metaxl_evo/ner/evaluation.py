@@ -14,13 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
 
 from metaxl_evo.ner.encoding import IGNORED, encode, lost_words, plain_labels
-from metaxl_evo.ner.metrics import (
-    Scores,
-    entity_scores,
-    numbers_of,
-    with_sentences,
-    word_predictions,
-)
+from metaxl_evo.ner.metrics import Scores, numbers_of, word_predictions
+from metaxl_evo.ner.scorers import Scorer
 
 
 class EvaluationSet:
@@ -32,7 +27,7 @@ class EvaluationSet:
     Args:
         sentences: `tokens` and `ner_tags`.
         max_length: sub-tokens a sentence; the words beyond are predicted O, and counted in `n_truncated_words`.
-        strict: count only well-formed IOB2 entities.
+        scorer: what the words are judged by.
     """
 
     def __init__(
@@ -41,16 +36,16 @@ class EvaluationSet:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         names: Sequence[str],
-        strict: bool,
+        scorer: Scorer,
     ):
-        self.names, self.strict = list(names), strict
+        self.names, self.scorer = list(names), scorer
         self.references = [[self.names[tag] for tag in tags] for tags in sentences["ner_tags"]]
         self.rows = encode(sentences, tokenizer, max_length, numbered=True)
         self.lost = lost_words(sentences, tokenizer, max_length)
         self._labels = np.sort(numbers_of([row or [IGNORED] for row in self.rows["labels"]]))
 
     def score(self, predictions: Any, labels: Any) -> Scores:
-        """Entity scores of (n, L) predicted label ids, and what came back with them: the labels of `rows`.
+        """The scores of (n, L) predicted label ids, and what came back with them: the labels of `rows`.
 
         Raises:
             ValueError: where these are not the labels of all words.
@@ -68,22 +63,21 @@ class EvaluationSet:
                 f"the labels that came back are not those of the {len(self._labels)} words to score: evaluate the "
                 "rows of this set, all of them, by a trainer of its kind"
             )
-        return word_predictions(predictions, labels, list(map(len, self.references)), self.names)
+        return word_predictions(predictions, labels, list(map(len, self.references)), self.names, self.scorer.unread)
 
     def score_words(self, words: Sequence[Sequence[str]]) -> Scores:
-        """Entity scores of the predicted labels of all words."""
+        """The scores of the predicted labels of all words."""
         counts = {
             "n_truncated_words": self.lost.truncated,
             "n_words_without_sub_token": self.lost.without_sub_token,
         }
-        scores = entity_scores(self.references, words, strict=self.strict) | counts
-        return with_sentences(scores, self.references, words, strict=self.strict)
+        return self.scorer.scores(self.references, words) | counts
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The three rates, for the Trainer's log and model selection."""
+        """The rates, for the Trainer's log and model selection."""
         words = self.words(prediction.predictions, prediction.label_ids)
-        scores = entity_scores(self.references, words, strict=self.strict)
-        return {key: scores[key] for key in ("precision", "recall", "f1")}
+        scores = self.scorer.scores(self.references, words)
+        return {key: float(scores[key]) for key in self.scorer.units}
 
     def predict(self, trainer: Trainer) -> Scores:
         """Run the trainer's model over the sentences and score it."""

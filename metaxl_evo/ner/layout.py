@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from metaxl_evo.ner.schemes import IOB2, PREFIXES, TYPE, TagScheme
+from metaxl_evo.messages import unknown
+from metaxl_evo.ner.schemes import IOB2, POS_TAGS, PREFIXES, TYPE, PartsOfSpeech, TagScheme
 
 INTEGER = re.compile(r"\d+")
 OF_A_TRAINER = ("labels",)  # the one value that `label_names` has where it names the labels of a batch
@@ -20,13 +22,13 @@ class Layout:
         tokens, tags: the names of these columns in a table, or their numbers in a text file, counted from 1; found by
             the reader if None.
         label_names: the tags that integers stand for, in the order of these; none where tags are written out.
-        label_map: other names for entity types, or O for those that are not wanted.
+        label_map: other names for entity types, or O for those that are not wanted; other parts of speech.
 
     Raises:
         ValueError: for a map to what is no type, label names that are no tags or come twice, or one column as both.
     """
 
-    scheme: TagScheme = field(default_factory=TagScheme)
+    scheme: TagScheme | PartsOfSpeech = field(default_factory=TagScheme)
     tokens: str | None = None
     tags: str | None = None
     label_names: tuple[str, ...] = ()
@@ -38,6 +40,8 @@ class Layout:
         for kind in self.label_map.values():
             if not (isinstance(kind, str) and TYPE.fullmatch(kind)):
                 raise ValueError(f"label_map maps an entity type to another, or to O, not to {kind!r}")
+            if isinstance(self.scheme, PartsOfSpeech) and kind not in POS_TAGS:
+                raise ValueError(unknown("part of speech in label_map", kind, POS_TAGS))
         for name in self.label_names:
             if not self.scheme.tag.fullmatch(name):
                 raise ValueError(f"label_names: {self.scheme.refusal(name)}")
@@ -58,8 +62,8 @@ class Layout:
 
 
 @dataclass(kw_only=True)
-class LayoutArguments:
-    """The settings of a layout.
+class ColumnArguments(ABC):
+    """The settings of a layout, whatever the tags say.
 
     Raises:
         ValueError: one line for the first value that cannot be.
@@ -71,29 +75,56 @@ class LayoutArguments:
     )
     label_column_name: str | None = field(
         default=None,
-        metadata={"help": "Column of the tags: a name (default: ner_tags, or tags), in text files a number."},
+        metadata={"help": "Column of the tags: a name (default: ner_tags, tags, upos), in text files a number."},
     )
+    label_map: dict[str, str] | None = field(
+        default=None,
+        metadata={
+            "help": "Other names of entity types, or O to drop one, e.g. {DATE: O}; of parts of speech, others."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.layout()
+
+    @abstractmethod
+    def scheme(self) -> TagScheme | PartsOfSpeech:
+        """What the tags say."""
+
+    def layout(self, label_names: Sequence[str] | None = None) -> Layout:
+        """The layout that these settings say, with the names of integer tags."""
+        names = tuple(label_names or ())
+        return Layout(
+            self.scheme(),
+            tokens=self.tokens_column,
+            tags=self.label_column_name,
+            label_names=() if names == OF_A_TRAINER else names,
+            label_map=self.label_map or {},
+        )
+
+
+@dataclass(kw_only=True)
+class LayoutArguments(ColumnArguments):
+    """The settings of a layout whose tags mark entities.
+
+    Raises:
+        ValueError: one line for the first value that cannot be.
+    """
+
     label_scheme: str = field(
         default=IOB2, metadata={"help": f"How the data mark entities, one of {', '.join(PREFIXES)}; read as IOB2."}
     )
     entity_type: str | None = field(
         default=None, metadata={"help": "Type of all entities, where the tags are B, I and O alone (e.g. ENT)."}
     )
-    label_map: dict[str, str] | None = field(
-        default=None,
-        metadata={"help": "Other names of entity types, or O to drop one, e.g. {DATE: O}: joins label sets."},
-    )
 
-    def __post_init__(self) -> None:
-        self.layout()
+    def scheme(self) -> TagScheme:
+        return TagScheme(self.label_scheme, self.entity_type)
 
-    def layout(self, label_names: Sequence[str] | None = None) -> Layout:
-        """The layout that these settings say, with the names of integer tags."""
-        names = tuple(label_names or ())
-        return Layout(
-            TagScheme(self.label_scheme, self.entity_type),
-            tokens=self.tokens_column,
-            tags=self.label_column_name,
-            label_names=() if names == OF_A_TRAINER else names,
-            label_map=self.label_map or {},
-        )
+
+@dataclass(kw_only=True)
+class PosLayoutArguments(ColumnArguments):
+    """The settings of a layout whose tags are universal parts of speech."""
+
+    def scheme(self) -> PartsOfSpeech:
+        return PartsOfSpeech()

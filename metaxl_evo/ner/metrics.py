@@ -20,13 +20,16 @@ from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.ner.encoding import STRIDE
 
 Scores = dict[str, Any]
+Mark = tuple[str, int, int]  # its kind, its first and its last word
 
 RATES = ("precision", "recall", "f1", "accuracy")
 COUNTS = ("n_sentences", "n_words", "n_entities")
 
 
-def word_predictions(predictions: Any, labels: Any, lengths: Sequence[int], names: Sequence[str]) -> list[list[str]]:
-    """The predicted label of each word: that of its first sub-token, and O for a word that has none.
+def word_predictions(
+    predictions: Any, labels: Any, lengths: Sequence[int], names: Sequence[str], unread: str = "O"
+) -> list[list[str]]:
+    """The predicted label of each word: that of its first sub-token, and `unread` for a word that has none.
 
     Every word is judged, so that an entity lost to truncation counts as missed.
 
@@ -36,7 +39,7 @@ def word_predictions(predictions: Any, labels: Any, lengths: Sequence[int], name
         lengths: the words of each sentence.
     """
     found = by_word(predictions, labels, lengths)
-    return [["O" if guess is None else names[guess] for guess in row] for row in found]
+    return [[unread if guess is None else names[guess] for guess in row] for row in found]
 
 
 def by_word(values: Any, labels: Any, lengths: Sequence[int]) -> list[list[Any]]:
@@ -80,11 +83,11 @@ def entity_scores(
         mode = {"mode": "strict", "scheme": IOB2} if strict else {}
         report = classification_report(truth, guess, output_dict=True, zero_division=0, **mode)
     n_words = sum(map(len, truth))
-    return _entity_rates(report.get("micro avg", {})) | {
+    return rates_of(report.get("micro avg", {}), "n_entities") | {
         "accuracy": float(accuracy_score(truth, guess)) if n_words else 0.0,
         "n_sentences": len(truth),
         "n_words": n_words,
-        "per_type": {kind: _entity_rates(report[kind]) for kind in types},
+        "per_type": {kind: rates_of(report[kind], "n_entities") for kind in types},
     }
 
 
@@ -105,7 +108,7 @@ def _entity_counts(reference: Sequence[str], prediction: Sequence[str], strict: 
     return len(true), len(found), len(true & found)
 
 
-def entities(tags: list[str], strict: bool) -> set[tuple[str, int, int]]:
+def entities(tags: list[str], strict: bool) -> set[Mark]:
     """The entities of a sentence: type, and first and last word."""
     if not strict:
         return set(get_entities(tags))
@@ -113,13 +116,13 @@ def entities(tags: list[str], strict: bool) -> set[tuple[str, int, int]]:
     return {(one.tag, one.start, one.end - 1) for one in found}
 
 
-def average(scores: Mapping[str, Scores]) -> Scores:
+def average(scores: Mapping[str, Scores], rates: Sequence[str] = RATES, counts: Sequence[str] = COUNTS) -> Scores:
     """The unweighted mean of the rates over languages, and the sums of the counts."""
     if not scores:
         raise ValueError("there is no language to average over")
     rows = list(scores.values())
-    means = {key: sum(row[key] for row in rows) / len(rows) for key in RATES}
-    return means | {key: sum(row[key] for row in rows) for key in COUNTS}
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in rates}
+    return means | {key: sum(row[key] for row in rows) for key in counts}
 
 
 def scores_table(scores: Mapping[str, Scores]) -> str:
@@ -142,11 +145,14 @@ def _percent(row: Mapping[str, Any]) -> str:
     return " | ".join(f"{100 * row[key]:.2f}" for key in ("f1", "precision", "recall"))
 
 
-def _entity_rates(row: Mapping[str, Any]) -> Scores:
-    """Plain Python numbers, which go into JSON, from a row of seqeval's report; zeros from an empty one."""
+def rates_of(row: Mapping[str, Any], counted: str) -> Scores:
+    """Plain Python numbers, which go into JSON, from a row of a report; zeros from an empty one.
+
+    `counted`: the name of how many there are of the row's kind.
+    """
     keys = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
     rates: Scores = {ours: float(row.get(theirs, 0.0)) for ours, theirs in keys.items()}
-    return rates | {"n_entities": int(row.get("support", 0))}
+    return rates | {counted: int(row.get("support", 0))}
 
 
 class EntityF1(evaluate.Metric):

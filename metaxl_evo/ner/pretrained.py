@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -20,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
@@ -34,7 +32,6 @@ from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
 from metaxl_evo.training.saved_models import ask_hub, cannot_load, load, not_whole, require_whole
 
 SYNTHETIC = "synthetic"
-ALL_LINEAR = "all-linear"
 NO_LIMIT = 2**31
 ROUNDING = 1e-4  # of logits; float32 in another order changes 1e-6, what reads padding 1e-3 and more
 
@@ -105,7 +102,7 @@ def load_classifier(
         ValueError: for a model that cannot be had or read, or whose trained head has other labels.
     """
     if model == SYNTHETIC:
-        return make_synthetic_tagger(SyntheticFamily())
+        return make_synthetic_tagger(SyntheticFamily(), labels=names)
     trained = trained_labels(model, trust_remote_code=trust_remote_code)
     is_other = trained not in (None, list(names))
     if trained is not None and is_other and not ignore_mismatched_sizes:
@@ -228,37 +225,6 @@ def _require_whole(
     words = getattr(base.config, "vocab_size", len(tokenizer))
     if tokenizer.is_fast and len(tokenizer) > words:
         raise not_whole(model, f"has {words} word embeddings for a tokenizer with a vocabulary of {len(tokenizer)}")
-
-
-def add_lora(
-    base: PreTrainedModel, *, r: int, alpha: int, dropout: float, target_modules: Sequence[str] | None
-) -> nn.Module:
-    """`base` with a LoRA adapter: the adapter and the classifier are trainable, all else is frozen.
-
-    Raises:
-        ValueError: for target modules that are not layers of the encoder, with those that are.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
-
-    layers = [name for name, layer in base.base_model.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
-    targets = list(DEFAULTS.get(base.config.model_type, []) if target_modules is None else target_modules)
-    everywhere = targets == [ALL_LINEAR]
-    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
-    if not everywhere and (unknown or not targets):
-        wanted = f"{', '.join(unknown)} are no layers of" if unknown else "peft has no choice for"
-        there = ", ".join([ALL_LINEAR, *sorted({name.rpartition(".")[2] for name in layers})])
-        raise ValueError(f"lora_target_modules: {wanted} {type(base).__name__}: choose from {there}")
-    heads = [name for name, child in base.named_children() if child is not base.base_model]
-    config = LoraConfig(
-        task_type=TaskType.TOKEN_CLS,  # the classifier is trained and saved with the adapter
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=ALL_LINEAR if everywhere else targets,
-        exclude_modules=heads if everywhere else None,
-    )
-    return get_peft_model(base, config)
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -23,6 +23,7 @@ from metaxl_evo.ner.pretrained import (
     require_readable,
     trained_labels,
 )
+from metaxl_evo.ner.scorers import Scorer, scorer_of
 from metaxl_evo.ner.spacing import as_in_text
 from metaxl_evo.training.logs import is_watched
 
@@ -94,7 +95,7 @@ class SavedTagger:
 
     Args:
         parts: all that it will read, `tokens` and `ner_tags`, by their names; they decide how words are spaced.
-        strict: count only well-formed IOB2 entities.
+        scorer: what the words are judged by.
 
     Attributes:
         sets: what each part is scored by.
@@ -103,13 +104,15 @@ class SavedTagger:
         ValueError: for a model that cannot be read, or cannot read these sentences.
     """
 
-    def __init__(self, settings: SavedTaggerArguments, names: Sequence[str], parts: dict[str, Dataset], strict: bool):
+    def __init__(
+        self, settings: SavedTaggerArguments, names: Sequence[str], parts: dict[str, Dataset], scorer: Scorer
+    ):
         trusted = settings.trust_remote_code
         base, published = load_classifier(settings.model_name_or_path, names, trust_remote_code=trusted)
         words = [words for part in parts.values() for words in part["tokens"][:100]]
         tokenizer = as_in_text(published, words, base.config, trust_remote_code=trusted)
         length = min(settings.max_length, longest_input(base))
-        self.sets = {name: EvaluationSet(part, tokenizer, length, names, strict) for name, part in parts.items()}
+        self.sets = {name: EvaluationSet(part, tokenizer, length, names, scorer) for name, part in parts.items()}
         for one in self.sets.values():
             require_readable(base, one.rows, "max_length")
             require_padding_unseen(base, one.rows, tokenizer.pad_token_id, "batch_size", settings.batch_size)
@@ -128,9 +131,9 @@ class SavedTagger:
     @classmethod
     def of_words(cls, settings: SavedTaggerArguments, names: Sequence[str], tokens: Sequence[Sequence[str]]) -> Self:
         """One that is ready to read the part `TEXT`: sentences that have no labels."""
-        blank = [[names.index("O")] * len(words) for words in tokens]
+        blank = [[0] * len(words) for words in tokens]
         rows = Dataset.from_dict({"tokens": tokens, "ner_tags": blank}, features=ner_features(names))
-        return cls(settings, names, {TEXT: rows}, strict=False)
+        return cls(settings, names, {TEXT: rows}, scorer_of(names))
 
     def tag(self, name: str) -> Tagged:
         """Read the sentences of a part."""

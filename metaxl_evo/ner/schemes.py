@@ -1,20 +1,27 @@
-"""How tags mark entities: the schemes in which data come, and their conversion to IOB2."""
+"""How words are tagged: the schemes that mark entities, and their conversion to IOB2; parts of speech."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from seqeval.metrics.sequence_labeling import get_entities
 from seqeval.scheme import IOB1, IOBES, Entities
 from seqeval.scheme import IOB2 as SCHEME_IOB2
 
 from metaxl_evo.messages import unknown
+from metaxl_evo.ner.labels import label_names, map_types
 
 IOB2 = "iob2"
 PREFIXES = {IOB2: "BI", "iob1": "BI", "bioes": "BIES", "bilou": "BILU"}
+POS_TAGS = (
+    *("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM"),
+    *("PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM", "VERB", "X"),
+)
+NO_WORD = "_"  # the tag of what is written as one word and is several, which follow it
 SAME_AS_BIOES = str.maketrans("LU", "ES")  # what BILOU calls the last word of an entity, and the only one
 INVISIBLE = r"\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"  # marks that would make another type of a tag
 TYPE = re.compile(rf"[^\s{INVISIBLE}]+")
@@ -22,7 +29,7 @@ TYPE = re.compile(rf"[^\s{INVISIBLE}]+")
 
 @dataclass(frozen=True)
 class TagScheme:
-    """How the tags of a data set are written.
+    """How tags mark the entities of a data set.
 
     Args:
         name: one of PREFIXES. IOB1 writes B- only between two entities of one type that touch; BIOES (IOBES) marks the
@@ -32,6 +39,9 @@ class TagScheme:
     Raises:
         ValueError: for an unknown scheme, or a type that is none.
     """
+
+    columns: ClassVar = ("ner_tags", "tags")  # of a table
+    what: ClassVar = "entity type"
 
     name: str = IOB2
     entity_type: str | None = None
@@ -63,6 +73,8 @@ class TagScheme:
                 return f"it looks like {name.upper()}: set label_scheme: {name}"
         if not self.entity_type and re.fullmatch("[BIESLU]", tag):
             return "it names no type: set entity_type, e.g. ENT"
+        if tag in POS_TAGS:
+            return "it is a part of speech: use metaxl-evo pos, or name the column of entities by label_column_name"
         return ""
 
     def to_iob2(self, tags: Sequence[str]) -> list[str]:
@@ -92,10 +104,56 @@ class TagScheme:
         kinds = dict.fromkeys(name[2:] for name in self._typed(names) if name != "O")
         return ["O", *(f"{prefix}-{kind}" for kind in kinds for prefix in "BI")]
 
+    @staticmethod
+    def kind(tag: str) -> str:
+        """The entity type of an IOB2 tag, "" where there is no entity."""
+        return tag[2:]
+
+    @staticmethod
+    def label_names(kinds: Iterable[str]) -> list[str]:
+        """All IOB2 tags of these types, O first."""
+        return label_names(kinds)
+
+    @staticmethod
+    def mapped(tags: Sequence[str], label_map: Mapping[str, str]) -> list[str]:
+        """A sentence's IOB2 tags with other types."""
+        return map_types(tags, label_map)
+
     def _typed(self, tags: Sequence[str]) -> list[str]:
         if self.entity_type is None:
             return list(tags)
         return [tag if tag == "O" else f"{tag}-{self.entity_type}" for tag in tags]
+
+
+@dataclass(frozen=True)
+class PartsOfSpeech:
+    """The universal parts of speech: a tag a word, all of the same kind as the word's label.
+
+    Source: https://universaldependencies.org/u/pos (version 2).
+    """
+
+    columns: ClassVar = ("upos", "pos_tags", "tags")
+    what: ClassVar = "part of speech"
+    tag: ClassVar = re.compile("|".join((*POS_TAGS, NO_WORD)))
+
+    def refusal(self, tag: str) -> str:
+        """Why `tag` is none."""
+        return f"malformed tag {tag!r}: a tag is one of {', '.join(POS_TAGS)}"
+
+    @staticmethod
+    def kind(tag: str) -> str:
+        """The tag itself, as `label_map` names it."""
+        return tag
+
+    @staticmethod
+    def label_names(kinds: Iterable[str]) -> list[str]:
+        """All there are, whichever of them occur, so that languages share one label set."""
+        return [*POS_TAGS, *sorted(set(kinds) - set(POS_TAGS))]
+
+    @staticmethod
+    def mapped(tags: Sequence[str], label_map: Mapping[str, str]) -> list[str]:
+        """A sentence's tags with other names."""
+        return [label_map.get(tag, tag) for tag in tags]
 
 
 def _as_bioes(tags: Sequence[str]) -> list[str]:

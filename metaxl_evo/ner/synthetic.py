@@ -11,6 +11,8 @@ the first word of a sentence; some surnames are also place names, and an organis
 person, so that titles, verbs, adpositions and case endings must tell them apart. Training sentences use only a share
 `seen_names` of the names that dev and test sentences use. Tags are IOB2 over WikiAnn's seven labels.
 
+Every word has its universal part of speech as well.
+
 Everything follows from `seed` by `random.Random` on strings, so that it is the same in every process.
 """
 
@@ -19,10 +21,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.ner.labels import label_names, ner_features
+from metaxl_evo.ner.schemes import POS_TAGS
 
 CONSONANTS, VOWELS = "bdfghklmnprstvz", "aeiou"
 LABELS = label_names(("LOC", "ORG", "PER"))
@@ -41,7 +44,7 @@ CLAUSES = (  # subject, verb, object, where
     ("thing", "seeing", "thing", None),
 )
 
-Tagged = list[tuple[str, str]]  # the words of a phrase, each with its tag
+Tagged = list[tuple[str, str, str]]  # the words of a phrase, each with its tag and its part of speech
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,11 @@ class SyntheticFamily:
         grammar = Grammar(self, lexicon, n_names, random.Random(f"{self.seed}/{lexicon.language}/{split}"))
         sentences = [grammar.sentence() for _ in range(size)]
         columns = {
-            "tokens": [[word for word, _ in sentence] for sentence in sentences],
-            "ner_tags": [[tag for _, tag in sentence] for sentence in sentences],
+            name: [[word[at] for word in sentence] for sentence in sentences]
+            for at, name in enumerate(("tokens", "ner_tags", "upos"))
         }
-        return Dataset.from_dict(columns, features=ner_features(LABELS))
+        parts = Features({"upos": List(ClassLabel(names=list(POS_TAGS)))})
+        return Dataset.from_dict(columns, features=Features(ner_features(LABELS) | parts))
 
 
 class Lexicon:
@@ -147,28 +151,29 @@ class Grammar:
             clause.append(self._adpositional(where))
         if self.lexicon.differs("verb last"):
             clause.append(clause.pop(1))
-        (first, tag), *rest = [item for phrase in clause for item in phrase]
-        return [(first.capitalize(), tag), *rest, (".", "O")]
+        (first, tag, part_of_speech), *rest = [item for phrase in clause for item in phrase]
+        return [(first.capitalize(), tag, part_of_speech), *rest, (".", "O", "PUNCT")]
 
     def _phrase(self, kind: str) -> Tagged:
         return {"thing": self._thing, "person": self._person, "place": self._place, "org": self._organisation}[kind]()
 
     def _thing(self) -> Tagged:
-        determiner = _outside(self._word("determiner", 3))
-        noun = _outside(self._word("noun", self.family.words) + self.rng.choice(("", self.lexicon.root("ending", 0))))
+        determiner = _outside("DET", self._word("determiner", 3))
+        word = self._word("noun", self.family.words)
+        noun = _outside("NOUN", word + self.rng.choice(("", self.lexicon.root("ending", 0))))
         if self.rng.random() < 0.6:
             return determiner + noun
-        adjective = _outside(self._word("adjective", self.family.words // 2))
+        adjective = _outside("ADJ", self._word("adjective", self.family.words // 2))
         return determiner + self._order("adjective last", adjective, noun)
 
     def _verb(self, kind: str) -> Tagged:
-        return _outside(self._word(kind, max(2, self.family.words // 10)) + self.lexicon.root("ending", 1))
+        return _outside("VERB", self._word(kind, max(2, self.family.words // 10)) + self.lexicon.root("ending", 1))
 
     def _adpositional(self, kind: str) -> Tagged:
         """A place or organisation with its adposition and case ending."""
-        *words, (last, tag) = self._phrase(kind)
-        phrase = [*words, (last + self.lexicon.root("ending", 2), tag)]
-        return self._order("postpositions", _outside(self._word(f"at a {kind}", 2)), phrase)
+        *words, (last, tag, part_of_speech) = self._phrase(kind)
+        phrase = [*words, (last + self.lexicon.root("ending", 2), tag, part_of_speech)]
+        return self._order("postpositions", _outside("ADP", self._word(f"at a {kind}", 2)), phrase)
 
     def _person(self) -> Tagged:
         surname = self._name("surname")
@@ -177,7 +182,7 @@ class Grammar:
             return _entity("PER", self._name("given name"), surname)
         if form < 0.75:
             return _entity("PER", surname)
-        title = _outside(self._word("title", 4))
+        title = _outside("NOUN", self._word("title", 4))
         return self._order("title last", title, _entity("PER", surname))
 
     def _place(self) -> Tagged:
@@ -206,9 +211,9 @@ class Grammar:
         return [item for phrase in (phrases[::-1] if self.lexicon.differs(feature) else phrases) for item in phrase]
 
 
-def _outside(*words: str) -> Tagged:
-    return [(word, "O") for word in words]
+def _outside(part_of_speech: str, word: str) -> Tagged:
+    return [(word, "O", part_of_speech)]
 
 
 def _entity(kind: str, *words: str) -> Tagged:
-    return [(word.capitalize(), f"{'I' if position else 'B'}-{kind}") for position, word in enumerate(words)]
+    return [(word.capitalize(), f"{'I' if position else 'B'}-{kind}", "PROPN") for position, word in enumerate(words)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -15,6 +16,7 @@ from metaxl_evo.ner.synthetic import LABELS, SyntheticFamily
 def make_synthetic_tagger(
     family: SyntheticFamily,
     *,
+    labels: Sequence[str] = LABELS,
     layers: int = 2,
     hidden_size: int = 96,
     heads: int = 4,
@@ -38,8 +40,8 @@ def make_synthetic_tagger(
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        id2label=dict(enumerate(LABELS)),
-        label2id={label: number for number, label in enumerate(LABELS)},
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

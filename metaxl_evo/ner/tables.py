@@ -16,7 +16,7 @@ from datasets import Dataset
 from metaxl_evo.messages import one_line
 from metaxl_evo.ner.layout import Layout
 
-TOKENS, TAGS = "tokens", ("ner_tags", "tags")
+TOKENS = "tokens"
 
 
 def columns_of(there: Sequence[str], layout: Layout, where: str) -> tuple[str, str]:
@@ -25,7 +25,8 @@ def columns_of(there: Sequence[str], layout: Layout, where: str) -> tuple[str, s
     Raises:
         ValueError: where a table has none of this name, with those that it has.
     """
-    tokens, tags = layout.tokens or TOKENS, layout.tags or next(filter(there.__contains__, TAGS), TAGS[0])
+    columns = layout.scheme.columns
+    tokens, tags = layout.tokens or TOKENS, layout.tags or next(filter(there.__contains__, columns), columns[0])
     if not {tokens, tags} <= set(there):
         raise ValueError(
             f"{where} needs the columns {tokens} and {tags}, but has {', '.join(there) or 'none'}: name them by "

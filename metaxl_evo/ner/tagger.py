@@ -73,7 +73,7 @@ class CrossLingualTagger(BilevelModule):
         return dict(remembered("counts", count, batch["labels"], batch["language"]))
 
     def inner_loss(self, batch: Batch) -> dict[str, Tensor]:
-        if not self._has_plain_head:
+        if not self._has_plain_head or self.is_sharded:
             return self._means(self._encode(batch, self.base).logits, batch)
         return self._suffix_loss(self._hidden(None, batch), batch)
 

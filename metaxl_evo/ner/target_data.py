@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from metaxl_evo.ner.arguments import NerArguments
+from metaxl_evo.ner.arguments import TaggingArguments
 from metaxl_evo.ner.data import first_rows, label_corpus, overlap, read_corpus, require_types, sample
 from metaxl_evo.ner.pretrained import trained_labels
 from metaxl_evo.training.arguments import MetaTrainingArguments
@@ -26,7 +26,7 @@ class TargetData:
     overlap: int
 
 
-def load_for_model(ner: NerArguments, target: str, label_names: Sequence[str] | None) -> TargetData:
+def load_for_model(ner: TaggingArguments, target: str, label_names: Sequence[str] | None) -> TargetData:
     """As `load_target`, with the labels of the model's trained head where it has one that is to stay.
 
     Raises:
@@ -40,7 +40,7 @@ def load_for_model(ner: NerArguments, target: str, label_names: Sequence[str] | 
 
 
 def load_target(
-    ner: NerArguments, target: str, names: Sequence[str] | None = None, label_names: Sequence[str] | None = None
+    ner: TaggingArguments, target: str, names: Sequence[str] | None = None, label_names: Sequence[str] | None = None
 ) -> TargetData:
     """Source, target and evaluation sentences of one run, all with one label set: `names`, or that of the data.
 
@@ -55,11 +55,11 @@ def load_target(
     source_splits = ["train"] + ["validation"] * (wants_dev and not recipe.target)
     source_corpus = read_corpus(ner.dataset, sources, source_splits, layout)
     target_corpus = read_corpus(ner.dataset, [target], target_splits, layout)
-    require_types(layout.label_map, {**source_corpus, **target_corpus})
-    loaded = label_corpus(source_corpus, layout.label_map, names)
+    require_types(layout, {**source_corpus, **target_corpus})
+    loaded = label_corpus(source_corpus, layout, names)
     names_of = "the model" if names is not None else sources[0]
     names = names or loaded[sources[0]]["train"].features["ner_tags"].feature.names
-    of_target = label_corpus(target_corpus, layout.label_map, names, names_of)[target]
+    of_target = label_corpus(target_corpus, layout, names, names_of)[target]
     train = sample(of_target["train"], ner.target_train_size, ner.sample_seed, name=target) if recipe.target else None
     dev = None
     if wants_dev:  # a zero-shot run knows no target labels, not even for choosing a checkpoint
@@ -74,7 +74,7 @@ def load_target(
     )
 
 
-def require_enough(ner: NerArguments, args: MetaTrainingArguments, target: str, data: TargetData) -> None:
+def require_enough(ner: TaggingArguments, args: MetaTrainingArguments, target: str, data: TargetData) -> None:
     """Every target has the sentences for one step, known before the first one is trained.
 
     Raises:

@@ -1,12 +1,13 @@
-"""Cross-lingual NER as a task: data, tagger, trainer and scores of one target language."""
+"""Cross-lingual tagging as a task: data, tagger, trainer and scores of one target language."""
 
 from __future__ import annotations
 
 import copy
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, TypeVar, cast
 
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub import EvalResult
@@ -18,22 +19,29 @@ from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.experiments.folders import RESULTS, hub_id, read_results
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.messages import unknown
-from metaxl_evo.models.adapters import ADAPTER
+from metaxl_evo.models.adapters import ADAPTER, add_lora
 from metaxl_evo.models.hooks import encoder_layers
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
-from metaxl_evo.ner.arguments import NerArguments, NerTrainingArguments, refuse_fields, steps_of
+from metaxl_evo.ner.arguments import (
+    NerArguments,
+    NerTrainingArguments,
+    PosArguments,
+    PosTrainingArguments,
+    TaggingArguments,
+    refuse_fields,
+    steps_of,
+)
 from metaxl_evo.ner.check import evaluation_findings, sentence_findings
 from metaxl_evo.ner.encoding import PadRight, encode
 from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
-from metaxl_evo.ner.metrics import average, scores_table, types_table
 from metaxl_evo.ner.pretrained import (
     SYNTHETIC,
-    add_lora,
     load_classifier,
     longest_input,
     require_padding_unseen,
     require_readable,
 )
+from metaxl_evo.ner.scorers import EntityScorer, Scorer, WordScorer
 from metaxl_evo.ner.spacing import as_in_text
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.ner.target_data import TargetData, load_for_model, require_enough
@@ -43,7 +51,7 @@ from metaxl_evo.training.trainer import MetaTrainer
 logger = logging.getLogger(__name__)
 
 METAXL = "Xia et al., MetaXL: Meta Representation Transformation for Low-resource Cross-lingual Learning, NAACL 2021"
-METRICS = ("f1", "precision", "recall", "loss")
+Settings = TypeVar("Settings", bound=TaggingArguments)
 
 
 class NerTrainer(WordTrainer, MetaTrainer):
@@ -56,58 +64,57 @@ class NerTrainer(WordTrainer, MetaTrainer):
     evaluation: dict[str, EvaluationSet]
 
 
-class NerTask(Task[NerArguments, TargetData]):
-    """One tagger a target language, beside a rich source language (Xia et al., NAACL 2021)."""
+class TaggingTask(Task[Settings, TargetData]):
+    """One tagger a target language, beside a rich source language (Xia et al., NAACL 2021).
 
-    settings = NerArguments
-    training = NerTrainingArguments
-    title = "Cross-lingual NER"
-    units: ClassVar = {"f1": "%", "precision": "%", "recall": "%"}
+    Attributes:
+        scorer: what the words are judged by.
+    """
+
+    scorer: Scorer
     case = "target_languages"
     sources = (METAXL,)
     own_files = (SUBFOLDER, ADAPTER, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    configs = "ner"
 
-    def learns(self, settings: NerArguments) -> bool:
+    def learns(self, settings: Settings) -> bool:
         return settings.recipe.meta
 
-    def refuse(self, settings: NerArguments, args: MetaTrainingArguments) -> None:
+    def refuse(self, settings: Settings, args: MetaTrainingArguments) -> None:
         refuse_fields(args)
 
-    def load(self, settings: NerArguments, args: MetaTrainingArguments) -> TargetData:
+    def load(self, settings: Settings, args: MetaTrainingArguments) -> TargetData:
         (target,) = settings.target_languages
         data = load_for_model(settings, target, args.label_names)
         require_enough(settings, args, target, data)
         return data
 
     def fit_arguments(
-        self, settings: NerArguments, args: MetaTrainingArguments, data: TargetData
+        self, settings: Settings, args: MetaTrainingArguments, data: TargetData
     ) -> MetaTrainingArguments:
         return fit_arguments(settings, args, data)
 
-    def build_trainer(self, settings: NerArguments, args: MetaTrainingArguments, data: TargetData) -> NerTrainer:
+    def build_trainer(self, settings: Settings, args: MetaTrainingArguments, data: TargetData) -> NerTrainer:
         return build_trainer(settings, args, data)
 
-    def score(self, trainer: MetaTrainer, settings: NerArguments, data: TargetData) -> dict[str, Any]:
+    def score(self, trainer: MetaTrainer, settings: Settings, data: TargetData) -> dict[str, Any]:
         return self._of_language(trainer, settings, "test")
 
-    def dev_score(self, trainer: MetaTrainer, settings: NerArguments, data: TargetData) -> dict[str, Any] | None:
+    def dev_score(self, trainer: MetaTrainer, settings: Settings, data: TargetData) -> dict[str, Any] | None:
         return None if data.dev is None else self._of_language(trainer, settings, "dev")
 
-    @staticmethod
-    def _of_language(trainer: MetaTrainer, settings: NerArguments, split: str) -> dict[str, Any]:
+    def _of_language(self, trainer: MetaTrainer, settings: Settings, split: str) -> dict[str, Any]:
         (target,) = settings.target_languages
         scores = {target: cast(NerTrainer, trainer).evaluation[split].predict(trainer)}
-        return {**scores, "average": average(scores)}
+        return {**scores, "average": self.scorer.average(scores)}
 
     def flat_scores(self, test: Mapping[str, Any]) -> Mapping[str, Any]:
         return cast(Mapping[str, Any], next(iter(test.values())))
 
     def table(self, test: Mapping[str, Any]) -> str:
-        return scores_table({language: row for language, row in test.items() if language != "average"})
+        return self.scorer.table({language: row for language, row in test.items() if language != "average"})
 
     def card_scores(self, test: Mapping[str, Any]) -> str:
-        return f"{self.table(test)}\n\n{types_table(self.flat_scores(test))}"
+        return f"{self.table(test)}\n\n{self.scorer.details(dict(self.flat_scores(test)))}"
 
     def join_cases(self, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The scores of several languages and their average, in the form of one."""
@@ -115,35 +122,38 @@ class NerTask(Task[NerArguments, TargetData]):
         for split in ("test", "dev"):
             scores = {target: found[split][target] for target, found in results.items() if split in found}
             if scores:
-                summary[split] = {**scores, "average": average(scores)}
+                summary[split] = {**scores, "average": self.scorer.average(scores)}
         first = next(iter(results.values()))
         summary["settings"] = {**first["settings"], "target_languages": list(results)}
         return summary | {"run": {target: found["run"] for target, found in results.items()}}
 
-    def describe(self, trainer: MetaTrainer, settings: NerArguments, data: TargetData, start: Tree) -> dict[str, Any]:
+    def describe(self, trainer: MetaTrainer, settings: Settings, data: TargetData, start: Tree) -> dict[str, Any]:
         return {
             "rtn_relative_change": cast(CrossLingualTagger, trainer.model).meta.relative_change(start),
             "test_sentences_in_train": data.overlap,
         }
 
     def describe_check(
-        self, trainer: MetaTrainer, settings: NerArguments, data: TargetData
+        self, trainer: MetaTrainer, settings: Settings, data: TargetData
     ) -> tuple[dict[str, Any], list[str]]:
         found, problems = evaluation_findings(trainer)
         return {**sentence_findings(settings, data, trainer), **found}, problems
 
-    def card_text(self, settings: NerArguments) -> str:
+    @abstractmethod
+    def scored_by(self, settings: Settings) -> str:
+        """What the card says that the scores are of."""
+
+    def card_text(self, settings: Settings) -> str:
         sources = ", ".join(settings.source_languages) if settings.recipe.source else "none"
         data = hub_id(settings.dataset) or Path(settings.dataset).name
         adapted = " Its LoRA adapter is merged into it, and in `adapter/` by itself." if settings.use_peft else ""
         return (
             f"Method `{settings.method}`, source {sources}, data `{data}`. "
             "The model here is a plain token classifier; the representation transformation network of the training is "
-            f"in `rtn/` and is not needed for prediction.{adapted} Scores are of entities, by seqeval"
-            f"{' (strict IOB2)' if settings.strict else ''}, in percent."
+            f"in `rtn/` and is not needed for prediction.{adapted} Scores are {self.scored_by(settings)}, in percent."
         )
 
-    def card_metadata(self, settings: NerArguments) -> dict[str, Any]:
+    def card_metadata(self, settings: Settings) -> dict[str, Any]:
         (target,) = settings.target_languages
         return {
             "tasks": "token-classification",
@@ -152,7 +162,7 @@ class NerTask(Task[NerArguments, TargetData]):
             "finetuned_from": hub_id(settings.model_name_or_path, SYNTHETIC),
         }
 
-    def card_data(self, settings: NerArguments, data: TargetData, results: Mapping[str, Any]) -> dict[str, Any]:
+    def card_data(self, settings: Settings, data: TargetData, results: Mapping[str, Any]) -> dict[str, Any]:
         """The three rates for the Hub's model-index; of public data, sentences of the target language to try."""
         (target,) = settings.target_languages
         public, rates = hub_id(settings.dataset), self.flat_scores(results["test"])
@@ -172,7 +182,35 @@ class NerTask(Task[NerArguments, TargetData]):
         return {"eval_results": found, **({} if public is None else {"widget": examples})}
 
 
-def build_trainer(ner: NerArguments, args: MetaTrainingArguments, data: TargetData) -> NerTrainer:
+class NerTask(TaggingTask[NerArguments]):
+    """Named entities."""
+
+    settings = NerArguments
+    training = NerTrainingArguments
+    title = "Cross-lingual NER"
+    configs = "ner"
+    scorer = EntityScorer()
+    units = EntityScorer.units
+
+    def scored_by(self, settings: NerArguments) -> str:
+        return f"of entities, by seqeval{' (strict IOB2)' if settings.strict else ''}"
+
+
+class PosTask(TaggingTask[PosArguments]):
+    """Universal parts of speech."""
+
+    settings = PosArguments
+    training = PosTrainingArguments
+    title = "Cross-lingual part-of-speech tagging"
+    configs = "pos"
+    scorer = WordScorer()
+    units = WordScorer.units
+
+    def scored_by(self, settings: PosArguments) -> str:
+        return "of words, macro F1 the mean over tags"
+
+
+def build_trainer(ner: TaggingArguments, args: MetaTrainingArguments, data: TargetData) -> NerTrainer:
     """The trainer of one run, `args` being fitted to it."""
     trusted = ner.trust_remote_code
     base, tokenizer = load_classifier(
@@ -214,7 +252,7 @@ def build_trainer(ner: NerArguments, args: MetaTrainingArguments, data: TargetDa
 
 
 def _evaluation_sets(
-    ner: NerArguments,
+    ner: TaggingArguments,
     args: MetaTrainingArguments,
     data: TargetData,
     base: PreTrainedModel,
@@ -222,7 +260,7 @@ def _evaluation_sets(
 ) -> dict[str, EvaluationSet]:
     longest = min(ner.eval_max_length, longest_input(base))
     found = {
-        split: EvaluationSet(sentences, tokenizer, longest, data.names, ner.strict)
+        split: EvaluationSet(sentences, tokenizer, longest, data.names, ner.scorer)
         for split, sentences in (("dev", data.dev), ("test", data.test))
         if sentences is not None
     }
@@ -234,7 +272,7 @@ def _evaluation_sets(
 
 
 def _training_rows(
-    ner: NerArguments, data: TargetData, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ner: TaggingArguments, data: TargetData, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Dataset], Dataset | None]:
     """The encoded rows of each source language that is trained on, and of the target."""
     max_length = min(ner.max_length, longest_input(base))
@@ -248,7 +286,9 @@ def _training_rows(
     return sources, target
 
 
-def build_tagger(ner: NerArguments, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CrossLingualTagger:
+def build_tagger(
+    ner: TaggingArguments, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> CrossLingualTagger:
     """The two-level module: an RTN for the source languages on the chosen layers of the encoder."""
     last = len(encoder_layers(base, ner.rtn_module_path))
     rtn = RepresentationTransform(
@@ -300,7 +340,7 @@ def _warn_of_another_base(place: str, model: str) -> None:
         logger.warning("rtn_name_or_path: the RTN of %s was trained with %s, not %s", place, base, model)
 
 
-def _with_lora(ner: NerArguments, base: PreTrainedModel) -> nn.Module:
+def _with_lora(ner: TaggingArguments, base: PreTrainedModel) -> nn.Module:
     """The base with the adapter that the settings ask for, if they do."""
     if not ner.use_peft:
         return base
@@ -313,7 +353,7 @@ def _with_lora(ner: NerArguments, base: PreTrainedModel) -> nn.Module:
     )
 
 
-def fit_arguments(ner: NerArguments, args: MetaTrainingArguments, data: TargetData) -> MetaTrainingArguments:
+def fit_arguments(ner: TaggingArguments, args: MetaTrainingArguments, data: TargetData) -> MetaTrainingArguments:
     """The arguments as the method needs them: no estimator without meta learning, no selection without dev data."""
     args, recipe = copy.copy(args), ner.recipe
     if not recipe.meta:
@@ -323,8 +363,9 @@ def fit_arguments(ner: NerArguments, args: MetaTrainingArguments, data: TargetDa
     if data.dev is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
     metric = args.metric_for_best_model
-    if metric is not None and metric.removeprefix("eval_") not in METRICS:
-        raise ValueError(unknown("metric_for_best_model", metric, METRICS))
+    metrics = (*ner.scorer.units, "loss")
+    if metric is not None and metric.removeprefix("eval_") not in metrics:
+        raise ValueError(unknown("metric_for_best_model", metric, metrics))
     if metric is not None and args.greater_is_better == metric.endswith("loss"):
         raise ValueError(f"greater_is_better would choose the checkpoint with the worst {metric}: leave it out")
     if not recipe.source:

@@ -31,7 +31,7 @@ META_SCHEDULES = (  # those that need no settings of their own
     "inverse_sqrt",
 )
 
-_MAPPINGS = ("estimator_kwargs", "lr_scheduler_kwargs", "meta_optim_kwargs", "optimizer_kwargs")
+_MAPPINGS = ("estimator_kwargs", "lr_scheduler_kwargs", "meta_learning_rates", "meta_optim_kwargs", "optimizer_kwargs")
 _BASE_FIELDS = {  # the fields that hold an optimiser's settings
     "lr": "learning_rate",
     "weight_decay": "weight_decay",
@@ -62,6 +62,13 @@ class MetaTrainingArguments(TrainingArguments):
         default=None, metadata={"help": 'Fields of the estimator, such as {"copies": 8}.'}
     )
     meta_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the meta optimiser."})
+    meta_learning_rates: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Name of a meta parameter -> its own rate, as in {"weight_decay": 3e-4}; the others keep '
+            "meta_learning_rate."
+        },
+    )
     meta_optim: str = field(default="AdamW", metadata={"help": "Meta optimiser: the name of a torch.optim class."})
     meta_optim_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -154,6 +161,10 @@ class MetaTrainingArguments(TrainingArguments):
     )
     max_skipped_meta_steps: int = field(
         default=10, metadata={"help": "Stop after this many non-finite hypergradients in a row."}
+    )
+    max_grad_value: float | None = field(
+        default=None,
+        metadata={"help": "Bound on every entry of the base gradients, before max_grad_norm (default: none)."},
     )
     optimizer_class: str | None = field(
         default=None,
@@ -255,8 +266,8 @@ class MetaTrainingArguments(TrainingArguments):
         further = mapping_of("optimizer_kwargs", self.optimizer_kwargs)
         return make_optimizer(optimizer_named(self.optimizer_class, "optimizer_class"), parameters, held, further)
 
-    def make_meta_optimizer(self, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
-        """The meta optimiser."""
+    def make_meta_optimizer(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        """The meta optimiser, of parameters or groups of them."""
         held = {
             "lr": self.meta_learning_rate,
             "weight_decay": self.meta_weight_decay,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class BaseOptimizer:
         names = {parameter: name for name, parameter in self._model.base_parameters().items()}
         limit = self._args.max_grad_norm or None
         rule, state = from_optimizer(self.torch_optimizer, names, max_grad_norm=limit, steps=steps)
+        rule = replace(rule, max_grad_value=self._args.max_grad_value)
         return tuned_rule(rule, self._model), map_trees(lambda held: gathered(held, rows), state)
 
     def step_embeddings(self, rows: tree.Tree) -> dict[str, Tensor | None]:
@@ -96,7 +98,8 @@ class BaseOptimizer:
     ) -> tree.Tree:
         """The base gradients as they were before clipping, where there are any; `.grad` is empty afterwards.
 
-        Nothing is made of them, and none returned, where they are not `wanted`.
+        An entry that `max_grad_value` has bounded is somewhere beyond the bound: the step, which bounds it again, and
+        its derivative are the same wherever. Nothing is made of them, and none returned, where they are not `wanted`.
 
         Args:
             rows: of some embeddings the rows that are wanted.
@@ -115,6 +118,10 @@ class BaseOptimizer:
                 taken[name] = gradient
         if clipped and taken:
             torch._foreach_mul_(list(taken.values()), (norm + 1e-6) / limit)
+        bound = self._args.max_grad_value
+        if bound is not None:
+            for gradient in taken.values():
+                gradient.mul_(1 + (gradient.abs() >= bound * (1 - 1e-6)))
         return taken
 
 

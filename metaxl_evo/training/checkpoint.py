@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.estimators import Estimator
 from metaxl_evo.messages import first_line
 from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
@@ -44,7 +45,10 @@ FORMER_DEFAULTS = {  # which runs of earlier versions left unsaid
     "imbalance_factor": None,
     "meta_precision": "float32",
     "meta_last": None,
+    "meta_learning_rates": None,
+    "max_grad_value": None,
 }
+LATER_FIELDS = {"differences": "central"}  # of estimators, left unsaid at these values as in earlier manifests
 DATA = " data"  # behind the name of a part of the data, whose fingerprint this is
 ADVICE = "resume from an earlier checkpoint, or start anew in another output_dir"
 
@@ -161,7 +165,7 @@ def made_by(
     labels = getattr(getattr(model.base, "config", None), "id2label", None) or {}
     settings: dict[str, Any] = json.loads(json.dumps(dict(run_settings or {}), default=str))
     return settings | {
-        "estimator": NO_ESTIMATOR if estimator is None else repr(estimator),
+        "estimator": NO_ESTIMATOR if estimator is None else _described(estimator),
         "meta_optim": None if estimator is None else args.meta_optim,
         "meta_optim_kwargs": None if estimator is None else args.meta_optim_kwargs or None,
         "optimiser": args.optimizer_class or str(getattr(args.optim, "value", args.optim)),
@@ -174,6 +178,13 @@ def made_by(
         "base parameters": _shapes(model.base_parameters()),
         "meta parameters": _shapes(model.meta_parameters()),
     }
+
+
+def _described(estimator: Estimator) -> str:
+    text = repr(estimator)
+    for name, value in LATER_FIELDS.items():
+        text = text.replace(f", {name}={value!r}", "")
+    return text
 
 
 def as_named(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

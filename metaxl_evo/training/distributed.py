@@ -48,10 +48,14 @@ def refuse(found: Found) -> None:
 
 
 def _engines(args: TrainingArguments) -> Found:
-    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        yield "fsdp", f"meta passes would see shards of the weights; {_WHOLE}"
+    if _fsdp_version(args) == 1:
+        yield "fsdp version 1", "it knows flat weights only; set fsdp_config: {version: 2}, or --fsdp_version 2"
     if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        yield "deepspeed", f"its engine owns the backward and the step; {_WHOLE}"
+        yield (
+            "deepspeed",
+            "its engine owns the backward and the step; use FSDP2 (configs/accelerate/fsdp2.yaml) for weights that do "
+            "not fit one device, else DDP (accelerate launch --multi_gpu)",
+        )
     if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
         yield "Megatron-LM", f"its engine owns the backward and the step; {_WHOLE}"
     config = args.parallelism_config
@@ -60,3 +64,12 @@ def _engines(args: TrainingArguments) -> Found:
     for size in ("dp_shard_size", "tp_size", "cp_size", "sp_size"):
         if getattr(config, size, 1) != 1:
             yield f"parallelism_config {size}", f"meta passes would see shards of the weights or rows; {_WHOLE}"
+
+
+def _fsdp_version(args: TrainingArguments) -> int | None:
+    """Of the FSDP that is asked for, as far as the arguments are processed; None without."""
+    if args.fsdp:
+        return int((getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version", 2))
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return int(os.environ.get("FSDP_VERSION", "1"))
+    return None

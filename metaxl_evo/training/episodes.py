@@ -86,6 +86,10 @@ class Episodes:
                     "episode_length, the number of base steps in one, or an estimator setting that needs no fit"
                 )
 
+    def restart_from(self, weights: Tree) -> None:
+        """Have the episodes to come, with `restart`, begin at these weights and no longer at the run's first."""
+        self._start = tree.clone(weights)
+
     def observe(self, passes: PassContext, step: InnerStep) -> None:
         """Behind a base step: remember it.
 

@@ -14,6 +14,7 @@ from metaxl_evo.models.bilevel_module import BilevelModule
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.distributed import Found, refuse, refuse_engines
 from metaxl_evo.training.dry_run import refuse_unusable
+from metaxl_evo.training.sharding import asks_for_shards, refused_with_shards
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
 
@@ -29,6 +30,10 @@ def refuse_launch(args: MetaTrainingArguments, model: nn.Module, estimator: Esti
     refuse_engines(args)
     refuse(_launch(args))
     refuse(_model(model))
+    if asks_for_shards(args):
+        refuse(refused_with_shards(args, model, estimator))
+    else:
+        refuse(_in_parts(model))
     refuse_unusable(args)
     if estimator is not None:
         refuse(_meta_launch(args, model))
@@ -93,16 +98,20 @@ def _model(model: nn.Module) -> Found:
         if len(set(getattr(module, "hf_device_map", {}).values())) > 1:
             yield "a model over several devices", "meta passes need all of it on one; load it without device_map"
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            yield f"parameters on the meta device ({name})", "they are offloaded or were never loaded; load them whole"
+        if not parameter.is_floating_point():
+            yield f"{parameter.dtype} parameters ({name})", "quantised weights cannot be moved; load them in float32"
+
+
+def _in_parts(model: nn.Module) -> Found:
+    for name, parameter in model.named_parameters():
         if type(parameter.data) is not Tensor:
             kind = type(parameter.data).__name__
             yield (
                 f"parameters that are {kind}s ({name})",
                 "sharded or quantised weights cannot be moved; load them plain",
             )
-        if parameter.is_meta:
-            yield f"parameters on the meta device ({name})", "they are offloaded or were never loaded; load them whole"
-        if not parameter.is_floating_point():
-            yield f"{parameter.dtype} parameters ({name})", "quantised weights cannot be moved; load them in float32"
 
 
 def _meta_launch(args: MetaTrainingArguments, model: nn.Module) -> Found:

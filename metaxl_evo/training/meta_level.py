@@ -12,11 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers import get_scheduler
 
 from metaxl_evo.bilevel import gate, tree
 from metaxl_evo.bilevel.hypergradients import Hypergradient, estimate, why_zero
 from metaxl_evo.bilevel.passes import PassContext
+from metaxl_evo.bilevel.precision import computes_in_float32
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.randomness import devices_of, mix_seed
@@ -30,7 +32,9 @@ from metaxl_evo.training.base_optimizer import BaseOptimizer
 from metaxl_evo.training.diagnostics import Diagnostics
 from metaxl_evo.training.episodes import Episodes
 from metaxl_evo.training.history import logged_lam
+from metaxl_evo.training.optimizers import with_rates
 from metaxl_evo.training.tuned import keep_in_range
+from metaxl_evo.training.values import mapping_of
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +89,7 @@ class MetaLevel:
         rule, _ = base.update_rule(estimator, 0)
         estimator.check(self.problem(rule), self.model.base_parameters(), self.model.meta_parameters())
         self.estimator, self.args = estimator, args
+        self._refuse_out_of_reach()
         self.forget()
 
     def forget(self) -> None:
@@ -97,9 +102,10 @@ class MetaLevel:
         """The meta optimiser, beside the base optimiser that was made.
 
         Raises:
-            ValueError: where the estimator, or the diagnostics, cannot work with the base optimiser.
+            ValueError: where the estimator, or the diagnostics, cannot work with the base optimiser or step.
         """
         lam = self.model.meta_parameters()
+        self._refuse_out_of_reach()
         if isinstance(self.estimator, EngineEstimator) and self.estimator.engine == "auto":
             self._say_what_auto_is()
         if self.estimator.needs_update_rule:
@@ -110,7 +116,8 @@ class MetaLevel:
                 base.update_rule(self.diagnostics.exact, 0)
             except ValueError as error:
                 raise ValueError(f"{error}, or leave meta_diagnostics_every at 0") from None
-        self.optimizer = self.args.make_meta_optimizer(lam.values())
+        rates = mapping_of("meta_learning_rates", self.args.meta_learning_rates)
+        self.optimizer = self.args.make_meta_optimizer(with_rates(lam, rates))
 
     def make_scheduler(self, base_steps: int) -> None:
         """The schedule of the meta learning rate, in base steps."""
@@ -134,6 +141,38 @@ class MetaLevel:
             logger.warning("engine auto takes finite differences here (%s)", reason)
 
     # ---- a base step
+
+    @property
+    def forward_obstacle(self) -> str | None:
+        """Why the base step's own forward does not compute what the meta passes would; None where it does."""
+        args = self.args
+        alike = args.meta_precision == "tf32" or (
+            args.meta_precision == "float32" and computes_in_float32(args.device.type)
+        )
+        if self.model.has_dropout:
+            return "draws dropout masks of its own (set the base's rates to 0)"
+        if AcceleratorState().mixed_precision != "no" or not alike:
+            return "computes in another precision than the meta passes (leave bf16 and meta_precision out)"
+        if args.torch_compile:
+            return "is compiled (leave torch_compile out)"
+        if self.estimator.evaluated_at != "previous":
+            return "is at other weights"
+        return None
+
+    def _refuse_out_of_reach(self) -> None:
+        """Refuse an estimator that needs the base step to be what the meta passes compute, where it is not."""
+        if self.estimator.repeats_steps and self.forward_obstacle is not None:
+            raise ValueError(
+                f"recompute: true makes base steps again, and the base step {self.forward_obstacle}: or leave "
+                "recompute out, which keeps the weights of all steps"
+            )
+        if not self.estimator.needs_lam_grad or self.args.meta_order != "after_step":
+            return
+        if self.forward_obstacle is not None:
+            raise ValueError(
+                "differences: one_sided takes half of each difference from the base step's own backward, and that "
+                f"step {self.forward_obstacle}: or set meta_order: lookahead, or leave differences at central"
+            )
 
     def end_step(self) -> None:
         """Behind a base step: the meta learning rate of the next one."""

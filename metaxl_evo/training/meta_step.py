@@ -5,17 +5,17 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
-from accelerate.state import AcceleratorState
+import torch
 from accelerate.utils import gather, pad_across_processes
 from torch import Tensor
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.passes import PassContext
-from metaxl_evo.bilevel.precision import computes_in_float32
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, StepMade
 from metaxl_evo.bilevel.update import SGD, UpdateRule
 from metaxl_evo.bilevel.update_state import UpdateState, map_trees
 from metaxl_evo.estimators import Estimator
+from metaxl_evo.models.parameters import places_of, swapped
 from metaxl_evo.training.base_optimizer import BaseOptimizer, gathered
 from metaxl_evo.training.meta_level import MetaLevel
 from metaxl_evo.training.meta_rows import Window
@@ -40,6 +40,7 @@ class MetaStep:
         self.micro_batch, self.grad_norm = 0, 0.0
         self._rows: tree.Tree | None = None
         self._recorded: PassContext | None = None  # where the base step's own forward serves the meta passes
+        self._lam: tree.Tree | None = None  # stands in lam's place, where the base step's own backward is to reach it
         self._before: InnerStep | None = None  # the step, as far as it is kept until it is made
         self._stepped: dict[str, Tensor | None] = {}  # gradients of embeddings that were stepped ahead of the rest
 
@@ -52,12 +53,23 @@ class MetaStep:
             level.look_at_losses(level.passes(level.problem(SGD(0.0), self.touched_rows()), self.number), *at)
         if level.args.meta_order == "lookahead" and self._is_answered():
             self._look_ahead()
-        elif self._is_followed() and self._forward_is_of_use():
+        if self._is_followed() and level.forward_obstacle is None:
             self._recorded = level.passes(level.problem(SGD(0.0)), self.number)
+            if level.estimator.needs_lam_grad:
+                lam = level.model.meta_parameters()
+                self._lam = tree.leaves(lam, lam)
 
     def recording(self) -> AbstractContextManager[None]:
         """Around the base step's forward of a micro-batch: what the meta passes can take over of it is kept."""
         return nullcontext() if self._recorded is None else self._recorded.recording(self.micro_batch)
+
+    def reaching_lam(self) -> AbstractContextManager[None]:
+        """Around the forward and backward of a micro-batch: what the latter leaves at lam is collected.
+
+        In leaves that stand in for the meta parameters, whose own `.grad` nobody writes, and which neither DDP nor the
+        base optimiser knows.
+        """
+        return nullcontext() if self._lam is None else swapped(places_of(self.level.model.meta), self._lam)
 
     def before_update(self) -> None:
         """Behind the backward: keep the weights, and the optimiser's state, that are needed from before the step."""
@@ -109,9 +121,10 @@ class MetaStep:
         return level.episodes.remembers or (level.args.meta_order == "after_step" and self._is_answered())
 
     def _follow(self, before: InnerStep) -> None:
-        level, recorded = self.level, self._recorded
-        self._before = self._recorded = None
+        level = self.level
         rule, made = self._made()
+        recorded = self._recorded
+        self._before = self._recorded = None
         step = replace(before, w=made.w) if level.estimator.evaluated_at == "current" else before
         if level.estimator.needs_update_rule:
             step = replace(step, made=made)
@@ -144,7 +157,15 @@ class MetaStep:
             self.touched_rows(), self._stepped, self.grad_norm, wanted=estimator.needs_update_rule
         )
         self._stepped = {}
-        return rule, StepMade(now, taken, state)
+        return rule, StepMade(now, taken, state, self._lam_grad())
+
+    def _lam_grad(self) -> tree.Tree | None:
+        """This process's share of what the step's backward left at lam; None where its forward is of no use."""
+        lam, self._lam = self._lam, None
+        if lam is None or self._recorded is None or not self._recorded.has_recorded(self.window.train):
+            return None
+        left = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in lam.items()}
+        return tree.scale(tree.dense(left), 1 / self.level.args.world_size)  # the loss was multiplied by it, for DDP
 
     def _update_rule(self, estimator: Estimator, *, made: bool = False) -> tuple[UpdateRule, UpdateState]:
         return self.base.update_rule(estimator, self.base.steps_before(self.number) + made, self.touched_rows())
@@ -157,16 +178,6 @@ class MetaStep:
     def _inner_step(self, w: tree.Tree, state: UpdateState | None) -> InnerStep:
         lam = self.level.model.meta_parameters()
         return InnerStep(w, lam, self.window.train, state, None, self.window.meta)
-
-    def _forward_is_of_use(self) -> bool:
-        """Whether the base step's forward computes what the meta passes would: no dropout masks, one precision."""
-        args = self.level.args
-        plain = AcceleratorState().mixed_precision == "no" and not args.torch_compile
-        alike = args.meta_precision == "tf32" or (
-            args.meta_precision == "float32" and computes_in_float32(args.device.type)
-        )
-        previous = self.level.estimator.evaluated_at == "previous"
-        return plain and alike and previous and not self.level.model.has_dropout
 
 
 def _on_all_processes(rows: Tensor) -> Tensor:

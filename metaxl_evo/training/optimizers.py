@@ -46,6 +46,20 @@ def make_optimizer(
     return cls(list(parameters), **taken, **(further or {}))
 
 
+def with_rates(parameters: Mapping[str, torch.Tensor], rates: Mapping[str, float] | None) -> list[Any]:
+    """What an optimiser takes: the parameters; with rates of their own, a group for each.
+
+    Raises:
+        ValueError: for the rate of a parameter that there is not.
+    """
+    if not rates:
+        return list(parameters.values())
+    for name in rates:
+        if name not in parameters:
+            raise ValueError(unknown("meta parameter of meta_learning_rates", name, parameters))
+    return [{"params": [p], **({"lr": rates[name]} if name in rates else {})} for name, p in parameters.items()]
+
+
 def refuse_settings(
     name: str, further: Mapping[str, Any] | None, cls: type[torch.optim.Optimizer], fields: Mapping[str, str]
 ) -> None:

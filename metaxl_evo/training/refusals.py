@@ -15,7 +15,9 @@ from metaxl_evo.messages import unknown
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.launch import refuse_launch
 from metaxl_evo.training.meta_rows import DrawnByEpoch
+from metaxl_evo.training.optimizers import with_rates
 from metaxl_evo.training.tuned import refuse_tuned, tuned_rule
+from metaxl_evo.training.values import mapping_of
 
 
 def refuse_call(args: Any, further: Mapping[str, Any]) -> None:
@@ -72,6 +74,7 @@ def refuse_unfit(args: MetaTrainingArguments, model: Any, meta: Any) -> None:
             f"estimator {args.estimator!r} needs meta rows: give meta_dataset and a meta_portion above 0, "
             "or set estimator: none"
         )
+    with_rates(model.meta_parameters(), mapping_of("meta_learning_rates", args.meta_learning_rates))
     problem = model.problem(tuned_rule(SGD(0.0), model))
     estimator.check(problem, model.base_parameters(), model.meta_parameters())
 

@@ -9,6 +9,8 @@ import torch
 from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
 
+from metaxl_evo.bilevel.base_weights import reshard
+from metaxl_evo.bilevel.shards import is_sharded
 from metaxl_evo.models.norms import running_statistics
 
 logger = logging.getLogger(__name__)
@@ -88,7 +90,10 @@ def require_same_shapes(found: Mapping[str, str]) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    """What all processes are to hold alike: all but weights of which each has other rows."""
+    reshard(model)
+    held = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return {name: tensor for name, tensor in held.items() if not is_sharded(tensor)}
 
 
 def _checksum(tensor: Tensor) -> Tensor:

@@ -85,14 +85,20 @@ class TaskTrainer(Trainer):
             folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
             with saving(folder):
                 self.model.save_merged(folder)
-        super().save_model(output_dir, _internal_call)
+        if self.model.is_sharded:  # the Trainer asks for a state of the task, and of sharded checkpoints for none
+            self._save(output_dir, self.model.gathered_state())
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         with saving(folder):
-            self.model.save_pretrained(folder)
+            if state_dict is None:
+                self.model.save_pretrained(folder)
+            else:
+                self.model.save_pretrained(folder, state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / TRAINING_ARGS_NAME)

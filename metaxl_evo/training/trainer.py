@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ from metaxl_evo.training.meta_rows import (
 from metaxl_evo.training.meta_step import MetaStep
 from metaxl_evo.training.refusals import refuse_another_run, refuse_call, refuse_data, refuse_unfit
 from metaxl_evo.training.schedules import with_drops
+from metaxl_evo.training.sharding import asks_for_shards, shard_base_only, stand_ins
 from metaxl_evo.training.stoppable import StoppableTrainer
 from metaxl_evo.training.synchrony import average_statistics, synchronise
 from metaxl_evo.training.tuned import fit_groups, learns_all_rates
@@ -110,6 +111,11 @@ class MetaTrainer(StoppableTrainer):
             History(lambda: Path(self._get_output_dir(self._trial))),
         ]
         super().__init__(model=model, args=args, callbacks=[*(callbacks or []), *events], **kwargs)
+        if asks_for_shards(args) and not self.is_fsdp_enabled:
+            raise ValueError(
+                "MetaTrainer does not run with fsdp on a CPU: accelerate would shard nothing; leave fsdp out, or "
+                "start one process a GPU (accelerate launch --config_file configs/accelerate/fsdp2.yaml)"
+            )
         if self.accelerator.num_processes > 1:
             synchronise(self.model)
             # The Trainer has no other name for it yet.
@@ -191,6 +197,12 @@ class MetaTrainer(StoppableTrainer):
         self.window = Window([], [])
         return super()._inner_training_loop(*args, **kwargs)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; FSDP2 is of the base alone."""
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            shard_base_only(self.accelerator)
+
     # ---- a model made anew in each training
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -261,13 +273,15 @@ class MetaTrainer(StoppableTrainer):
             names = tuple(counts_of(self.model, view_of(batches[0])))
             for window in (batches, judged):
                 set_totals(self.model, window, names, self._over_processes)
+        if self.is_fsdp_enabled and self.meta_rows is not None:
+            judged += stand_ins(judged or self.window.meta, len(batches) - len(judged))
         self.window, self.meta_step = Window(batches, judged), None
         return batches, items
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """As the Trainer's, but for rows that are in order."""
         held = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(held) if is_in_order(held) else super()._get_train_sampler(train_dataset)
+        return SequentialSampler(cast(Any, held)) if is_in_order(held) else super()._get_train_sampler(train_dataset)
 
     def _make_meta_rows(self) -> MetaRows | StreamedMetaRows | None:
         if self.meta_dataset is None:
@@ -312,9 +326,12 @@ class MetaTrainer(StoppableTrainer):
         if self.meta_level is not None:
             model.train()
             self._enter_meta_step(self.meta_level)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with nullcontext() if self.meta_step is None else self.meta_step.reaching_lam():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             _make_dense(self.model)
+            if self.args.max_grad_value is not None:
+                torch.nn.utils.clip_grad_value_(self.model.base_parameters().values(), self.args.max_grad_value)
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
             self._refuse_unreduced()
             average_statistics(self.model)
@@ -335,7 +352,7 @@ class MetaTrainer(StoppableTrainer):
         Raises:
             ValueError: naming a parameter and the way out.
         """
-        if self.args.ddp_find_unused_parameters:
+        if self.args.ddp_find_unused_parameters or self.is_fsdp_enabled:
             return
         for name, parameter in self.model.base_parameters().items():
             if parameter.grad is None:

@@ -17,7 +17,7 @@ def mapping_of(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] 
     Raises:
         ValueError: naming the setting, with an example.
     """
-    example = '{"momentum": 0.9}' if "optim" in name else '{"copies": 8}'
+    example = '{"momentum": 0.9}' if "optim" in name else '{"lr": 0.1}' if "rates" in name else '{"copies": 8}'
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -58,6 +58,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
+
+
+def _are_rates(value: Any) -> bool:
+    return value is None or all(map(_is_number, value.values()))
 
 
 def _is_share(value: Any) -> bool:
@@ -118,8 +122,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # setting -> whether a
     "label_smoothing_factor": (lambda value: value == 0, "0: the losses are the task's own"),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _BETA),
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), _INTERVAL),
-    "meta_max_grad_norm": (
-        lambda value: value is None or _is_positive(value),
-        "a number above 0 (leave it out for no clipping)",
+    "meta_learning_rates": (_are_rates, "names with numbers of at least 0"),
+    **dict.fromkeys(
+        ("meta_max_grad_norm", "max_grad_value"),
+        (lambda value: value is None or _is_positive(value), "a number above 0 (leave it out for no clipping)"),
     ),
 }

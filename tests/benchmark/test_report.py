@@ -41,7 +41,8 @@ def test_results(tmp_path: Path) -> None:
         "time_ratio": {"median": 1.5, "q1": 1.25, "q3": 2.0}, "memory_ratio": 1.05, "memory_increment_mib": 12.5,
         "peak_mib": 21.0, "plain_seconds": {"median": 0.5, "q1": 0.4, "q3": 0.75}, "load": 1.25, "untimed": None,
         "launch_ratio": 8.8, "wait_increment": 3,
-        "cosine": 0.98765, "relative_error": None, "noise_to_signal": None, "counts": {"forwards": 2, "hvps": 0},
+        "cosine": 0.98765, "relative_error": None, "precision_error": None, "noise_to_signal": None,
+        "counts": {"forwards": 2, "hvps": 0},
         "error": None,
     }  # fmt: skip
     assert found["rows"][1]["error"] == "cannot: do that"

@@ -196,6 +196,18 @@ def test_memory_of_a_plain_step_is_four_times_the_weights_and_the_activations() 
     assert 4 * weights < plain < 4.2 * weights
 
 
+def test_what_bf16_meta_passes_cost_in_accuracy() -> None:
+    """Against the exact hypergradient in float32, and each estimate against its own in float32."""
+    settings = small(estimators=["one_step", "evograd"], training={"meta_precision": "bf16"})
+    settings.variants = {"one_step": [{"engine": "double_backward"}], "evograd": [{"parameters": "^classifier"}]}
+    exact, noisy = measure_task(settings, tagger(settings, 1), {})
+    assert exact.precision_error == exact.relative_error
+    for row in (exact, noisy):
+        assert row.precision_error is not None
+        assert 1e-4 < row.precision_error < 0.3
+        assert row.precision_error <= (row.relative_error or 0.0)
+
+
 def test_a_step_that_raises_costs_its_row_only(broken: None) -> None:
     settings = small(estimators=["broken", "never_finite", "one_step"], repeats=3)
     rows = measure_task(settings, tagger(settings, 1), {})
@@ -290,6 +302,8 @@ def test_the_scaling_study_varies_one_thing_at_a_time(tmp_path: Path) -> None:
         (["--problem", "fewshot"], "unknown backbone 'convnet': .*Valid: resnet10"),
         (["--image_channels", "2"], "image_channels must be 1 or 3, not 2"),
         (["--widths", "1,2"], "widths are of resnet32, .* not of the backbone convnet: leave them out"),
+        (["--problem", "peers", "--cases", '{"a": {"problem": "toy"}}'], "cases: a must be .* of weight_net, tagger"),
+        (["--problem", "peers", "--cases", '{"a": {"problem": "tagger", "lengt": 8}}'], "of the case a 'lengt'"),
         (["--blocks", "2"], "blocks are of resnet32, not of the backbone convnet"),
     ],
 )

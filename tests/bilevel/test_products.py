@@ -116,6 +116,23 @@ def test_finite_differences_have_an_error_of_second_order(transformer: Toy) -> N
     assert 85 < far / near < 115
 
 
+def test_one_sided_differences_have_an_error_of_first_order(transformer: Toy) -> None:
+    """With what autograd leaves at lam as the other side, and no pass of our own for it."""
+    v, passes = random_like(transformer.w, 80), PassContext(transformer.problem, seed=3)
+    lam = {name: leaf.clone().requires_grad_() for name, leaf in transformer.lam.items()}
+    transformer.problem.inner_loss(transformer.w, lam, transformer.train).backward()
+    at_w = {name: leaf.grad for name, leaf in lam.items() if leaf.grad is not None}
+    at = transformer.w, transformer.lam, transformer.train, v
+    exact = by_autograd(transformer, v)
+    near, far = (
+        relative_error(mixed_product(passes, "finite_difference", *at, radius=radius, at_w=at_w), exact)
+        for radius in (1e-4, 1e-3)
+    )
+    assert 9.5 < far / near < 10.5
+    assert near < 1e-4
+    assert passes.counts == Counts(forwards=1 + 2, backwards=2)  # one records
+
+
 @on_kinds
 def test_without_replayed_inputs_finite_differences_estimate_something_else(kind: str, transformer: Toy) -> None:
     v = random_like(transformer.w, 80)

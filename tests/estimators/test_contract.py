@@ -68,7 +68,7 @@ INSTANCES: dict[str, tuple[dict[str, Any], ...]] = {
         {"iterations": 60, "damping": 2.0, "tolerance": 1e-13},
         {"engine": "double_backward", "iterations": 60, "damping": 2.0, "tolerance": 1e-13},
     ),
-    "unroll": ({}, {"horizon": 2}),
+    "unroll": ({}, {"horizon": 2}, {"recompute": True}),
     "drmad": ({},),
     "forward_mode": ({},),
     "greedy": ({}, {"engine": "finite_difference", "radius": 1e-3, "decay": 0.5}),
@@ -82,7 +82,7 @@ SERVED_PAIRS = {  # counted by hand
     "first_order": 3,
     "one_step": 12,
     "evograd": 15,
-    "unroll": 8,
+    "unroll": 10,
     "drmad": 5,
     "forward_mode": 6,
     "greedy": 8,
@@ -99,7 +99,7 @@ PASSES = {  # by hand, from the papers' algorithms: of each instance, after a st
     "sama": ("3F 3B", "1F 1B 1J"),
     "neumann": ("1F 1B 7J", "1F 1B 1D", "9F 9B"),
     "conjugate_gradient": ("1F 1B 61J", "1F 1B 61D"),  # at most
-    "unroll": ("1F 1B 1D", "1F 1B 1D"),
+    "unroll": ("1F 1B 1D", "1F 1B 1D", "1F 1B 1D"),
     "drmad": ("1F 1B 1D",),
     "forward_mode": ("1F 1B 1J",),  # a product for each entry of lam
     "greedy": ("2F 2B 1J", "4F 4B"),
@@ -422,7 +422,7 @@ def test_counts_are_the_calls_of_the_losses(name: str, settings: dict[str, Any],
     )
     estimate(build(name, settings), replace(toy, problem=watched))  # which finds out what is to be known of the losses
     calls.clear()
-    watched.facts.batched = False  # a suffix counts once for each of the copies that one call evaluates
+    watched.facts.batched = watched.facts.batched_whole = False  # a call counts once for each copy that it evaluates
     counts = estimate(build(name, settings), replace(toy, problem=watched)).counts
     assert counts.forwards + counts.hvps + counts.jvps + counts.suffixes == len(calls)
 
@@ -510,6 +510,8 @@ def test_unknown_estimator_lists_the_valid_ones() -> None:
         ("one_step", {"engine": "jpv"}, "double_backward.*jvp.*finite_difference"),
         ("one_step", {"radius": 0.0}, "radius"),
         ("one_step", {"radius": float("nan")}, "radius"),
+        ("one_step", {"engine": "finite_difference", "differences": "one sided"}, "did you mean 'one_sided'"),
+        ("greedy", {"differences": "one_sided"}, "of engine finite_difference, and engine is auto: set engine"),
         ("evograd", {"copies": 1}, "copies"),
         ("evograd", {"copies": 2.0}, "copies"),
         ("evograd", {"copies": True}, "copies"),
@@ -535,6 +537,7 @@ def test_unknown_estimator_lists_the_valid_ones() -> None:
         ("unroll", {"horizon": 0}, "horizon"),
         ("unroll", {"horizon": True}, "horizon"),
         ("unroll", {"horizon": 2.0}, "horizon"),
+        ("unroll", {"horizon": 2, "recompute": True}, "recompute is for whole episodes"),
         ("forward_mode", {"windows": 0}, "windows"),
         ("forward_mode", {"windows": 2.0}, "windows"),
         ("forward_mode", {"clamp": -1.0}, "clamp"),

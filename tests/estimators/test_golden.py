@@ -28,10 +28,11 @@ from metaxl_evo.bilevel import (
     tree,
 )
 from metaxl_evo.bilevel.products import mixed_product
+from metaxl_evo.bilevel.replay import Facts, stop_gradient
 from metaxl_evo.bilevel.torch_optimizers import from_optimizer
 from metaxl_evo.bilevel.update_state import UpdateState
 from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder, OneStep
-from metaxl_evo.estimators import evograd as evograd_module
+from metaxl_evo.estimators import copies as copies_module
 from metaxl_evo.estimators import noise as noise_module
 from tests.estimators.problems import (
     Quadratic,
@@ -309,7 +310,7 @@ def test_copies_in_one_pass_are_copies_one_by_one(monkeypatch: pytest.MonkeyPatc
     found = {}
     for asks, together, first, later in ((False, 2**20, 7, 1), (True, 2**20, 6, 10), (False, 2**6, 9, 6)):
         toy, calls = dropping_cut_network(asks)
-        monkeypatch.setattr(evograd_module, "TOGETHER", together)
+        monkeypatch.setattr(copies_module, "TOGETHER", together)
         noise = [tree.scale(random_like(toy.w, 50 * (k + 1)), 0.1) for k in range(5)]
         for expected in (first, later):
             calls.clear()
@@ -342,12 +343,70 @@ def test_a_hook_in_the_suffix_is_heeded() -> None:
     assert relative_error(grads(hooked, None), grads(head, None)) > 1e-6
 
 
-def test_more_copies_of_a_suffix_are_no_more_launches() -> None:
+def odd_network(kind: str) -> tuple[Toy, list[Any]]:
+    """A network that stops a gradient; it may have dropout, ask for its loss or hold a hook. -> (problem, calls)"""
+    toy, calls = cut_network(torch.float64), list[Any]()
+    assert toy.problem.cut is not None
+    prefix, hidden, head = toy.problem.cut.prefix, toy.problem.cut.hidden, toy.problem.cut.loss
+    assert prefix is not None
+
+    def inner(w: Tree, lam: Tree, batch: Any) -> Tensor:
+        below = prefix(w, batch)
+        changed = hidden(w, lam, stop_gradient(below), batch) + below
+        if kind == "drops":
+            changed = torch.nn.functional.dropout(changed, 0.5)
+        if kind == "hooked" and changed.requires_grad:
+            changed.register_hook(lambda slope: -slope)
+        found: Tensor = head(w, changed, batch)
+        return found * 1.0 if kind == "asks" and found.item() < 0 else found
+
+    problem = replace(toy.problem, inner_loss=logged(inner, calls), cut=None, straight_through=kind == "hooked")
+    return replace(toy, problem=problem), calls
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "together", "passes"),
+    [
+        ("plain", True, 2**20, 1),
+        ("plain", False, 2**20, 1),
+        ("drops", True, 2**20, 1),
+        ("drops", False, 2**20, 5),  # a mask each
+        ("asks", True, 2**20, 5),
+        ("hooked", True, 2**20, 5),  # in a batched pass hooks are passed over
+        ("plain", True, 2**9, 2),
+        ("plain", True, 2**6, 5),
+    ],
+)
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "two_parts"])
+def test_whole_copies_in_one_pass_are_copies_one_by_one(
+    kind: str, share: bool, together: int, passes: int, parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are made one by one where torch cannot vectorise the loss, or gives other numbers."""
+    toy, calls = odd_network(kind)
+    if parts:
+        x, y = toy.train
+        halves = [(x[:3], y[:3]), (x[3:], y[3:])]
+        toy = replace(toy, train=halves, val=[toy.val], problem=replace(toy.problem, parts=lambda batch: batch))
+    noise = [tree.scale(random_like(toy.w, 50 * (k + 1)), 0.1) for k in range(5)]
+    estimator = EvoGrad(temperature=0.5, share_randomness=share)
+    alone = replace(toy, problem=replace(toy.problem, facts=Facts(batched_whole=False)))
+    expected = estimate(alone, estimator, noise=noise, generator=seeded(3))
+    monkeypatch.setattr(copies_module, "TOGETHER_ON_CPU", together)
+    for _ in ("finds out", "knows"):
+        calls.clear()
+        found = estimate(toy, estimator, noise=noise, generator=seeded(3))
+        assert relative_error(found.grads, expected.grads) < 1e-12
+        assert found.counts == expected.counts
+    assert len(calls) == (1 + parts) * (1 + passes)  # with the one that records
+
+
+@pytest.mark.parametrize("settings", [HEAD, {"temperature": 0.5}], ids=["suffix", "whole"])
+def test_more_copies_are_no_more_launches(settings: dict[str, Any]) -> None:
     toy, launched = cut_network(torch.float32), []
-    estimate(toy, EvoGrad(**HEAD))  # finds out what there is to know of the loss
+    estimate(toy, EvoGrad(**settings))  # finds out what there is to know of the loss
     for copies in (2, 64):
         with Launches() as launches:
-            estimate(toy, EvoGrad(copies=copies, **HEAD))
+            estimate(toy, EvoGrad(copies=copies, **settings))
         launched.append(launches.launched.total())
     assert launched[0] == launched[1]
 
@@ -416,7 +475,8 @@ def peak(toy: Toy, estimator: Estimator) -> int:
 def test_memory_is_flat_in_the_number_of_copies(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond those that are drawn or evaluated together."""
     monkeypatch.setattr(noise_module, "_BLOCK", 2**10)  # in proportion to the small network
-    monkeypatch.setattr(evograd_module, "TOGETHER", 2**16)
+    for limit in ("TOGETHER", "TOGETHER_ON_CPU"):
+        monkeypatch.setattr(copies_module, limit, 2**16)
     toy, lam_bytes = wide_problem(cut)
     settings: dict[str, Any] = {"parameters": "head"} if cut else {}
     few, many = (peak(toy, EvoGrad(copies=copies, **settings)) for copies in (4, 32))

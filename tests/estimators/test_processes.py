@@ -188,7 +188,10 @@ SENT: dict[str, tuple[tuple[Sent, Sent, Sent], ...]] = {  # by hand: of each ins
     "evograd": tuple(((0, 1, 2 * copies + 1),) * 3 for copies in (2, 5, 4, 3, 3, 2)),  # losses and slopes
     "sama": (LOCAL,) * 2,
     "neumann": (((7, 1, 1),) * 3, ((1, 1, 1),) * 3, ((4, 1, 1),) * 3),
-    "unroll": (((3, 1, 1), (2, 1, 1), (6, 1, 1)), ((3, 1, 1), (2, 1, 1), (4, 1, 1))),
+    "unroll": (
+        *(((3, 1, 1), (2, 1, 1), (6, 1, 1)), ((3, 1, 1), (2, 1, 1), (4, 1, 1))),
+        ((3, 1, 1), (2, 1, 1), (7, 1, 1)),  # the second of three steps is made again
+    ),
     "drmad": (((3, 1, 1), (2, 1, 1), (6, 1, 1)),),
     "greedy": (((2, 2, 1), (1, 2, 1), (3, 4, 1)),) * 2,
     "hyperdistill": (LOCAL,) * 3,

@@ -538,3 +538,40 @@ def test_the_counter_would_see_the_graphs_of_a_whole_episode() -> None:
     toy = with_lam(network(torch.float64), SGD("eta", "decay", momentum="mom"), eta=0.1, decay=0.2, mom=0.5)
     one, six = (most_saved(partial(by_autograd, toy, sgd, [toy.train] * steps)) for steps in (1, 6))
     assert six > 5 * one
+
+
+# Steps that are made again -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 17])
+@pytest.mark.parametrize("rule", [SGD(0.1, momentum=0.9), AdamW(0.05, weight_decay=0.1)], ids=["sgd", "adamw"])
+def test_steps_made_again_give_the_same_bits(rule: UpdateRule, steps: int) -> None:
+    """Dropout and all: a step has its seed."""
+    toy, _ = golden(), None
+    masked = replace(toy.problem, update=rule, inner_loss=_dropping(toy.problem.inner_loss))
+    batches = golden_batches(toy, steps)
+    kept, again = (
+        run_episode(masked, estimator, toy.w, toy.lam, batches, toy.val, generator=torch.Generator().manual_seed(1))
+        for estimator in (Unroll(), Unroll(recompute=True))
+    )
+    assert tree.norm(kept.grads) > 0
+    assert all(torch.equal(again.grads[name], leaf) for name, leaf in kept.grads.items())
+    assert again.counts.forwards - kept.counts.forwards <= steps
+
+
+def _dropping(loss: Any) -> Any:
+    return lambda w, lam, batch: loss(w, lam, (F.dropout(batch[0], 0.25), batch[1]))
+
+
+def test_weights_are_kept_of_the_square_root_of_the_steps() -> None:
+    toy, estimator = golden(), Unroll(recompute=True)
+    passes = PassContext(toy.problem)
+    state, step = estimator.init(toy.problem, toy.w, toy.lam), InnerStep(toy.w, toy.lam, None)
+    for count, batch in enumerate(golden_batches(toy, 150), start=1):
+        before = None if step.made is None else step.made.update_state
+        step = look_ahead(passes, InnerStep(step.current, toy.lam, batch, before))
+        state = estimator.observe(passes, step, state)
+        held = [bool(visit.w) for visit in state]
+        assert sum(held) <= count**0.5 + 1
+        gaps = "".join("w" if one else "." for one in held).split("w")
+        assert max(map(len, gaps)) < 2 * count**0.5

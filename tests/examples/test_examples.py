@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.printed import printed
@@ -23,6 +24,7 @@ LINES = 40  # of a script, at most
 ADAPTS = ["maml_regression", "meta_sgd_regression"]
 LEARNS = ["learn_schedule", "mix_domains", "own_loop", "weight_noisy_text"]
 WATCHED = "watch_a_run"
+HORIZONS = "short_horizons"
 NUMBER = re.compile(r"\d+\.\d+")
 
 Example = Callable[..., list[str]]
@@ -42,7 +44,7 @@ def numbers(line: str) -> list[float]:
 
 
 def test_the_examples_are_found_and_short() -> None:
-    assert [script.stem for script in SCRIPTS] == sorted([*ADAPTS, *LEARNS, WATCHED])
+    assert [script.stem for script in SCRIPTS] == sorted([*ADAPTS, *LEARNS, HORIZONS, WATCHED])
     for script in SCRIPTS:
         assert len(script.read_text("utf-8").splitlines()) <= LINES, script.name
 
@@ -94,6 +96,33 @@ def test_confused_annotators_are_not_trusted(example: Example) -> None:
     assert weighted > plain + 0.1
     trust = numbers(lines[-1])
     assert min(trust[:3]) > 0.8 > 0.3 > max(trust[3:])
+
+
+def slopes(estimator: str, horizon: int, lam: np.ndarray) -> tuple[float, np.ndarray]:
+    """Loss and hypergradient of an episode of w <- w - 0.1 G (w - lam) from (2, 2), in closed form."""
+    shrinks = 1 - 0.1 * np.array([1, 0.5])
+    at = lam + (2 - lam) * shrinks ** np.arange(horizon + 1)[:, None]  # (T + 1, 2)
+    slope = 2 * at + 10 * np.sin(2 * at)
+    loss = float((at[-1] ** 2 + 10 * np.sin(at[-1]) ** 2).sum())
+    if estimator == "unroll":
+        return loss, (1 - shrinks**horizon) * slope[-1]
+    decay = {"one_step": 0.0, "greedy": 0.9}[estimator]
+    return loss, (1 - shrinks) * (decay ** np.arange(horizon)[::-1, None] * slope[1:]).sum(0)
+
+
+def test_short_horizons_are_those_of_the_closed_form(example: Example) -> None:
+    """Each of the ten hypergradients moves where the next episode ends."""
+    lines = example(HORIZONS, "curves.png")
+    assert Path("curves.png").stat().st_size > 1000
+    assert len(lines) == 9
+    for line in lines:
+        horizon, name = int(line.split(",")[0][4:]), line.split(", ")[1].split(":")[0]
+        lam, losses = np.ones(2), []
+        for _ in range(10):
+            loss, hypergradient = slopes(name, horizon, lam)
+            losses.append(loss)
+            lam = lam - 0.1 * hypergradient
+        assert numbers(line) == [round(losses[0], 4), round(losses[-1], 4)], line
 
 
 def in_tensorboard(name: str) -> list[float]:

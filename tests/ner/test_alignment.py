@@ -18,6 +18,7 @@ from transformers import (
 from metaxl_evo.ner.data import load_ner_dataset
 from metaxl_evo.ner.encoding import PadRight
 from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
+from metaxl_evo.ner.scorers import EntityScorer
 from metaxl_evo.ner.spacing import as_in_text
 from tests.ner.encoders import ABSOLUTE, KINDS, NAMES, SENTENCES, scores_by_hand, write_encoder
 from tests.processes import on_processes
@@ -79,7 +80,7 @@ def prepared(
     fixed = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "label_names": ["labels"]}
     args = TrainingArguments(scratch, remove_unused_columns=False, **fixed, **settings)
     trainer = WordTrainer(base, args, data_collator=collator or PadRight(tokenizer.pad_token_id))
-    return trainer, EvaluationSet(sentences, tokenizer, 512, NAMES, strict=False)
+    return trainer, EvaluationSet(sentences, tokenizer, 512, NAMES, EntityScorer())
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, float]) -> None:

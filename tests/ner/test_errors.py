@@ -10,6 +10,7 @@ from seqeval.scheme import IOB2
 
 from metaxl_evo.ner.errors import confusion, errors_text, worst_sentences
 from metaxl_evo.ner.metrics import entity_scores
+from metaxl_evo.ner.scorers import EntityScorer
 
 TAGS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
 
@@ -23,7 +24,7 @@ def drawn(seed: int, sentences: int = 60) -> list[list[str]]:
 @pytest.mark.parametrize("strict", [False, True])
 def test_rows_and_columns_add_up_to_the_counts_of_seqeval(strict: bool) -> None:
     true, found = drawn(1), drawn(2)
-    table = confusion(true, found, strict=strict)
+    table = confusion(true, found, EntityScorer(strict))
     mode = {"mode": "strict", "scheme": IOB2} if strict else {}
     report = classification_report(true, found, output_dict=True, zero_division=0, **mode)
     for kind in ("LOC", "ORG", "PER"):

@@ -28,12 +28,12 @@ from transformers import (
 
 from metaxl_evo.bilevel import SGD, Tree, hypergradient
 from metaxl_evo.estimators import ESTIMATORS, EvoGrad, OneStep, make_estimator
-from metaxl_evo.models.adapters import merged
+from metaxl_evo.models.adapters import add_lora, merged
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner import arguments
 from metaxl_evo.ner.arguments import NerArguments
-from metaxl_evo.ner.pretrained import add_lora, load_config
+from metaxl_evo.ner.pretrained import load_config
 from metaxl_evo.ner.tagger import IGNORED, TARGET, CrossLingualTagger
 from metaxl_evo.training.trainer import MetaTrainer
 from scripts.evaluate_ner import main as evaluate

@@ -17,6 +17,7 @@ EXPECTED = {  # use_cpu, multi_gpu, num_processes, gpu_ids, mixed_precision
     "single_gpu": (False, False, 1, "0", "no"),
     "multi_gpu": (False, True, 2, "all", "no"),
     "multi_gpu_bf16": (False, True, 2, "all", "bf16"),
+    "fsdp2": (False, False, 2, "all", "no"),
 }
 
 
@@ -29,7 +30,7 @@ def launched_with(name: str, *options: str) -> tuple[object, ...]:
 
 def test_the_files_are_these():
     files = list(FOLDER.iterdir())
-    assert len(files) == 4
+    assert len(files) == 5
     assert {file.name for file in files} == {f"{name}.yaml" for name in EXPECTED}
 
 

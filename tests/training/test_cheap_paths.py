@@ -230,11 +230,14 @@ def test_the_padding_row_keeps_its_number() -> None:
 
 # In the trainer
 
+ONE_SIDED = {"engine": "finite_difference", "radius": 1e-4, "differences": "one_sided"}
 FURTHER: dict[str, dict[str, Any]] = {
     **ESTIMATES,
     "sama": {"estimator": "sama", "estimator_kwargs": {"engine": "jvp"}},
     "neumann": {"estimator": "neumann", "estimator_kwargs": {"engine": "jvp", "step": 0.1}},
     "greedy": {"estimator": "greedy", "estimator_kwargs": {"engine": "jvp"}},
+    "one_sided": {"estimator": "one_step", "estimator_kwargs": ONE_SIDED},
+    "one_sided greedy": {"estimator": "greedy", "estimator_kwargs": ONE_SIDED},
 }
 
 
@@ -357,12 +360,14 @@ FORWARDS: dict[str, tuple[list[int], list[int]]] = {  # after_step, lookahead
     "double_backward": ([ALL, V, S], [ALL, V, S, ALL]),
     "evograd": ([ALL, ALL, ALL, ALL, V], [ALL, ALL, ALL, ALL, V, ALL]),  # the first one records for the copies
     "evograd_head": ([ALL, ALL, V], [ALL, V, ALL]),  # the network is below
+    "one_sided": ([ALL, V, S], [ALL, V, S, ALL]),  # the base step's own backward is the other side
+    "one_sided greedy": ([ALL, V, S, V], [ALL, V, S, V, ALL, V, S]),
     "sama": ([ALL, V, S], [ALL, V, S, ALL]),
     "greedy": ([ALL, V, S, V], [ALL, V, S, V, ALL, V, S]),
 }
 
 
-@pytest.mark.parametrize(("position", "order"), enumerate(ORDERS))
+@pytest.mark.parametrize(("position", "order"), list(enumerate(ORDERS)))
 @pytest.mark.parametrize("name", FORWARDS)
 def test_forwards_of_a_training_step(tmp_path: Path, name: str, position: int, order: str) -> None:
     assert forwards(tmp_path, meta_order=order, **FURTHER[name]) == FORWARDS[name][position]
@@ -404,6 +409,57 @@ def test_a_run_that_uses_its_forwards_is_one_that_does_not(
     unused, expected = run(tmp_path, layers=layers, **FURTHER[name])
     close(moved, expected, 1e-9 if name == "finite_difference" else 1e-11)
     close(base_weights(used), base_weights(unused), 1e-12)
+
+
+@pytest.mark.parametrize("fields", [{}, {"activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("name", ["one_sided", "one_sided greedy"])
+def test_the_base_step_leaves_the_gradient_at_lam(tmp_path: Path, name: str, fields: dict[str, Any]) -> None:
+    """Of the whole window, in no `.grad`; the base step is the same to the last bit as without it."""
+    found: list[bool] = []
+
+    def look(passes: PassContext, step: InnerStep) -> None:
+        assert step.made is not None
+        assert step.made.lam_grad is not None
+        fresh = PassContext(passes.problem)
+        close(step.made.lam_grad, fresh.lam_grad(step.w, step.lam, step.batch), 1e-12)
+        found.append(all(leaf.grad is None for leaf in step.lam.values()))
+
+    moves: dict[str, Any] = {"meta_learning_rate": 0.0, **fields}
+    with spied(look):
+        trainer, _ = run(tmp_path, **moves, **FURTHER[name])
+    plain, _ = run(tmp_path, **moves, **ESTIMATES["finite_difference"])
+    assert found == [True] * STEPS
+    assert same(base_weights(trainer), base_weights(plain))
+
+
+def test_one_sided_differences_go_to_the_exact_hypergradient(tmp_path: Path) -> None:
+    _, exact = run(tmp_path, **ESTIMATES["double_backward"])
+    found = []
+    for radius in (1e-3, 1e-4):
+        settings = {"estimator": "one_step", "estimator_kwargs": ONE_SIDED | {"radius": radius}}
+        found.append(tree.norm(minus(run(tmp_path, **settings)[1], exact)) / tree.norm(exact))
+    assert 8 < found[0] / found[1] < 12
+    assert found[1] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"tagger": tiny_tagger()}, "draws dropout masks .*set the base's rates to 0"),
+        ({"bf16": True}, "another precision"),
+        ({"meta_precision": "bf16"}, "another precision"),
+    ],
+    ids=["dropout", "bf16", "meta_precision"],
+)
+def test_one_sided_differences_are_refused_where_the_step_is_of_no_use(
+    tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    settings = {"tagger": tiny_tagger(dropout=False), **fields, **FURTHER["one_sided"]}
+    with pytest.raises(ValueError, match=f"differences: one_sided .*{said}.* lookahead, or leave .*central") as error:
+        tiny_trainer(tmp_path, **settings).train()
+    assert "\n" not in str(error.value)
+    if fields.keys() != {"meta_precision"}:  # under which this radius is refused, too
+        tiny_trainer(tmp_path, meta_order="lookahead", **settings).train()
 
 
 def test_each_micro_batch_has_its_own_states(tmp_path: Path) -> None:

@@ -392,7 +392,7 @@ def said_in(folder: Path, caplog: pytest.LogCaptureFixture, **fields: Any) -> tu
     return trainer, [r.getMessage() for r in caplog.records if r.name == diagnostics_module.__name__]
 
 
-@pytest.mark.parametrize(("what", "order"), zip(HARMFUL, ORDERS * 2, strict=True))
+@pytest.mark.parametrize(("what", "order"), list(zip(HARMFUL, ORDERS * 2, strict=True)))
 def test_a_run_warns_once_of_each_with_advice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str, order: str
 ) -> None:

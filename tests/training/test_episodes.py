@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from metaxl_evo.bilevel import SGD, Tree, run_episode
+from metaxl_evo.bilevel import SGD, Tree, run_episode, tree
 from metaxl_evo.bilevel.update import AdamW, UpdateRule
 from metaxl_evo.estimators import ESTIMATORS, make_estimator
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule, totals_of
@@ -166,7 +166,7 @@ DRIVEN: dict[str, tuple[dict[str, Any], ...]] = {
     "sama": ({},),
     "neumann": ({"engine": "jvp", "step": 0.1},),
     "conjugate_gradient": ({"engine": "jvp", "damping": 1.0},),
-    "unroll": ({}, {"horizon": 2}),
+    "unroll": ({}, {"horizon": 2}, {"recompute": True}),
     "drmad": ({},),
     "forward_mode": ({},),
     "greedy": ({},),
@@ -177,7 +177,7 @@ INSTANCES = [(name, settings) for name, all_settings in DRIVEN.items() for setti
 
 def test_every_estimator_is_among_the_instances() -> None:
     assert DRIVEN.keys() == ESTIMATORS.keys()
-    assert len(INSTANCES) == 14
+    assert len(INSTANCES) == 15
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,18 @@ def test_every_estimator_answers_in_its_turn(
         expected[:4] = [False] * 4  # an episode of its own
     assert watch.moves == expected
     assert all(bool(leaf.isfinite().all()) for step in watch.steps for leaf in step["after"]["lam"].values())
+
+
+def test_steps_that_are_made_again_teach_the_same(tmp_path: Path) -> None:
+    def lam(folder: str, **fields: Any) -> Tree:
+        steps = watched(tmp_path / folder, estimator="unroll", max_steps=12, episode_length=6, **fields).steps
+        found: Tree = steps[-1]["after"]["lam"]
+        return found
+
+    kept, again = lam("kept"), lam("again", estimator_kwargs={"recompute": True})
+    assert tree.norm(tree.add(again, kept, -1.0)) <= 1e-12 * tree.norm(kept)
+    with pytest.raises(ValueError, match=r"recompute: true makes base steps again.*draws dropout masks of its own"):
+        lam("masked", dropout=0.5, estimator_kwargs={"recompute": True})
 
 
 def test_answers_and_ends(tmp_path: Path) -> None:

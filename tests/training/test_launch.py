@@ -25,10 +25,20 @@ from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.tiny import logged, random_rows, tiny_arguments, tiny_base, tiny_tagger, tiny_trainer
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
-    "fsdp": ({"fsdp": True}, "fsdp: .*DDP"),
-    "fsdp of earlier versions": ({"fsdp": "full_shard auto_wrap"}, "fsdp: .*DDP"),
-    "fsdp2": ({"fsdp": True, "fsdp_config": {"version": 2}}, "fsdp: .*DDP"),
-    "deepspeed": ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "deepspeed: .*DDP"),
+    "fsdp 1": ({"fsdp": True, "fsdp_config": {"version": 1}}, "fsdp version 1: .*version: 2"),
+    "fsdp of earlier versions": ({"fsdp": "full_shard auto_wrap"}, "fsdp of one process: .*leave it out"),
+    "fsdp with checkpoints": ({"fsdp": True, "save_strategy": "steps"}, "fsdp and checkpoints: .*save_strategy: no"),
+    "fsdp, compiled": ({"fsdp": True, "torch_compile": True}, "fsdp and torch_compile: .*leave torch_compile out"),
+    "fsdp, offloaded": ({"fsdp": True, "fsdp_config": {"cpu_offload": True}}, "fsdp cpu_offload: .*leave it out"),
+    "fsdp, loaded once": (
+        {"fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}},
+        "fsdp cpu_ram_efficient_loading: .*set it to false",
+    ),
+    "fsdp, renamed": (
+        {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
+        "fsdp activation_checkpointing: .*gradient_checkpointing: true",
+    ),
+    "deepspeed": ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "deepspeed: .*FSDP2 .*DDP"),
     "fp16": ({"fp16": True}, "fp16: .*bf16 or float32"),
     "tensor parallel": ({"parallelism_config": ParallelismConfig(tp_size=2)}, "tp_size: .*DDP"),
     "sharded data parallel": ({"parallelism_config": ParallelismConfig(dp_shard_size=2)}, "dp_shard_size: .*DDP"),
@@ -58,8 +68,12 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {  # arguments as another mac
     "16 bits when evaluated": ({"world_size": 2, "bf16_full_eval": True}, "bf16_full_eval: .*bf16: true"),
 }
 ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
-    "--use_fsdp": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fsdp: .*DDP"),
-    "--use_deepspeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed: .*DDP"),
+    "--use_fsdp": ({"ACCELERATE_USE_FSDP": "true"}, "fsdp version 1: .*--fsdp_version 2"),
+    "--fsdp_offload_params": (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+        "fsdp cpu_offload: .*leave it out",
+    ),
+    "--use_deepspeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed: .*FSDP2 .*DDP"),
     "--use_megatron_lm": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM: .*DDP"),
     "--mixed_precision fp16": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16: .*bf16 or float32"),
     "--mixed_precision fp8": ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8: .*bf16 or float32"),
@@ -70,6 +84,23 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
 }
 META_ENVIRONMENTS: dict[str, tuple[dict[str, str], str]] = {
     "--dynamo_backend": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--dynamo_backend: .*torch_compile: true"),
+}
+
+
+SHARDED: dict[str, tuple[dict[str, Any], str]] = {  # what meta steps cannot bear with fsdp
+    "two derivatives": (
+        {"estimator": "one_step", "estimator_kwargs": {"engine": "jvp"}},
+        "fsdp and OneStep.*work first_order, one_step, evograd, sama, neumann, conjugate_gradient, greedy$",
+    ),
+    "whole episodes": ({"estimator": "unroll", "episode_length": 2}, "fsdp and Unroll.*work first_order, "),
+    "drawn examples": (
+        {"estimator": "hyperdistill", "estimator_kwargs": {"scale": "one"}},
+        "fsdp and HyperDistill.*use DDP, or greedy$",
+    ),
+    "bf16": ({"bf16": True}, "fsdp and bf16: .*use float32"),
+    "bf16 meta passes": ({"meta_precision": "bf16"}, "fsdp and bf16: .*use float32"),
+    "diagnostics": ({"meta_diagnostics_every": 2}, "fsdp and meta_diagnostics_every: .*leave it at 0"),
+    "resets": ({"episode_length": 2, "episode_reset": "restart"}, "fsdp and episode_reset: restart: .*use DDP"),
 }
 
 
@@ -195,8 +226,8 @@ def refused(message: str, make: Callable[[], Any]) -> None:
 
 def test_every_kind_of_refusal_is_here() -> None:
     tables = (ARGUMENTS, ELSEWHERE, ENVIRONMENTS, MODELS, DISTRIBUTED_MODELS)
-    assert [len(table) for table in tables] == [14, 3, 6, 10, 3]
-    assert [len(table) for table in (META_ARGUMENTS, META_ENVIRONMENTS, META_MODELS)] == [1, 1, 5]
+    assert [len(table) for table in tables] == [18, 3, 7, 10, 3]
+    assert [len(table) for table in (META_ARGUMENTS, META_ENVIRONMENTS, META_MODELS, SHARDED)] == [1, 1, 5, 7]
 
 
 def in_turn(cases: Iterable[str]) -> Any:
@@ -253,6 +284,12 @@ def test_what_only_meta_steps_cannot_bear(case: str, environment: pytest.MonkeyP
     tagger: Any = make()
     refused(message, lambda: tiny_trainer(tmp_path, tagger=tagger, **fields))
     tiny_trainer(tmp_path, tagger=tagger, estimator="none", **fields)
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_what_meta_steps_cannot_bear_on_shards(case: str, tmp_path: Path) -> None:
+    fields, message = SHARDED[case]
+    refused(message, lambda: tiny_trainer(tmp_path, fsdp=True, **{"estimator": "evograd"} | fields))
 
 
 LEGITIMATE: dict[str, dict[str, Any]] = {

@@ -73,6 +73,9 @@ TAGGERS = {
     for index, name in enumerate(ESTIMATES)
     for order in (ORDERS if name == "jvp" else (ORDERS[index % 2],))
 }
+TAGGERS["one_sided after_step"] = {
+    "estimator_kwargs": {"engine": "finite_difference", "radius": 1e-4, "differences": "one_sided"}
+}
 ROUGH = ("evograd", "finite_difference")  # whose own rounding in float32 is of the order of 1e-4
 LOGGED = ("loss", "grad_norm", "meta_loss", "meta_cosine_to_exact", "meta_norm_by_exact")
 LEARNERS: list[tuple[str, dict[str, Any]]] = [
@@ -200,7 +203,7 @@ def assert_as_one(ranks: list[dict[str, Record]], one: dict[str, Record], bound:
 
 def test_every_estimator_is_driven() -> None:
     assert {settings["estimator"] for settings in REGRESSIONS.values()} == ESTIMATORS.keys()
-    assert (len(REGRESSIONS), len(TAGGERS)) == (16, 6)
+    assert (len(REGRESSIONS), len(TAGGERS)) == (16, 7)
 
 
 @pytest.mark.parametrize("layout", CUT_UP)

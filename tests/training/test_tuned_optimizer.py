@@ -120,6 +120,32 @@ def test_the_hypergradient_of_an_episode_is_that_of_the_schedule(
         torch.testing.assert_close(value, expected.grads[key], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("norm", [0.0, 0.3])
+def test_the_hypergradient_of_bounded_steps_at_rates_of_their_own(tmp_path: Path, norm: float) -> None:
+    """Entries are bounded before the norm is clipped; a bounded entry has no derivative. Each kind has its rate."""
+    limits = {"max_grad_value": 0.2, "max_grad_norm": norm}
+    recorder, rates = Recorder(), {"rates": 2.0, "decay": 0.5}
+    trainer = trainer_of(tmp_path, recorder, meta_learning_rates=rates, **limits)
+    start = {n: p.detach().clone() for n, p in trainer.model.base_parameters().items()}
+    before = {n: p.detach().clone() for n, p in trainer.model.meta_parameters().items()}
+    trainer.train()
+    found = {n: (before[n] - p.detach()) / rates.get(n, 1.0) for n, p in trainer.model.meta_parameters().items()}
+    batches = [window[0] for window in recorder.windows]
+
+    def by_hand(**limits: Any) -> Any:
+        rule = replace(SGD(0.0, **limits), **Regression.tuned_optimizer)  # type: ignore[arg-type]
+        last = recorder.windows[-1][1]
+        return run_episode(trainer.model.problem(rule), make_estimator("unroll"), start, before, batches, last).grads
+
+    close(found, by_hand(max_grad_value=0.2, max_grad_norm=norm or None), 1e-5 if norm else 1e-9)
+    assert float((found["rates"] - by_hand()["rates"]).abs().max()) > 1e-3
+
+
+def test_a_rate_of_no_meta_parameter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="meta parameter of meta_learning_rates 'dekay': did you mean 'decay'"):
+        trainer_of(tmp_path, meta_learning_rates={"dekay": 1.0})
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("name", "fields"),

@@ -106,8 +106,40 @@ def test_the_papers_sizes_of_the_weighting_network(hidden: int) -> None:
     assert 0 < float(weights.min()) <= float(weights.max()) < 1
 
 
-def test_the_backbones_are_four() -> None:
-    assert list(BACKBONES) == ["lenet", "convnet", "resnet32", "convnet_8"]
+@pytest.mark.parametrize(
+    ("name", "fields", "size"),
+    [("wrn_16_1", {}, 175_066), ("wrn_10_1", {}, 77_850), ("wrn_16_1", {"depth": 40, "width": 2}, 2_243_546)],
+)
+def test_the_papers_sizes_of_wide_resnets(name: str, fields: dict[str, int], size: int) -> None:
+    with torch.device("meta"):
+        assert parameters(BACKBONES[name](num_channels=3, num_labels=10, **fields)) == size
+
+
+def test_wrn_10_1_by_hand() -> None:
+    """Zagoruyko and Komodakis: (norm, ReLU, convolution) twice, plus x, or a 1 x 1 convolution of the first ReLU."""
+    torch.manual_seed(0)
+    model, x = BACKBONES["wrn_10_1"](num_labels=10).double(), torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    weights = dict(model.named_parameters())
+
+    def active(values: Tensor) -> Tensor:
+        mean, variance = values.mean((0, 2, 3), keepdim=True), values.var((0, 2, 3), keepdim=True, correction=0)
+        return ((values - mean) / (variance + 1e-5).sqrt()).relu()
+
+    h = F.conv2d(x, weights["stem.weight"], padding=1)
+    for block, stride in enumerate((1, 2, 2)):
+        first, second = (weights[f"blocks.{block}.{name}.weight"] for name in ("first", "second"))
+        inner = F.conv2d(active(F.conv2d(active(h), first, stride=stride, padding=1)), second, padding=1)
+        h = inner + (F.conv2d(active(h), weights[f"blocks.{block}.shortcut.weight"], stride=stride) if block else h)
+    expected = F.linear(active(h).mean((2, 3)), weights["classifier.weight"], weights["classifier.bias"])
+    torch.testing.assert_close(model.train()(pixel_values=x).logits, expected, rtol=1e-10, atol=1e-10)
+    fan = 16 * 9 + 32 * 9  # Glorot and Bengio: variance 2 / (fan in + fan out)
+    assert float(weights["blocks.1.first.weight"].detach().std()) == pytest.approx((2 / fan) ** 0.5, rel=0.1)
+
+
+def test_the_backbones_are_these() -> None:
+    assert list(BACKBONES) == ["lenet", "convnet", "resnet32", "convnet_8", "wrn_16_1", "wrn_10_1"]
+    with pytest.raises(ValueError, match="depth must be 10, 16, 22"):
+        BACKBONES["wrn_16_1"](depth=18)
 
 
 # Blocks

@@ -514,7 +514,7 @@ def trainer(
 
 
 @pytest.mark.parametrize(
-    ("estimator", "order"), zip(EVALUATED, ["after_step", "lookahead", "after_step"], strict=True)
+    ("estimator", "order"), list(zip(EVALUATED, ["after_step", "lookahead", "after_step"], strict=True))
 )
 def test_training_moves_every_number_of_the_transform(estimator: str, order: str, tmp_path: Path) -> None:
     run = trainer(tmp_path, meta_order=order, **EVALUATED[estimator])

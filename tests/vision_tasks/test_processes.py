@@ -19,6 +19,7 @@ from tests.processes import on_processes
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.fewshot_arguments import EpisodicTrainingArguments, FewShotArguments
 from vision_tasks.fewshot_task import FewShotTask
+from vision_tasks.hyper_cleaning import CleanedClassifier, ImageWeights, NumberedRows
 from vision_tasks.images import ImageRows, drawn
 from vision_tasks.rotation import RotatedClassifier, Rotation
 from vision_tasks.weight_net import WeightedClassifier
@@ -29,10 +30,11 @@ ROWS = 8  # of an optimizer step
 ESTIMATES: dict[str, dict[str, Any]] = {
     "one_step": {"estimator": "one_step", "estimator_kwargs": {"engine": "double_backward"}},
     "evograd": {"estimator": "evograd", "estimator_kwargs": {"sigma": 0.01, "copies": 4}},
+    "greedy": {"estimator": "greedy", "episode_length": 2, "episode_reset": "restart", "meta_order": "after_step"},
 }
 
 
-TRAINED = {"rotation": "one_step", "weight_net": "evograd"}
+TRAINED = {"rotation": "one_step", "weight_net": "evograd", "hyper_cleaning": "greedy"}
 
 
 def made(task: str, estimate: str, processes: int, accumulation: int, folder: str, **fields: Any) -> MetaTrainer:
@@ -60,14 +62,16 @@ def made(task: str, estimate: str, processes: int, accumulation: int, folder: st
     base = BACKBONES[name](image_size=28, num_labels=10, **({"blocks": 1} if name == "resnet32" else {}))
     if task == "rotation":
         module: Any = RotatedClassifier(base, Rotation())
+    elif task == "hyper_cleaning":
+        module = CleanedClassifier(base, ImageWeights(4 * ROWS))
     else:
         module = WeightedClassifier(base, WeightNet(8), normalisation="mean")
-    images = drawn(8, seed=0)
+    images, rows_of = drawn(8, seed=0), NumberedRows if task == "hyper_cleaning" else ImageRows
     return MetaTrainer(
         module.double(),
         args,
-        train_dataset=[_double(row) for row in ImageRows(images.take(slice(0, 32)))],
-        meta_dataset=[_double(row) for row in ImageRows(images.take(slice(32, 80)))],
+        train_dataset=[_double(row) for row in rows_of(images.take(slice(0, 4 * ROWS)))],
+        meta_dataset=[_double(row) for row in ImageRows(images.take(slice(4 * ROWS, 80)))],
         data_collator=default_collate,
     )
 

@@ -1,0 +1,1 @@
+"""Which data to train on: weights of examples and mixtures of domains, learned for any Hugging Face text model."""

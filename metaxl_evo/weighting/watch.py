@@ -1,0 +1,86 @@
+"""Live diagnostics of learned weights: how far they spread, on how many examples they rest, and which way they go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+NEAR = 0.01  # of a bound
+LEAST = 0.02  # a mean weight below it hardly trains
+FEW = 0.1  # a share of examples
+MOST = 0.95
+UPHILL, SPREAD = 0.3, 0.05  # a correlation with the loss, of weights that spread so far
+MEAN, STD, EFFECTIVE, CORRELATION = (f"weights/{one}" for one in ("mean", "std", "effective", "loss_correlation"))
+LOW, HIGH = "weights/at_floor", "weights/at_one"
+
+
+class Watch:
+    """Sums over the training items since the last log; those of several processes add up.
+
+    Args:
+        domains: the names of the domains whose losses are told apart.
+        floor: the least weight that there can be.
+    """
+
+    def __init__(self, domains: Sequence[str] = (), floor: float = 0.0) -> None:
+        self.domains, self.floor = list(domains), floor
+        self.sums: Tensor | None = None
+
+    def note(self, weights: Tensor, losses: Tensor, domains: Tensor | None = None) -> None:
+        """Add items: weights, losses and domain numbers, each (N,)."""
+        w, x = weights.detach().double(), losses.detach().double()
+        low, high = w < self.floor + NEAR, (w > 1 - NEAR) & (w <= 1)
+        moments = [torch.ones_like(w), w, w * w, x, x * x, w * x, low.double(), high.double()]
+        sums = torch.stack([one.sum() for one in moments])
+        if domains is not None and self.domains:
+            per = torch.zeros(2, len(self.domains), dtype=w.dtype, device=w.device)
+            per.index_add_(1, domains, torch.stack([x, torch.ones_like(x)]))
+            sums = torch.cat([sums, per.flatten()])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def take(self, over_processes: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+        """What was seen since the last call, for the log; a domain of which nothing was seen is left out.
+
+        Args:
+            over_processes: the sum over them.
+        """
+        if self.sums is None:
+            return {}
+        sums, self.sums = over_processes(self.sums).tolist(), None
+        return {**_facts(*sums[:8]), **self._of_domains(sums[8:])}
+
+    def _of_domains(self, sums: Sequence[float]) -> dict[str, float]:
+        totals, counts = sums[: len(self.domains)], sums[len(self.domains) :]
+        rows = zip(self.domains, totals, counts, strict=False)
+        return {f"domain_loss/{name}": total / count for name, total, count in rows if count}
+
+
+def _facts(n: float, w: float, ww: float, x: float, xx: float, wx: float, low: float, high: float) -> dict[str, float]:
+    mean, spread = w / n, max(ww / n - (w / n) ** 2, 0.0) ** 0.5
+    deviation = max(xx / n - (x / n) ** 2, 0.0) ** 0.5
+    found = {MEAN: mean, STD: spread, EFFECTIVE: w * w / (n * ww) if ww else 0.0, LOW: low / n, HIGH: high / n}
+    if spread > 1e-6 and deviation > 1e-6:  # else there is nothing to correlate
+        found[CORRELATION] = (wx / n - mean * x / n) / (spread * deviation)
+    return found
+
+
+def advice(facts: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Kinds of trouble that these facts show, each with a line of advice."""
+    slower = "lower meta_learning_rate, or set a floor"
+    mean, effective, correlation = facts[MEAN], facts[EFFECTIVE], facts.get(CORRELATION, 0.0)
+    if facts[LOW] > MOST or mean < LEAST:
+        yield "collapsed", f"the weights have collapsed (their mean is {mean:.1e}), the base hardly trains: {slower}"
+    elif effective < FEW:
+        yield "few", f"the weights rest on {effective:.1%} of the examples: {slower}, or give more clean examples"
+    if facts[HIGH] > MOST:
+        yield "saturated", f"{facts[HIGH]:.0%} of the weights are at 1, as without a weigher: lower meta_learning_rate"
+    if correlation > UPHILL and facts[STD] > SPREAD:
+        yield (
+            "uphill",
+            (
+                f"the weights grow with the loss (correlation {correlation:.2f}), and wrong labels have large losses: "
+                "lower meta_learning_rate, or give more clean examples (for rare classes it may be right)"
+            ),
+        )

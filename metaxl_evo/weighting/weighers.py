@@ -1,0 +1,77 @@
+"""What weighs: a number for each example or domain, or a network of an example's loss or features."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from metaxl_evo.messages import unknown
+from metaxl_evo.models.network_files import CONFIG_FILE, MODEL_TYPE, load_network, save_network
+from metaxl_evo.models.weight_net import MODEL_TYPE as WEIGHT_NET
+from metaxl_evo.models.weight_net import WeightNet
+
+WEIGHT_TABLE = "metaxl_weight_table"
+FORMS = ("sigmoid", "softmax")
+
+
+class WeightTable(nn.Module):
+    """A number for each of `entries`, and their weights: row numbers (B,) -> (B,).
+
+    `sigmoid` weights are apart from each other and in (floor, 1); `softmax` weights are a mixture p, scaled by the
+    number of entries, so that their mean is 1 and the least is `floor`.
+
+    Args:
+        entries: examples or domains.
+        start: the logit that all begin with; the mixture then begins uniform.
+
+    Raises:
+        ValueError: for an unknown form, or a floor outside [0, 1).
+    """
+
+    def __init__(self, entries: int, form: str = "sigmoid", floor: float = 0.0, start: float = 0.0) -> None:
+        super().__init__()
+        if form not in FORMS:
+            raise ValueError(unknown("form", form, FORMS))
+        if not 0 <= floor < 1:
+            raise ValueError(f"floor must be at least 0 and below 1, not {floor}")
+        self.form, self.floor = form, floor
+        self.logits = nn.Parameter(torch.full((entries,), start))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.weights()[numbers] if self.form == "softmax" else self._above_floor(self.logits[numbers].sigmoid())
+
+    def weights(self) -> Tensor:
+        """Of all entries."""
+        raw = len(self.logits) * self.logits.softmax(0) if self.form == "softmax" else self.logits.sigmoid()
+        return self._above_floor(raw)
+
+    def mixture(self) -> Tensor:
+        """Shares that sum to 1."""
+        weights = self.weights()
+        return weights / weights.sum()
+
+    def _above_floor(self, weights: Tensor) -> Tensor:
+        return weights if self.floor == 0 else self.floor + (1 - self.floor) * weights
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into the folder itself."""
+        config = {"entries": len(self.logits), "form": self.form, "floor": self.floor}
+        save_network(folder, WEIGHT_TABLE, config, self)
+
+
+def load_weigher(folder: str | Path) -> WeightTable | WeightNet:
+    """The weigher that a run has left in its subfolder `weigher`, or another folder with both its files.
+
+    Raises:
+        ValueError: for a file that is missing, damaged or of another kind of network, named.
+    """
+    try:
+        kind = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))[MODEL_TYPE]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = WEIGHT_NET  # whose reader says what is wrong
+    if kind == WEIGHT_TABLE:
+        return load_network(folder, WEIGHT_TABLE, WeightTable)
+    return load_network(folder, WEIGHT_NET, WeightNet)

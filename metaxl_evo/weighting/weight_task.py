@@ -1,0 +1,218 @@
+"""Weights of training texts: a classifier on noisy labels, beside the same training without weights."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.experiments.folders import hub_id
+from metaxl_evo.experiments.scores import Rate
+from metaxl_evo.experiments.task import Task
+from metaxl_evo.models.adapters import ADAPTER
+from metaxl_evo.models.weight_net import WeightNet
+from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
+from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.weighting.drawn import SYNTHETIC
+from metaxl_evo.weighting.encoding import encode
+from metaxl_evo.weighting.labelled import LabelledArguments, LabelledData, load_labelled
+from metaxl_evo.weighting.pretrained import SEQUENCE, load_classifier, trained_labels
+from metaxl_evo.weighting.trainer import WeightingTrainer
+from metaxl_evo.weighting.verdict import judged, plot_weights, weights_facts, weights_table
+from metaxl_evo.weighting.weighers import FORMS, WeightTable
+from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("weighted", "plain", "union", "clean_only")
+WEIGHERS = {"each": "number", "loss": "loss", "hidden": "hidden", "columns": "columns"}
+TABLE, PICTURE = "weights.csv", "weights.png"
+
+
+@dataclass
+class WeightTextArguments(LabelledArguments):
+    """Settings of `weight-text`.
+
+    Raises:
+        ValueError: one line for the first value that cannot be, with the valid choices.
+    """
+
+    method: str = field(
+        default="weighted",
+        metadata={
+            "help": "weighted: losses are weighted, clean texts judge the weights; without weights: plain (the noisy "
+            "texts), union (the clean ones too), clean_only; all on the same number of steps."
+        },
+    )
+    weigher: str = field(
+        default="loss",
+        metadata={
+            "help": "each: a number a text; loss: a network of its loss (Meta-Weight-Net); hidden: a network of the "
+            "mean of the model's own states; columns: a network of feature_columns."
+        },
+    )
+    weigher_hidden: int = field(default=100, metadata={"help": "Hidden units of a weighing network."})
+    form: str = field(
+        default="sigmoid", metadata={"help": f"Of weigher: each, one of {', '.join(FORMS)} (mean 1 over all texts)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_known("method", self.method, METHODS)
+        self.require_known("weigher", self.weigher, WEIGHERS)
+        self.require_known("form", self.form, FORMS)
+        self.require_count("weigher_hidden", self.weigher_hidden)
+        if self.form != "sigmoid" and self.weigher != "each":
+            raise ValueError(f"form {self.form} is over all texts, weigher {self.weigher} sees one: use sigmoid")
+        if (self.weigher == "columns") != bool(self.feature_columns):
+            raise ValueError("weigher columns reads feature_columns: set both, or neither")
+
+
+class WeightTextTask(Task[WeightTextArguments, LabelledData]):
+    """Losses of noisy texts times learned weights, which clean texts judge."""
+
+    settings = WeightTextArguments
+    title = "Weighted training texts"
+    sources = ("Shu et al., Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting, NeurIPS 2019",)
+    usage = (
+        'from transformers import pipeline\n\nclassify = pipeline("text-classification", model=".")  # this folder\n'
+        'print(classify("some text"))'
+    )
+    own_files = (SUBFOLDER, ADAPTER, TABLE, PICTURE, "tokenizer.json", "tokenizer_config.json")
+    configs = "weighting"
+    units: ClassVar = {"accuracy": "%"}
+
+    def learns(self, settings: WeightTextArguments) -> bool:
+        return settings.method == "weighted"
+
+    def refuse(self, settings: WeightTextArguments, args: MetaTrainingArguments) -> None:
+        if args.meta_portion != 1:
+            raise ValueError("clean texts judge alone: set meta_portion to 1 (method: union trains on them, too)")
+
+    def load(self, settings: WeightTextArguments, args: MetaTrainingArguments) -> LabelledData:
+        trained = trained_labels(settings.model_name_or_path, SEQUENCE)
+        data = load_labelled(settings, args.seed, trained)
+        if args.load_best_model_at_end and data.validation is None:
+            raise ValueError("load_best_model_at_end needs a part `validation` of the data, which may choose")
+        rows = args.per_device_meta_batch_size * args.world_size
+        if self.learns(settings) and len(data.meta) < rows:
+            logger.warning("the clean set has %d texts, fewer than a meta batch of %d", len(data.meta), rows)
+        return data
+
+    def fit_arguments(
+        self, settings: WeightTextArguments, args: MetaTrainingArguments, data: LabelledData
+    ) -> MetaTrainingArguments:
+        """Without an estimator where nothing is learned; as many steps as on the noisy texts, whatever trains."""
+        args = copy.copy(args)
+        if not self.learns(settings):
+            args.estimator, args.estimator_kwargs = NO_ESTIMATOR, None
+        if args.max_steps <= 0:
+            batches = math.ceil(len(data.train) / (args.per_device_train_batch_size * args.world_size))
+            args.max_steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+        return args
+
+    def build_trainer(
+        self, settings: WeightTextArguments, args: MetaTrainingArguments, data: LabelledData
+    ) -> WeightingTrainer:
+        base, tokenizer = load_classifier(settings, data.names)
+        weigher = _make_weigher(settings, len(data.train), base.config.hidden_size)
+        learns, reads = self.learns(settings), WEIGHERS[settings.weigher]
+        module = WeightedText(base, weigher, reads=reads, weighted=learns)
+        train, meta = self._rows(settings, data.train, tokenizer, learns), self._rows(settings, data.meta, tokenizer)
+        trained = {"union": lambda: concatenate_datasets([train, meta]), "clean_only": lambda: meta}
+        return WeightingTrainer(
+            module,
+            args,
+            train_dataset=trained.get(settings.method, lambda: train)(),
+            meta_dataset=meta if learns else None,
+            eval_dataset=None if data.validation is None else self._rows(settings, data.validation, tokenizer),
+            processing_class=tokenizer,
+            compute_metrics=accuracy,
+        )
+
+    @staticmethod
+    def _rows(
+        settings: WeightTextArguments, texts: Dataset, tokenizer: PreTrainedTokenizerBase, weighed: bool = False
+    ) -> Dataset:
+        """Encoded texts with their labels, and what the weigher reads where they are weighed."""
+        rows = encode(texts["text"][:], tokenizer, settings.max_length).add_column("labels", texts["label"][:])
+        if weighed and settings.weigher == "each":
+            return rows.add_column("number", list(range(len(rows))))
+        return rows.add_column("columns", texts["features"][:]) if weighed and settings.feature_columns else rows
+
+    def score(self, trainer: MetaTrainer, settings: WeightTextArguments, data: LabelledData) -> dict[str, Any]:
+        return {"accuracy": self._accuracy(trainer, settings, data.test)}
+
+    def dev_score(
+        self, trainer: MetaTrainer, settings: WeightTextArguments, data: LabelledData
+    ) -> dict[str, Any] | None:
+        texts = data.validation
+        return None if texts is None else {"accuracy": self._accuracy(trainer, settings, texts)}
+
+    def _accuracy(self, trainer: MetaTrainer, settings: WeightTextArguments, texts: Dataset) -> Rate:
+        tokenizer: Any = trainer.processing_class
+        found: Any = trainer.predict(self._rows(settings, texts, tokenizer))
+        return Rate.mean(_logits(found.predictions).argmax(-1) == found.label_ids)
+
+    def describe(
+        self, trainer: MetaTrainer, settings: WeightTextArguments, data: LabelledData, start: Tree
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "train_texts": len(data.train),
+            "meta_texts": len(data.meta),
+            "wrong_labels": None if data.wrong is None else float(data.wrong.mean()),
+        }
+        if self.learns(settings):
+            said = cast(WeightingTrainer, trainer).said = judged(trainer, cast(Dataset, trainer.train_dataset))
+            found["weights"] = weights_facts(said, data.wrong)
+        return found
+
+    def write_files(
+        self, folder: Path, trainer: MetaTrainer, settings: WeightTextArguments, data: LabelledData
+    ) -> None:
+        if self.learns(settings):
+            said = cast(WeightingTrainer, trainer).said
+            assert said is not None  # by `describe`
+            weights_table(said, data).to_csv(folder / TABLE, index=False)
+
+    def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
+        if "weights" in results["run"]:
+            plot_weights(results["run"]["weights"]["histogram"], folder / PICTURE)
+
+    def card_text(self, settings: WeightTextArguments) -> str:
+        data = hub_id(settings.data, SYNTHETIC) or Path(settings.data).name
+        return f"Method `{settings.method}`, weigher `{settings.weigher}`, data `{data}`."
+
+    def card_metadata(self, settings: WeightTextArguments) -> dict[str, Any]:
+        return {
+            "tasks": "text-classification",
+            "dataset_tags": hub_id(settings.data, SYNTHETIC),
+            "finetuned_from": hub_id(settings.model_name_or_path, SYNTHETIC),
+        }
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of texts whose class has the largest logit."""
+    hits = _logits(prediction.predictions).argmax(-1) == prediction.label_ids
+    return {"accuracy": float(np.mean(hits))}
+
+
+def _logits(predictions: Any) -> Any:
+    return predictions[0] if isinstance(predictions, tuple) else predictions
+
+
+def _make_weigher(settings: WeightTextArguments, texts: int, hidden_size: int) -> WeightTable | WeightNet:
+    if settings.weigher == "each":
+        return WeightTable(texts, settings.form, settings.floor)
+    columns = len(settings.feature_columns or ())
+    inputs = {"loss": 1, "hidden": hidden_size, "columns": columns}[settings.weigher]
+    return WeightNet(settings.weigher_hidden, inputs, settings.floor)

@@ -1,0 +1,149 @@
+"""The module of both levels: a text model, its training losses weighted, and clean rows that judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaxl_evo.bilevel import stop_gradient
+from metaxl_evo.messages import unknown
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule
+from metaxl_evo.models.heads import IGNORED
+from metaxl_evo.models.weight_net import WeightNet
+from metaxl_evo.weighting.watch import Watch
+from metaxl_evo.weighting.weighers import WeightTable, load_weigher
+
+SUBFOLDER = "weigher"
+READS = ("number", "loss", "hidden", "columns")
+
+
+class WeightedText(BilevelModule):
+    """inner loss = mean of w_i l_i; outer loss = the plain mean over the clean rows.
+
+    Items are rows, with `tokens` labelled tokens. Batches are what the base takes, with `labels`, and what the weigher
+    reads: `number` (B,) of an example or its domain, `columns` (B, F). A loss or hidden state is read as it is: no
+    derivative goes through it.
+
+    Args:
+        base: a Hugging Face model with a head whose losses are known, also one that peft wraps.
+        meta: the weigher.
+        reads: what of an example the weigher reads: `hidden` is the mean over its tokens of the states below the head.
+        weighted: False trains on the plain mean.
+        tokens: every labelled token counts the same, as in tagging and language modelling.
+        per_token: tokens have weights of their own; else all tokens of a row have that of the row.
+        domains: names of the domains that `number` counts.
+
+    Raises:
+        ValueError: for what there is not to read.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        meta: WeightTable | WeightNet,
+        *,
+        reads: str = "loss",
+        weighted: bool = True,
+        tokens: bool = False,
+        per_token: bool = False,
+        domains: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(base, meta)
+        if reads not in READS:
+            raise ValueError(unknown("reads", reads, READS))
+        if isinstance(meta, WeightTable) != (reads == "number"):
+            raise ValueError(f"a {type(meta).__name__} cannot read {reads}: a WeightTable reads number, and it alone")
+        if per_token and (not tokens or reads in ("number", "columns")):
+            raise ValueError(f"a token has no {reads} of its own: weigh rows, or tokens by loss or hidden")
+        self.meta: WeightTable | WeightNet = meta
+        self.reads, self.weighted, self.tokens, self.per_token = reads, weighted, tokens, per_token
+        self.stop_gradients = weighted and reads in ("loss", "hidden")
+        self.watch = Watch(domains, meta.floor)
+        self._training_step = False
+
+    def counts(self, batch: Batch) -> int | dict[str, int]:
+        return self.labelled_tokens(batch) if self.tokens else super().counts(batch)
+
+    @property
+    def counts_rows(self) -> bool:
+        return not self.tokens
+
+    def inner_loss(self, batch: Batch) -> Tensor:
+        losses, weights = self.weighed(batch)
+        if self._training_step:
+            domains = batch["number"] if self.watch.domains else None
+            rows = self.token_rows(batch) if self.tokens and domains is not None else slice(None)
+            self.watch.note(weights, losses, None if domains is None else domains[rows])
+        return weights * losses if self.weighted else losses
+
+    def outer_loss(self, batch: Batch) -> Tensor:
+        return self.losses(batch, tokens=self.tokens)
+
+    def weighed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses and weights of the items, (N,) each; the weights are 1 where the base trains without."""
+        if not self.weighted:
+            losses = self.losses(batch, tokens=self.tokens)
+            return losses, torch.ones_like(losses)
+        with _watched(self.plain_base, self.reads == "hidden") as states:
+            losses = self.losses(batch, tokens=self.tokens)
+        weights = self.meta(self._seen(batch, losses, states))
+        return losses, weights if self.per_token or not self.tokens else weights[self.token_rows(batch)]
+
+    def forward(self, **batch: Any) -> Any:
+        self._training_step = self.training  # passes of the meta level do not come this way
+        try:
+            return super().forward(**batch)
+        finally:
+            self._training_step = False
+
+    def save_meta(self, folder: str | Path) -> None:
+        self.meta.save_pretrained(Path(folder) / SUBFOLDER)
+
+    def load_meta(self, folder: str | Path) -> None:
+        saved = load_weigher(Path(folder) / SUBFOLDER).state_dict()
+        sizes = [{name: tuple(one.shape) for name, one in state.items()} for state in (saved, self.meta.state_dict())]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{folder} holds a weigher of {sizes[0]}, here is one of {sizes[1]}: give its settings")
+        self.meta.load_state_dict(saved)
+
+    def _seen(self, batch: Batch, losses: Tensor, states: list[Tensor]) -> Tensor:
+        """What the weigher reads, a row an item that has a weight."""
+        if self.reads in ("number", "columns"):
+            seen: Tensor = batch[self.reads]
+            return seen
+        if self.reads == "hidden":
+            return stop_gradient(self._pooled(batch, states[0]), key="states")
+        of_rows = losses if self.per_token or not self.tokens else self._row_means(batch, losses)
+        return stop_gradient(of_rows, key="losses")
+
+    def _row_means(self, batch: Batch, losses: Tensor) -> Tensor:
+        """(B,) of token losses (N,)."""
+        rows = self.token_rows(batch)
+        found = torch.bincount(rows, minlength=len(batch["labels"])).clamp(min=1)
+        return losses.new_zeros(len(found)).index_add(0, rows, losses) / found
+
+    def _pooled(self, batch: Batch, states: Tensor) -> Tensor:
+        """States (B, T, H) -> (B, H), or those of the labelled tokens, (N, H)."""
+        if self.per_token:
+            return states[batch["labels"] != IGNORED]
+        mask = batch["attention_mask"].to(states) if "attention_mask" in batch else torch.ones_like(states[..., 0])
+        return (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+@contextmanager
+def _watched(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
+    """The states (B, T, H) that the model below the head returns inside."""
+    states: list[Tensor] = []
+    if not wanted:
+        yield states
+        return
+    hook = model.base_model.register_forward_hook(lambda module, given, out: states.append(out[0]))
+    try:
+        yield states
+    finally:
+        hook.remove()
