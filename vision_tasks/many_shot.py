@@ -82,7 +82,8 @@ class ManyShotLearner(MetaLearner):
         return F.cross_entropy(logits.flatten(0, 1), batch["y"].flatten(), reduction="none").view_as(batch["y"])
 
     def measures(self, batch: Batch) -> dict[str, Tensor]:
-        return {"accuracy": (self.logits(batch).argmax(2) == batch["y"]).float().mean(1)}
+        hits = self.logits(batch).argmax(2) == batch["y"]
+        return {"accuracy": hits.float().mean(1), **super().measures(batch)}
 
 
 class Anil(ManyShotLearner):

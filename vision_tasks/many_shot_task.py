@@ -110,8 +110,9 @@ class ManyShotTask(MetaLearningTask[ManyShotArguments]):
         "Shu et al., Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting, NeurIPS 2019",
     )
     configs = "long_horizon"
-    measured = ("accuracy",)
-    units: ClassVar = {"accuracy": "%"}
+    measured = ("accuracy", "cost")
+    units: ClassVar = {"accuracy": "%", "cost": ""}
+    shown_only = ("cost",)
     greater_is_better = True
 
     def load(self, settings: ManyShotArguments, args: MetaTrainingArguments) -> TaskSplits:
