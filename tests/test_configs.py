@@ -18,6 +18,7 @@ from metaxl_evo.experiments.arguments import RunsArguments
 from metaxl_evo.experiments.plan import Run, plan_runs
 from metaxl_evo.experiments.study import Study
 from metaxl_evo.experiments.task import Task
+from metaxl_evo.long_horizon.sinusoid_task import SinusoidTask
 from metaxl_evo.ner.arguments import METHODS, NerArguments, NerTrainingArguments, steps_of
 from metaxl_evo.ner.task import NerTask
 from metaxl_evo.training.arguments import MetaTrainingArguments
@@ -25,6 +26,7 @@ from metaxl_evo.training.parser import parse_arguments
 from tests.vision_tasks.small import PERTURBED
 from vision_tasks.fewshot_task import FewShotTask
 from vision_tasks.hyper_cleaning_task import HyperCleaningTask
+from vision_tasks.many_shot_task import ManyShotTask
 from vision_tasks.noisy_labels_task import NoisyLabelsTask
 from vision_tasks.rotation_task import RotationTask
 
@@ -599,6 +601,7 @@ def test_the_other_rows_of_the_fewshot_paper() -> None:
 STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "fewshot_cpu": ([""], 3, 6),
     "hyper_cleaning_cpu": ([""], 3, 4),
+    "many_shot_cpu": ([""], 3, 5),
     "ner_cpu": (["sw", "mt", "ig"], 3, 4),
     "noisy_labels_cpu": (["0", "0.2", "0.4"], 3, 5),
     "pos_cpu": (["ha", "ig", "rw", "sw"], 3, 4),
@@ -623,5 +626,58 @@ def test_every_study_plans_its_runs(name: str, tmp_path: Path) -> None:
     assert list(dict.fromkeys(run.case for run in study.runs)) == cases
     assert len(study.runs) == len(cases) * seeds * runs
     baselines = study.arguments.baselines or [study.runs[0].name]
-    assert {run.args.estimator for run in study.runs if run.name in baselines} == {"none"}
+    expected = "first_order" if name in ("many_shot_cpu", "sinusoid_paper") else "none"  # tasks need their episodes
+    assert {run.args.estimator for run in study.runs if run.name in baselines} == {expected}
     assert not list(tmp_path.iterdir())
+
+
+# Distributions of tasks ----------------------------------------------------------------------------------------------
+
+COLUMNS = ("first_order", "one_step", "drmad", "neumann", "hyperdistill")
+HYPERDISTILL: dict[str, Any] = {  # Lee et al., ICLR 2022, section 5 and appendices
+    "episode_reset": "reptile",
+    "episode_reptile_rate": 1.0,
+    "optimizer_class": "SGD",
+    "optimizer_kwargs": {"momentum": 0.9},
+    "max_grad_norm": 0,
+    "lr_scheduler_type": "constant",
+    "meta_lr_scheduler_type": "linear",
+}
+MANY_SHOT: dict[str, Any] = {
+    **HYPERDISTILL, "n_way": 10, "images_per_class": 500, "batch_images": 100, "test_images": 2500, "meta_batch": 4,
+    "test_tasks": 500, "num_train_epochs": 1000, "episode_length": 100, "learning_rate": 0.01, "conv_channels": 32,
+    "meta_optim": "SGD", "meta_optim_kwargs": {"momentum": 0.9}, "meta_learning_rate": 0.001, "flip_rate": 0.0,
+}  # fmt: skip
+CIFAR100: dict[str, Any] = {
+    "train_classes": 50, "validation_classes": 20, "test_classes": 30, "image_size": 32, "conv_layers": 3,
+}  # fmt: skip
+TASK_PAPERS: dict[str, tuple[Task[Any, Any], tuple[str, ...], dict[str, Any]]] = {
+    "sinusoid_paper": (SinusoidTask(), COLUMNS, {
+        **HYPERDISTILL, "meta_batch": 10, "shots": 10, "hidden": 100, "test_tasks": 1000, "num_train_epochs": 30,
+        "episode_length": 30, "learning_rate": 0.01, "meta_optim": "Adam", "meta_learning_rate": 1e-3,
+    }),
+    "anil_tinyimagenet_paper": (ManyShotTask(), COLUMNS, {
+        **MANY_SHOT, "train_classes": 100, "validation_classes": 40, "test_classes": 60, "image_size": 64,
+        "conv_layers": 4, "learner": "anil",
+    }),
+    "warpgrad_cifar100_paper": (ManyShotTask(), COLUMNS, {**MANY_SHOT, **CIFAR100, "learner": "warpgrad"}),
+    "weight_net_cifar100_paper": (ManyShotTask(), COLUMNS[1:], {
+        **MANY_SHOT, **CIFAR100, "learner": "weight_net", "flip_rate": 0.4, "learning_rate": 0.1,
+        "meta_learning_rate": 0.01, "weight_net_hidden": 200,
+    }),
+    "many_shot_cpu": (ManyShotTask(), COLUMNS, {"n_way": 5, "conv_channels": 16, "episode_length": 50}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TASK_PAPERS)
+def test_the_distributions_of_tasks(name: str) -> None:
+    """Every run makes its estimator, and the constants are the paper's; neumann's step is the inner learning rate."""
+    task, columns, expected = TASK_PAPERS[name]
+    which, *settings = parsed(task, f"long_horizon/{name}", "--output_dir", "unused")
+    assert constants(settings, expected) == expected
+    runs = plan_runs(task, which, *settings)
+    assert tuple(dict.fromkeys(run.args.estimator for run in runs)) == columns
+    for run in runs:
+        estimator = run.args.make_estimator()
+        assert getattr(estimator, "step", run.args.learning_rate) == run.args.learning_rate
+        assert (run.args.meta_last is None) == (run.args.estimator != "neumann")

@@ -92,7 +92,8 @@ class ManyShotLearner(MetaLearner):
         return F.cross_entropy(logits.flatten(0, 1), batch["y"].flatten(), reduction="none").view_as(batch["y"])
 
     def measures(self, batch: Batch) -> dict[str, Tensor]:
-        return {"accuracy": (self.logits(batch).argmax(2) == batch["y"]).float().mean(1)}
+        hits = self.logits(batch).argmax(2) == batch["y"]
+        return {"accuracy": hits.float().mean(1), **super().measures(batch)}
 
 
 class Anil(ManyShotLearner):
@@ -138,14 +139,8 @@ def make_learner(
         image: channels and pixels of a side.
         hidden: of the weighting network.
         in_turn: as of `TaskBatch`.
-
-    Raises:
-        ValueError: for images too small for the blocks.
     """
-    side = image[1] >> layers
-    if not side:
-        raise ValueError(f"images of {image[1]} pixels are too small for {layers} blocks: lower conv_layers")
-    widths = [image[0], *layers * [channels]]
+    side, widths = image[1] >> layers, [image[0], *layers * [channels]]
     if kind == "anil":
         shared = make_blocks(widths[:-1])
         return Anil(TaskBatch(Head(widths[-2:], side, way), tasks, in_turn=in_turn), shared)

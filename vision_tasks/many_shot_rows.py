@@ -35,18 +35,13 @@ class ClassPool:
         """Pools of so many classes each, none in two of them; the same in every run.
 
         Raises:
-            ValueError: for more classes than there are, fewer than a task takes, or a class with too few images.
+            ValueError: for more classes than there are, or a class with too few images.
         """
         names = sorted(self.images)
-        wanted = ", ".join(f"{count} {name}" for name, count in zip(SPLITS, counts, strict=True))
         if sum(counts) > len(names):
             raise ValueError(
-                f"{wanted} classes are {sum(counts)}, and there are {len(names)}: lower train_classes, "
+                f"{_named(counts)} classes are {sum(counts)}, and there are {len(names)}: lower train_classes, "
                 "validation_classes or test_classes, or name more domains"
-            )
-        if min(counts) < size.way:
-            raise ValueError(
-                f"a task has n_way {size.way} classes, and the splits have {wanted}: raise the smaller ones"
             )
         for name in names:
             if len(self.images[name]) < size.least:
@@ -57,6 +52,20 @@ class ClassPool:
         order = torch.randperm(len(names), generator=_generator(_SPLIT)).tolist()
         parts = [[names[place] for place in order[a:b]] for a, b in pairwise(accumulate(counts, initial=0))]
         return [ClassPool({name: self.images[name] for name in sorted(part)}) for part in parts]
+
+
+def refuse_few_classes(counts: Sequence[int], way: int) -> None:
+    """Refuse splits with fewer classes than a task takes.
+
+    Raises:
+        ValueError: with what they have.
+    """
+    if min(counts) < way:
+        raise ValueError(f"a task has n_way {way} classes, and there are {_named(counts)} classes: raise the fewest")
+
+
+def _named(counts: Sequence[int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in zip(SPLITS, counts, strict=True))
 
 
 def make_pool(domains: Sequence[Domain], *, side: int, channels: int) -> ClassPool:

@@ -13,7 +13,7 @@ from vision_tasks.arguments import VisionArguments, VisionTrainingArguments
 from vision_tasks.augmentation import PadCropFlip
 from vision_tasks.domains import SYNTHETIC, located_domains, read_domain
 from vision_tasks.many_shot import LEARNERS, make_learner
-from vision_tasks.many_shot_rows import ManyShotSize, ManyShotTasks, make_pool
+from vision_tasks.many_shot_rows import ManyShotSize, ManyShotTasks, make_pool, refuse_few_classes
 from vision_tasks.symbols import LOOKS
 
 _VALIDATION, _TEST = 1, 2  # what the seeds of tasks that do not train are kept apart by
@@ -83,7 +83,16 @@ class ManyShotArguments(MetaLearningArguments, VisionArguments):
             raise ValueError(f"flip_rate must be at least 0 and below 1, not {self.flip_rate}")
         if not self.domains:
             raise ValueError("domains are empty: name those whose classes are pooled")
+        if self.image_size >> self.conv_layers == 0:
+            raise ValueError(
+                f"images of {self.image_size} pixels are too small for {self.conv_layers} blocks: lower conv_layers"
+            )
+        refuse_few_classes(self.classes(), self.n_way)
         self.size()
+
+    def classes(self) -> tuple[int, int, int]:
+        """Of the splits."""
+        return self.train_classes, self.validation_classes, self.test_classes
 
     def size(self) -> ManyShotSize:
         """Of a task.
@@ -108,20 +117,20 @@ class ManyShotTask(MetaLearningTask[ManyShotArguments]):
         "Shu et al., Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting, NeurIPS 2019",
     )
     configs = "long_horizon"
-    measured = ("accuracy",)
-    units: ClassVar = {"accuracy": "%"}
+    measured = ("accuracy", "cost")
+    units: ClassVar = {"accuracy": "%", "cost": ""}
+    shown_only = ("cost",)
     greater_is_better = True
 
     def load(self, settings: ManyShotArguments, args: MetaTrainingArguments) -> TaskSplits:
         domains = [read_domain(text) for text in located_domains(settings.data, settings.domains)]
         pool = make_pool(domains, side=settings.image_size, channels=settings.image_channels)
-        counts = settings.train_classes, settings.validation_classes, settings.test_classes
         own = args.seed if args.data_seed is None else args.data_seed
         seeds = mix_seed(0, own), mix_seed(_VALIDATION), mix_seed(_TEST)  # tasks that test are alike in all runs
         transform = PadCropFlip(flips=settings.flips) if settings.augment else None
         made = [
             ManyShotTasks(part, settings.size(), seed, flip_rate=settings.flip_rate, transform=transform)
-            for part, seed in zip(pool.split(counts, settings.size()), seeds, strict=True)
+            for part, seed in zip(pool.split(settings.classes(), settings.size()), seeds, strict=True)
         ]
         return TaskSplits(*made)
 

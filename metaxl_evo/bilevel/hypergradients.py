@@ -238,7 +238,7 @@ def look_ahead(passes: PassContext, step: InnerStep, *, lam_grad: bool = False, 
     before = step.update_state if step.update_state is not None else rule.init(step.w)
     with torch.no_grad():
         after, after_state = rule(step.w, before, grad, tree.detach(step.lam))
-    made = StepMade(after, grad, after_state, to_lam if lam_grad else None, product)
+    made = StepMade(after, grad, after_state, to_lam if lam_grad else None, product=product)
     return replace(step, update_state=before, made=made)
 
 
