@@ -46,7 +46,7 @@ def study(argv: list[str]) -> None:
 READERS: dict[str, Reader] = {
     **{
         name: of_task(name.replace("-", "_"))
-        for name in ("ner", "noisy-labels", "fewshot", "rotation", "hyper-cleaning")
+        for name in ("ner", "noisy-labels", "fewshot", "rotation", "hyper-cleaning", "schedule")
     },
     "compare_horizons": of_task("ner", HorizonArguments),
     "evaluate": of(EvaluationArguments),
@@ -60,7 +60,7 @@ READERS: dict[str, Reader] = {
 }
 SCRIPTS = {
     "train_ner": "ner", "train_noisy_labels": "noisy-labels", "train_fewshot": "fewshot", "train_rotation": "rotation",
-    "train_hyper_cleaning": "hyper-cleaning",
+    "train_hyper_cleaning": "hyper-cleaning", "train_schedule": "schedule",
     "evaluate_ner": "evaluate", "predict_ner": "predict", "benchmark_estimators": "benchmark",
 }  # fmt: skip
 

@@ -56,6 +56,10 @@ TASKS: dict[str, dict[str, Any]] = {
     "hyper_cleaning": IMAGES | {
         "max_steps": 10, "train_size": 100, "validation_size": 50, "per_device_train_batch_size": 100,
     },
+    "schedule": IMAGES | {
+        "max_steps": -1, "backbone": "convnet", "inner_steps": 10, "trainings": 1, "retrain_steps": 1,
+        "train_size": 40,
+    },
     "fewshot": SHORT | {
         "seeds": 1, "width": 2, "image_size": 16, "n_way": 2, "n_shot": 2, "n_query": 2, "test_n_query": 2,
         "test_episodes": 4, "aux_images": 4,
