@@ -76,6 +76,7 @@ setup(
         "plot": ["matplotlib>=3.9"],
         "report": ["plotly>=6", "jinja2>=3.1", "matplotlib>=3.9"],
         "ray": ["ray>=2.40"],
+        "optuna": ["optuna>=4"],
         "demo": ["gradio>=6"],
         "trackers": ["tensorboard>=2.19", "trackio>=0.21"],
         "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
