@@ -46,7 +46,7 @@ def study(argv: list[str]) -> None:
 READERS: dict[str, Reader] = {
     **{
         name: of_task(name.replace("-", "_"))
-        for name in ("ner", "noisy-labels", "fewshot", "rotation", "hyper-cleaning", "weight-text")
+        for name in ("ner", "noisy-labels", "fewshot", "rotation", "hyper-cleaning", "weight-text", "mix-text")
     },
     "compare_horizons": of_task("ner", HorizonArguments),
     "evaluate": of(EvaluationArguments),

@@ -56,6 +56,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "hyper_cleaning": IMAGES | {
         "max_steps": 10, "train_size": 100, "validation_size": 50, "per_device_train_batch_size": 100,
     },
+    "mix_text": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 30, "test_size": 20},
     "weight_text": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 60, "eval_size": 40},
     "fewshot": SHORT | {
         "seeds": 1, "width": 2, "image_size": 16, "n_way": 2, "n_shot": 2, "n_query": 2, "test_n_query": 2,

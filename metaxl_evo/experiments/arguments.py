@@ -71,7 +71,9 @@ class StudyArguments(RunsArguments):
 
     task: str = field(
         default="ner",
-        metadata={"help": "ner, noisy_labels, rotation, hyper_cleaning, fewshot, weight_text, or file.py:Class."},
+        metadata={
+            "help": "As in metaxl-evo: ner, noisy_labels, rotation, weight_text, mix_text, ..., or file.py:Class."
+        },
     )
     score: str | None = field(
         default=None, metadata={"help": "The test score that is compared (default: the task's)."}

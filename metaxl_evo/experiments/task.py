@@ -29,6 +29,7 @@ TASKS = {
     "hyper_cleaning": "vision_tasks.hyper_cleaning_task:HyperCleaningTask",
     "fewshot": "vision_tasks.fewshot_task:FewShotTask",
     "weight_text": "metaxl_evo.weighting.weight_task:WeightTextTask",
+    "mix_text": "metaxl_evo.weighting.mix_task:MixTextTask",
 }
 Settings = TypeVar("Settings")
 Data = TypeVar("Data")
