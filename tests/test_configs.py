@@ -23,6 +23,8 @@ from metaxl_evo.ner.arguments import METHODS, NerArguments, NerTrainingArguments
 from metaxl_evo.ner.task import NerTask
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.parser import parse_arguments
+from metaxl_evo.weighting.mix_task import MixTextTask
+from metaxl_evo.weighting.weight_task import WeightTextTask
 from tests.vision_tasks.small import PERTURBED, random_images
 from vision_tasks.fewshot_task import FewShotTask
 from vision_tasks.hyper_cleaning_task import HyperCleaningTask
@@ -481,6 +483,36 @@ def test_the_noisy_labels_papers_schedule_and_pixels() -> None:
     assert len(which.seeds or ()) == 5
 
 
+# Weighting ---------------------------------------------------------------------------------------------------------
+
+WEIGHTING: dict[str, tuple[Task[Any, Any], dict[str, str]]] = {  # task, runs: estimator
+    "mix_text_cpu": (MixTextTask(), {"union": "none", "uniform": "none", "one_step": "one_step"}),
+    "weight_text_cpu": (
+        WeightTextTask(),
+        {
+            "plain": "none",
+            "union": "none",
+            "clean_only": "none",
+            "one_step": "one_step",
+            "one_step_each": "one_step",
+        },
+    ),
+}
+
+
+def test_the_weighting_configs_are_these() -> None:
+    assert sorted(path.stem for path in (CONFIGS / "weighting").iterdir()) == sorted(WEIGHTING)
+
+
+@pytest.mark.parametrize("name", WEIGHTING)
+def test_every_weighting_config_plans_its_runs(name: str, tmp_path: Path) -> None:
+    task, expected = WEIGHTING[name]
+    parts = parsed(task, f"weighting/{name}", "--output_dir", str(tmp_path))
+    runs = plan_runs(task, *parts)
+    assert {run.name: "one_step" if task.learns(run.settings) else "none" for run in runs} == expected
+    assert len(runs) == 3 * len(expected)
+
+
 # Few-shot learning ---------------------------------------------------------------------------------------------------
 
 FEWSHOT = {  # runs: method, estimator
@@ -673,6 +705,7 @@ STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "rtn_horizon_cpu": (["sw"], 3, 3),
     "sinusoid_paper": ([""], 5, 5),
     "schedule_cpu": ([""], 3, 3),
+    "weight_text_polarity": ([""], 3, 4),
 }
 
 
