@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 
 from metaxl_evo.bilevel.hypergradients import Hypergradient, hypergradient
 from metaxl_evo.bilevel.randomness import mix_seed
@@ -20,7 +21,7 @@ from metaxl_evo.estimators import Estimator
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.losses import counts_of, set_totals, view_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.base_optimizer import BaseOptimizer
+from metaxl_evo.training.base_optimizer import BaseOptimizer, unwrapped
 from metaxl_evo.training.callbacks import Divergence, LastLog, LevelEvents, MetaCallback, Synchrony
 from metaxl_evo.training.check_report import CheckReport
 from metaxl_evo.training.checkpoint import (
@@ -40,6 +41,7 @@ from metaxl_evo.training.launch import refuse_unresumable
 from metaxl_evo.training.meta_level import MetaLevel, meta_seed, problem_of, step_seed
 from metaxl_evo.training.meta_rows import MetaRows, StreamedMetaRows, Window, make_meta_rows, tell_epoch
 from metaxl_evo.training.meta_step import MetaStep
+from metaxl_evo.training.optimizer_files import SHARDS, load_optimizer, save_optimizer
 from metaxl_evo.training.refusals import refuse_another_run, refuse_call, refuse_data, refuse_unfit
 from metaxl_evo.training.schedules import with_drops
 from metaxl_evo.training.sharding import asks_for_shards, shard_base_only, stand_ins
@@ -433,8 +435,14 @@ class MetaTrainer(StoppableTrainer):
         super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
         level, folder = self.meta_level, Path(output_dir)
+        if self.model.is_sharded:
+            held = unwrapped(self.optimizer), self.model.base_parameters()
+            save_optimizer(*held, folder, first=self.args.should_save)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             rows = {} if self.meta_rows is None else {"rows": self.meta_rows.state_dict()}
             torch.save(rows | ({} if level is None else level.state_dict()), folder / META_STATE)
@@ -447,7 +455,11 @@ class MetaTrainer(StoppableTrainer):
         if checkpoint is None:
             return
         with loading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.model.is_sharded or (Path(checkpoint) / SHARDS).exists():
+                load_optimizer(unwrapped(self.optimizer), self.model.base_parameters(), Path(checkpoint))
+                self.lr_scheduler.load_state_dict(read_tensors(Path(checkpoint) / SCHEDULER_NAME))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
             saved = read_tensors(Path(checkpoint) / META_STATE)
             if self.meta_rows is not None:
                 self.meta_rows.load_state_dict(saved["rows"])

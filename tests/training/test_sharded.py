@@ -17,7 +17,7 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
 from tests.sharded import ShardedTrainer
-from tests.training.tiny import Hypergradients, logged, meta_weights, random_rows, tiny_tagger, tiny_trainer
+from tests.training.tiny import Hypergradients, logged, meta_weights, random_rows, same, tiny_tagger, tiny_trainer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -110,3 +110,47 @@ def test_training_on_shards_is_training_on_one_process(count: int) -> None:
         for other in ranks[1:]:
             assert all(torch.equal(other[case]["meta"][name], leaf) for name, leaf in found["meta"].items())
     assert all(torch.equal(leaf, ranks[0]["sama"]["base"][name]) for name, leaf in ranks[0]["saved"].items())
+
+
+# Checkpoints
+
+
+def saved_and_resumed(folder: str, processes: int, start: str | None = None) -> dict[str, Any]:
+    """Where four steps end, from the start or from a checkpoint: weights and the optimiser's state, whole."""
+    sharded: dict[str, Any] = {"trainer_class": ShardedTrainer, "fsdp": True} if processes > 1 else {}
+    trainer = tiny_trainer(
+        folder,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        estimator="greedy",
+        estimator_kwargs={"engine": "finite_difference"},
+        per_device_train_batch_size=4 // processes,
+        per_device_meta_batch_size=4 // processes,
+        **sharded,
+    )
+    trainer.train(resume_from_checkpoint=start)
+    names = {parameter: name for name, parameter in trainer.model.base_parameters().items()}
+    state = {names[p]: {key: gathered(one) for key, one in held.items()} for p, held in trainer.optimizer.state.items()}
+    return {"base": whole(trainer), "meta": meta_weights(trainer), "moments": state, "step": trainer.state.global_step}
+
+
+def gathered(held: Tensor) -> Tensor:
+    return held.full_tensor() if isinstance(held, DTensor) else held.clone()
+
+
+def test_checkpoints_of_shards_are_resumed_from(tmp_path: Path) -> None:
+    """On as many processes bit by bit, with dropout; on others, and on one without shards, the state is the same."""
+    straight = on_processes(2, saved_and_resumed, str(tmp_path), 2)[0]
+    assert straight["step"] == 4
+    assert {key for held in straight["moments"].values() for key in held} == {"step", "exp_avg", "exp_avg_sq"}
+    halfway, end = str(tmp_path / "checkpoint-2"), str(tmp_path / "checkpoint-4")
+    resumed = on_processes(2, saved_and_resumed, str(tmp_path), 2, halfway)
+    assert all(same(rank, straight) for rank in resumed)
+    assert same(on_processes(4, saved_and_resumed, str(tmp_path), 4, end)[0], straight)
+    assert same(saved_and_resumed(str(tmp_path), 1, end), straight)
+    one = saved_and_resumed(str(tmp_path / "one"), 1)
+    whole_end = str(tmp_path / "one/checkpoint-4")
+    assert same(on_processes(2, saved_and_resumed, str(tmp_path / "one"), 2, whole_end)[0], one)
+    saved = XLMRobertaForTokenClassification.from_pretrained(end)
+    assert same({name: p.detach() for name, p in saved.named_parameters()}, straight["base"])
