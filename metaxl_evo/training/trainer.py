@@ -151,8 +151,10 @@ class MetaTrainer(StoppableTrainer):
         Nothing of this trainer is changed, and no file is written. Callbacks and evaluation are left out.
 
         Raises:
-            ValueError: for what a training would refuse as well.
+            ValueError: for what a training would refuse as well, and with fsdp.
         """
+        if self.is_fsdp_enabled:
+            raise ValueError("a check does not run with fsdp, which would stay: check on one process without it")
         from metaxl_evo.training.check import check_trainer  # which makes trainers
 
         return check_trainer(self)

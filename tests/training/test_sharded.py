@@ -9,15 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import XLMRobertaForTokenClassification
+from transformers import LlamaConfig, LlamaForCausalLM, XLMRobertaForTokenClassification
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
 from tests.sharded import ShardedTrainer
-from tests.training.tiny import Hypergradients, logged, meta_weights, random_rows, same, tiny_tagger, tiny_trainer
+from tests.training.tiny import (
+    Hypergradients,
+    logged,
+    meta_weights,
+    random_rows,
+    same,
+    stack,
+    tiny_arguments,
+    tiny_tagger,
+    tiny_trainer,
+)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -59,6 +70,7 @@ def trained(case: str, folder: Path, processes: int) -> tuple[MetaTrainer, dict[
         "hypergradients": noted.grads,
         "logs": {key: logged(trainer, key) for key in ("loss", "grad_norm", "meta_loss")},
         "meta": meta_weights(trainer),
+        "logits": torch.from_numpy(trainer.predict(random_rows(4, seed=3, length=4)).predictions),
     }
 
 
@@ -107,9 +119,88 @@ def test_training_on_shards_is_training_on_one_process(count: int) -> None:
         assert drift < 1e-9, case
         for key, values in one["logs"].items():
             assert found["logs"][key] == pytest.approx(values, rel=1e-6), (case, key)
+        torch.testing.assert_close(found["logits"], one["logits"], rtol=0, atol=1e-9)
         for other in ranks[1:]:
             assert all(torch.equal(other[case]["meta"][name], leaf) for name, leaf in found["meta"].items())
     assert all(torch.equal(leaf, ranks[0]["sama"]["base"][name]) for name, leaf in ranks[0]["saved"].items())
+
+
+# Tied weights
+
+
+class DomainWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
+
+
+class WeightedDomains(BilevelModule):
+    """A language model on two domains, whose weights are learned."""
+
+    def inner_loss(self, batch: Batch) -> Tensor:
+        weights: Tensor = self.meta.logits.sigmoid()[batch["domain"]]
+        return self.losses(batch) * weights
+
+    def outer_loss(self, batch: Batch) -> Tensor:
+        return self.losses(batch)
+
+
+def language_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).double()
+
+
+def sentences(count: int, seed: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(64, (count, 10), generator=generator)
+    return [{"input_ids": row, "labels": row, "domain": torch.tensor(i % 2)} for i, row in enumerate(ids)]
+
+
+def tied(processes: int) -> dict[str, Any]:
+    kind, fields = (ShardedTrainer, {"fsdp": True}) if processes > 1 else (MetaTrainer, {})
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = kind(
+            WeightedDomains(language_model(), DomainWeights()),
+            tiny_arguments(
+                folder,
+                per_device_train_batch_size=4 // processes,
+                per_device_meta_batch_size=4 // processes,
+                meta_portion=1,
+                meta_optim="SGD",
+                estimator_kwargs={"engine": "finite_difference"},
+                **fields,
+            ),
+            train_dataset=sentences(24, 1),
+            meta_dataset=sentences(24, 2),
+            data_collator=stack,
+        )
+        noted = Hypergradients()
+        trainer.add_callback(noted)
+        trainer.train()
+        trainer.save_model(folder)
+        found: dict[str, Any] = {"hypergradients": noted.grads, "base": whole(trainer)}
+        if trainer.args.process_index == 0:
+            read = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+            found["saved"] = {name: p.detach() for name, p in read.named_parameters()}
+        return found
+
+
+def test_tied_weights_are_moved_together() -> None:
+    found, one = on_processes(2, tied, 2)[0], tied(1)
+    assert "lm_head.weight" not in found["base"]
+    for a, b in zip(found["hypergradients"], one["hypergradients"], strict=True):
+        assert tree.norm(tree.add(a, b, -1.0)) < 1e-6 * tree.norm(b)
+    assert tree.norm(tree.add(found["base"], one["base"], -1.0)) < 1e-9 * tree.norm(one["base"])
+    assert same(found["saved"], found["base"])
 
 
 # Checkpoints
@@ -130,8 +221,8 @@ def saved_and_resumed(folder: str, processes: int, start: str | None = None) -> 
         **sharded,
     )
     trainer.train(resume_from_checkpoint=start)
-    names = {parameter: name for name, parameter in trainer.model.base_parameters().items()}
-    state = {names[p]: {key: gathered(one) for key, one in held.items()} for p, held in trainer.optimizer.state.items()}
+    names, states = {p: name for name, p in trainer.model.base_parameters().items()}, trainer.optimizer.state.items()
+    state = {names[p]: {key: gathered(one) for key, one in held.items()} for p, held in states}
     return {"base": whole(trainer), "meta": meta_weights(trainer), "moments": state, "step": trainer.state.global_step}
 
 
