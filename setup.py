@@ -65,6 +65,7 @@ setup(
             "selenium>=4.25",  # the report is opened in a browser, where there is one
             "statsmodels>=0.14",  # an oracle of the comparison
             "ray>=2.40",
+            "optuna>=4",
             "psutil>=5.9",
             "tensorboard>=2.19",  # an example writes its files
             "nbclient>=0.10",  # the notebooks are run
