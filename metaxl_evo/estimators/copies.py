@@ -31,8 +31,8 @@ Found = tuple[Tensor, Tree]  # losses (k,) and gradients to lam (k, *shape) of s
 class FullPasses:
     """Whole forwards of the copies, each of which yields its loss and its lambda-gradient; the K gradients are kept.
 
-    As many copies as make `WHOLE_TOGETHER` numbers are evaluated in one pass, where torch can vectorise the loss and that
-    gives what single passes give, which is tried with two copies once a run.
+    As many copies as make `WHOLE_TOGETHER` numbers are evaluated in one pass, where torch can vectorise the loss and
+    that gives what single passes give, which is tried with two copies once a run.
 
     Args:
         share_randomness, share_meta_inputs: as of `EvoGrad`.
@@ -61,7 +61,8 @@ class FullPasses:
             held = [gradients.pop(name) for gradients in self.gradients]
             gradients = held[0] if len(held) == 1 else torch.cat(held)
             flat = gradients.reshape(len(gradients), leaf.numel())
-            total[name] = (coefficients.to(flat.dtype) @ flat).view_as(leaf)
+            # in place, which an autocast around the meta step leaves alone
+            total[name] = flat.new_zeros(leaf.numel()).addmv_(flat.T, coefficients.to(flat.dtype)).view_as(leaf)
         return total
 
     def _all(self, inputs: Inputs) -> list[Found]:
