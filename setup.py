@@ -65,6 +65,7 @@ setup(
             "selenium>=4.25",  # the report is opened in a browser, where there is one
             "statsmodels>=0.14",  # an oracle of the comparison
             "ray>=2.40",
+            "optuna>=4",
             "psutil>=5.9",
             "tensorboard>=2.19",  # an example writes its files
             "nbclient>=0.10",  # the notebooks are run
@@ -76,6 +77,7 @@ setup(
         "plot": ["matplotlib>=3.9"],
         "report": ["plotly>=6", "jinja2>=3.1", "matplotlib>=3.9"],
         "ray": ["ray>=2.40"],
+        "optuna": ["optuna>=4"],
         "demo": ["gradio>=6"],
         "trackers": ["tensorboard>=2.19", "trackio>=0.21"],
         "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],

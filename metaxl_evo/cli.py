@@ -145,6 +145,7 @@ COMMANDS = {
     "sinusoid": Command("features from which a head fits a new sinusoid", task("sinusoid"), launched=True),
     "weight-text": Command("learn which texts a classifier should train on", task("weight_text"), launched=True),
     "schedule": Command("learn a schedule of an optimiser's numbers over a long training", task("schedule")),
+    "mix-text": Command("learn how much of each domain a language model should see", task("mix_text"), launched=True),
     "study": Command("CONFIG --output_dir OUT: make runs x cases x seeds, compare, report", study),
     "run": Command(f"OUT/{PLAN} --index N: make one run of a study's plan", run, shows_help=False),
     "report": Command("OUT: compare and report what a study has made so far", report, shows_help=False),

@@ -23,12 +23,15 @@ from metaxl_evo.ner.arguments import METHODS, NerArguments, NerTrainingArguments
 from metaxl_evo.ner.task import NerTask
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.parser import parse_arguments
-from tests.vision_tasks.small import PERTURBED
+from metaxl_evo.weighting.mix_task import MixTextTask
+from metaxl_evo.weighting.weight_task import WeightTextTask
+from tests.vision_tasks.small import PERTURBED, random_images
 from vision_tasks.fewshot_task import FewShotTask
 from vision_tasks.hyper_cleaning_task import HyperCleaningTask
 from vision_tasks.many_shot_task import ManyShotTask
 from vision_tasks.noisy_labels_task import NoisyLabelsTask
 from vision_tasks.rotation_task import RotationTask
+from vision_tasks.schedule_task import ScheduleData, ScheduleTask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDER = CONFIGS / "ner"
@@ -480,6 +483,36 @@ def test_the_noisy_labels_papers_schedule_and_pixels() -> None:
     assert len(which.seeds or ()) == 5
 
 
+# Weighting ---------------------------------------------------------------------------------------------------------
+
+WEIGHTING: dict[str, tuple[Task[Any, Any], dict[str, str]]] = {  # task, runs: estimator
+    "mix_text_cpu": (MixTextTask(), {"union": "none", "uniform": "none", "one_step": "one_step"}),
+    "weight_text_cpu": (
+        WeightTextTask(),
+        {
+            "plain": "none",
+            "union": "none",
+            "clean_only": "none",
+            "one_step": "one_step",
+            "one_step_each": "one_step",
+        },
+    ),
+}
+
+
+def test_the_weighting_configs_are_these() -> None:
+    assert sorted(path.stem for path in (CONFIGS / "weighting").iterdir()) == sorted(WEIGHTING)
+
+
+@pytest.mark.parametrize("name", WEIGHTING)
+def test_every_weighting_config_plans_its_runs(name: str, tmp_path: Path) -> None:
+    task, expected = WEIGHTING[name]
+    parts = parsed(task, f"weighting/{name}", "--output_dir", str(tmp_path))
+    runs = plan_runs(task, *parts)
+    assert {run.name: "one_step" if task.learns(run.settings) else "none" for run in runs} == expected
+    assert len(runs) == 3 * len(expected)
+
+
 # Few-shot learning ---------------------------------------------------------------------------------------------------
 
 FEWSHOT = {  # runs: method, estimator
@@ -596,6 +629,67 @@ def test_the_other_rows_of_the_fewshot_paper() -> None:
     assert list(which.runs) == ["none", "fixed", "evograd", "t1_t2"]
 
 
+# Schedules -----------------------------------------------------------------------------------------------------------
+
+FDS: dict[str, Any] = {  # Micaelli and Storkey, NeurIPS 2021, as its published code has them
+    "data": "uoft-cs/cifar10",
+    "backbone": "wrn_16_1",
+    "image_mean": [0.4914, 0.4822, 0.4465],
+    "image_std": [0.2023, 0.1994, 0.2010],
+    "augmentation": "pad_crop_flip",
+    "validation_share": 0.05,
+    "outer_steps": 10,
+    "n_momentum": 1,
+    "n_wd": 1,
+    **dict.fromkeys(("initial_lr", "initial_momentum", "initial_wd"), 0),
+    "out_of_bounds": "allow",
+    "retrain_steps": 50 * (50_000 // 256),
+    "per_device_train_batch_size": 256,
+    "estimator": "forward_mode",
+    "max_grad_value": 3,
+    "max_grad_norm": 0,
+    "optimizer_class": "SGD",
+    "meta_optim": "SignHalving",
+    "meta_learning_rate": 0.1,
+    "meta_lr_scheduler_type": "constant",
+}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "fds_figure1": FDS
+    | {
+        "n_lr": 7,
+        "inner_steps": 7 * 265,  # 10 epochs are 1,850
+        "seeds": [0],
+        "estimator_kwargs": {"clamp": 1},
+        "meta_learning_rates": {"weight_decay": 3e-4},
+    },
+    "fds_figure4": FDS
+    | {
+        "n_lr": 5,
+        "inner_steps": 50 * (47_500 // 256),
+        "seeds": [1],
+        "estimator_kwargs": {"clamp": 100},
+        "meta_learning_rates": {"momentum": 0.3, "weight_decay": 4e-4},
+    },
+    "fds_cpu": {"data": "synthetic", "inner_steps": 1000, "outer_steps": 4, "seeds": [0, 1, 2]},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_schedules_of_fds(name: str, tmp_path: Path) -> None:
+    """The constants; every run is planned, and fits the episode."""
+    task, given = ScheduleTask(), ("--output_dir", str(tmp_path))
+    read = parsed(task, f"long_horizon/{name}", *given)
+    assert constants(read, SCHEDULES[name]) == SCHEDULES[name]
+    data = ScheduleData(random_images(200), random_images(20))
+    for run in plan_runs(task, *read):
+        estimator = {"fds": "forward_mode", "greedy": "one_step"}.get(run.name, "none")
+        fitted = task.fit_arguments(run.settings, run.args, data)
+        assert fitted.estimator == estimator
+        assert fitted.episode_length == run.settings.inner_steps
+        assert fitted.max_steps % fitted.episode_length == 0
+        assert (run.name == "fds") == (fitted.max_steps == run.settings.inner_steps * run.settings.outer_steps)
+
+
 # Studies -------------------------------------------------------------------------------------------------------------
 
 STUDIES = {  # cases, seeds, runs, the first of which is a baseline
@@ -610,6 +704,8 @@ STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "rotation_paper": ([""], 5, 3),
     "rtn_horizon_cpu": (["sw"], 3, 3),
     "sinusoid_paper": ([""], 5, 5),
+    "schedule_cpu": ([""], 3, 3),
+    "weight_text_polarity": ([""], 3, 4),
 }
 
 

@@ -58,7 +58,7 @@ READERS: dict[str, Reader] = {
 SCRIPTS = {
     "train_ner": "ner", "train_pos": "pos", "train_noisy_labels": "noisy-labels", "train_fewshot": "fewshot",
     "train_rotation": "rotation",
-    "train_hyper_cleaning": "hyper-cleaning",
+    "train_hyper_cleaning": "hyper-cleaning", "train_schedule": "schedule",
     "evaluate_ner": "evaluate", "predict_ner": "predict", "benchmark_estimators": "benchmark",
 }  # fmt: skip
 

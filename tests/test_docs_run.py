@@ -60,7 +60,12 @@ TASKS: dict[str, dict[str, Any]] = {
     "sinusoid": SHORT | {
         "seeds": 1, "max_steps": 2, "episode_length": 2, "meta_last": 1, "meta_batch": 2, "test_tasks": 2, "hidden": 5,
     },
+    "mix_text": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 30, "test_size": 20},
     "weight_text": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 60, "eval_size": 40},
+    "schedule": IMAGES | {
+        "max_steps": -1, "backbone": "convnet", "inner_steps": 10, "trainings": 1, "retrain_steps": 1,
+        "train_size": 40,
+    },
     "fewshot": SHORT | {
         "seeds": 1, "width": 2, "image_size": 16, "n_way": 2, "n_shot": 2, "n_query": 2, "test_n_query": 2,
         "test_episodes": 4, "aux_images": 4,

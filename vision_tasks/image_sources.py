@@ -36,7 +36,7 @@ def load_images(
     Args:
         data: an .npz file with x_train, y_train, x_test and y_test; a folder of train/CLASS/IMAGE and
             test/CLASS/IMAGE, of `save_to_disk` or of parquet files; a parquet file; CIFAR as it is downloaded; a Hub
-            id; or the word `synthetic`.
+            id, or ID:CONFIGURATION; or the word `synthetic`.
         parts: `train` and `test`, or one of them, whose source then need not hold the other; `validation` where
             there is one.
         prepare: what makes each image ready for a model, of whatever size it is.
@@ -169,8 +169,9 @@ def _shards(path: Path) -> dict[str, list[Path]]:
 
 
 def _hub(dataset: str) -> dict[str, Dataset]:
-    require_reachable(dataset, INSTEAD)
-    return dict(load_from_hub(dataset, instead=INSTEAD))
+    name, _, configuration = dataset.partition(":")
+    require_reachable(name, INSTEAD)
+    return dict(load_from_hub(name, *filter(None, [configuration]), instead=INSTEAD))
 
 
 def _choose(tables: Mapping[str, Dataset], split: str, where: str, alone: bool) -> Dataset:

@@ -4,10 +4,12 @@
 |---|---|---|
 | `anil` | all convolutional blocks but the last | the last block and the head |
 | `warpgrad` | two warp layers behind every convolution | all convolutions and the head |
+| `alternating` | every second convolution of twice as many | the others and the head |
 | `weight_net` | a network that weighs each image by its loss | the whole net |
 
 Sources: Lee et al., ICLR 2022, section 5 (HyperDistill); Raghu et al., ICLR 2020 (ANIL); Flennerhag et al., ICLR 2020
-(WarpGrad); Shu et al., NeurIPS 2019 (Meta-Weight-Net).
+(WarpGrad); Generalized Greedy Gradient-Based Hyperparameter Optimization, ICLR 2025 submission 6297 (alternating);
+Shu et al., NeurIPS 2019 (Meta-Weight-Net).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from metaxl_evo.models.bilevel_module import Batch
 from metaxl_evo.models.task_batch import SLOT, MetaLearner, TaskBatch
 from metaxl_evo.models.weight_net import WeightNet
 
-LEARNERS = ("anil", "warpgrad", "weight_net")
+LEARNERS = ("anil", "warpgrad", "alternating", "weight_net")
 WARP_LAYERS = 2
 
 
@@ -71,6 +73,14 @@ class Warp(nn.Sequential):
             nn.init.zeros_(layer.bias)
 
 
+class Alternate(nn.Sequential):
+    """A convolution behind that of a block, and behind a norm and a ReLU of its own."""
+
+    def __init__(self, channels: int):
+        norm = nn.BatchNorm2d(channels, track_running_stats=False)
+        super().__init__(norm, nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1))
+
+
 class ManyShotLearner(MetaLearner):
     """Classifiers of tasks (n, rows, C, H, W) -> logits (n, rows, way), normalised by the statistics of the batch."""
 
@@ -96,7 +106,7 @@ class Anil(ManyShotLearner):
 
 
 class WarpGrad(ManyShotLearner):
-    """lam: warp layers behind each convolution, through which all of a task's gradients go."""
+    """lam: what stands behind each convolution, through which all of a task's gradients go."""
 
     direct_term = True
     meta: nn.ModuleList
@@ -135,6 +145,7 @@ def make_learner(
         shared = make_blocks(widths[:-1])
         return Anil(TaskBatch(Head(widths[-2:], side, way), tasks, in_turn=in_turn), shared)
     base = TaskBatch(Head(widths, side, way), tasks, in_turn=in_turn)
-    if kind == "warpgrad":
-        return WarpGrad(base, nn.ModuleList(Warp(channels) for _ in range(layers)))
+    warps = {"warpgrad": Warp, "alternating": Alternate}
+    if kind in warps:
+        return WarpGrad(base, nn.ModuleList(warps[kind](channels) for _ in range(layers)))
     return WeightedShots(base, WeightNet(hidden))

@@ -19,7 +19,6 @@ from vision_tasks.fewshot_episodes import Domain
 
 SPLITS = ("train", "validation", "test")
 _CLASSES, _TRAIN, _JUDGE, _TEST, _LABELS, _SPLIT = range(6)  # what is drawn with a seed of its own
-_LEAST = 4  # images of a class: some train, some judge
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +31,7 @@ class ClassPool:
 
     images: Mapping[str, Tensor]
 
-    def split(self, counts: Sequence[int]) -> list[ClassPool]:
+    def split(self, counts: Sequence[int], size: ManyShotSize) -> list[ClassPool]:
         """Pools of so many classes each, none in two of them; the same in every run.
 
         Raises:
@@ -45,10 +44,10 @@ class ClassPool:
                 "validation_classes or test_classes, or name more domains"
             )
         for name in names:
-            if len(self.images[name]) < _LEAST:
+            if len(self.images[name]) < size.least:
                 raise ValueError(
-                    f"class {name} has {len(self.images[name])} images, and a task needs {_LEAST}, half of them to "
-                    "judge: leave it out (?largest_classes=N of its domain)"
+                    f"class {name} has {len(self.images[name])} images, and a task needs {size.least}, some of them "
+                    "to judge: leave it out (?largest_classes=N of its domain)"
                 )
         order = torch.randperm(len(names), generator=_generator(_SPLIT)).tolist()
         parts = [[names[place] for place in order[a:b]] for a, b in pairwise(accumulate(counts, initial=0))]
@@ -85,26 +84,38 @@ class ManyShotSize:
 
     Args:
         way: classes.
-        images: of a class at most, half of them to judge.
-        batch: images of a step, as many of each class.
-        test: images that test an adapted task, likewise; where a class has fewer, each of them several times.
+        images: of a class at most.
+        shots: those of them that train, the others judge (default: half).
+        batch: images of a step, as many of each class; where a class has fewer, each of them several times.
+        judge, test: images that judge a step (default: `batch`), and that test an adapted task; likewise.
 
     Raises:
-        ValueError: for sizes that are no multiple of the classes.
+        ValueError: for sizes that are no multiple of the classes, or classes without an image that judges.
     """
 
     way: int = 10
     images: int = 500
     batch: int = 100
     test: int = 2500
+    shots: int | None = None
+    judge: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "test"):
-            if getattr(self, name) % self.way:
+        if self.shots is not None and self.shots >= self.images:
+            raise ValueError(
+                f"shots {self.shots} leave none of images_per_class {self.images} to judge: lower shots, or raise it"
+            )
+        for name in ("batch", "judge", "test"):
+            if (getattr(self, name) or 0) % self.way:
                 raise ValueError(
                     f"{name}_images {getattr(self, name)} is not a multiple of n_way {self.way}: every class of a "
                     "task has as many"
                 )
+
+    @property
+    def least(self) -> int:
+        """Images that a class has to have."""
+        return 4 if self.shots is None else self.shots + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +140,7 @@ class ManyShotTasks:
         return self._rows(task, self.size.batch, _TRAIN, step, self.transform)
 
     def judge(self, task: int, step: int) -> Rows:
-        return self._rows(task, self.size.batch, _JUDGE, step)
+        return self._rows(task, self.size.judge or self.size.batch, _JUDGE, step)
 
     def test(self, task: int) -> Rows:
         return self._rows(task, self.size.test, _TEST, 0)
@@ -157,8 +168,8 @@ class ManyShotTasks:
         for label, chosen in enumerate(torch.randperm(len(names), generator=generator)[:way].tolist()):
             held = self.pool.images[names[chosen]]
             places = torch.randperm(len(held), generator=generator)[: self.size.images]
-            half = len(places) // 2
-            places = places[:half] if part == _TRAIN else places[half:]
+            shots = self.size.shots or len(places) // 2
+            places = places[:shots] if part == _TRAIN else places[shots:]
             labels = torch.full((len(places),), label)
             if part == _TRAIN and self.flip_rate:
                 labels = _flipped(labels, self.flip_rate, way, _generator(self.seed, task, _LABELS, label))

@@ -49,7 +49,11 @@ class ManyShotArguments(MetaLearningArguments, VisionArguments):
     images_per_class: int = field(
         default=500, metadata={"help": "Of a class in a task at most: half of them train, half judge."}
     )
+    shots: int | None = field(default=None, metadata={"help": "So many of these train, not half; the others judge."})
     batch_images: int = field(default=100, metadata={"help": "Images of a step, as many of each class."})
+    judge_images: int | None = field(
+        default=None, metadata={"help": "Images that judge a step, as many of each class (default: batch_images)."}
+    )
     test_images: int = field(default=2500, metadata={"help": "Images that test a task, as many of each class."})
     flip_rate: float = field(
         default=0.0, metadata={"help": "Probability that a training label is another class of its task."}
@@ -68,7 +72,8 @@ class ManyShotArguments(MetaLearningArguments, VisionArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_known("learner", self.learner, LEARNERS)
-        for name in ("batch_images", "test_images", "image_size", "conv_layers", "conv_channels", "weight_net_hidden"):
+        counts = ("shots", "batch_images", "judge_images", "test_images")
+        for name in (*counts, "image_size", "conv_layers", "conv_channels", "weight_net_hidden"):
             self.require_count(name, getattr(self, name))
         for name in ("n_way", "train_classes", "validation_classes", "test_classes", "images_per_class"):
             self.require_count(name, getattr(self, name), least=2)
@@ -93,9 +98,11 @@ class ManyShotArguments(MetaLearningArguments, VisionArguments):
         """Of a task.
 
         Raises:
-            ValueError: for batches that are no multiple of the classes.
+            ValueError: for batches that are no multiple of the classes, or shots that leave no image to judge.
         """
-        return ManyShotSize(self.n_way, self.images_per_class, self.batch_images, self.test_images)
+        return ManyShotSize(
+            self.n_way, self.images_per_class, self.batch_images, self.test_images, self.shots, self.judge_images
+        )
 
 
 class ManyShotTask(MetaLearningTask[ManyShotArguments]):
@@ -123,7 +130,7 @@ class ManyShotTask(MetaLearningTask[ManyShotArguments]):
         transform = PadCropFlip(flips=settings.flips) if settings.augment else None
         made = [
             ManyShotTasks(part, settings.size(), seed, flip_rate=settings.flip_rate, transform=transform)
-            for part, seed in zip(pool.split(settings.classes()), seeds, strict=True)
+            for part, seed in zip(pool.split(settings.classes(), settings.size()), seeds, strict=True)
         ]
         return TaskSplits(*made)
 

@@ -64,4 +64,5 @@ class VisionTask(Task[Settings, Data]):
         return f"Data `{hub_id(settings.data) or Path(settings.data).name}`."
 
     def card_metadata(self, settings: Settings) -> dict[str, Any]:
-        return {"dataset_tags": hub_id(settings.data, SYNTHETIC)}
+        found = hub_id(settings.data, SYNTHETIC)
+        return {"dataset_tags": None if found is None else found.partition(":")[0]}

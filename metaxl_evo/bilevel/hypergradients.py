@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from metaxl_evo.bilevel import gate, tree
 from metaxl_evo.bilevel.initial import initial_of
 from metaxl_evo.bilevel.passes import Counts, PassContext
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response, StepMade
+from metaxl_evo.bilevel.products import gradient_and_product
 from metaxl_evo.bilevel.randomness import devices_of, kept, mix_seed
 from metaxl_evo.bilevel.replay import Inputs
 from metaxl_evo.bilevel.tree import Tree
@@ -37,6 +39,9 @@ class HypergradientEstimator(Protocol):
     @property
     def needs_lam_grad(self) -> bool: ...
 
+    @property
+    def reuses_graph(self) -> bool: ...
+
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None: ...
 
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None: ...
@@ -59,14 +64,15 @@ class Hypergradient:
     Args:
         grads: like lam, at true scale.
         outer_loss: the outer loss where it was judged, a 0-d tensor.
-        diagnostics: the estimator's own numbers (effective sample size, perturbation length, ...).
+        diagnostics: the estimator's own numbers (effective sample size, perturbation length, ...); of `estimate` some
+            are still 0-d tensors, so that the host need not wait for each.
         counts: the passes that it took.
         w: the base weights at the end, where an episode was run.
     """
 
     grads: Tree
     outer_loss: Tensor
-    diagnostics: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
     w: Tree | None = None
 
@@ -136,7 +142,7 @@ def estimate(passes: PassContext, estimator: HypergradientEstimator, step: Inner
     For callers that run the inner steps themselves, with passes that may have recorded the step's own forward. The
     gradient of a step that was made may be taken over (`step.lent()` keeps it), to free its memory early.
     """
-    lam, diagnostics = step.lam, dict[str, float]()
+    lam, diagnostics = step.lam, dict[str, Any]()
     with kept():
         response = estimator.respond(passes, step, state, diagnostics)
         wrt = tuple(step.w) if response.wrt is None else tuple(response.wrt)
@@ -196,7 +202,8 @@ def run_episode(
         for index, batch in enumerate(train_batches):
             passes = PassContext(problem, seed=mix_seed(seed, index), devices=devices)  # one randomness a step
             step = InnerStep(w, lam, batch, before, val_batch=val_batch)
-            step = look_ahead(passes, step, lam_grad=estimator.needs_lam_grad)
+            graph = estimator.reuses_graph and index == len(train_batches) - 1  # an earlier one may go unused
+            step = look_ahead(passes, step, lam_grad=estimator.needs_lam_grad, graph=graph)
             assert step.made is not None
             passes.counts = counts  # the step itself is not the estimator's work
             state = estimator.observe(passes, step, state)
@@ -211,20 +218,27 @@ def run_episode(
     return Hypergradient(result.grads, result.outer_loss, result.diagnostics, counts, step.current)
 
 
-def look_ahead(passes: PassContext, step: InnerStep, *, lam_grad: bool = False) -> InnerStep:
+def look_ahead(passes: PassContext, step: InnerStep, *, lam_grad: bool = False, graph: bool = False) -> InnerStep:
     """The step with what the optimiser makes of it; its pass records the stop-gradient inputs on the way.
 
     Args:
         lam_grad: whether the step made is to hold what its backward leaves at lam.
+        graph: whether it is to hold the graph of its gradient (`StepMade.product`). Where the batch is several parts,
+            or not all of it reads lam, it holds none: a product takes the graph of fewer rows, one part at a time.
     """
     rule = passes.problem.update
     inputs = Inputs.LIVE if passes.problem.stop_gradients is False else Inputs.RECORD
-    wrt_lam = step.lam if lam_grad else ()
-    grad, to_lam = passes.step_grad(step.w, step.lam, step.batch, wrt_lam=wrt_lam, inputs=inputs)
+    at, part = (step.w, step.lam), passes.only_part(step.batch) if graph else None
+    to_lam, product = None, None
+    if part is not None:
+        grad, product = gradient_and_product(passes, *at, *part)
+        grad = passes.whole_step_grad(grad, step.w)
+    else:
+        grad, to_lam = passes.step_grad(*at, step.batch, wrt_lam=step.lam if lam_grad else (), inputs=inputs)
     before = step.update_state if step.update_state is not None else rule.init(step.w)
     with torch.no_grad():
         after, after_state = rule(step.w, before, grad, tree.detach(step.lam))
-    made = StepMade(after, grad, after_state, to_lam if lam_grad else None)
+    made = StepMade(after, grad, after_state, to_lam if lam_grad else None, product=product)
     return replace(step, update_state=before, made=made)
 
 
@@ -234,7 +248,17 @@ def _draw_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
+def look_at(result: Hypergradient) -> tuple[float, float]:
+    """The norm and the outer loss of an estimate, whose diagnostics are numbers from then on: asked for at once."""
+    waiting = {name: found for name, found in result.diagnostics.items() if isinstance(found, Tensor)}
+    norms = tree.norms(result.grads)
+    found = tree.numbers([*norms, result.outer_loss.double(), *map(Tensor.double, waiting.values())])
+    result.diagnostics.update(zip(waiting, found[len(norms) + 1 :], strict=True))
+    return math.hypot(*found[: len(norms)]), found[len(norms)]
+
+
 def _said_if_zero(passes: PassContext, step: InnerStep, result: Hypergradient) -> Hypergradient:
+    look_at(result)
     deaf = [name for name, leaf in result.grads.items() if not leaf.any()]
     if len(deaf) == len(result.grads):
         logger.warning("%s", why_zero(passes, step))

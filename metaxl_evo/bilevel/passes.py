@@ -78,6 +78,11 @@ class PassContext:
         parts = self.problem.parts(batch)
         return list(enumerate(map(self.problem.reads_lam, parts) if lam_only else parts))
 
+    def only_part(self, batch: Any) -> tuple[int, Any] | None:
+        """The numbered part that a batch is, where it is one and all of it reads lam."""
+        parts = self.problem.parts(batch)
+        return (0, parts[0]) if len(parts) == 1 and self.problem.reads_lam(parts[0]) is parts[0] else None
+
     def elsewhere(self, seed: int | None = None) -> PassContext:
         """A context for another point, batch or step: its own recorded inputs (and seed), the same counts."""
         return replace(self, seed=self.seed if seed is None else seed, _tapes={})
@@ -210,14 +215,19 @@ class PassContext:
 
         The first lacks the parameters that the loss did not reach on any process.
         """
-        parts, processes, names = self.parts(batch), self.problem.processes, tuple(wrt_lam)
+        parts, names = self.parts(batch), tuple(wrt_lam)
         _, grad, to_lam, _ = self._grad(self.problem.inner_loss, w, lam, parts, tuple(w), names, inputs, 0, fill=False)
+        return self.whole_step_grad(grad, w), to_lam
+
+    def whole_step_grad(self, grad: Tree, w: Tree) -> Tree:
+        """The sum of the processes' gradients of a step; each lacks the parameters that its rows did not reach."""
+        processes = self.problem.processes
         if processes.size > 1:
             like = next(iter(w.values()))
             here = torch.tensor([float(name in grad) for name in w], dtype=like.dtype, device=like.device)
             reached = processes.all_reduce({"": here})[""].tolist()
             grad = _filled(grad, w, [name for name, count in zip(w, reached, strict=True) if count])
-        return self.all_reduce(grad), to_lam
+        return self.all_reduce(grad)
 
     def lam_grad(self, w: Tree, lam: Tree, batch: Any, *, inputs: Inputs = Inputs.LIVE) -> Tree:
         """The gradient of the inner loss at the meta parameters, by the rows that read them."""

@@ -140,14 +140,21 @@ class StepMade:
     """An inner step that was really made: the weights after it, its gradient (before clipping), the state after it.
 
     As with torch, the gradient lacks the parameters that the loss did not reach; the step passed them over. Whoever
-    reads it last takes it over, so that its memory is free for the passes to come. `lam_grad` is what the same
-    backward left at lam, this process's share, where it was asked for.
+    reads it last takes it over, so that its memory is free for the passes to come.
+
+    Args:
+        lam_grad: what the same backward left at lam, this process's share; None where it was not asked for.
+        grad_norm: the norm of `grad`, where it is known.
+        product: v -> d_lam <grad_w L_T, v>, this process's share, of the graph that the gradient left; to be called
+            once. None where there is no such graph.
     """
 
     w: Tree
     grad: Tree
     update_state: UpdateState
     lam_grad: Tree | None = None
+    grad_norm: float | None = None
+    product: Callable[[Tree], Tree] | None = None
 
     def take_grad(self) -> Tree:
         """The gradient, which is gone from here: reading `grad` again is an AttributeError."""

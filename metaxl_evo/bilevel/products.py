@@ -318,21 +318,51 @@ def double_backward(
 
     v = `direction`(grad_w L_T) is held constant, and may be made of the gradient that the pass itself computes.
     """
+    grads, products = _with_graph(passes, w, lam, part, wrt)
+    return products(direction({n: grads[n] if n in grads else torch.zeros_like(leaf) for n, leaf in w.items()}))
+
+
+def gradient_and_product(
+    passes: PassContext, w: Tree, lam: Tree, index: int, part: object
+) -> tuple[Tree, Callable[[Tree], Tree]]:
+    """grad_w L_T of a part where the loss reached w, and v -> d_lam <it, v>, which can be called once.
+
+    Both are of one graph, which is in memory until then.
+    """
+    with passes.scope(index, second_order=True), otherwise("engine double_backward", INSTEAD["double_backward"]):
+        grads, products = _with_graph(passes, w, lam, part, (LAM,))
+
+    def product(v: Tree) -> Tree:
+        with passes.scope(index, second_order=True), otherwise("engine double_backward", INSTEAD["double_backward"]):
+            return products(v)[0]
+
+    return tree.dense(grads), product
+
+
+def _with_graph(
+    passes: PassContext, w: Tree, lam: Tree, part: object, wrt: Sequence[int]
+) -> tuple[Tree, Callable[[Tree], list[Tree]]]:
+    """The gradient where the loss reached w, and v -> the derivatives of <it, v> at the arguments `wrt`."""
     at = tree.leaves(w, w), tree.leaves(lam, lam)
     loss = passes.problem.inner_loss(*at, part)
-    found = torch.autograd.grad(loss, list(at[W].values()), create_graph=True, materialize_grads=True)
-    passes.counts.hvps += 1
-    grads = dict(zip(w, found, strict=True))
-    v = direction(tree.detach(grads))
-    inner = [name for name, g in grads.items() if g.requires_grad]
-    if not inner:
-        return [tree.zeros_like(at[index]) for index in wrt]
-    ends = [grads[name] for name in inner]
-    _refuse_once_differentiable(ends)
-    targets = [leaf for index in wrt for leaf in at[index].values()]
-    products = iter(torch.autograd.grad(ends, targets, [v[name] for name in inner], materialize_grads=True))
-    # Materialised zeros of torch 2.8 require a gradient.
-    return [{name: next(products).detach() for name in at[index]} for index in wrt]
+    grads: Tree = {}
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, list(at[W].values()), create_graph=True, allow_unused=True)
+        grads = {name: grad for name, grad in zip(w, found, strict=True) if grad is not None}
+
+    def products(v: Tree) -> list[Tree]:
+        passes.counts.hvps += 1
+        inner = [name for name, grad in grads.items() if grad.requires_grad]
+        if not inner:
+            return [tree.zeros_like(at[index]) for index in wrt]
+        ends = [grads[name] for name in inner]
+        _refuse_once_differentiable(ends)
+        targets = [leaf for index in wrt for leaf in at[index].values()]
+        products = iter(torch.autograd.grad(ends, targets, [v[name] for name in inner], materialize_grads=True))
+        # Materialised zeros of torch 2.8 require a gradient.
+        return [{name: next(products).detach() for name in at[index]} for index in wrt]
+
+    return tree.detach(grads), products
 
 
 def _refuse_once_differentiable(values: Sequence[Tensor]) -> None:

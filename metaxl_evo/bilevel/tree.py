@@ -108,16 +108,23 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
 
 def norm(a: Mapping[str, Tensor]) -> float:
     """Euclidean norm over all leaves, accumulated in float64; of a large leaf row by row, which takes no memory."""
+    length = math.hypot(*numbers(norms(a)))
+    return math.sqrt(_total(a, length**2)) if shards.any_sharded(a) else length
+
+
+def norms(a: Mapping[str, Tensor]) -> list[Tensor]:
+    """Those of the leaves, 0-d tensors in float64: not a number, or infinite, where one of their entries is.
+
+    Of a sharded leaf that of the rows here.
+    """
     leaves = [leaf.detach() for leaf in shards.local(a).values()]
     small = [leaf for leaf in leaves if leaf.numel() <= TOGETHER]
-    norms = [
+    large = [
         torch.linalg.vector_norm(torch.linalg.vector_norm(leaf, dim=-1), dtype=torch.float64)
         for leaf in leaves
         if leaf.numel() > TOGETHER
     ]
-    norms += torch._foreach_norm(small, 2, torch.float64) if small else []
-    length = math.hypot(*_numbers(norms))
-    return math.sqrt(_total(a, length**2)) if shards.any_sharded(a) else length
+    return large + list(torch._foreach_norm(small, 2, torch.float64) if small else ())
 
 
 def _total(a: Mapping[str, Tensor], number: float) -> float:
@@ -125,10 +132,10 @@ def _total(a: Mapping[str, Tensor], number: float) -> float:
     return float(shards.total(a, torch.tensor(number, dtype=torch.float64, device=device)))
 
 
-def _numbers(scalars: Sequence[Tensor]) -> list[float]:
-    """0-d tensors as numbers, asked for once."""
-    numbers: list[float] = torch.stack(list(scalars)).tolist() if scalars else []
-    return numbers
+def numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """0-d tensors of a device and a dtype as numbers, asked for once."""
+    found: list[float] = torch.stack(list(scalars)).tolist() if scalars else []
+    return found
 
 
 def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -149,5 +156,5 @@ def size(a: Mapping[str, Tensor]) -> int:
 def all_finite(a: Mapping[str, Tensor]) -> bool:
     """Whether no leaf holds an infinity or a NaN."""
     leaves = [leaf.detach() for leaf in shards.local(a).values() if leaf.numel()]
-    finite = all(map(math.isfinite, _numbers(torch._foreach_norm(leaves, math.inf)))) if leaves else True
+    finite = all(map(math.isfinite, numbers(torch._foreach_norm(leaves, math.inf)))) if leaves else True
     return _total(a, float(not finite)) == 0 if shards.any_sharded(a) else finite

@@ -28,6 +28,7 @@ from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.bilevel.update_state import MISSED, UpdateState, counted, map_trees, own_steps, trees
 
 _CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by (norm + 1e-6)
+_SQUARE_IS_SEEN = 1e-12  # the norm of a gradient from which on a second moment is not zero, in float32
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,15 @@ class UpdateRule(ABC):
         return moved, after | counted(after["step"], missed)
 
     def grad_vjp(
-        self, v: Tree, w: Tree, grad: Tree, state: UpdateState, lam: Tree, *, before: UpdateState | None = None
+        self,
+        v: Tree,
+        w: Tree,
+        grad: Tree,
+        state: UpdateState,
+        lam: Tree,
+        *,
+        before: UpdateState | None = None,
+        norm: float | None = None,
     ) -> Tree:
         """(du/dg)^T v for w' = D w - u(g), with the derivative of the clamp and of the clip factor.
 
@@ -125,15 +134,17 @@ class UpdateRule(ABC):
             state: the optimiser state *after* the step.
             lam: meta parameters, read where a hyperparameter is one of them.
             before: the state before the step, read for a rule that has no closed form (default: that of a first step).
+            norm: of `grad`, where it is known.
 
         Raises:
             ValueError: where the derivative would be zero whatever lam is (`check_state`).
         """
-        self.check_state(state)
+        if not norm or norm < _SQUARE_IS_SEEN:
+            self.check_state(state)
         if "_du_dg" not in vars(type(self)):  # an inherited one knows nothing of an overridden step
             return self._pulled_by_autograd(v, w, grad, before, lam)
         clamped, lam = self._clamp(grad), self._acting(lam, state["step"] - 1)
-        factor, norm = self._clip_factor(clamped)
+        factor, norm = self._clip_factor(clamped, norm if self.max_grad_value is None else None)
         pulled = {}
         for names in list(tree.in_groups(v)):
             cotangents, taken = {name: v.pop(name) for name in names}, {n: clamped[n] for n in names if n in grad}
@@ -247,11 +258,11 @@ class UpdateRule(ABC):
         limit = self.max_grad_value
         return grad if limit is None else tree.tree_map(lambda g: g.clamp(-limit, limit), grad)
 
-    def _clip_factor(self, grad: Tree) -> tuple[float, float | None]:
+    def _clip_factor(self, grad: Tree, norm: float | None = None) -> tuple[float, float | None]:
         """The factor that clips `grad`, and the norm that it depends on (None where nothing is clipped)."""
         if self.max_grad_norm is None:
             return 1.0, None
-        norm = tree.norm(grad)
+        norm = tree.norm(grad) if norm is None else norm
         if norm + _CLIP_EPS <= self.max_grad_norm:
             return 1.0, None
         return self.max_grad_norm / (norm + _CLIP_EPS), norm

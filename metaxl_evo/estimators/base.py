@@ -82,6 +82,11 @@ class Estimator(ABC):
         return False
 
     @property
+    def reuses_graph(self) -> bool:
+        """Whether its product can take the graph that the gradient of a step to come left (`StepMade.product`)."""
+        return False
+
+    @property
     def needs_sgd(self) -> bool:
         """Whether the inner optimiser that it models is SGD alone, with momentum and weight decay."""
         return False
@@ -154,6 +159,10 @@ class Estimator(ABC):
         A step that was made has been observed; one that was not (order `lookahead`) is still to come.
         """
 
+    def _look_ahead(self, passes: PassContext, step: InnerStep) -> InnerStep:
+        """A step to come with what is made of it, and with what the estimator takes over of its pass."""
+        return look_ahead(passes, step, lam_grad=self.needs_lam_grad, graph=self.reuses_graph)
+
     def advise(self, gradient: Tree, diagnostics: dict[str, float]) -> str | None:
         """What to change, where the numbers of an estimate show that the method has left its regime.
 
@@ -218,7 +227,7 @@ class EpisodeEstimator(Estimator):
 
     def respond(self, passes: PassContext, step: InnerStep, state: State, diagnostics: dict[str, float]) -> Response:
         if step.made is None:
-            step = look_ahead(passes, step, lam_grad=self.needs_lam_grad)
+            step = self._look_ahead(passes, step)
             state = self.observe(passes, step, state)
         return self._answer(passes, step, state, diagnostics)
 

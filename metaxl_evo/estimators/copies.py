@@ -21,8 +21,9 @@ from metaxl_evo.estimators.noise import Perturbations
 
 logger = logging.getLogger(__name__)
 
-TOGETHER = 2**23  # numbers of the copies that one pass evaluates
-TOGETHER_ON_CPU = 2**20  # of whole passes: more than a cache holds are slower than one copy after the other
+TOGETHER = 2**23  # numbers of the copies that one pass of a cut's suffix evaluates
+WHOLE_TOGETHER = 2**25  # of whole passes, on a GPU
+WHOLE_TOGETHER_ON_CPU = 2**20  # more than a cache holds are slower than one copy after the other
 
 Found = tuple[Tensor, Tree]  # losses (k,) and gradients to lam (k, *shape) of some copies
 
@@ -30,8 +31,8 @@ Found = tuple[Tensor, Tree]  # losses (k,) and gradients to lam (k, *shape) of s
 class FullPasses:
     """Whole forwards of the copies, each of which yields its loss and its lambda-gradient; the K gradients are kept.
 
-    As many copies as make `TOGETHER` numbers are evaluated in one pass, where torch can vectorise the loss and that
-    gives what single passes give, which is tried with two copies once a run.
+    As many copies as make `WHOLE_TOGETHER` numbers are evaluated in one pass, where torch can vectorise the loss and
+    that gives what single passes give, which is tried with two copies once a run.
 
     Args:
         share_randomness, share_meta_inputs: as of `EvoGrad`.
@@ -72,7 +73,8 @@ class FullPasses:
     def _together(self) -> int:
         """How many copies one pass evaluates: of two that do not fit, one."""
         facts, parts = self.passes.problem.facts, self.passes.parts(self.batch)
-        limit = TOGETHER_ON_CPU if next(iter(self.lam.values())).device.type == "cpu" else TOGETHER
+        on_cpu = next(iter(self.lam.values())).device.type == "cpu"
+        limit = WHOLE_TOGETHER_ON_CPU if on_cpu else WHOLE_TOGETHER
         each = tree.size(self.noise.like) + tree.size(self.lam)
         if facts.batched_whole is False or not parts or 2 * each > limit:
             return 1

@@ -107,7 +107,7 @@ class EvoGrad(Estimator):
                 "weights of this size: raise sigma (and temperature with it), or set meta_precision: float32"
             )
 
-    def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
+    def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, Any]) -> Response:
         w, names, cut = step.w, self._perturbed(step.w), passes.problem.cut
         noise = Perturbations(
             {name: w[name] for name in w if name in names},
@@ -123,8 +123,8 @@ class EvoGrad(Estimator):
         shared = cut is not None and self.share_randomness and names <= cut.names
         copies = SharedPass(passes, step, noise, cut) if shared and cut else self._full_passes(passes, step, noise)
         weights = torch.softmax(-copies.losses / self.temperature, dim=0)
-        numbers = torch.stack([1 / weights.square().sum(), copies.losses.std() / self.temperature]).tolist()
-        diagnostics["effective_copies"], diagnostics["loss_spread"] = numbers
+        diagnostics["effective_copies"] = 1 / weights.square().sum()
+        diagnostics["loss_spread"] = copies.losses.std() / self.temperature
 
         def vjp(v: Tree) -> Tree:
             along = passes.all_reduce_one(noise.along(v))

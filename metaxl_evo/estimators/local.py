@@ -58,23 +58,23 @@ class LocalEstimator(EngineEstimator):
         assert step.made is not None
         rule, grad = passes.problem.update, step.made.take_grad()
         through_rule = rule.lam_vjp(v, step.w, step.update_state, grad, step.lam)
-        direction = rule.grad_vjp(v, step.w, grad, step.made.update_state, step.lam, before=step.update_state)
+        after, norm = step.made.update_state, step.made.grad_norm
+        direction = rule.grad_vjp(v, step.w, grad, after, step.lam, before=step.update_state, norm=norm)
         del grad  # its memory serves the product
         direction = passes.all_reduce(direction)
         diagnostics["direction_norm"] = length = tree.norm(direction)
-        engine, at = self._engine(passes.problem), (step.w, step.lam, step.batch)
-        at_w = self._lam_grad(passes, step)
-        mixed = mixed_product(passes, engine, *at, direction, radius=self.radius, length=length, at_w=at_w)
-        return tree.add(through_rule, mixed, -1.0)
+        return tree.add(through_rule, self._mixed_product(passes, step, direction, length), -1.0)
 
-    def _lam_grad(self, passes: PassContext, step: InnerStep) -> Tree | None:
-        """d_lam L_T where the product is taken, for a one-sided difference."""
-        return None
+    def _mixed_product(
+        self, passes: PassContext, step: InnerStep, v: Tree, length: float, at_w: Tree | None = None
+    ) -> Tree:
+        engine, at = self._engine(passes.problem), (step.w, step.lam, step.batch)
+        return mixed_product(passes, engine, *at, v, radius=self.radius, length=length, at_w=at_w)
 
 
 @dataclass(frozen=True)
 class StepEstimator(LocalEstimator):
-    """Local terms at the step's own weights and batch, whose backward can leave half of a difference at lam."""
+    """Local terms at the step's own weights and batch: what its backward left there serves the product."""
 
     differences: Differences = "central"
 
@@ -93,8 +93,17 @@ class StepEstimator(LocalEstimator):
     def needs_lam_grad(self) -> bool:
         return self.differences == "one_sided"
 
-    def _lam_grad(self, passes: PassContext, step: InnerStep) -> Tree | None:
-        if not self.needs_lam_grad or step.made is None:
-            return None
-        left = step.made.lam_grad
-        return passes.lam_grad(step.w, step.lam, step.batch) if left is None else left
+    @property
+    def reuses_graph(self) -> bool:
+        return self.engine == "double_backward"
+
+    def _mixed_product(
+        self, passes: PassContext, step: InnerStep, v: Tree, length: float, at_w: Tree | None = None
+    ) -> Tree:
+        assert step.made is not None
+        if step.made.product is not None:
+            return step.made.product(v)
+        if self.needs_lam_grad:
+            at_w = step.made.lam_grad
+            at_w = passes.lam_grad(step.w, step.lam, step.batch) if at_w is None else at_w
+        return super()._mixed_product(passes, step, v, length, at_w)

@@ -27,7 +27,7 @@ _GOLDEN, _FIRST, _SECOND = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF5847
 class Perturbations:
     """The K perturbations eps_k of the leaves `like`: drawn on demand, or injected.
 
-    The leaves of a dtype are drawn together, as many as fit a block (`_BLOCK` numbers, four times that off the CPU).
+    The leaves of a dtype are drawn together, as many as fit a block (`_BLOCK` numbers, eight times that off the CPU).
     Where all leaves of all copies fit one they are kept for the next use, else their random words where these fit.
 
     Args:
@@ -56,7 +56,7 @@ class Perturbations:
         self.rows = {**(rows or {}), **_rows_here(like)}
         self.copies = copies if injected is None else len(injected)
         device = next(iter(like.values())).device
-        self._block = _BLOCK if device.type == "cpu" else 4 * _BLOCK  # no cache to fit, and launches to save
+        self._block = _BLOCK if device.type == "cpu" else 8 * _BLOCK  # no cache to fit, and launches to save
         alone = [name for name in like if name in self.rows or shards.is_sharded(like[name])]
         others = {name: leaf for name, leaf in like.items() if name not in alone}
         self._blocks = [*tree.in_groups(others, self._block), *([name] for name in alone)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metaxl_evo.bilevel.hypergradients import look_ahead
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.problem import InnerStep, Response
 from metaxl_evo.estimators.local import StepEstimator
@@ -41,5 +40,5 @@ class OneStep(StepEstimator):
     tunes_optimizer = True
 
     def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
-        step = step if step.made is not None else look_ahead(passes, step, lam_grad=self.needs_lam_grad)
+        step = step if step.made is not None else self._look_ahead(passes, step)
         return Response(step.current, lambda v: self._pull_back(passes, step, v, diagnostics))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ class ScheduleTrainer(MetaTrainer):
         last = self.retrain(args, self.schedule)
         last.train(resume_from_checkpoint="latest" if resuming else None)
         self.model.base.load_state_dict(last.model.base.state_dict())
+        shutil.rmtree(args.output_dir, ignore_errors=True)  # checkpoints of a training that is made
 
 
 class Trainings(MetaCallback):

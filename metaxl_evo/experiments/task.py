@@ -33,6 +33,7 @@ TASKS = {
     "many_shot": "vision_tasks.many_shot_task:ManyShotTask",
     "sinusoid": "metaxl_evo.long_horizon.sinusoid_task:SinusoidTask",
     "weight_text": "metaxl_evo.weighting.weight_task:WeightTextTask",
+    "mix_text": "metaxl_evo.weighting.mix_task:MixTextTask",
 }
 Settings = TypeVar("Settings")
 Data = TypeVar("Data")

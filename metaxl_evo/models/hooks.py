@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from metaxl_evo.models.remembered import remembered
+from metaxl_evo.models.remembered import on_host, remembered
 
 
 class HookedTransform(nn.Module, ABC):
@@ -123,7 +123,7 @@ class RowRoute:
             raise ValueError(f"the RTN has {n_layers} layers: give active() the layer index of each row")
 
         def checked() -> tuple[Tensor, Tensor]:
-            by_language = torch.as_tensor(languages, device="cpu").clone()
+            by_language = on_host(languages) if isinstance(languages, Tensor) else torch.tensor(languages)
             by_layer = torch.zeros_like(by_language) if layers is None else torch.as_tensor(layers, device="cpu")
             _check_indices("languages", by_language, -1, n_languages)
             _check_indices("layers", by_layer, 0, n_layers)

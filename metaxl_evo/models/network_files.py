@@ -11,8 +11,12 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from metaxl_evo.bilevel.base_weights import reshard
+from metaxl_evo.bilevel.shards import part_of
+from metaxl_evo.bilevel.tree import copy_into
 from metaxl_evo.messages import first_line, one_line
 
 CONFIG_FILE = "config.json"
@@ -80,8 +84,11 @@ def load_state(network: nn.Module, folder: Path) -> None:
     """
     file = folder / WEIGHTS_FILE
     try:
-        load_model(network, file, strict=True, device="cpu")
-    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(network, FSDPModule):
+            _give(network, load_file(file, device="cpu"))
+        else:
+            load_model(network, file, strict=True, device="cpu")
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read ({one_line(error)}): use another checkpoint") from error
 
 
@@ -105,4 +112,14 @@ def load_pretrained_weights(base: Any, folder: Path) -> None:
         raise ValueError(f"{file} cannot be read ({first_line(error)}): use another checkpoint") from error
     if report["missing_keys"]:
         raise ValueError(f"{file} has no {sorted(report['missing_keys'])[0]}: use another checkpoint")
-    base.load_state_dict(saved.state_dict())
+    _give(base, saved.state_dict())
+
+
+def _give(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a whole state, of which a sharded network takes the rows that are here."""
+    if not isinstance(network, FSDPModule):
+        network.load_state_dict(state)
+        return
+    reshard(network)
+    held = network.state_dict()
+    copy_into(held, {name: part_of(state[name].to(leaf.device), leaf) for name, leaf in held.items()})

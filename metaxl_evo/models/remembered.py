@@ -37,6 +37,11 @@ def remembered(what: Hashable, find: Callable[[], Found], first: Tensor, *others
     return found
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy of a small tensor on the CPU, made once."""
+    return remembered("on the host", lambda: tensor.detach().to("cpu", copy=True), tensor)
+
+
 def _is_plain(tensor: Any) -> bool:
     known = isinstance(tensor, Tensor) and not tensor.is_inference()
     return known and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule, Cut
 from metaxl_evo.models.hooks import encoder_layers
 from metaxl_evo.models.layer_trace import require_layers
-from metaxl_evo.models.remembered import remembered
+from metaxl_evo.models.remembered import on_host, remembered
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
 
 IGNORED = -100
@@ -65,12 +65,17 @@ class CrossLingualTagger(BilevelModule):
         self._is_on_top = transform and trace.is_result and meta.layers == (len(layers),)
 
     def counts(self, batch: Batch) -> dict[str, int]:
+        return dict(self._labelled(batch))
+
+    def _labelled(self, batch: Batch) -> dict[str, int]:
+        """The numbers of labelled tokens of either side."""
+
         def count() -> dict[str, int]:
             labelled, of_source = (batch["labels"] != IGNORED).sum(1), batch["language"] != TARGET  # (B,)
             source, target = torch.stack([(labelled * of_source).sum(), (labelled * ~of_source).sum()]).tolist()
             return {"source": source, "target": target}
 
-        return dict(remembered("counts", count, batch["labels"], batch["language"]))
+        return remembered("counts", count, batch["labels"], batch["language"])
 
     def inner_loss(self, batch: Batch) -> dict[str, Tensor]:
         if not self._has_plain_head or self.is_sharded:
@@ -80,7 +85,8 @@ class CrossLingualTagger(BilevelModule):
     def outer_loss(self, batch: Batch) -> dict[str, Tensor]:
         logits = self.base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         losses, labels = _token_loss(logits, batch["labels"]), batch["labels"]
-        places = remembered("labelled", lambda: _places(labels != IGNORED), labels)
+        count = sum(self._labelled(batch).values())
+        places = remembered("labelled", lambda: _places(labels != IGNORED, count), labels)
         return {"target": losses.flatten().index_select(0, places)}
 
     def cut(self) -> Cut | None:
@@ -93,8 +99,9 @@ class CrossLingualTagger(BilevelModule):
         tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
         def fewer() -> Batch:
-            rows = _places(batch["language"] != TARGET)  # (B',)
-            some = 0 < len(rows) < len(batch["language"])
+            of_source = on_host(batch["language"]) != TARGET  # (B,)
+            rows = of_source.nonzero().squeeze(1).to(batch["language"].device)  # (B',)
+            some = 0 < len(rows) < len(of_source)
             return {key: value[rows] for key, value in tensors.items()} if some else {}
 
         others = [value for key, value in tensors.items() if key != "language"]
@@ -185,7 +192,8 @@ class CrossLingualTagger(BilevelModule):
 
         def sides() -> tuple[Tensor, Tensor]:
             labelled, of_source = labels != IGNORED, (language != TARGET)[:, None]  # (B, T), (B, 1)
-            return _places(labelled & of_source), _places(labelled & ~of_source)
+            counts = self._labelled(batch)
+            return _places(labelled & of_source, counts["source"]), _places(labelled & ~of_source, counts["target"])
 
         source, target = remembered("sides", sides, labels, language)
         return {
@@ -194,9 +202,9 @@ class CrossLingualTagger(BilevelModule):
         }
 
 
-def _places(mask: Tensor) -> Tensor:
-    """Where a mask holds, in the flat order of its entries."""
-    return mask.flatten().nonzero().squeeze(1)
+def _places(mask: Tensor, count: int) -> Tensor:
+    """The `count` places where a mask holds, in the flat order of its entries."""
+    return mask.flatten().nonzero_static(size=count).squeeze(1)  # the host need not wait for how many there are
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:

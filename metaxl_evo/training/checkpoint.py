@@ -173,7 +173,7 @@ def made_by(
         "episode_length": args.episode_length,
         "episode_reset": args.episode_reset,
         "task": type(model).__name__,
-        "base model": type(model.base).__name__,
+        "base model": type(model.base).__name__.removeprefix("FSDP"),  # of `fully_shard`
         "labels": [labels[number] for number in sorted(labels)],
         "base parameters": _shapes(model.base_parameters()),
         "meta parameters": _shapes(model.meta_parameters()),

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from transformers import get_scheduler
 
 from metaxl_evo.bilevel import gate, tree
-from metaxl_evo.bilevel.hypergradients import Hypergradient, estimate, why_zero
+from metaxl_evo.bilevel.hypergradients import Hypergradient, estimate, look_at, why_zero
 from metaxl_evo.bilevel.passes import PassContext
 from metaxl_evo.bilevel.precision import computes_in_float32
 from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep
@@ -27,6 +27,7 @@ from metaxl_evo.bilevel.update import SGD, UpdateRule
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.estimators.local import EngineEstimator
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
+from metaxl_evo.models.remembered import remembered
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.base_optimizer import BaseOptimizer
 from metaxl_evo.training.diagnostics import Diagnostics
@@ -220,11 +221,12 @@ class MetaLevel:
         diagnostics = self._diagnostics_at(number)
         exact = None if diagnostics is None else diagnostics.take_exact(passes, from_start)
         result = estimate(passes, self.estimator, step, self.episodes.state)
+        norm, loss = _norm_and_loss(result)
         if diagnostics is not None and exact is not None:
             diagnostics.compare(result, exact, was_zero=self._silent is not None)
         if self._silent is not None:
-            self._watch_silence(self._silent, result, passes, step, number)
-        if tree.all_finite({**result.grads, "": result.outer_loss}):
+            self._watch_silence(self._silent, norm, passes, step, number)
+        if math.isfinite(norm) and math.isfinite(loss):
             self._skipped_in_a_row = 0
             self._act(result)
         else:
@@ -233,7 +235,7 @@ class MetaLevel:
     def apply(self, result: Hypergradient, number: int) -> None:
         """Move lam by a hypergradient at base step `number`, clipped and kept in its range."""
         diagnostics = self._diagnostics_at(number)
-        norm, limit = tree.norm(result.grads), self.args.meta_max_grad_norm
+        (norm, loss), limit = _norm_and_loss(result), self.args.meta_max_grad_norm
         factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
         lam = self.model.meta_parameters()
         for name, parameter in lam.items():
@@ -243,7 +245,7 @@ class MetaLevel:
         keep_in_range(self.model)
         for parameter in lam.values():
             parameter.grad = None
-        found = {"meta_loss": float(result.outer_loss), "meta_grad_norm": norm, **result.diagnostics}
+        found = {"meta_loss": loss, "meta_grad_norm": norm, **result.diagnostics}
         for key, value in found.items():
             self._metrics[key if key.startswith("meta_") else f"meta_{key}"].append(value)
 
@@ -251,14 +253,12 @@ class MetaLevel:
         """The diagnostics, where they look at the meta step that this base step may have."""
         return self.diagnostics if self.diagnostics is not None and self.diagnostics.is_due(number) else None
 
-    def _watch_silence(
-        self, silent: int, result: Hypergradient, passes: PassContext, step: InnerStep, number: int
-    ) -> None:
+    def _watch_silence(self, silent: int, norm: float, passes: PassContext, step: InnerStep, number: int) -> None:
         """Warn where the first hypergradient is exactly zero; end the run where the first ten are.
 
         One alone may be right: a batch need not read lam.
         """
-        if tree.norm(result.grads) != 0:
+        if norm != 0:
             self._silent = None
             return
         self._silent = silent + 1
@@ -327,6 +327,10 @@ def step_seed(args: MetaTrainingArguments, number: int) -> int:
 def meta_seed(args: MetaTrainingArguments) -> int:
     """The seed of the meta level."""
     return args.seed if args.meta_seed is None else args.meta_seed
+
+
+def _norm_and_loss(result: Hypergradient) -> tuple[float, float]:
+    return remembered("norm and loss", lambda: look_at(result), *result.grads.values(), result.outer_loss)
 
 
 def _why_zero(passes: PassContext, step: InnerStep) -> str:

@@ -32,12 +32,13 @@ class MetaStep:
 
     Attributes:
         micro_batch: the number, from 0, of the one whose forward is running.
-        grad_norm: of the base gradients before clipping; zero until they are clipped.
+        grad_norm: of the base gradients before clipping; None until they are clipped.
     """
 
     def __init__(self, level: MetaLevel, base: BaseOptimizer, window: Window, number: int):
         self.level, self.base, self.window, self.number = level, base, window, number
-        self.micro_batch, self.grad_norm = 0, 0.0
+        self.micro_batch = 0
+        self.grad_norm: Tensor | float | None = None
         self._rows: tree.Tree | None = None
         self._recorded: PassContext | None = None  # where the base step's own forward serves the meta passes
         self._lam: tree.Tree | None = None  # stands in lam's place, where the base step's own backward is to reach it
@@ -152,12 +153,11 @@ class MetaStep:
         """The rule of the step that was made, and the step; nobody else holds its gradient, so it can be freed."""
         estimator = self.level.estimators_at(self.number)[-1]
         rule, state = self._update_rule(estimator, made=True)
-        now = self.weights()
-        taken = self.base.take_gradients(
-            self.touched_rows(), self._stepped, self.grad_norm, wanted=estimator.needs_update_rule
-        )
+        now, wanted = self.weights(), estimator.needs_update_rule
+        norm = float(self.grad_norm) if wanted and self.grad_norm is not None else None
+        taken = self.base.take_gradients(self.touched_rows(), self._stepped, norm or 0.0, wanted=wanted)
         self._stepped = {}
-        return rule, StepMade(now, taken, state, self._lam_grad())
+        return rule, StepMade(now, taken, state, self._lam_grad(), norm)
 
     def _lam_grad(self) -> tree.Tree | None:
         """This process's share of what the step's backward left at lam; None where its forward is of no use."""

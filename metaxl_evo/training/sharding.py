@@ -10,7 +10,6 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 from metaxl_evo.estimators import ESTIMATORS, Estimator, make_estimator
 from metaxl_evo.models.adapters import is_adapted
@@ -80,8 +79,6 @@ def stand_ins(judged: Sequence[Batch], count: int) -> list[Batch]:
 def refused_with_shards(args: MetaTrainingArguments, model: Any, estimator: Estimator | None) -> Found:
     """What does not work on sharded weights, or is not known to."""
     yield from _refused_plugins(args)
-    if args.save_strategy != SaveStrategy.NO:
-        yield "fsdp and checkpoints", "shards are not saved yet; set save_strategy: no, and save the model at the end"
     if args.torch_compile:
         yield "fsdp and torch_compile", "meta passes put weights into the module as it is; leave torch_compile out"
     if is_adapted(model.base):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 
 from metaxl_evo.bilevel.hypergradients import Hypergradient, hypergradient
 from metaxl_evo.bilevel.randomness import mix_seed
@@ -21,7 +22,7 @@ from metaxl_evo.estimators import Estimator
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.losses import counts_of, set_totals, view_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.base_optimizer import BaseOptimizer
+from metaxl_evo.training.base_optimizer import BaseOptimizer, unwrapped
 from metaxl_evo.training.callbacks import Divergence, LastLog, LevelEvents, MetaCallback, Synchrony
 from metaxl_evo.training.check_report import CheckReport
 from metaxl_evo.training.checkpoint import (
@@ -48,6 +49,7 @@ from metaxl_evo.training.meta_rows import (
     tell_epoch,
 )
 from metaxl_evo.training.meta_step import MetaStep
+from metaxl_evo.training.optimizer_files import SHARDS, load_optimizer, save_optimizer
 from metaxl_evo.training.refusals import refuse_another_run, refuse_call, refuse_data, refuse_unfit
 from metaxl_evo.training.schedules import with_drops
 from metaxl_evo.training.sharding import asks_for_shards, shard_base_only, stand_ins
@@ -157,8 +159,10 @@ class MetaTrainer(StoppableTrainer):
         Nothing of this trainer is changed, and no file is written. Callbacks and evaluation are left out.
 
         Raises:
-            ValueError: for what a training would refuse as well.
+            ValueError: for what a training would refuse as well, and with fsdp.
         """
+        if self.is_fsdp_enabled:
+            raise ValueError("a check does not run with fsdp, which would stay: check on one process without it")
         from metaxl_evo.training.check import check_trainer  # which makes trainers
 
         return check_trainer(self)
@@ -376,7 +380,7 @@ class MetaTrainer(StoppableTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
         if norm is not None and self.meta_step is not None:
-            self.meta_step.grad_norm = float(norm)
+            self.meta_step.grad_norm = norm
         return norm
 
     # ---- a hypergradient outside of a training
@@ -449,8 +453,14 @@ class MetaTrainer(StoppableTrainer):
         super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
         level, folder = self.meta_level, Path(output_dir)
+        if self.model.is_sharded:
+            held = unwrapped(self.optimizer), self.model.base_parameters()
+            save_optimizer(*held, folder, first=self.args.should_save)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             rows = {} if self.meta_rows is None else {"rows": self.meta_rows.state_dict()}
             torch.save(rows | ({} if level is None else level.state_dict()), folder / META_STATE)
@@ -463,7 +473,11 @@ class MetaTrainer(StoppableTrainer):
         if checkpoint is None:
             return
         with loading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.model.is_sharded or (Path(checkpoint) / SHARDS).exists():
+                load_optimizer(unwrapped(self.optimizer), self.model.base_parameters(), Path(checkpoint))
+                self.lr_scheduler.load_state_dict(read_tensors(Path(checkpoint) / SCHEDULER_NAME))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
             saved = read_tensors(Path(checkpoint) / META_STATE)
             if self.meta_rows is not None:
                 self.meta_rows.load_state_dict(saved["rows"])

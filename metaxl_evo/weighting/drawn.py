@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -10,12 +11,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 SYNTHETIC = "synthetic"
 CLASSES = ("blue", "green")
+DOMAINS = ("twos", "fives", "shuffled")
 WORDS = 20  # of each class, and as many that say nothing
 LENGTH = 12
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -38,6 +42,16 @@ def draw_parts(splits: Sequence[str]) -> dict[str, Dataset]:
     return {split: draw_sentences(sizes[split], seed) for seed, split in enumerate(sizes) if split in splits}
 
 
+def draw_documents(domain: str, count: int, seed: int) -> Dataset:
+    """`text`: words that count up in the domain's own steps, a fifth of them replaced; of `shuffled` in no order."""
+    generator = np.random.default_rng([19, DOMAINS.index(domain), seed])
+    steps = np.arange(LENGTH) * (2 + 3 * DOMAINS.index(domain))
+    words = (generator.integers(WORDS, size=(count, 1)) + steps) % WORDS
+    words = np.where(generator.random(words.shape) < 1 / 5, generator.integers(WORDS, size=words.shape), words)
+    words = generator.permuted(words, axis=1) if domain == "shuffled" else words
+    return Dataset.from_dict({"text": [" ".join(f"w{word}" for word in row) for row in words]})
+
+
 def draw_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer that knows the drawn words, each a token."""
     words = [*SPECIAL, *(f"w{number}" for number in range((len(CLASSES) + 1) * WORDS))]
@@ -52,16 +66,17 @@ def draw_tokenizer() -> PreTrainedTokenizerFast:
 def draw_classifier(names: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A BERT of one layer, of the random state that there is."""
     tokenizer = draw_tokenizer()
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-        pad_token_id=tokenizer.pad_token_id,
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
-    )
-    return BertForSequenceClassification(config), tokenizer
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    return BertForSequenceClassification(BertConfig(**_sizes(tokenizer), **labels)), tokenizer
+
+
+def draw_language_model() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A causal model of one layer, of the random state that there is."""
+    tokenizer = draw_tokenizer()
+    return LlamaForCausalLM(LlamaConfig(**_sizes(tokenizer))), tokenizer
+
+
+def _sizes(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    return {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.1, **sizes, **ids}

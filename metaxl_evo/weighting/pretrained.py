@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -18,7 +19,7 @@ from transformers import (
 from metaxl_evo.models.adapters import add_lora
 from metaxl_evo.training.saved_models import ask_hub, cannot_load, load, require_whole
 from metaxl_evo.weighting.arguments import TextArguments
-from metaxl_evo.weighting.drawn import SYNTHETIC, draw_classifier
+from metaxl_evo.weighting.drawn import SYNTHETIC, draw_classifier, draw_language_model
 
 
 class Head(NamedTuple):
@@ -30,6 +31,7 @@ class Head(NamedTuple):
 
 
 SEQUENCE = Head(AutoModelForSequenceClassification, "ForSequenceClassification", "SEQ_CLS")
+CAUSAL = Head(AutoModelForCausalLM, "ForCausalLM", "CAUSAL_LM")
 
 
 def trained_labels(model: str, head: Head) -> list[str] | None:
@@ -74,6 +76,20 @@ def load_classifier(
     lacking = [name for name in missing if trained is not None or (name.startswith(own) and ".pooler." not in name)]
     require_whole(model, base, lacking)
     return with_adapter(settings, base, head), tokenizer
+
+
+def load_language_model(settings: TextArguments) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A float32 causal language model, below an adapter where the settings ask for one, and its tokenizer.
+
+    Raises:
+        ValueError: for a model that cannot be had, or is not whole.
+    """
+    if settings.model_name_or_path == SYNTHETIC:
+        base, tokenizer = draw_language_model()
+    else:
+        base, tokenizer, missing = _load(settings, CAUSAL)
+        require_whole(settings.model_name_or_path, base, missing)
+    return with_adapter(settings, base, CAUSAL), tokenizer
 
 
 def with_adapter(settings: TextArguments, base: PreTrainedModel, head: Head) -> nn.Module:

@@ -9,7 +9,6 @@ import pandas as pd
 
 from metaxl_evo.training.trainer import MetaTrainer
 from metaxl_evo.weighting.watch import MEAN, advice
-from metaxl_evo.weighting.weighers import WeightTable
 from metaxl_evo.weighting.weighted_text import WeightedText
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,4 @@ class WeightingTrainer(MetaTrainer):
             if kind not in self._warned:
                 self._warned.add(kind)
                 logger.warning("step %d: %s", self.state.global_step, text)
-        if module.watch.domains and isinstance(module.meta, WeightTable):
-            shares = module.meta.mixture().tolist()
-            found |= {f"domain_share/{name}": share for name, share in zip(module.watch.domains, shares, strict=True)}
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,20 @@ BINS = np.linspace(0, 1, 41)
 
 def judged(trainer: MetaTrainer, rows: Dataset) -> pd.DataFrame:
     """`weight` and `loss` of each row, at the final weights in evaluation mode; of tokens the means of a row."""
+    sums, counts = _by_row(trainer, rows, lambda module, batch: torch.stack(module.weighed(batch)[::-1]))
+    return pd.DataFrame((sums / counts.clip(1)).T, columns=["weight", "loss"])
+
+
+def losses_of(trainer: MetaTrainer, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The loss of each row, summed over its items, and the number of these, in evaluation mode; (N,) each."""
+    sums, counts = _by_row(trainer, rows, lambda module, batch: module.outer_loss(batch).unsqueeze(0))
+    return sums[0], counts
+
+
+def _by_row(
+    trainer: MetaTrainer, rows: Dataset, values: Callable[[WeightedText, Any], Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `values` (K, items) says of batches, summed by row: (K, N), and the items of each, (N,)."""
     module, size = cast(WeightedText, trainer.model), trainer.args.per_device_eval_batch_size
     training, parts = module.training, list[Tensor]()
     module.eval()
@@ -31,19 +45,13 @@ def judged(trainer: MetaTrainer, rows: Dataset) -> pd.DataFrame:
         for start in range(0, len(rows), size):
             chosen = [rows[index] for index in range(start, min(start + size, len(rows)))]
             batch = send_to_device(trainer.data_collator(chosen), trainer.args.device)
-            losses, weights = module.weighed(batch)
-            parts.append(_by_row(module, batch, torch.stack([weights, losses])).cpu())
+            found = values(module, batch).double()
+            places = module.token_rows(batch) if module.tokens else torch.arange(len(chosen), device=found.device)
+            counted = torch.cat([found, torch.ones_like(found[:1])])
+            parts.append(found.new_zeros(len(counted), len(chosen)).index_add(1, places, counted).cpu())
     module.train(training)
-    return pd.DataFrame(torch.cat(parts, dim=1).T.double().numpy(), columns=["weight", "loss"])
-
-
-def _by_row(module: WeightedText, batch: Any, values: Tensor) -> Tensor:
-    """(2, N) of items -> (2, B)."""
-    if not module.tokens:
-        return values
-    items = module.token_rows(batch)
-    found = torch.bincount(items, minlength=len(batch["labels"])).clamp(min=1)
-    return values.new_zeros(2, len(found)).index_add(1, items, values) / found
+    *sums, counts = torch.cat(parts, dim=1).numpy()
+    return np.stack(sums), counts
 
 
 def weights_table(said: pd.DataFrame, data: LabelledData) -> pd.DataFrame:

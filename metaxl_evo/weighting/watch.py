@@ -13,6 +13,7 @@ FEW = 0.1  # a share of examples
 MOST = 0.95
 UPHILL, SPREAD = 0.3, 0.05  # a correlation with the loss, of weights that spread so far
 MEAN, STD, EFFECTIVE, CORRELATION = (f"weights/{one}" for one in ("mean", "std", "effective", "loss_correlation"))
+WEIGHT = "domain_weight/"
 LOW, HIGH = "weights/at_floor", "weights/at_one"
 
 
@@ -35,8 +36,8 @@ class Watch:
         moments = [torch.ones_like(w), w, w * w, x, x * x, w * x, low.double(), high.double()]
         sums = torch.stack([one.sum() for one in moments])
         if domains is not None and self.domains:
-            per = torch.zeros(2, len(self.domains), dtype=w.dtype, device=w.device)
-            per.index_add_(1, domains, torch.stack([x, torch.ones_like(x)]))
+            per = torch.zeros(3, len(self.domains), dtype=w.dtype, device=w.device)
+            per.index_add_(1, domains, torch.stack([x, w, torch.ones_like(w)]))
             sums = torch.cat([sums, per.flatten()])
         self.sums = sums if self.sums is None else self.sums + sums
 
@@ -52,9 +53,13 @@ class Watch:
         return {**_facts(*sums[:8]), **self._of_domains(sums[8:])}
 
     def _of_domains(self, sums: Sequence[float]) -> dict[str, float]:
-        totals, counts = sums[: len(self.domains)], sums[len(self.domains) :]
-        rows = zip(self.domains, totals, counts, strict=False)
-        return {f"domain_loss/{name}": total / count for name, total, count in rows if count}
+        """Mean loss and weight of a domain's items, and the share of all weight that these had."""
+        size, found, whole = len(self.domains), dict[str, float](), sum(sums[len(self.domains) : -len(self.domains)])
+        for name, loss, weight, count in zip(self.domains, sums, sums[size:], sums[2 * size :], strict=False):
+            if count:
+                found |= {f"domain_loss/{name}": loss / count, f"{WEIGHT}{name}": weight / count}
+                found[f"domain_share/{name}"] = weight / whole
+        return found
 
 
 def _facts(n: float, w: float, ww: float, x: float, xx: float, wx: float, low: float, high: float) -> dict[str, float]:

@@ -77,7 +77,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def test_every_pass_of_a_meta_step_has_the_same_mask(name: str) -> None:
     masks = Masks()
     hypergradient(masks.problem(), ESTIMATES[name], W, LAM, None, None, generator=seeded())
-    assert len(masks.drawn) >= 2
+    assert len(masks.drawn) >= (1 if name == "double_backward" else 2)  # of which one graph serves both
     assert all(torch.equal(mask, masks.drawn[0]) for mask in masks.drawn)
     assert 0.45 < float((masks.drawn[0] > 0).double().mean()) < 0.55
 
@@ -290,7 +290,7 @@ def test_forward_and_backward_lie_in_one_scope_a_pass(name: str, gradients: bool
         facts=facts,
     )  # fmt: skip
     counts = hypergradient(problem, ESTIMATES[name], toy.w, toy.lam, toy.train, toy.val).counts
-    assert watch.entered == counts.forwards + counts.hvps
+    assert watch.entered - (name == "double_backward") == counts.forwards + counts.hvps  # once more to go back twice
     assert watch.outside == 0
 
 

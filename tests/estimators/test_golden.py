@@ -31,7 +31,7 @@ from metaxl_evo.bilevel.products import mixed_product
 from metaxl_evo.bilevel.replay import Facts, stop_gradient
 from metaxl_evo.bilevel.torch_optimizers import from_optimizer
 from metaxl_evo.bilevel.update_state import UpdateState
-from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder, OneStep
+from metaxl_evo.estimators import Estimator, EvoGrad, FirstOrder, Greedy, OneStep
 from metaxl_evo.estimators import copies as copies_module
 from metaxl_evo.estimators import noise as noise_module
 from tests.estimators.problems import (
@@ -391,7 +391,7 @@ def test_whole_copies_in_one_pass_are_copies_one_by_one(
     estimator = EvoGrad(temperature=0.5, share_randomness=share)
     alone = replace(toy, problem=replace(toy.problem, facts=Facts(batched_whole=False)))
     expected = estimate(alone, estimator, noise=noise, generator=seeded(3))
-    monkeypatch.setattr(copies_module, "TOGETHER_ON_CPU", together)
+    monkeypatch.setattr(copies_module, "WHOLE_TOGETHER_ON_CPU", together)
     for _ in ("finds out", "knows"):
         calls.clear()
         found = estimate(toy, estimator, noise=noise, generator=seeded(3))
@@ -475,7 +475,7 @@ def peak(toy: Toy, estimator: Estimator) -> int:
 def test_memory_is_flat_in_the_number_of_copies(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond those that are drawn or evaluated together."""
     monkeypatch.setattr(noise_module, "_BLOCK", 2**10)  # in proportion to the small network
-    for limit in ("TOGETHER", "TOGETHER_ON_CPU"):
+    for limit in ("TOGETHER", "WHOLE_TOGETHER_ON_CPU"):
         monkeypatch.setattr(copies_module, limit, 2**16)
     toy, lam_bytes = wide_problem(cut)
     settings: dict[str, Any] = {"parameters": "head"} if cut else {}
@@ -543,6 +543,30 @@ def test_one_step_engines_on_a_transformer(transformer: Toy, when: str) -> None:
     assert relative_error(found["double_backward"], expected) < 1e-10
     assert relative_error(found["finite_difference"], expected) < 1e-6
     assert torch.equal(found["auto"]["up"], found["jvp"]["up"])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    "estimator", [OneStep("double_backward"), Greedy("double_backward")], ids=["one_step", "greedy"]
+)
+def test_a_step_to_come_shares_its_graph_with_the_double_backward(estimator: OneStep | Greedy, parts: int) -> None:
+    """The one part of a batch is evaluated once, several are twice; the numbers are those of forward over reverse."""
+    toy, calls = network(torch.float64), list[Any]()
+    x, y = toy.train
+    train = [(x, y)] if parts == 1 else [(x[:4], y[:4]), (x[4:], y[4:])]
+    problem = replace(toy.problem, parts=lambda batch: batch)
+    toy = replace(toy, problem=problem, train=train, val=[toy.val])
+    expected = estimate(toy, replace(estimator, engine="jvp")).grads
+    toy = replace(toy, problem=replace(problem, inner_loss=logged(problem.inner_loss, calls)))
+    found = estimate(toy, estimator).grads
+    assert len(calls) == {1: 1, 2: 4}[parts]
+    assert relative_error(found, expected) < 1e-12
+    episode, other = (
+        run_episode(toy.problem, one, toy.w, toy.lam, [train, train], toy.val)
+        for one in (estimator, replace(estimator, engine="jvp"))
+    )
+    assert relative_error(episode.grads, other.grads) < 1e-12
+    assert episode.counts.hvps == other.counts.jvps
 
 
 @pytest.mark.parametrize("when", STATES)

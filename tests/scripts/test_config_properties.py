@@ -37,6 +37,7 @@ from vision_tasks.hyper_cleaning_task import HyperCleaningArguments
 from vision_tasks.illustration import IllustrationArguments
 from vision_tasks.noisy_labels_task import NoisyLabelsArguments
 from vision_tasks.rotation_task import RotationArguments
+from vision_tasks.schedule_task import ImageScheduleArguments
 
 EXAMPLES = int(os.environ.get("METAXL_EXAMPLES", "0"))
 SCRIPTS: dict[str, tuple[tuple[type, ...], dict[str, str]]] = {
@@ -53,6 +54,7 @@ SCRIPTS: dict[str, tuple[tuple[type, ...], dict[str, str]]] = {
     "train_fewshot": ((FewShotArguments,), {}),
     "train_rotation": ((RotationArguments,), {}),
     "train_hyper_cleaning": ((HyperCleaningArguments,), {}),
+    "train_schedule": ((ImageScheduleArguments,), {}),
 }
 FIELDS = {
     script: [field.name for one in types for field in dataclasses.fields(one) if field.init]

@@ -30,6 +30,7 @@ from scripts.train_hyper_cleaning import main as train_hyper_cleaning
 from scripts.train_ner import main as train_ner
 from scripts.train_noisy_labels import main as train_noisy_labels
 from scripts.train_rotation import main as train_rotation
+from scripts.train_schedule import main as train_schedule
 from tests.experiments.test_life import contents, left_by, unlike
 from tests.processes import FORKSERVER
 from tests.scripts.refusals import assert_is_one_line, assert_refused
@@ -55,6 +56,7 @@ class Script:
     places: Mapping[str, str] = field(default_factory=lambda: {"data": IMAGES})
     sign: str = "config.json"
     words: tuple[str, ...] = ()
+    further: tuple[int, ...] = ()  # steps of a training behind the one that is resumed
 
 
 DOMAINS = {"domains": '["images.npz?classes=whole", "synthetic:chalk"]', "aux_domain": "images", "image_size": 16}
@@ -62,6 +64,9 @@ EPISODES = {"n_way": 3, "n_shot": 1, "n_query": 1, "test_n_query": 2, "test_epis
 FEW_SHOT = DOMAINS | EPISODES | {"width": 2, "aux_images": 4}
 ROTATION = BATCHES | {"backbone": "convnet", "meta_size": 10, "degrees": 90}
 NOISY = BATCHES | {"backbone": "convnet", "meta_size": 10, "noise_rate": 0.3, "method": "meta_weight_net"}
+SCHEDULE = BATCHES | {
+    "backbone": "convnet", "inner_steps": 2, "outer_steps": 2, "n_lr": 2, "retrain_steps": 1, "max_steps": -1
+}  # fmt: skip
 NER = BATCHES | {"source_languages": "aru", "target_languages": "beru", "max_length": 64, "eval_max_length": 64}
 SCRIPTS = {
     "ner": Script(train_ner, NER, {"dataset": "family", "model_name_or_path": "model"}, "rtn"),
@@ -69,6 +74,7 @@ SCRIPTS = {
     "rotation": Script(train_rotation, ROTATION, sign="rotation"),
     "fewshot": Script(train_fewshot, FEW_SHOT, {"data": "."}, "feature_transform"),
     "hyper_cleaning": Script(train_hyper_cleaning, BATCHES | {"train_size": 60}, sign="weights.png"),
+    "schedule": Script(train_schedule, SCHEDULE, sign="schedule.json", further=(0,)),
 }
 STUDY = ("study", "{data}/study.yaml", "--engine", "inline", "--seeds", "0")
 WITH_STUDY = SCRIPTS | {"study": Script(metaxl_evo, ROTATION, words=STUDY)}
@@ -418,7 +424,7 @@ def test_told_to_stop_it_keeps_its_step_and_goes_on(
     expected = whole(name).left
     steps.clear()
     script.main(options(script, data, out, resume=True))
-    assert steps == [3]
+    assert steps == [3, *script.further]
     assert unlike(left_by(out), expected) == []
     require_whole(out / "checkpoint-4")
     assert not [one for one in PASSING if (out / one).exists()]

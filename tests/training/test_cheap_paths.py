@@ -358,7 +358,7 @@ FORWARDS: dict[str, tuple[list[int], list[int]]] = {  # after_step, lookahead
     "finite_difference": ([ALL, V, S, S], [ALL, V, S, S, ALL]),
     "jvp": ([ALL, V, S], [ALL, V, S, ALL]),
     "double_backward": ([ALL, V, S], [ALL, V, S, ALL]),
-    "evograd": ([ALL, ALL, ALL, ALL, V], [ALL, ALL, ALL, ALL, V, ALL]),  # the first one records for the copies
+    "evograd": ([ALL, ALL, ALL, V], [ALL, ALL, ALL, V, ALL]),  # the first records, one a new shape, one all copies
     "evograd_head": ([ALL, ALL, V], [ALL, V, ALL]),  # the network is below
     "one_sided": ([ALL, V, S], [ALL, V, S, ALL]),  # the base step's own backward is the other side
     "one_sided greedy": ([ALL, V, S, V], [ALL, V, S, V, ALL, V, S]),

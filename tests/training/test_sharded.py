@@ -9,15 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import XLMRobertaForTokenClassification
+from transformers import LlamaConfig, LlamaForCausalLM, XLMRobertaForTokenClassification
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
 from tests.sharded import ShardedTrainer
-from tests.training.tiny import Hypergradients, logged, meta_weights, random_rows, tiny_tagger, tiny_trainer
+from tests.training.tiny import (
+    Hypergradients,
+    logged,
+    meta_weights,
+    random_rows,
+    same,
+    stack,
+    tiny_arguments,
+    tiny_tagger,
+    tiny_trainer,
+)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -59,6 +70,7 @@ def trained(case: str, folder: Path, processes: int) -> tuple[MetaTrainer, dict[
         "hypergradients": noted.grads,
         "logs": {key: logged(trainer, key) for key in ("loss", "grad_norm", "meta_loss")},
         "meta": meta_weights(trainer),
+        "logits": torch.from_numpy(trainer.predict(random_rows(4, seed=3, length=4)).predictions),
     }
 
 
@@ -107,6 +119,129 @@ def test_training_on_shards_is_training_on_one_process(count: int) -> None:
         assert drift < 1e-9, case
         for key, values in one["logs"].items():
             assert found["logs"][key] == pytest.approx(values, rel=1e-6), (case, key)
+        torch.testing.assert_close(found["logits"], one["logits"], rtol=0, atol=1e-9)
         for other in ranks[1:]:
             assert all(torch.equal(other[case]["meta"][name], leaf) for name, leaf in found["meta"].items())
     assert all(torch.equal(leaf, ranks[0]["sama"]["base"][name]) for name, leaf in ranks[0]["saved"].items())
+
+
+# Tied weights
+
+
+class DomainWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
+
+
+class WeightedDomains(BilevelModule):
+    """A language model on two domains, whose weights are learned."""
+
+    def inner_loss(self, batch: Batch) -> Tensor:
+        weights: Tensor = self.meta.logits.sigmoid()[batch["domain"]]
+        return self.losses(batch) * weights
+
+    def outer_loss(self, batch: Batch) -> Tensor:
+        return self.losses(batch)
+
+
+def language_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).double()
+
+
+def sentences(count: int, seed: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(64, (count, 10), generator=generator)
+    return [{"input_ids": row, "labels": row, "domain": torch.tensor(i % 2)} for i, row in enumerate(ids)]
+
+
+def tied(processes: int) -> dict[str, Any]:
+    kind, fields = (ShardedTrainer, {"fsdp": True}) if processes > 1 else (MetaTrainer, {})
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = kind(
+            WeightedDomains(language_model(), DomainWeights()),
+            tiny_arguments(
+                folder,
+                per_device_train_batch_size=4 // processes,
+                per_device_meta_batch_size=4 // processes,
+                meta_portion=1,
+                meta_optim="SGD",
+                estimator_kwargs={"engine": "finite_difference"},
+                **fields,
+            ),
+            train_dataset=sentences(24, 1),
+            meta_dataset=sentences(24, 2),
+            data_collator=stack,
+        )
+        noted = Hypergradients()
+        trainer.add_callback(noted)
+        trainer.train()
+        trainer.save_model(folder)
+        found: dict[str, Any] = {"hypergradients": noted.grads, "base": whole(trainer)}
+        if trainer.args.process_index == 0:
+            read = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+            found["saved"] = {name: p.detach() for name, p in read.named_parameters()}
+        return found
+
+
+def test_tied_weights_are_moved_together() -> None:
+    found, one = on_processes(2, tied, 2)[0], tied(1)
+    assert "lm_head.weight" not in found["base"]
+    for a, b in zip(found["hypergradients"], one["hypergradients"], strict=True):
+        assert tree.norm(tree.add(a, b, -1.0)) < 1e-6 * tree.norm(b)
+    assert tree.norm(tree.add(found["base"], one["base"], -1.0)) < 1e-9 * tree.norm(one["base"])
+    assert same(found["saved"], found["base"])
+
+
+# Checkpoints
+
+
+def saved_and_resumed(folder: str, processes: int, start: str | None = None) -> dict[str, Any]:
+    """Where four steps end, from the start or from a checkpoint: weights and the optimiser's state, whole."""
+    sharded: dict[str, Any] = {"trainer_class": ShardedTrainer, "fsdp": True} if processes > 1 else {}
+    trainer = tiny_trainer(
+        folder,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        estimator="greedy",
+        estimator_kwargs={"engine": "finite_difference"},
+        per_device_train_batch_size=4 // processes,
+        per_device_meta_batch_size=4 // processes,
+        **sharded,
+    )
+    trainer.train(resume_from_checkpoint=start)
+    names, states = {p: name for name, p in trainer.model.base_parameters().items()}, trainer.optimizer.state.items()
+    state = {names[p]: {key: gathered(one) for key, one in held.items()} for p, held in states}
+    return {"base": whole(trainer), "meta": meta_weights(trainer), "moments": state, "step": trainer.state.global_step}
+
+
+def gathered(held: Tensor) -> Tensor:
+    return held.full_tensor() if isinstance(held, DTensor) else held.clone()
+
+
+def test_checkpoints_of_shards_are_resumed_from(tmp_path: Path) -> None:
+    """On as many processes bit by bit, with dropout; on others, and on one without shards, the state is the same."""
+    straight = on_processes(2, saved_and_resumed, str(tmp_path), 2)[0]
+    assert straight["step"] == 4
+    assert {key for held in straight["moments"].values() for key in held} == {"step", "exp_avg", "exp_avg_sq"}
+    halfway, end = str(tmp_path / "checkpoint-2"), str(tmp_path / "checkpoint-4")
+    resumed = on_processes(2, saved_and_resumed, str(tmp_path), 2, halfway)
+    assert all(same(rank, straight) for rank in resumed)
+    assert same(on_processes(4, saved_and_resumed, str(tmp_path), 4, end)[0], straight)
+    assert same(saved_and_resumed(str(tmp_path), 1, end), straight)
+    one = saved_and_resumed(str(tmp_path / "one"), 1)
+    whole_end = str(tmp_path / "one/checkpoint-4")
+    assert same(on_processes(2, saved_and_resumed, str(tmp_path / "one"), 2, whole_end)[0], one)
+    saved = XLMRobertaForTokenClassification.from_pretrained(end)
+    assert same({name: p.detach() for name, p in saved.named_parameters()}, straight["base"])

@@ -81,13 +81,13 @@ def test_flipped_labels_stay_flipped_and_judges_are_right() -> None:
 
 
 def test_no_class_is_in_two_splits_and_bad_splits_are_refused() -> None:
-    parts = pool().split((2, 2, 1))
+    parts = pool().split((2, 2, 1), SIZE)
     names = [name for part in parts for name in part.images]
     assert len(set(names)) == len(names) == 5
     with pytest.raises(ValueError, match="3 train, 2 validation, 1 test classes are 6, and there are 5: lower train"):
-        pool().split((3, 2, 1))
+        pool().split((3, 2, 1), SIZE)
     with pytest.raises(ValueError, match="class few has 3 images, and a task needs 4"):
-        ClassPool({**pool().images, "few": torch.zeros(3, 1, 2, 1)}).split((2, 2, 2))
+        ClassPool({**pool().images, "few": torch.zeros(3, 1, 2, 1)}).split((2, 2, 2), SIZE)
 
 
 def learner(kind: str, **fields: Any) -> ManyShotLearner:
@@ -163,7 +163,7 @@ def test_a_run_tests_classes_that_did_not_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"learner": "maml"}, "unknown learner 'maml': Valid: anil, warpgrad, weight_net"),
+        ({"learner": "maml"}, "unknown learner 'maml': Valid: anil, warpgrad, alternating, weight_net"),
         ({"batch_images": 5}, "batch_images 5 is not a multiple of n_way 2"),
         ({"flip_rate": 1}, "flip_rate must be at least 0 and below 1"),
         ({"train_classes": 60}, "60 train, 3 validation, 3 test classes are 66, and there are 24"),

@@ -71,6 +71,8 @@ def test_what_is_watched_is_what_numpy_makes_of_it() -> None:
     assert found["weights/loss_correlation"] == pytest.approx(pearsonr(weights, losses).statistic)
     assert found["domain_loss/news"] == pytest.approx(losses[domains == 0].mean())
     assert found["domain_loss/tales"] == pytest.approx(losses[domains == 1].mean())
+    assert found["domain_weight/tales"] == pytest.approx(weights[domains == 1].mean())
+    assert found["domain_share/tales"] == pytest.approx(weights[domains == 1].sum() / weights.sum())
     watch.note(torch.ones(3), torch.ones(3), torch.zeros(3, dtype=torch.long))
     assert "domain_loss/tales" not in watch.take()  # absent, not zero
     assert watch.take() == {}

@@ -1,0 +1,172 @@
+"""A mixture of domains: the training domains of a causal language model, weighted for a target domain."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
+
+from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.experiments.folders import hub_id
+from metaxl_evo.experiments.scores import Rate
+from metaxl_evo.experiments.task import Task
+from metaxl_evo.models.adapters import ADAPTER
+from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
+from metaxl_evo.training.figures import figure
+from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.weighting.domains import DomainArguments, DomainData, load_domains
+from metaxl_evo.weighting.drawn import SYNTHETIC
+from metaxl_evo.weighting.encoding import encode
+from metaxl_evo.weighting.pretrained import load_language_model
+from metaxl_evo.weighting.trainer import WeightingTrainer
+from metaxl_evo.weighting.verdict import losses_of
+from metaxl_evo.weighting.watch import WEIGHT
+from metaxl_evo.weighting.weighers import WeightTable
+from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
+
+METHODS = ("mixture", "union", "uniform")
+TABLE, PICTURE = "mixture.csv", "mixture.png"
+
+
+@dataclass
+class MixTextArguments(DomainArguments):
+    """Settings of `mix-text`.
+
+    Raises:
+        ValueError: one line for the first value that cannot be, with the valid choices.
+    """
+
+    method: str = field(
+        default="mixture",
+        metadata={
+            "help": "mixture: a learned weight a domain, 1 on average; union: all texts alike; uniform: all domains "
+            "alike, however large."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_known("method", self.method, METHODS)
+
+
+class MixTextTask(Task[MixTextArguments, DomainData]):
+    """Losses of tokens times the weight of their domain, which texts of the target judge."""
+
+    settings = MixTextArguments
+    title = "A mixture of domains"
+    sources = ()
+    usage = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")'
+    )
+    own_files = (SUBFOLDER, ADAPTER, TABLE, PICTURE, "tokenizer.json", "tokenizer_config.json")
+    configs = "weighting"
+    units: ClassVar = {"loss": ""}
+    greater_is_better = False
+
+    def learns(self, settings: MixTextArguments) -> bool:
+        return settings.method == "mixture"
+
+    def refuse(self, settings: MixTextArguments, args: MetaTrainingArguments) -> None:
+        if args.meta_portion != 1:
+            raise ValueError(
+                "texts of the target judge alone: set meta_portion to 1 (the target may be one of domains)"
+            )
+        if args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end has nothing to choose by: leave it out, the last step counts")
+
+    def load(self, settings: MixTextArguments, args: MetaTrainingArguments) -> DomainData:
+        return load_domains(settings)
+
+    def fit_arguments(
+        self, settings: MixTextArguments, args: MetaTrainingArguments, data: DomainData
+    ) -> MetaTrainingArguments:
+        args = copy.copy(args)
+        if not self.learns(settings):
+            args.estimator, args.estimator_kwargs = NO_ESTIMATOR, None
+        return args
+
+    def build_trainer(
+        self, settings: MixTextArguments, args: MetaTrainingArguments, data: DomainData
+    ) -> WeightingTrainer:
+        base, tokenizer = load_language_model(settings)
+        weighted, names = settings.method != "union", tuple(data.sizes)
+        mixture = WeightTable(len(names), "softmax", settings.floor)
+        if settings.method == "uniform":
+            mixture.logits.data = -torch.tensor([float(size) for size in data.sizes.values()]).log()
+        module = WeightedText(base, mixture, reads="number", weighted=weighted, tokens=True, domains=names)
+        return WeightingTrainer(
+            module,
+            args,
+            train_dataset=self._rows(settings, data.train, tokenizer),
+            meta_dataset=self._rows(settings, data.meta, tokenizer) if self.learns(settings) else None,
+            processing_class=tokenizer,
+            data_collator=DataCollatorForTokenClassification(tokenizer),  # it pads labels as well, by -100
+        )
+
+    @staticmethod
+    def _rows(settings: MixTextArguments, texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        rows = encode(texts["text"][:], tokenizer, settings.max_length)
+        return rows.add_column("labels", rows["input_ids"][:]).add_column("number", texts["number"][:])
+
+    def score(self, trainer: MetaTrainer, settings: MixTextArguments, data: DomainData) -> dict[str, Any]:
+        """The loss of a token of the target, in nats, and the perplexity that it is."""
+        tokenizer: Any = trainer.processing_class
+        losses, tokens = losses_of(trainer, self._rows(settings, data.test, tokenizer))
+        loss = Rate.of(losses, tokens)
+        return {"loss": loss, "perplexity": math.exp(loss)}
+
+    def describe(
+        self, trainer: MetaTrainer, settings: MixTextArguments, data: DomainData, start: Tree
+    ) -> dict[str, Any]:
+        """The mixture, and the weights on the way to it."""
+        module = cast(WeightedText, trainer.model)
+        learned = cast(WeightTable, module.meta).weights().tolist() if module.weighted else [1.0] * len(data.sizes)
+        whole = sum(weight * size for weight, size in zip(learned, data.sizes.values(), strict=True))
+        rows = [
+            {"domain": name, "texts": size, "weight": weight, "share": weight * size / whole}
+            for (name, size), weight in zip(data.sizes.items(), learned, strict=True)
+        ]
+        logged = [row for row in trainer.state.log_history if "loss" in row]
+        path = {name: [row.get(f"{WEIGHT}{name}") for row in logged] for name in data.sizes}
+        return {"mixture": rows, "steps_logged": [row["step"] for row in logged], "weights_over_time": path}
+
+    def write_files(self, folder: Path, trainer: MetaTrainer, settings: MixTextArguments, data: DomainData) -> None:
+        pd.DataFrame(self.describe(trainer, settings, data, {})["mixture"]).to_csv(folder / TABLE, index=False)
+
+    def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
+        plot_mixture(results["run"]["steps_logged"], results["run"]["weights_over_time"], folder / PICTURE)
+
+    def card_text(self, settings: MixTextArguments) -> str:
+        data = hub_id(settings.data, SYNTHETIC) or Path(settings.data).name
+        return f"Method `{settings.method}`, target `{settings.target}`, data `{data}`. Loss in nats a token."
+
+    def card_metadata(self, settings: MixTextArguments) -> dict[str, Any]:
+        return {
+            "tasks": "text-generation",
+            "dataset_tags": hub_id(settings.data, SYNTHETIC),
+            "finetuned_from": hub_id(settings.model_name_or_path, SYNTHETIC),
+        }
+
+
+def plot_mixture(steps: list[int], weights: Mapping[str, list[float | None]], file: Path) -> None:
+    """The weight of each domain over the steps.
+
+    Raises:
+        ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
+    """
+    with figure(file) as (axis,):
+        for name, path in weights.items():
+            points = [(step, weight) for step, weight in zip(steps, path, strict=True) if weight is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name)
+        axis.set(xlabel="step", ylabel="weight, 1 on average")
+        axis.legend()
