@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from metaxl_evo.benchmark.arguments import BenchmarkArguments
+from metaxl_evo.benchmark.cosines import CosineArguments
 from metaxl_evo.benchmark.horizons import HorizonArguments
 from metaxl_evo.cli import COMMANDS, RunArguments
 from metaxl_evo.experiments.arguments import RunsArguments
@@ -45,6 +46,7 @@ def study(argv: list[str]) -> None:
 
 READERS: dict[str, Reader] = {
     **{name.replace("_", "-"): of_task(name) for name in TASKS},
+    "compare_cosines": of_task("sinusoid", CosineArguments),
     "compare_horizons": of_task("ner", HorizonArguments),
     "evaluate": of(EvaluationArguments),
     "predict": of(PredictionArguments),

@@ -57,6 +57,10 @@ TASKS: dict[str, dict[str, Any]] = {
     "hyper_cleaning": IMAGES | {
         "max_steps": 10, "train_size": 100, "validation_size": 50, "per_device_train_batch_size": 100,
     },
+    "many_shot": SHORT | {
+        "seeds": 1, "max_steps": 2, "episode_length": 2, "meta_last": 1, "test_tasks": 2, "conv_channels": 2,
+        "train_classes": 10, "validation_classes": 5, "test_classes": 5,
+    },
     "sinusoid": SHORT | {
         "seeds": 1, "max_steps": 2, "episode_length": 2, "meta_last": 1, "meta_batch": 2, "test_tasks": 2, "hidden": 5,
     },
@@ -72,6 +76,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 OTHERS: dict[str, dict[str, Any]] = {
+    "compare_cosines": {"hidden": 5, "episode_length": 2, "meta_last": 1, "meta_batch": 2},
     "evaluate": {"use_cpu": "true"},
     "predict": {"use_cpu": "true"},
     "illustrate": {"grid": 5, "repetitions": 2, "iterations": 1},

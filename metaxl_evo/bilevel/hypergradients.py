@@ -289,7 +289,7 @@ def _bound(problem: BilevelProblem, w: Any, lam: Any) -> tuple[BilevelProblem, T
     graph."""
     _refuse("w", w)
     _refuse("lam", lam)
-    problem = replace(problem, update=problem.update.bound(lam), initial=initial_of(w, lam))
+    problem = replace(problem, update=problem.update.bound(lam), initial=initial_of(w, lam) or problem.initial)
     return problem, tree.detach(w), tree.detach(lam)
 
 

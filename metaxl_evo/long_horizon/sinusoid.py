@@ -1,4 +1,4 @@
-"""Few-shot regression on sinusoids: features that tasks share, and a linear head of each task (ANIL).
+"""Few-shot regression on sinusoids: features that tasks share below a head of each (ANIL), or a start (MAML).
 
 Sources: Raghu et al., ICLR 2020 (ANIL); Lee et al., ICLR 2022, appendix G, whose sizes are the defaults.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metaxl_evo.bilevel.randomness import mix_seed
+from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.models.bilevel_module import Batch
 from metaxl_evo.models.task_batch import SLOT, MetaLearner, TaskBatch
 from metaxl_evo.training.task_rows import Rows
@@ -50,6 +51,20 @@ class Sinusoids:
 
 
 class SinusoidLearner(MetaLearner):
+    """What tasks have in common: squared errors."""
+
+    def predicted(self, batch: Batch) -> Tensor:
+        """Curves (n, rows, 1) of the tasks at their x."""
+        raise NotImplementedError
+
+    def costs(self, batch: Batch) -> Tensor:
+        return (self.predicted(batch) - batch["y"]).square().squeeze(2)
+
+    def measures(self, batch: Batch) -> dict[str, Tensor]:
+        return {"mse": self.costs(batch).mean(1)}
+
+
+class Anil(SinusoidLearner):
     """lam: the layers below, learned across tasks; w: a linear head of each task.
 
     Args:
@@ -60,13 +75,30 @@ class SinusoidLearner(MetaLearner):
     direct_term = True
 
     def __init__(self, tasks: int, hidden: int = 100):
-        sizes = [1, hidden, hidden, hidden]
-        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-        super().__init__(TaskBatch(nn.Linear(hidden, 1), tasks), nn.Sequential(*layers))
+        super().__init__(TaskBatch(nn.Linear(hidden, 1), tasks), layers_below(hidden))
 
-    def costs(self, batch: Batch) -> Tensor:
-        found = self.base.each(lambda head, features: head(features), batch[SLOT], self.meta(batch["x"]))
-        return (found - batch["y"]).square().squeeze(2)
+    def predicted(self, batch: Batch) -> Tensor:
+        return self.base.each(lambda head, features: head(features), batch[SLOT], self.meta(batch["x"]))
 
-    def measures(self, batch: Batch) -> dict[str, Tensor]:
-        return {"mse": self.costs(batch).mean(1)}
+
+class Maml(SinusoidLearner):
+    """lam: the weights from which the whole network of each task begins (Finn et al., ICML 2017)."""
+
+    def __init__(self, tasks: int, hidden: int = 100):
+        network = nn.Sequential(*layers_below(hidden), nn.Linear(hidden, 1))
+        super().__init__(TaskBatch(network, tasks), network)
+
+    def predicted(self, batch: Batch) -> Tensor:
+        return self.base.each(lambda network, x: network(x), batch[SLOT], batch["x"])
+
+    def first_weights(self) -> Tree:
+        return self.base.spread(self.meta_parameters())
+
+
+LEARNERS = {"anil": Anil, "maml": Maml}
+
+
+def layers_below(hidden: int) -> nn.Sequential:
+    """1-hidden-hidden-hidden with ReLU."""
+    sizes = [1, hidden, hidden, hidden]
+    return nn.Sequential(*(layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())))

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.experiments.meta_learning import MetaLearningArguments, MetaLearningTask, TaskSplits
-from metaxl_evo.long_horizon.sinusoid import SinusoidLearner, Sinusoids
+from metaxl_evo.long_horizon.sinusoid import LEARNERS, SinusoidLearner, Sinusoids
+from metaxl_evo.messages import unknown
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.values import refuse_count
 
@@ -22,12 +23,21 @@ class SinusoidArguments(MetaLearningArguments):
         ValueError: one line for the first value that cannot be.
     """
 
+    learner: str = field(
+        default="anil",
+        metadata={
+            "help": "What is learned: anil, the layers below a head of each task; maml, the weights from which the "
+            "whole network of a task begins (episode_reset: learned, estimator: unroll)."
+        },
+    )
     shots: int = field(default=10, metadata={"help": "Points of a task that train, and others that judge."})
     test_points: int = field(default=100, metadata={"help": "Points that an adapted task is tested on."})
     hidden: int = field(default=100, metadata={"help": "Units of each of the three layers that tasks share."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.learner not in LEARNERS:
+            raise ValueError(unknown("learner", self.learner, LEARNERS))
         for name in ("shots", "test_points", "hidden"):
             refuse_count(name, getattr(self, name))
 
@@ -52,4 +62,4 @@ class SinusoidTask(MetaLearningTask[SinusoidArguments]):
         return TaskSplits(Sinusoids(mix_seed(0, seed), **size), *held_out)
 
     def make_learner(self, settings: SinusoidArguments, data: TaskSplits) -> SinusoidLearner:
-        return SinusoidLearner(settings.meta_batch, settings.hidden)
+        return LEARNERS[settings.learner](settings.meta_batch, settings.hidden)

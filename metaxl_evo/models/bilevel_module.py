@@ -15,7 +15,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.base_weights import BaseWeights, Sharded, Whole, reshard
+from metaxl_evo.bilevel.initial import Initial, initial_of
 from metaxl_evo.bilevel.problem import BilevelProblem, Cut, Examples
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.replay import for_this_pass
@@ -39,7 +41,7 @@ from metaxl_evo.models.losses import (
 )
 from metaxl_evo.models.network_files import load_pretrained_weights, load_state, save_state
 from metaxl_evo.models.norms import cast
-from metaxl_evo.models.parameters import places_of, swapped
+from metaxl_evo.models.parameters import Places, places_of, swapped
 
 __all__ = ["TOTALS", "Batch", "BilevelModule", "Cut", "totals_of"]
 
@@ -156,6 +158,10 @@ class BilevelModule(nn.Module, ABC):
     def pooled(self, w: Tree) -> Tree:
         """The mean over the tasks of base weights, or of what is like them, in the place of each."""
         return w
+
+    def first_weights(self) -> Tree | None:
+        """The base weights that an episode begins with, computed from the meta parameters (MAML); None: others."""
+        return None
 
     def begin_from(self, start: Tree) -> None:
         """Told, at the end of an episode, the base weights from which the next one begins."""
@@ -306,8 +312,18 @@ class BilevelModule(nn.Module, ABC):
             reads_lam=_same if dropout or weights.sharded else self._reading_lam,  # other rows, other masks
             rows=rows,
             examples=self.examples(Processes()),
+            initial=self._initial(meta),
             cast=lambda dtype: cast(self, dtype),
         )
+
+    def _initial(self, meta: Places) -> Initial | None:
+        """How the first weights of an episode depend on the meta parameters, where they do."""
+        if type(self).first_weights is BilevelModule.first_weights:
+            return None
+        lam = tree.leaves(self.meta_parameters(), self.meta_parameters())
+        with torch.enable_grad(), swapped(meta, lam):
+            first = self.first_weights()
+        return None if first is None else initial_of(first, lam)
 
     def _reading_lam(self, part: Batch) -> Batch:
         view = view_of(part)

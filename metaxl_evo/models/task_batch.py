@@ -84,6 +84,10 @@ class TaskBatch(nn.Module):
         found: Tensor = torch.func.vmap(one, randomness="different")(weights, *inputs)
         return found
 
+    def spread(self, weights: Tree) -> Tree:
+        """The weights of one network as those of all tasks, by their names in this module."""
+        return {f"copies.{name}": leaf.expand(self.tasks, *leaf.shape) for name, leaf in weights.items()}
+
     def begun(self, tasks: int) -> Tree:
         """Fresh weights of so many tasks, which `at` takes."""
         return {name: leaf.requires_grad_() for name, leaf in self._stacked(tasks).items()}

@@ -21,6 +21,7 @@ from metaxl_evo.training.values import mapping_of, refuse_out_of_range
 NO_ESTIMATOR = "none"
 META_ORDERS = ("after_step", "lookahead")
 EPISODE_RESETS = ("continue", "restart", "reptile", "fomaml")
+LEARNED_START = "learned"  # the reset of a task that computes its first weights from the meta parameters
 META_SCHEDULES = (  # those that need no settings of their own
     "linear",
     "cosine",
@@ -114,7 +115,8 @@ class MetaTrainingArguments(TrainingArguments):
         metadata={
             "help": "Where the base goes after an episode: continue; restart from the start of the run; reptile: move "
             "the start by episode_reptile_rate towards the weights reached, and go on from there; fomaml: move it by "
-            "minus episode_reptile_rate times the outer gradient at the weights reached."
+            "minus episode_reptile_rate times the outer gradient at the weights reached; learned: to what the task "
+            "computes of the meta parameters (MAML)."
         },
     )
     episode_reptile_rate: float = field(
@@ -227,8 +229,8 @@ class MetaTrainingArguments(TrainingArguments):
             raise ValueError(unknown("meta_order", self.meta_order, META_ORDERS))
         if self.meta_precision not in PRECISIONS:
             raise ValueError(unknown("meta_precision", self.meta_precision, PRECISIONS))
-        if self.episode_reset not in EPISODE_RESETS:
-            raise ValueError(unknown("episode_reset", self.episode_reset, EPISODE_RESETS))
+        if self.episode_reset not in (*EPISODE_RESETS, LEARNED_START):
+            raise ValueError(unknown("episode_reset", self.episode_reset, (*EPISODE_RESETS, LEARNED_START)))
         self._check_optimizers()
         self._check_schedules()
         self.make_estimator()

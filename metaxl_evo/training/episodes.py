@@ -15,7 +15,7 @@ from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators import Estimator
 from metaxl_evo.models.bilevel_module import BilevelModule
-from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.arguments import LEARNED_START, MetaTrainingArguments
 
 
 class Episodes:
@@ -24,7 +24,8 @@ class Episodes:
     Without a length the whole run is one episode. `restart` puts the base weights back to the run's start after each
     episode; `reptile` moves the start towards where the episode went, start += rate * (w - start), and goes on from
     there (HyperDistill, Lee et al. 2022, Alg. 3); `fomaml` moves it by the outer gradient there, start -= rate * g
-    (Finn et al. 2017). All give the base optimiser a fresh state. Of several tasks the start is one, moved by the mean
+    (Finn et al. 2017); `learned` begins at what the model computes of the meta parameters (`first_weights`: MAML). All
+    give the base optimiser a fresh state. Of several tasks the start is one, moved by the mean
     over them. Evaluation and checkpoints after an episode's last step see the weights that it reached.
     """
 
@@ -70,7 +71,10 @@ class Episodes:
         """Before a base step: where an episode begins, reset the base and make the estimator's state for `problem`."""
         weights = model.base_parameters()
         begins = self.length is not None and number % self.length == 0
-        if self.reset != "continue":
+        if self.reset == LEARNED_START and begins:
+            self._start = tree.clone(model.first_weights() or {})
+            self._back_to_start(self._start, model, optimizer)
+        elif self.reset != "continue":
             if self._start is None:
                 self._start = tree.clone(weights)
             elif begins and number:
@@ -104,7 +108,9 @@ class Episodes:
         """Behind all of a base step: where an episode ends, find where the next one begins, and tell the model."""
         if self._start is None or not self.ends(number):
             return
-        if self.reset == "fomaml":
+        if self.reset == LEARNED_START:
+            self._start = tree.clone(model.first_weights() or {})
+        elif self.reset == "fomaml":
             self._step_from(self._start, model.pooled(outer_gradient()), self.rate * model.tasks)
         elif self.reset == "reptile":
             self._step_towards(self._start, model)

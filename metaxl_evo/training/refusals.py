@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from metaxl_evo.bilevel.update import SGD
 from metaxl_evo.messages import unknown
-from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.arguments import LEARNED_START, MetaTrainingArguments
 from metaxl_evo.training.launch import refuse_launch
 from metaxl_evo.training.meta_rows import DrawnByEpoch
 from metaxl_evo.training.optimizers import with_rates
@@ -75,8 +75,24 @@ def refuse_unfit(args: MetaTrainingArguments, model: Any, meta: Any) -> None:
             "or set estimator: none"
         )
     with_rates(model.meta_parameters(), mapping_of("meta_learning_rates", args.meta_learning_rates))
+    _refuse_start(args, model)
     problem = model.problem(tuned_rule(SGD(0.0), model))
     estimator.check(problem, model.base_parameters(), model.meta_parameters())
+
+
+def _refuse_start(args: MetaTrainingArguments, model: Any) -> None:
+    """Refuse episodes that would not begin where the task says, and a task that does not say it."""
+    name, learned = type(model).__name__, model.first_weights() is not None
+    if learned and args.episode_reset != LEARNED_START:
+        raise ValueError(
+            f"{name} computes its first weights from the meta parameters: set episode_reset: {LEARNED_START}, and "
+            "episode_length"
+        )
+    if not learned and args.episode_reset == LEARNED_START:
+        raise ValueError(
+            f"episode_reset: {LEARNED_START} begins at weights computed from the meta parameters, and {name} has no "
+            "first_weights: set reptile, fomaml or restart"
+        )
 
 
 def refuse_another_run(folder: Path, found: Iterable[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import TrainerCallback
 
 from metaxl_evo.cli import main
 from metaxl_evo.experiments.meta_learning import TaskSplits
-from metaxl_evo.long_horizon.sinusoid import SinusoidLearner
+from metaxl_evo.long_horizon.sinusoid import Anil
 from metaxl_evo.long_horizon.sinusoid_task import SinusoidArguments, SinusoidTask
 from metaxl_evo.models.network_files import load_state
 from metaxl_evo.training.trainer import MetaTrainer
@@ -43,8 +45,8 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 }
 
 
-def made(folder: Path, **fields: Any) -> tuple[MetaTrainer, TaskSplits]:
-    settings = SinusoidArguments(**SMALL)
+def made(folder: Path, learner: str = "anil", **fields: Any) -> tuple[MetaTrainer, TaskSplits]:
+    settings = SinusoidArguments(**SMALL, learner=learner)
     args = tiny_arguments(folder, **TRAINING | fields)
     data = TASK.load(settings, args)
     torch.manual_seed(0)
@@ -107,6 +109,37 @@ def test_held_out_tasks_are_adapted_from_the_start(tmp_path: Path) -> None:
     assert found["eval_mse_interval"] == pytest.approx(1.96 * float(deviation), rel=1e-4)
 
 
+def test_a_learned_start_is_differentiated_through_all_steps_of_all_tasks(tmp_path: Path) -> None:
+    """MAML: the meta optimiser is SGD at rate 1, so lam moves by the mean gradient, here by plain autograd."""
+    fields = {"episode_reset": "learned", "optimizer_kwargs": None, "meta_optim": "SGD", "meta_learning_rate": 1.0}
+    trainer, data = made(
+        tmp_path, "maml", estimator="unroll", meta_lr_scheduler_type="constant", **fields | {"max_steps": 2 * STEPS}
+    )
+    network = trainer.model.meta
+    for episode in range(2):
+        start = {name: leaf.detach().requires_grad_() for name, leaf in network.named_parameters()}
+        judged = 0
+        for task in range(episode * TASKS, (episode + 1) * TASKS):
+            w = start
+            for step in range(STEPS):
+                loss = mean_error(network, w, data.train.train(task, step))
+                slopes = torch.autograd.grad(loss, list(w.values()), create_graph=True)
+                w = {name: leaf - 0.05 * slope for (name, leaf), slope in zip(w.items(), slopes, strict=True)}
+            judged = judged + mean_error(network, w, data.train.judge(task, STEPS - 1)) / TASKS
+        found = dict(zip(start, torch.autograd.grad(judged, list(start.values())), strict=True))
+        expected = {name: (leaf - found[name]).detach() for name, leaf in start.items()}
+        if episode == 0:
+            network = copy.deepcopy(network)
+            network.load_state_dict(expected)
+    trainer.train()
+    close(meta_weights(trainer), expected, 1e-4)
+    close(dict(trainer.model.base.start.named_parameters()), meta_weights(trainer), 0)
+
+
+def mean_error(network: nn.Module, w: dict[str, Tensor], rows: dict[str, Tensor]) -> Tensor:
+    return (functional_call(network, w, (rows["x"],)) - rows["y"]).square().mean()
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_resuming_in_the_middle_of_an_episode_is_bit_exact(tmp_path: Path, name: str) -> None:
     """A trajectory is saved at the end of an episode only."""
@@ -152,6 +185,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "last": ({"meta_last": 4}, "meta_last: 4 are the last base steps of an episode, and episode_length is 3"),
     "shares": ({"gradient_accumulation_steps": 3}, "meta_batch 4 is not a multiple of 3, the processes times"),
     "none": ({"meta_batch": 0}, "meta_batch must be a whole number of at least 1"),
+    "other start": ({"episode_reset": "learned"}, "and Anil has no first_weights: set reptile, fomaml or restart"),
+    "own start": ({"learner": "maml"}, "Maml computes its first weights from .*: set episode_reset: learned"),
+    "no end": ({"learner": "maml", "episode_reset": "learned"}, "OneStep takes the first weights for constants"),
+    "learner": ({"learner": "mam"}, "unknown learner 'mam': did you mean 'maml'"),
     "points": ({"shots": 0}, "shots must be a whole number of at least 1"),
 }
 
@@ -171,7 +208,7 @@ def test_what_would_train_or_test_tasks_otherwise_is_refused(tmp_path: Path, cas
 
 def test_a_run_leaves_scores_of_each_task_and_the_network_that_tasks_begin_from(tmp_path: Path) -> None:
     assert main(options(tmp_path / "run", estimator="first_order")) == 0
-    head, features = nn.Linear(5, 1), SinusoidLearner(1, 5).meta
+    head, features = nn.Linear(5, 1), Anil(1, 5).meta
     load_state(head, tmp_path / "run/start")
     load_state(features, tmp_path / "run/meta")
     assert (tmp_path / "run/outcomes.csv").read_text(encoding="utf-8").count("\n") == 2 + SMALL["test_tasks"]
