@@ -27,7 +27,7 @@ class VisionTask(Task[Settings, Data]):
         chooses: whether evaluations are of other data than the tests, so that they may choose a checkpoint.
     """
 
-    training = VisionTrainingArguments
+    training: type[MetaTrainingArguments] = VisionTrainingArguments
     configs = "vision"
     chooses: bool = False
 

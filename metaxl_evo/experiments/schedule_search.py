@@ -27,9 +27,10 @@ def at_random(bounds: Bounds, seed: int) -> Propose:
         generator, drawn = np.random.default_rng([seed, number]), []
         for kind, count in schedule.windows().items():
             low, high = bounds[kind]
-            ends = np.log([low, high]) if low > 0 else (low, high)
-            values = generator.uniform(*ends, count)
-            drawn.append(np.exp(values) if low > 0 else values)
+            if low > 0:
+                drawn.append(np.exp(generator.uniform(np.log(low), np.log(high), count)))
+            else:
+                drawn.append(generator.uniform(low, high, count))
         return torch.as_tensor(np.concatenate(drawn), dtype=schedule.tried.dtype)
 
     return propose
@@ -60,7 +61,7 @@ def by_optuna(bounds: Bounds, seed: int) -> Propose:
 
 
 def _distributions(optuna: Any, schedule: Schedule, bounds: Bounds) -> dict[str, Any]:
-    made = {}
+    made = dict[str, Any]()
     for kind, count in schedule.windows().items():
         low, high = bounds[kind]
         distribution = optuna.distributions.FloatDistribution(low, high, log=low > 0)

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,8 +56,7 @@ class ScheduleTrainer(MetaTrainer):
     @property
     def schedule(self) -> Schedule:
         """Of the search."""
-        found: Schedule = self.model.meta
-        return found
+        return cast(Schedule, self.model.meta)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As a MetaTrainer's, and the last training behind it; a check, which keeps nothing, goes without.
@@ -79,7 +78,7 @@ class ScheduleTrainer(MetaTrainer):
         with torch.no_grad():
             for start in range(0, rows, size):
                 taken = [self.judges[index] for index in range(start, min(start + size, rows))]
-                total += float(self.model.outer_loss(self.collated(taken)).sum())
+                total += float(cast(Tensor, self.model.outer_loss(self.collated(taken))).sum())
         self.model.train()
         return total / rows
 
