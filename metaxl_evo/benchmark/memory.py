@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from metaxl_evo.bilevel.shards import is_sharded, local
+
 
 class PeakMemory(TorchDispatchMode):
     """The most bytes that tensor storages held at one time inside: those made there, and the `resident` ones.
@@ -66,7 +68,8 @@ class CudaPeakMemory:
 
 
 def live_tensors() -> Iterator[Tensor]:
-    """Every tensor that Python knows, and the gradients, which autograd may hold alone; of sparse ones the parts.
+    """Every tensor that Python knows, and the gradients, which autograd may hold alone; of sparse ones the parts, of
+    sharded ones the rows that are here.
 
     What only has a shape is left out: tensors on the meta device, and the fake ones that a compilation leaves behind.
     """
@@ -79,7 +82,9 @@ def live_tensors() -> Iterator[Tensor]:
 
 
 def _holders(tensor: Tensor) -> Iterator[Tensor]:
-    if tensor.is_sparse:
+    if is_sharded(tensor):
+        yield from local({"": tensor}).values()
+    elif tensor.is_sparse:
         yield from (tensor._indices(), tensor._values())
     elif tensor.untyped_storage().device.type != "meta":
         yield tensor

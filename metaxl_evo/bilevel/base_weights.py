@@ -83,14 +83,14 @@ class Sharded:
         held = {name: parameter.grad for name, parameter in self.parameters.items()}
         self._set_gradients({})
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             found = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         finally:
             self._set_gradients(held)
         if not found:
             raise RuntimeError("the backward summed no gradient: leave no_sync and set_requires_gradient_sync out")
-        processes = next(iter(found.values())).device_mesh.size()
-        found = {name: found[name].mul_(processes) for name in w if name in found}  # it takes the mean
+        processes = shards.processes_of(found)  # of which it takes the mean
+        found = {name: found[name].mul_(processes) for name in w if name in found}
         return [found.get(name) for name in w], [leaf.grad for leaf in lam.values()]
 
     def _put(self, w: Tree) -> None:

@@ -25,7 +25,7 @@ def any_sharded(a: Mapping[str, Tensor]) -> bool:
 
 def local(a: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The rows that are here, as plain tensors on the same storage, outside of any graph; plain leaves as they are."""
-    return {name: leaf.detach().to_local() if isinstance(leaf, DTensor) else leaf for name, leaf in a.items()}
+    return {name: leaf.to_local().detach() if isinstance(leaf, DTensor) else leaf for name, leaf in a.items()}
 
 
 def like(a: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -46,6 +46,11 @@ def part_of(whole: Tensor, leaf: Tensor) -> Tensor:
     first = first_row(leaf)
     (here,) = local({"": leaf}).values()
     return whole if here is leaf else _sharded_as(leaf, whole[first : first + len(here)].contiguous())
+
+
+def processes_of(a: Mapping[str, Tensor]) -> int:
+    """Among how many the leaves are sharded."""
+    return max((leaf.device_mesh.size() for leaf in a.values() if isinstance(leaf, DTensor)), default=1)
 
 
 def total(a: Mapping[str, Tensor], share: Tensor) -> Tensor:

@@ -340,7 +340,7 @@ class _Together(Trial):
 
     def _slopes(self, sign: int) -> Tensor:
         names = list(self.varied)
-        wrt = {"wrt_w": names} if shards.any_sharded(self.varied) else {"wrt_lam": names}
+        wrt: dict[str, Any] = {"wrt_w": names} if shards.any_sharded(self.varied) else {"wrt_lam": names}
         at, context = (self.w, self.metas[sign], self.batch), self.contexts[sign]
         _, of_w, of_lam = context.inner_grad(*at, inputs=Inputs.REPLAY, **wrt)
         grads = context.all_reduce(of_w or of_lam)

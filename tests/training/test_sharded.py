@@ -11,14 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, XLMRobertaForTokenClassification
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, XLMRobertaForTokenClassification
 
+from metaxl_evo.benchmark.memory import live_tensors
 from metaxl_evo.bilevel import tree
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
+from metaxl_evo.models.rtn import RepresentationTransform
+from metaxl_evo.ner.tagger import CrossLingualTagger
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.processes import on_processes
 from tests.sharded import ShardedTrainer
 from tests.training.tiny import (
+    PAD,
     Hypergradients,
     logged,
     meta_weights,
@@ -26,6 +30,7 @@ from tests.training.tiny import (
     same,
     stack,
     tiny_arguments,
+    tiny_base,
     tiny_tagger,
     tiny_trainer,
 )
@@ -123,6 +128,63 @@ def test_training_on_shards_is_training_on_one_process(count: int) -> None:
         for other in ranks[1:]:
             assert all(torch.equal(other[case]["meta"][name], leaf) for name, leaf in found["meta"].items())
     assert all(torch.equal(leaf, ranks[0]["sama"]["base"][name]) for name, leaf in ranks[0]["saved"].items())
+
+
+# Memory
+
+
+def held(weights: int) -> float:
+    """What all live tensors hold, in multiples of all base weights."""
+    storages = {one.data_ptr(): one.nbytes() for one in (tensor.untyped_storage() for tensor in live_tensors())}
+    return sum(storages.values()) / weights
+
+
+def held_when(processes: int, estimator: str) -> dict[str, float]:
+    """At rest, behind the backward, and at most before a pass begins."""
+    wide = {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
+    tagger = CrossLingualTagger(
+        tiny_base(**wide), RepresentationTransform(128, layers=(1,), languages=("source",)), pad_token_id=PAD
+    )
+    tagger.straight_through = True  # the value test has copies of its own
+    size = sum(p.nbytes for p in tagger.base.parameters())
+    found = {"rest": 0.0, "backward": 0.0, "pass": 0.0}
+
+    class Looks(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            found["backward"] = held(size)
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            found["rest"] = held(size)
+
+    def before_a_pass(*args: Any) -> None:
+        found["pass"] = max(found["pass"], held(size))
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"estimator": estimator, "max_steps": 2, "per_device_train_batch_size": 1}
+        trainer = tiny_trainer(folder, tagger=tagger, trainer_class=ShardedTrainer, fsdp=True, **settings)
+        trainer.add_callback(Looks())
+        tagger.base.register_forward_pre_hook(before_a_pass)
+        trainer.train()
+    return found
+
+
+COPIES = {  # of weights: with moments; gradients and those before; a direction or noise, those perturbed and displaced
+    "one_step": (3, 5, 7),
+    "evograd": (3, 5, 8),  # the noise of two copies, which is drawn anew where it is larger
+}
+
+
+def memory(processes: int) -> dict[str, dict[str, float]]:
+    return {estimator: held_when(processes, estimator) for estimator in COPIES}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_weights_gradients_and_moments_are_shared_out(count: int) -> None:
+    found = on_processes(count, memory, count)[0]
+    for estimator, copies in COPIES.items():
+        for when, expected in zip(("rest", "backward", "pass"), copies, strict=True):
+            print(f"{estimator}, {count} processes, {when}: {found[estimator][when] * count:.2f} / {count}")
+            assert found[estimator][when] * count < expected + 0.7, (estimator, when)
 
 
 # Tied weights
