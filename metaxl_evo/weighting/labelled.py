@@ -42,6 +42,9 @@ class LabelledArguments(TextArguments):
     feature_columns: list[str] | None = field(
         default=None, metadata={"help": "Numeric columns that weigher: columns reads."}
     )
+    domain_column: str | None = field(
+        default=None, metadata={"help": "Column of a text's source or domain, which weigher: domain reads."}
+    )
     noise: str = field(default="uniform", metadata={"help": f"One of {', '.join(NOISES)}: drawn for an experiment."})
     noise_rate: float = field(
         default=0.0,
@@ -71,7 +74,7 @@ class LabelledArguments(TextArguments):
 
 @dataclass(frozen=True, eq=False)
 class LabelledData:
-    """Columns `id`, `text`, `label` (a number), and `features` where they are asked for.
+    """Columns `id`, `text`, `label` (a number), and of `train` `features` and `domain` where they are asked for.
 
     Args:
         true_labels: (N,) of `train`; None where nobody knows them.
@@ -84,6 +87,11 @@ class LabelledData:
     test: Dataset
     validation: Dataset | None
     names: list[str]
+
+    @property
+    def domains(self) -> list[str]:
+        """The names of the domains that train, sorted."""
+        return sorted(set(self.train["domain"])) if "domain" in self.train.column_names else []
 
     @property
     def wrong(self) -> np.ndarray | None:
@@ -114,6 +122,8 @@ def load_labelled(settings: LabelledArguments, seed: int, trained: Sequence[str]
     train, meta = _train_and_meta(settings, tables["train"], names, generator)
     train = train.iloc[: settings.train_size]
     _refuse_unfit(train, meta, tables["test"], names, settings)
+    if settings.domain_column is not None:
+        _refuse_small_domains(train["domain"])
     labels, known = train["true_label"].to_numpy(), settings.noise_rate > 0 or settings.true_label_column is not None
     if settings.noise_rate:
         train = train.assign(label=spoilt(labels, settings.noise, settings.noise_rate, len(names), generator))
@@ -153,8 +163,9 @@ def _table(
     """Columns id, text, label, true_label; of training texts by the user's ids, and with their features."""
     true = settings.true_label_column if of_train else None
     extra = (settings.feature_columns or []) if of_train else []
+    domain = settings.domain_column if of_train else None
     columns = settings.columns if of_train else {key: settings.columns[key] for key in ("text", "label")}
-    _require_columns(rows, [*columns.values(), *extra, *([] if true is None else [true])], where)
+    _require_columns(rows, [*columns.values(), *extra, *filter(None, (true, domain))], where)
     made = pd.DataFrame({"id": np.arange(len(rows))} | {key: rows[name][:] for key, name in columns.items()})
     unread = [not isinstance(text, str) or not text.strip() for text in made["text"]]
     if any(unread):
@@ -165,6 +176,8 @@ def _table(
         raise ValueError(f"{where}: {len(twice)} ids are there twice, such as {_shown(twice)}: name each text once")
     made["label"] = _numbers(rows, settings.label_column, names, where)
     made["true_label"] = made["label"] if true is None else _numbers(rows, true, names, where)
+    if domain is not None:
+        made["domain"] = list(map(str, rows[domain]))
     if extra:
         made["features"] = list(_features(rows, extra, where))
     return made
@@ -249,6 +262,14 @@ def _refuse_unfit(
     seen = test["text"].isin(train["text"])
     if seen.any():
         logger.warning("%d test texts are trained on, too", seen.sum())
+
+
+def _refuse_small_domains(domains: pd.Series) -> None:
+    counts = domains.value_counts()
+    if len(counts) < 2:
+        raise ValueError(f"domain_column: all texts that train are of {counts.index[0]}: there is nothing to weigh")
+    if counts.min() < 2:
+        raise ValueError(f"domain {counts.index[-1]} has 1 text that trains: leave it out, or give more")
 
 
 def _require_columns(rows: Dataset, names: Sequence[str], where: str) -> None:

@@ -55,9 +55,11 @@ def _by_row(
 
 
 def weights_table(said: pd.DataFrame, data: LabelledData) -> pd.DataFrame:
-    """A row a training text, the smallest weight first: id, weight, loss, label; true_label and wrong where known."""
+    """A row a training text, the smallest weight first: id, weight, loss, label, domain, true_label, wrong."""
     names = np.array(data.names)
     table = said.assign(id=data.train["id"][:], label=names[np.asarray(data.train["label"])])
+    if data.domains:
+        table = table.assign(domain=data.train["domain"][:])
     if data.wrong is not None:
         table = table.assign(true_label=names[data.true_labels], wrong=data.wrong)
     return table[["id", *table.columns.drop("id")]].sort_values("weight", kind="stable")

@@ -34,7 +34,7 @@ from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
 logger = logging.getLogger(__name__)
 
 METHODS = ("weighted", "plain", "union", "clean_only")
-WEIGHERS = {"each": "number", "loss": "loss", "hidden": "hidden", "columns": "columns"}
+WEIGHERS = {"each": "number", "domain": "number", "loss": "loss", "hidden": "hidden", "columns": "columns"}
 TABLE, PICTURE = "weights.csv", "weights.png"
 
 
@@ -56,13 +56,14 @@ class WeightTextArguments(LabelledArguments):
     weigher: str = field(
         default="loss",
         metadata={
-            "help": "each: a number a text; loss: a network of its loss (Meta-Weight-Net); hidden: a network of the "
-            "mean of the model's own states; columns: a network of feature_columns."
+            "help": "A number for each text (each) or for each value of domain_column (domain), or a network of the "
+            "text's loss (loss: Meta-Weight-Net), of the mean of the model's own states (hidden) or of feature_columns "
+            "(columns)."
         },
     )
     weigher_hidden: int = field(default=100, metadata={"help": "Hidden units of a weighing network."})
     form: str = field(
-        default="sigmoid", metadata={"help": f"Of weigher: each, one of {', '.join(FORMS)} (mean 1 over all texts)."}
+        default="sigmoid", metadata={"help": f"Of weigher each or domain, one of {', '.join(FORMS)} (1 on average)."}
     )
 
     def __post_init__(self) -> None:
@@ -71,10 +72,12 @@ class WeightTextArguments(LabelledArguments):
         self.require_known("weigher", self.weigher, WEIGHERS)
         self.require_known("form", self.form, FORMS)
         self.require_count("weigher_hidden", self.weigher_hidden)
-        if self.form != "sigmoid" and self.weigher != "each":
+        if self.form != "sigmoid" and WEIGHERS[self.weigher] != "number":
             raise ValueError(f"form {self.form} is over all texts, weigher {self.weigher} sees one: use sigmoid")
         if (self.weigher == "columns") != bool(self.feature_columns):
             raise ValueError("weigher columns reads feature_columns: set both, or neither")
+        if self.weigher == "domain" and self.domain_column is None:
+            raise ValueError("weigher domain reads a text's domain: set domain_column")
 
 
 class WeightTextTask(Task[WeightTextArguments, LabelledData]):
@@ -124,9 +127,10 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
         self, settings: WeightTextArguments, args: MetaTrainingArguments, data: LabelledData
     ) -> WeightingTrainer:
         base, tokenizer = load_classifier(settings, data.names)
-        weigher = _make_weigher(settings, len(data.train), base.config.hidden_size)
+        weigher = _make_weigher(settings, data, base.config.hidden_size)
         learns, reads = self.learns(settings), WEIGHERS[settings.weigher]
-        module = WeightedText(base, weigher, reads=reads, weighted=learns)
+        domains = tuple(data.domains) if settings.weigher == "domain" else ()
+        module = WeightedText(base, weigher, reads=reads, weighted=learns, domains=domains)
         train, meta = self._rows(settings, data.train, tokenizer, learns), self._rows(settings, data.meta, tokenizer)
         trained = {"union": lambda: concatenate_datasets([train, meta]), "clean_only": lambda: meta}
         return WeightingTrainer(
@@ -147,6 +151,9 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
         rows = encode(texts["text"][:], tokenizer, settings.max_length).add_column("labels", texts["label"][:])
         if weighed and settings.weigher == "each":
             return rows.add_column("number", list(range(len(rows))))
+        if weighed and settings.weigher == "domain":
+            numbers = {name: number for number, name in enumerate(sorted(set(texts["domain"])))}
+            return rows.add_column("number", [numbers[name] for name in texts["domain"]])
         return rows.add_column("columns", texts["features"][:]) if weighed and settings.feature_columns else rows
 
     def score(self, trainer: MetaTrainer, settings: WeightTextArguments, data: LabelledData) -> dict[str, Any]:
@@ -174,6 +181,8 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
         if self.learns(settings):
             said = cast(WeightingTrainer, trainer).said = judged(trainer, cast(Dataset, trainer.train_dataset))
             found["weights"] = weights_facts(said, data.wrong)
+            if data.domains:
+                found["domains"] = said["weight"].groupby(np.asarray(data.train["domain"])).mean().to_dict()
         return found
 
     def write_files(
@@ -210,9 +219,10 @@ def _logits(predictions: Any) -> Any:
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
-def _make_weigher(settings: WeightTextArguments, texts: int, hidden_size: int) -> WeightTable | WeightNet:
-    if settings.weigher == "each":
-        return WeightTable(texts, settings.form, settings.floor)
+def _make_weigher(settings: WeightTextArguments, data: LabelledData, hidden_size: int) -> WeightTable | WeightNet:
+    if WEIGHERS[settings.weigher] == "number":
+        entries = len(data.train) if settings.weigher == "each" else len(data.domains)
+        return WeightTable(entries, settings.form, settings.floor)
     columns = len(settings.feature_columns or ())
     inputs = {"loss": 1, "hidden": hidden_size, "columns": columns}[settings.weigher]
     return WeightNet(settings.weigher_hidden, inputs, settings.floor)

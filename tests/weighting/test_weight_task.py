@@ -13,6 +13,7 @@ import pytest
 
 from metaxl_evo.cli import main
 from metaxl_evo.training.cli import SettingsError
+from metaxl_evo.weighting.drawn import CLASSES, draw_classifier, draw_sentences, draw_tokenizer
 from metaxl_evo.weighting.labelled import LabelledArguments, load_labelled, spoilt
 from metaxl_evo.weighting.sources import read_file
 from metaxl_evo.weighting.weighers import load_weigher
@@ -94,6 +95,8 @@ REFUSED: dict[str, tuple[Sequence[Mapping[str, Any]], dict[str, Any], str]] = {
     "size": (rows_of(10), {"meta_size": 5}, "meta_size must be a multiple of the 2 classes, not 5"),
     "many": (rows_of(10), {"meta_size": 10}, "meta_size 10 needs 6 texts of each class, one has 5"),
     "features": (rows_of(10, far=7), {"feature_columns": ["far"]}, "feature column far .* its deviation is 0"),
+    "domain": (rows_of(10, of="a"), {"domain_column": "of"}, "all texts that train are of a: there is nothing"),
+    "single": ([*rows_of(10, of="a"), *rows_of(1, 20, of="b")], {"domain_column": "of"}, "domain b has 1 text"),
     "words": (rows_of(10), {"feature_columns": ["id"]}, "feature_columns id must hold numbers"),
 }
 
@@ -144,9 +147,31 @@ def test_a_run_leaves_its_weigher_and_what_it_says(
     assert "fewer than" not in caplog.text  # a meta batch is of 12
 
 
+@pytest.mark.slow
+def test_domains_have_a_weight_each(tmp_path: Path) -> None:
+    """On files of the drawn words: the text, its label and where it is from."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, seed in (("train", 0), ("test", 2)):
+        drawn = draw_sentences(60, seed)
+        write(data / f"{split}.csv", [{**row, "of": "ab"[n % 2]} for n, row in enumerate(drawn)])
+    tokenizer = draw_tokenizer()
+    draw_classifier(CLASSES)[0].save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = ["--data", str(data), "--model_name_or_path", str(tmp_path / "model"), "--weigher", "domain"]
+    options += ["--domain_column", "of", "--form", "softmax", "--output_dir", str(tmp_path / "run")]
+    assert main(["weight-text", *SHORT, *options, "--train_size", "30"]) == 0
+    domains = json.loads((tmp_path / "run/results.json").read_text())["run"]["domains"]
+    assert sum(domains.values()) == pytest.approx(2)
+    assert domains["a"] != domains["b"]
+    history = (tmp_path / "run/history.csv").read_text()
+    assert all(f"domain_{what}/{name}" in history for what in ("loss", "weight", "share") for name in "ab")
+
+
 def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
     for options, line in (
         (["--form", "softmax"], "form softmax is over all texts, weigher loss sees one: use sigmoid"),
+        (["--weigher", "domain"], "weigher domain reads a text's domain: set domain_column"),
         (["--weigher", "columns"], "weigher columns reads feature_columns: set both, or neither"),
         (["--floor", "1"], "floor must be at least 0 and below 1, not 1.0"),
         (["--data", "here.csv"], "the synthetic model knows the drawn words alone"),
