@@ -63,6 +63,7 @@ BAD = {
     "max_steps": ([0, -5, 1.5, "3"], "must be at least 1"),
     "label_smoothing_factor": ([0.1], "must be 0"),
     "meta_portion": ([-0.1, 1.1, float("nan"), "0.5", None], "must be a number between 0 and 1"),
+    "meta_last": ([0, -1, 1.5, "2", True], "must be a whole number of at least 1"),
     "meta_max_grad_norm": ([0, -1, float("nan"), float("inf"), "1"], "must be a number above 0"),
     "max_grad_value": ([0, -1, float("nan"), float("inf"), "1"], "must be a number above 0"),
     "meta_learning_rates": ([{"lr": -1}, {"lr": "1"}, {"lr": True}], "must be names with numbers of at least 0"),
