@@ -225,6 +225,7 @@ BENCHMARKS = {
     "peers": "peers",
     "rotation": "rotation",
     "rtn_base": "tagger",
+    "rtn_bf16": "tagger",
     "rtn_lora": "tagger",
     "rtn_tiny": "tagger",
     "toy": "regression",
@@ -232,7 +233,10 @@ BENCHMARKS = {
     "weight_net_scaling": "weight_net",
     "weight_net_scaling_cpu": "weight_net",
 }
-CHOSEN = ("peers", "rtn_base", "rtn_lora", "weight_net_scaling", "weight_net_scaling_cpu")  # estimators of their own
+CHOSEN = (  # estimators of their own
+    *("peers", "rtn_base", "rtn_bf16", "rtn_lora"),
+    *("weight_net_scaling", "weight_net_scaling_cpu"),
+)
 
 
 def benchmark(name: str) -> BenchmarkArguments:
@@ -259,6 +263,7 @@ def test_the_shape_of_xlmr_base() -> None:
     config = XLMRobertaConfig(**settings.model)
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (12, 768, 250002)
     assert (config.intermediate_size, config.num_attention_heads, config.max_position_embeddings) == (3072, 12, 514)
+    assert settings.model == benchmark("rtn_bf16").model == benchmark("peers").case("XLM-R base shape").model
     assert (settings.rtn_layer, settings.length) == ([12, 6], 64)
     assert settings.training == {"per_device_train_batch_size": 12, "per_device_meta_batch_size": 12}
     assert settings.orders == ["after_step", "lookahead"]
