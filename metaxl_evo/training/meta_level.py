@@ -69,6 +69,9 @@ class MetaLevel:
         self.model, self.args, self._act = model, args, act
         self.estimator, self.episodes = estimator, Episodes(estimator, args)
         every = args.meta_diagnostics_every
+        if every and model.first_weights() is not None:
+            logger.warning("a learned start has no one-step hypergradient: meta_diagnostics_every compares nothing")
+            every = 0
         self.diagnostics = Diagnostics(estimator, every) if every else None
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
