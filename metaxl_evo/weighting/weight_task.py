@@ -57,8 +57,8 @@ class WeightTextArguments(LabelledArguments):
         default="loss",
         metadata={
             "help": "A number for each text (each) or for each value of domain_column (domain), or a network of the "
-            "text's loss (loss: Meta-Weight-Net), of the mean of the model's own states (hidden) or of feature_columns "
-            "(columns)."
+            "text's loss (loss: Meta-Weight-Net), of the mean of the model's own states (hidden) or of "
+            "feature_columns (columns)."
         },
     )
     weigher_hidden: int = field(default=100, metadata={"help": "Hidden units of a weighing network."})
