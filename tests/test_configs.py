@@ -782,3 +782,18 @@ def test_the_distributions_of_tasks(name: str) -> None:
         estimator = run.args.make_estimator()
         assert getattr(estimator, "step", run.args.learning_rate) == run.args.learning_rate
         assert (run.args.meta_last is None) == (run.args.estimator != "neumann")
+
+
+def test_the_constants_of_few_shot_omniglot() -> None:
+    """ICLR 2025 submission 6297; every class of a task has one image that trains, and ten that judge."""
+    expected = {
+        "learner": "alternating", "conv_layers": 3, "conv_channels": 32, "image_size": 28, "n_way": 5, "shots": 1,
+        "images_per_class": 11, "batch_images": 5, "judge_images": 50, "learning_rate": 0.1, "max_grad_norm": 0,
+        "optimizer_class": "SGD", "optimizer_kwargs": {"momentum": 0.9}, "episode_length": 5, "meta_every": 5,
+        "num_train_epochs": 2000, "meta_optim": "Adam", "meta_learning_rate": 1e-3,
+    }  # fmt: skip
+    which, *settings = parsed(ManyShotTask(), "long_horizon/omniglot_paper", "--output_dir", "unused")
+    assert constants(settings, expected) == expected
+    made = {run.name: run.args.make_estimator() for run in plan_runs(ManyShotTask(), which, *settings)}
+    assert list(made) == ["first_order", "one_step", "neumann", "greedy"]
+    assert (made["neumann"].terms, made["neumann"].step, made["greedy"].decay) == (2, 0.1, 0.9)
