@@ -39,6 +39,7 @@ NOT_RUN = {  # lines -> why
     r"python -m metaxl_evo\.estimators\.table docs/estimators\.md": "tests/test_estimator_docs.py",
     r"tensorboard --logdir runs/watched|trackio show --project mine": "of other packages, and they stay open",
     r"accelerate launch .* --report_to trackio .*": "an extra that the tests' environment has not",
+    r".* --runs\.optuna .*": "an extra that the tests' environment has not",
     r"accelerate launch --config_file configs/accelerate/multi_gpu\.yaml .*": "two GPUs",
     r"metaxl-evo study study\.yaml --output_dir /shared/study --engine ray": "tests/experiments/test_ray_engine.py",
 }
