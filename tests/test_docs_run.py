@@ -58,7 +58,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "max_steps": 10, "train_size": 100, "validation_size": 50, "per_device_train_batch_size": 100,
     },
     "schedule": IMAGES | {
-        "max_steps": -1, "backbone": "convnet", "inner_steps": 10, "trainings": 1, "retrain_steps": 1,
+        "max_steps": -1, "backbone": "convnet", "inner_steps": 10, "n_lr": 1, "trainings": 1, "retrain_steps": 1,
         "train_size": 40,
     },
     "fewshot": SHORT | {
