@@ -39,6 +39,7 @@ NOT_RUN = {  # lines -> why
     r"python -m metaxl_evo\.estimators\.table docs/estimators\.md": "tests/test_estimator_docs.py",
     r"tensorboard --logdir runs/watched|trackio show --project mine": "of other packages, and they stay open",
     r"accelerate launch .* --report_to trackio .*": "an extra that the tests' environment has not",
+    r".* --runs\.optuna .*": "an extra that the tests' environment has not",
     r"accelerate launch --config_file configs/accelerate/multi_gpu\.yaml .*": "two GPUs",
     r"metaxl-evo study study\.yaml --output_dir /shared/study --engine ray": "tests/experiments/test_ray_engine.py",
 }
@@ -67,7 +68,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "mix_text": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 30, "test_size": 20},
     "weight_text": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 60, "eval_size": 40},
     "schedule": IMAGES | {
-        "max_steps": -1, "backbone": "convnet", "inner_steps": 10, "trainings": 1, "retrain_steps": 1,
+        "max_steps": -1, "backbone": "convnet", "inner_steps": 10, "n_lr": 1, "trainings": 1, "retrain_steps": 1,
         "train_size": 40,
     },
     "fewshot": SHORT | {

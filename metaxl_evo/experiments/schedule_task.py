@@ -255,6 +255,8 @@ def refuse_schedule(settings: ScheduleArguments, args: MetaTrainingArguments) ->
             f"the schedule has {size} numbers, and forward_mode is meant for at most {largest}: lower n_lr, "
             "n_momentum or n_wd, or set estimator: one_step"
         )
+    if settings.method == "learned":
+        _refuse_answers(settings.inner_steps, args)
     follows = {"max_steps": -1, "episode_length": None, "episode_reset": "continue"}
     for name, default in follows.items():
         if getattr(args, name) != default:
@@ -263,6 +265,17 @@ def refuse_schedule(settings: ScheduleArguments, args: MetaTrainingArguments) ->
         raise ValueError("train_sampling_strategy must be sequential: the rows of each training come shuffled")
     if args.world_size > 1:
         raise ValueError("a schedule is searched by one process: start one, and several runs side by side as a study")
+
+
+def _refuse_answers(steps: int, args: MetaTrainingArguments) -> None:
+    """Of meta steps that would not be where `meta_every` says, or nowhere."""
+    every, at_the_end = args.meta_every, args.estimator in AT_THE_END
+    if at_the_end and every not in (1, steps):
+        raise ValueError(f"{args.estimator} answers at the end of a training: leave meta_every out")
+    if not at_the_end and every > steps:
+        raise ValueError(
+            f"meta_every {every} is more than the {steps} inner_steps, nothing would be learned: lower it"
+        )
 
 
 def describe_schedule(settings: ScheduleArguments, schedule: Schedule) -> dict[str, Any]:

@@ -247,6 +247,8 @@ def refusals() -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
     yield {"initial_momentum": 1.5}, {}, "learns momentum as 'momentum', which starts outside its range 0 to 0.99"
     yield {"initial_schedule": "nowhere.json"}, {}, "initial_schedule: nowhere.json is no schedule.json"
     yield {}, {"max_steps": 5}, "max_steps follows from inner_steps and trainings: leave it out"
+    yield {}, {"meta_every": 3}, "forward_mode answers at the end of a training: leave meta_every out"
+    yield {}, {"estimator": "one_step", "meta_every": 7}, "meta_every 7 is more than the 6 inner_steps"
     yield {}, {"train_sampling_strategy": "random"}, "must be sequential"
     yield {}, {"estimator": "drmad"}, "what drmad costs is not known"
     yield {}, {"optimizer_class": "AdamW"}, "learns momentum, which AdamW does not have"
