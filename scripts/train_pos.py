@@ -1,6 +1,6 @@
 """Train a cross-lingual tagger of parts of speech with a meta-learned representation transformation; report accuracy.
 
-accelerate launch scripts/train_pos.py --config configs/pos/metaxl_one_step.yaml --dataset FOLDER [--any_field value]
+accelerate launch scripts/train_pos.py --config configs/pos/pos_one_step.yaml --dataset FOLDER [--any_field value]
 """
 
 from __future__ import annotations

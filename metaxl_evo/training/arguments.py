@@ -206,6 +206,8 @@ class MetaTrainingArguments(TrainingArguments):
             setattr(self, name, mapping_of(name, getattr(self, name)))
         refuse_out_of_range(self)
         refuse_engines(self)
+        if str(self.fsdp).lower() in ("true", "false"):  # the command line has it as a text
+            self.fsdp = str(self.fsdp).lower() == "true"  # type: ignore[assignment]
         super().__post_init__()
         if self.meta_seed is None:
             self.meta_seed = self.seed
