@@ -25,6 +25,7 @@ from metaxl_evo.bilevel.products import ENGINES, hessian_product, mixed_product
 from metaxl_evo.bilevel.update import AdamW, UpdateRule
 from metaxl_evo.bilevel.update_state import UpdateState
 from metaxl_evo.estimators import make_estimator
+from metaxl_evo.estimators import copies as copies_module
 from metaxl_evo.estimators import noise as noise_module
 from metaxl_evo.models.bilevel_module import TOTALS, Batch
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
@@ -625,11 +626,17 @@ BARS: dict[str, dict[str, float]] = {  # times a plain step's peak
 }
 
 
+def in_proportion_to_the_small_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn, and which copies are evaluated, at a time."""
+    monkeypatch.setattr(noise_module, "_BLOCK", 2**10)
+    monkeypatch.setattr(copies_module, "WHOLE_TOGETHER_ON_CPU", 2**10)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_peak_of_a_meta_step_is_about_a_plain_steps(
     tmp_path: Path, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(noise_module, "_BLOCK", 2**10)  # in proportion to the small body
+    in_proportion_to_the_small_body(monkeypatch)
     plain, bars = peak_of(tmp_path, estimator="none"), BARS[order]
     assert plain > 4 * WIDE * HIDDEN * 4  # weights, gradients and two moments
     peaks = {name: peak_of(tmp_path, meta_order=order, **ESTIMATES[name]) / plain for name in bars}
@@ -651,7 +658,7 @@ def test_hooks_on_the_optimiser_cost_the_weights_of_the_body(tmp_path: Path) -> 
 
 def test_more_copies_need_no_more_than_their_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the size of lam each; those of the head need none."""
-    monkeypatch.setattr(noise_module, "_BLOCK", 2**10)  # in proportion to the small body
+    in_proportion_to_the_small_body(monkeypatch)
     lam = sum(leaf.nbytes for leaf in tiny_tagger(layers=(2,)).meta_parameters().values())
     for settings, each in (({}, lam), ({"parameters": "^classifier"}, 0)):
         two, five = (
