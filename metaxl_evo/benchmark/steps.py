@@ -128,7 +128,8 @@ def _judge(settings: BenchmarkArguments, trainer: MeasuredTrainer, rows: Sequenc
 
     @cache
     def estimates(estimator: Estimator, draws: int, precision: str) -> list[Hypergradient]:
-        args.meta_precision, found = precision, []
+        args.meta_precision = precision
+        found = []
         for args.meta_seed in range(draws):
             found.append(trainer.estimate(estimator))
         return found

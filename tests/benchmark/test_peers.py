@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ MODEL = {
     "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
     "max_position_embeddings": 20,
 }  # fmt: skip
-TAGGER = {"length": 8, "rtn_layer": [1], "model": MODEL}
+TAGGER: dict[str, Any] = {"length": 8, "rtn_layer": [1], "model": MODEL}
 
 
 @pytest.fixture(scope="module", params=STEPS)
