@@ -67,10 +67,11 @@ class Warp(nn.Sequential):
     """Convolutions that begin as the identity."""
 
     def __init__(self, channels: int):
-        super().__init__(*(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(WARP_LAYERS)))
-        for layer in self:
+        layers = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(WARP_LAYERS)]
+        super().__init__(*layers)
+        for layer in layers:
             nn.init.dirac_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            nn.init.constant_(layer.get_parameter("bias"), 0.0)
 
 
 class Alternate(nn.Sequential):

@@ -23,13 +23,19 @@ _CLASSES, _TRAIN, _JUDGE, _TEST, _LABELS, _SPLIT = range(6)  # what is drawn wit
 
 @dataclass(frozen=True, eq=False)
 class ClassPool:
-    """Classes of several domains with their images, all of one size.
+    """Classes of several domains with their images, all of one size; item i is the i-th class and its images.
 
     Args:
         images: class -> uint8 (N, H, W, C).
     """
 
     images: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, number: int) -> tuple[str, Tensor]:
+        return list(self.images.items())[number]
 
     def split(self, counts: Sequence[int], size: ManyShotSize) -> list[ClassPool]:
         """Pools of so many classes each, none in two of them; the same in every run.
@@ -164,9 +170,8 @@ class ManyShotTasks:
     def _classes(self, task: int, part: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of each class of a task all its images, the places of those that train or judge, and their labels."""
         generator, way = _generator(self.seed, task, _CLASSES), self.size.way
-        names = list(self.pool.images)
-        for label, chosen in enumerate(torch.randperm(len(names), generator=generator)[:way].tolist()):
-            held = self.pool.images[names[chosen]]
+        for label, chosen in enumerate(torch.randperm(len(self.pool), generator=generator)[:way].tolist()):
+            _, held = self.pool[chosen]
             places = torch.randperm(len(held), generator=generator)[: self.size.images]
             shots = self.size.shots or len(places) // 2
             places = places[:shots] if part == _TRAIN else places[shots:]

@@ -68,7 +68,13 @@ SCHEDULE = BATCHES | {
     "backbone": "convnet", "inner_steps": 2, "outer_steps": 2, "n_lr": 2, "retrain_steps": 1, "max_steps": -1
 }  # fmt: skip
 NER = BATCHES | {"source_languages": "aru", "target_languages": "beru", "max_length": 64, "eval_max_length": 64}
+TASK = {"episode_length": 4, "episode_reset": "reptile", "optimizer_class": "SGD", "max_grad_norm": 0}
+CLASSES = {"train_classes": 4, "validation_classes": 3, "test_classes": 3, "n_way": 2, "domains": '["images.npz"]'}
+NET = {"image_size": 8, "conv_layers": 2, "conv_channels": 2, "batch_images": 4, "test_images": 4}
+TASKS = {"meta_batch": 2, "test_tasks": 3, "validation_tasks": 2, "lr_scheduler_type": "constant"}
+MANY_SHOT = TASK | CLASSES | NET | TASKS
 SCRIPTS = {
+    "many_shot": Script(metaxl_evo, MANY_SHOT, {"data": "."}, "start", words=("many-shot",)),
     "ner": Script(train_ner, NER, {"dataset": "family", "model_name_or_path": "model"}, "rtn"),
     "noisy_labels": Script(train_noisy_labels, NOISY, sign="weight_net"),
     "rotation": Script(train_rotation, ROTATION, sign="rotation"),
