@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers.trainer import OPTIMIZER_NAME
 
 from metaxl_evo.bilevel import shards
@@ -43,7 +44,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Tree, checkpoin
         torch.save(optimizer.state_dict() | {"state": {}}, checkpoint / OPTIMIZER_NAME)
     dist.barrier()
     if held:
-        dcp.save(held, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        save(held, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Tree, checkpoint: Path) -> None:
@@ -71,7 +72,7 @@ def _read(folder: Path, parameters: Tree) -> Tree:
         leaf = parameters[name.rpartition(_BEFORE_KEY)[0]].detach()
         like = leaf if one.size == leaf.shape else torch.empty(one.size)
         found[name] = torch.zeros_like(like, dtype=one.properties.dtype)
-    dcp.load(found, storage_reader=reader)
+    load(found, storage_reader=reader)
     return found
 
 

@@ -47,7 +47,7 @@ def shard_base_only(accelerator: Accelerator) -> None:
     def reduced(model: Any) -> AbstractContextManager[None]:
         return nullcontext()
 
-    accelerator.prepare, accelerator.no_sync = prepared, reduced  # type: ignore[method-assign, assignment]
+    accelerator.prepare, accelerator.no_sync = prepared, reduced
 
 
 def _name_layers(plugin: Any, base: Any) -> None:

@@ -458,7 +458,7 @@ class MetaTrainer(StoppableTrainer):
             held = unwrapped(self.optimizer), self.model.base_parameters()
             save_optimizer(*held, folder, first=self.args.should_save)
             if self.args.should_save:
-                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+                torch.save(cast(Any, self.lr_scheduler).state_dict(), folder / SCHEDULER_NAME)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
@@ -475,7 +475,7 @@ class MetaTrainer(StoppableTrainer):
         with loading(checkpoint):
             if self.model.is_sharded or (Path(checkpoint) / SHARDS).exists():
                 load_optimizer(unwrapped(self.optimizer), self.model.base_parameters(), Path(checkpoint))
-                self.lr_scheduler.load_state_dict(read_tensors(Path(checkpoint) / SCHEDULER_NAME))
+                cast(Any, self.lr_scheduler).load_state_dict(read_tensors(Path(checkpoint) / SCHEDULER_NAME))
             else:
                 super()._load_optimizer_and_scheduler(checkpoint)
             saved = read_tensors(Path(checkpoint) / META_STATE)

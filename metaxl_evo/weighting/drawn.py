@@ -66,7 +66,10 @@ def draw_tokenizer() -> PreTrainedTokenizerFast:
 def draw_classifier(names: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A BERT of one layer, of the random state that there is."""
     tokenizer = draw_tokenizer()
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    labels: dict[str, Any] = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
     return BertForSequenceClassification(BertConfig(**_sizes(tokenizer), **labels)), tokenizer
 
 

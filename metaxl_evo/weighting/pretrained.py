@@ -62,8 +62,8 @@ def load_classifier(
     """
     model = settings.model_name_or_path
     if model == SYNTHETIC:
-        base, tokenizer = draw_classifier(names)
-        return with_adapter(settings, base, head), tokenizer
+        drawn, its_tokenizer = draw_classifier(names)
+        return with_adapter(settings, drawn, head), its_tokenizer
     trained = trained_labels(model, head)
     if trained not in (None, list(names)):
         raise ValueError(
@@ -85,10 +85,10 @@ def load_language_model(settings: TextArguments) -> tuple[nn.Module, PreTrainedT
         ValueError: for a model that cannot be had, or is not whole.
     """
     if settings.model_name_or_path == SYNTHETIC:
-        base, tokenizer = draw_language_model()
-    else:
-        base, tokenizer, missing = _load(settings, CAUSAL)
-        require_whole(settings.model_name_or_path, base, missing)
+        drawn, its_tokenizer = draw_language_model()
+        return with_adapter(settings, drawn, CAUSAL), its_tokenizer
+    base, tokenizer, missing = _load(settings, CAUSAL)
+    require_whole(settings.model_name_or_path, base, missing)
     return with_adapter(settings, base, CAUSAL), tokenizer
 
 

@@ -127,7 +127,8 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
         self, settings: WeightTextArguments, args: MetaTrainingArguments, data: LabelledData
     ) -> WeightingTrainer:
         base, tokenizer = load_classifier(settings, data.names)
-        weigher = _make_weigher(settings, data, base.config.hidden_size)
+        config: Any = base.config
+        weigher = _make_weigher(settings, data, config.hidden_size)
         learns, reads = self.learns(settings), WEIGHERS[settings.weigher]
         domains = tuple(data.domains) if settings.weigher == "domain" else ()
         module = WeightedText(base, weigher, reads=reads, weighted=learns, domains=domains)

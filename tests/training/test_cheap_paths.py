@@ -24,8 +24,8 @@ from metaxl_evo.bilevel.problem import InnerStep
 from metaxl_evo.bilevel.products import ENGINES, hessian_product, mixed_product
 from metaxl_evo.bilevel.update import AdamW, UpdateRule
 from metaxl_evo.bilevel.update_state import UpdateState
-from metaxl_evo.estimators import make_estimator
 from metaxl_evo.estimators import copies as copies_module
+from metaxl_evo.estimators import make_estimator
 from metaxl_evo.estimators import noise as noise_module
 from metaxl_evo.models.bilevel_module import TOTALS, Batch
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
