@@ -59,7 +59,7 @@ class Masks:
         return (mask * (w["x"] - lam["y"]).square()).mean()
 
     def problem(self, **options: Any) -> BilevelProblem:
-        known = Facts()  # no passes to find out about the loss
+        known = Facts(batched_whole=False)  # no passes to find out about the loss
         known.trusted.note(type(None), frozenset(W), True)
         known.forward_ad.note(type(None), frozenset((0, 1)), True)
         return BilevelProblem(self.loss, lambda w, lam, batch: w["x"].square().sum(), SGD(0.1), facts=known, **options)
@@ -282,7 +282,7 @@ class Watch:
 @pytest.mark.parametrize("name", ["double_backward", "finite_difference", "evograd"])  # jvp: no hooks under functorch
 @pytest.mark.parametrize("gradients", [False, True], ids=["plain", "stop_gradients"])
 def test_forward_and_backward_lie_in_one_scope_a_pass(name: str, gradients: bool) -> None:
-    toy, watch, facts = network(torch.float64), Watch(), Facts()
+    toy, watch, facts = network(torch.float64), Watch(), Facts(batched_whole=False)
     facts.trusted.note(kind_of(toy.train), frozenset(toy.w), True)
     problem = replace(
         toy.problem, scope=watch.scope, inner_loss=watch.watched(toy.problem.inner_loss),
