@@ -152,6 +152,8 @@ class PassContext:
 
     def all_reduce_one(self, share: Tensor) -> Tensor:
         """`all_reduce` of a single tensor, summed in float64: a process without rows does not know a loss's dtype."""
+        if self.problem.processes.size == 1:
+            return share
         return self.all_reduce({"": share.double()})[""].to(share.dtype)
 
     def whole(self, shares: Tree) -> Tree:
@@ -293,4 +295,5 @@ def _accumulate(total: Tree, names: Sequence[str], found: Sequence[Tensor | None
 
 def _filled(found: Tree, like: Tree, names: Sequence[str]) -> Tree:
     """`found` in the order of `names`, zeros where the loss did not reach a parameter."""
-    return {name: found[name] if name in found else torch.zeros_like(like[name]) for name in names}
+    zeros = tree.zeros_like({name: like[name] for name in names if name not in found})
+    return {name: found[name] if name in found else zeros[name] for name in names}

@@ -61,7 +61,11 @@ def in_groups(leaves: Mapping[str, Tensor], size: int | None = None) -> Iterator
 
 def zeros_like(a: Mapping[str, Tensor]) -> Tree:
     """A tree of zeros with the shapes, dtypes and devices of `a`."""
-    return tree_map(torch.zeros_like, a)
+    if not a or any(map(torch._C._functorch.is_functorch_wrapped_tensor, a.values())):
+        return tree_map(torch.zeros_like, a)
+    zeros = tree_map(lambda leaf: torch.empty_like(leaf, requires_grad=False), a)
+    torch._foreach_zero_(list(zeros.values()))
+    return zeros
 
 
 def detach(a: Mapping[str, Tensor]) -> Tree:

@@ -57,12 +57,13 @@ class FullPasses:
     def pull_back(self, coefficients: Tensor) -> Tree:
         """sum_k a_k d_lam l_k; takes the gradients over."""
         total = {}
+        weights = {dtype: coefficients.to(dtype) for dtype in {leaf.dtype for leaf in self.gradients[0].values()}}
         for name, leaf in self.lam.items():
             held = [gradients.pop(name) for gradients in self.gradients]
             gradients = held[0] if len(held) == 1 else torch.cat(held)
             flat = gradients.reshape(len(gradients), leaf.numel())
             # in place, which an autocast around the meta step leaves alone
-            total[name] = flat.new_zeros(leaf.numel()).addmv_(flat.T, coefficients.to(flat.dtype)).view_as(leaf)
+            total[name] = flat.new_empty(leaf.numel()).addmv_(flat.T, weights[flat.dtype], beta=0).view_as(leaf)
         return total
 
     def _all(self, inputs: Inputs) -> list[Found]:

@@ -123,7 +123,7 @@ class EvoGrad(Estimator):
         shared = cut is not None and self.share_randomness and names <= cut.names
         copies = SharedPass(passes, step, noise, cut) if shared and cut else self._full_passes(passes, step, noise)
         weights = torch.softmax(-copies.losses / self.temperature, dim=0)
-        diagnostics["effective_copies"] = 1 / weights.square().sum()
+        diagnostics["effective_copies"] = weights.dot(weights).reciprocal()
         diagnostics["loss_spread"] = copies.losses.std() / self.temperature
 
         def vjp(v: Tree) -> Tree:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from metaxl_evo.bilevel import tree
 from metaxl_evo.models.norms import normalises_batches, widened, without_update
 
 
@@ -35,8 +36,9 @@ def frozen(
     hooks = [module.register_forward_pre_hook(_renumber(rows)) for module, rows in embeddings]
     hooks += [hook for norm in norms if isinstance(norm, _InstanceNorm) for hook in without_update(norm)]
     try:
-        for owner, key, buffer in buffers:
-            owner._buffers[key] = buffer.clone()
+        copies = tree.clone({str(number): buffer for number, (_, _, buffer) in enumerate(buffers)})
+        for (owner, key, _), copy in zip(buffers, copies.values(), strict=True):
+            owner._buffers[key] = copy
         for module in base.modules():
             if module not in norms:
                 module.training = dropout and module.training

@@ -241,8 +241,9 @@ class MetaLevel:
         (norm, loss), limit = _norm_and_loss(result), self.args.meta_max_grad_norm
         factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
         lam = self.model.meta_parameters()
+        clipped = tree.scale({name: result.grads[name].to(parameter.dtype) for name, parameter in lam.items()}, factor)
         for name, parameter in lam.items():
-            parameter.grad = result.grads[name].to(parameter.dtype) * factor
+            parameter.grad = clipped[name]
         with nullcontext() if diagnostics is None else diagnostics.watching(self._optimizer, lam):
             self._optimizer.step()
         keep_in_range(self.model)

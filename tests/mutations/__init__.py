@@ -204,7 +204,7 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
         ("dropout-in-meta-passes", "module.training = dropout and module.training",
          "module.training = module.training",
          "models/test_bilevel_module.py::test_meta_passes_use_batch_statistics_but_no_dropout"),
-        ("meta-passes-write-buffers", "owner._buffers[key] = buffer.clone()", "owner._buffers[key] = buffer",
+        ("meta-passes-write-buffers", "owner._buffers[key] = copy", "pass",
          "models/test_bilevel_module.py::test_what_a_pass_writes_into_a_buffer_is_thrown_away"),
         ("totals-of-the-rows-that-read-lam", "else counts_of(self, view)", "else counts_of(self, fewer)",
          "training/test_cheap_paths.py::test_the_rows_that_read_lam_give_the_whole_gradient"),
