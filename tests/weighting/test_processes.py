@@ -18,7 +18,7 @@ from metaxl_evo.weighting.weighted_text import WeightedText
 from tests.processes import on_processes
 from tests.weighting.small import base_of, batch_of
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 NAMES = ("news", "tales", "notes")
 
