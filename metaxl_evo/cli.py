@@ -164,6 +164,10 @@ COMMANDS = {
         "estimators side by side: time, memory, distance from the exact hypergradient",
         plain("metaxl_evo.benchmark.run", "BenchmarkArguments", "run_benchmark", "benchmark"),
     ),
+    "estimate-memory": Command(
+        "what a process needs to train with a base in parts, term by term; loads no weights",
+        plain("metaxl_evo.training.memory_estimate", "MemoryArguments", "estimate_memory"),
+    ),
     "illustrate": Command(
         "what estimators make of a hypergradient that is known exactly",
         plain("vision_tasks.illustration_report", "IllustrationArguments", "run_illustration", "vision"),
@@ -202,7 +206,7 @@ def script() -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:<13} {command.does}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<15} {command.does}" for name, command in COMMANDS.items()]
     launched = ", ".join(name for name, command in COMMANDS.items() if command.launched)
     return "\n".join([
         "metaxl-evo COMMAND [--config FILE or NAME] [--any_setting value]",

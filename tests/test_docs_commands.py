@@ -19,6 +19,7 @@ from metaxl_evo.experiments.study import Study
 from metaxl_evo.experiments.task import TASKS, find_task
 from metaxl_evo.ner.evaluate_command import EvaluationArguments
 from metaxl_evo.ner.predict_command import PredictionArguments
+from metaxl_evo.training.memory_estimate import MemoryArguments
 from metaxl_evo.training.parser import parse_arguments
 from vision_tasks.illustration import IllustrationArguments
 
@@ -51,6 +52,7 @@ READERS: dict[str, Reader] = {
     "evaluate": of(EvaluationArguments),
     "predict": of(PredictionArguments),
     "benchmark": of(BenchmarkArguments, "benchmark"),
+    "estimate-memory": of(MemoryArguments),
     "illustrate": of(IllustrationArguments, "vision"),
     "run": lambda argv: parse_arguments((RunArguments,), argv[1:]),
     "study": study,
