@@ -131,8 +131,8 @@ def test_every_estimator_resumes_bit_by_bit(tmp_path: Path, name: str, settings:
 def test_every_estimator_is_among_them() -> None:
     assert DRIVEN.keys() == ESTIMATORS.keys()
     assert len(INSTANCES) == 14
-    assert {reset for *_, reset in RESETS} == set(EPISODE_RESETS) - {"learned"}  # which needs a learned start
-    assert len(RESETS) == 22
+    assert {reset for *_, reset in RESETS} == set(EPISODE_RESETS)
+    assert len(RESETS) == 26
 
 
 # The tagger
