@@ -19,10 +19,11 @@ from metaxl_evo.experiments.plan import Run, plan_runs
 from metaxl_evo.experiments.study import Study
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.long_horizon.sinusoid_task import SinusoidTask
-from metaxl_evo.ner.arguments import METHODS, NerArguments, NerTrainingArguments, steps_of
+from metaxl_evo.ner.arguments import METHODS, NerArguments, NerTrainingArguments
 from metaxl_evo.ner.task import NerTask
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.parser import parse_arguments
+from metaxl_evo.training.schedules import steps_of
 from metaxl_evo.weighting.mix_task import MixTextTask
 from metaxl_evo.weighting.weight_task import WeightTextTask
 from tests.vision_tasks.small import PERTURBED, random_images

@@ -34,13 +34,12 @@ NOT_RUN = {  # lines -> why
     r"pip install .*": "asks a registry; tests/test_package.py installs the wheel",
     r"python -m pytest .*": "tests of their own",
     r".* \.\.\.|python scripts/\.\.\.": "not a whole command",
-    r"metaxl-evo (configs|study|run)|accelerate launch": "a command's name; tests/test_command.py runs configs",
+    r"metaxl-evo (configs|study|run|weight-text|mix-text)|accelerate launch": "a command's name",
     r"python examples/watch_a_run\.py trackio": "tests/examples/test_examples.py",
     r"python -m metaxl_evo\.estimators\.table docs/estimators\.md": "tests/test_estimator_docs.py",
     r"tensorboard --logdir runs/watched|trackio show --project mine": "of other packages, and they stay open",
     r"accelerate launch .* --report_to trackio .*": "an extra that the tests' environment has not",
-    r".* --runs\.optuna .*": "an extra that the tests' environment has not",
-    r"accelerate launch --config_file configs/accelerate/multi_gpu\.yaml .*": "two GPUs",
+    r"accelerate launch --config_file configs/accelerate/(multi_gpu|fsdp2)\.yaml .*": "several GPUs",
     r"metaxl-evo study study\.yaml --output_dir /shared/study --engine ray": "tests/experiments/test_ray_engine.py",
 }
 FILE_OF_A_PAGE = re.compile(r"^```\w+\n# (\w+\.(?:py|yaml))\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -59,11 +58,11 @@ TASKS: dict[str, dict[str, Any]] = {
         "max_steps": 10, "train_size": 100, "validation_size": 50, "per_device_train_batch_size": 100,
     },
     "many_shot": SHORT | {
-        "seeds": 1, "max_steps": 2, "episode_length": 2, "meta_last": 1, "test_tasks": 2, "conv_channels": 2,
+        "seeds": 1, "max_steps": 10, "episode_length": 10, "test_tasks": 2, "conv_channels": 2,
         "train_classes": 10, "validation_classes": 5, "test_classes": 5,
     },
     "sinusoid": SHORT | {
-        "seeds": 1, "max_steps": 2, "episode_length": 2, "meta_last": 1, "meta_batch": 2, "test_tasks": 2, "hidden": 5,
+        "seeds": 1, "max_steps": 5, "episode_length": 5, "meta_batch": 2, "test_tasks": 2, "hidden": 5,
     },
     "mix_text": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 30, "test_size": 20},
     "weight_text": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 60, "eval_size": 40},
@@ -157,7 +156,8 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("named")
     for place in ("unimelb-nlp/wikiann", "WIKIANN", "DIR", "data"):
         write_sentences(root / place)
-    write_parts_of_speech(root / "ud")
+    for place in ("ud", "TREEBANKS"):
+        write_parts_of_speech(root / place)
     for place in ("FacebookAI/xlm-roberta-base", "MODEL", "DIR"):
         write_model(root / place)
     (root / "FILE").write_text("Doru vakemi Tila .\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from metaxl_evo.messages import one_line, unknown
 from metaxl_evo.models.schedule import ANYWHERE, KINDS, SUBFOLDER, Schedule
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.figures import figure
+from metaxl_evo.training.values import refuse_count
 
 METHODS = ("learned", "random_search", "optuna", "fixed")
 OUTSIDE = ("clamp", "refuse", "allow")
@@ -106,10 +107,9 @@ class ScheduleArguments:
             if given not in valid:
                 raise ValueError(unknown(name, given, valid))
         for name, least in (("n_lr", 0), ("n_momentum", 0), ("n_wd", 0), ("inner_steps", 1), ("outer_steps", 1)):
-            _require_count(name, getattr(self, name), least)
+            refuse_count(name, getattr(self, name), least)
         for name in ("trainings", "retrain_steps"):
-            if getattr(self, name) is not None:
-                _require_count(name, getattr(self, name), 1)
+            refuse_count(name, getattr(self, name))
         if not self.product_cost >= 0:
             raise ValueError(f"product_cost must be a number of at least 0, not {self.product_cost}")
         self._check_bounds()
@@ -335,8 +335,3 @@ def _read(file: Path, windows: Mapping[str, int]) -> dict[str, list[float]]:
             f"initial_schedule: {file} has {sizes} values, here are {dict(windows)}: set the same windows"
         )
     return held
-
-
-def _require_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,54 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.import_utils import is_peft_available
 
 from metaxl_evo.messages import first_line
 
 ADAPTER = "adapter"  # the subfolder; at the top of a model folder transformers would load the adapter over the model
 WEIGHTS_FILE = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
+
+
+@dataclass(kw_only=True)
+class LoraArguments:
+    """Whether a base is below an adapter, and which."""
+
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train a LoRA adapter and the head; the other base weights stay as they are."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter's scale is lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the adapted layers, or `all-linear` (default: peft's choice for the model)."},
+    )
+
+    def check_lora(self) -> None:
+        """Refuse values that cannot be, and an adapter without peft."""
+        for name in ("lora_r", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if getattr(self, name) >= 2**31:
+                raise ValueError(f"{name} must be below 2**31, not {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
+        if self.use_peft and not is_peft_available():
+            raise ValueError("use_peft needs the package peft: run pip install 'metaxl_evo[peft]'")
+
+    def adapted(self, base: PreTrainedModel, task_type: str = "TOKEN_CLS") -> nn.Module:
+        """`base`, below the adapter that is asked for, if one is; `task_type` as of `add_lora`."""
+        if not self.use_peft:
+            return base
+        return add_lora(
+            base,
+            r=self.lora_r,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+            task_type=task_type,
+        )
 
 
 def is_adapted(model: nn.Module) -> bool:

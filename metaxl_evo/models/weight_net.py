@@ -32,7 +32,7 @@ class WeightNet(nn.Module):
     def forward(self, seen: Tensor) -> Tensor:
         seen = seen.unsqueeze(1) if seen.dim() == 1 else seen
         weights: Tensor = torch.sigmoid(self.out(torch.relu(self.hidden(seen)))).squeeze(1)
-        return weights if self.floor == 0 else self.floor + (1 - self.floor) * weights
+        return above_floor(weights, self.floor)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into the folder itself."""
@@ -48,3 +48,8 @@ class WeightNet(nn.Module):
         """
         inside = Path(folder) / SUBFOLDER
         return load_network(inside if inside.is_dir() else folder, MODEL_TYPE, cls)
+
+
+def above_floor(weights: Tensor, floor: float) -> Tensor:
+    """Weights of at least 0, pressed together above `floor`; bit for bit the same where that is 0."""
+    return weights if floor == 0 else floor + (1 - floor) * weights

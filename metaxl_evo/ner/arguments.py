@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
-from transformers.utils.import_utils import is_peft_available
 
 from metaxl_evo.messages import unknown
+from metaxl_evo.models.adapters import LoraArguments
 from metaxl_evo.models.rtn_networks import KINDS
 from metaxl_evo.ner.layout import ColumnArguments, LayoutArguments, PosLayoutArguments
 from metaxl_evo.ner.scorers import EntityScorer, Scorer, WordScorer
@@ -92,7 +91,7 @@ class PosTrainingArguments(NerTrainingArguments):
 
 
 @dataclass
-class TaggingArguments(ColumnArguments):
+class TaggingArguments(LoraArguments, ColumnArguments):
     """Model, data, RTN and method, whatever is tagged; the optimisation is in NerTrainingArguments.
 
     Raises:
@@ -138,17 +137,6 @@ class TaggingArguments(ColumnArguments):
         default=False, metadata={"help": "Run code that the model brings along (auto_map); read it first."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel of the base model."})
-    use_peft: bool = field(
-        default=False,
-        metadata={"help": "Train a LoRA adapter and the classifier; the other base weights stay as they are."},
-    )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter's scale is lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter."})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the adapted layers, or `all-linear` (default: peft's choice for the model)."},
-    )
     select: str = field(
         default="dev",
         metadata={
@@ -162,7 +150,7 @@ class TaggingArguments(ColumnArguments):
         for name, valid in (("method", METHODS), ("rtn_kind", KINDS), ("select", SELECTIONS)):
             if getattr(self, name) not in valid:
                 raise ValueError(unknown(name, str(getattr(self, name)), valid))
-        counted = ("train_size", "target_train_size", "eval_size", "rtn_bottleneck", "lora_r", "lora_alpha")
+        counted = ("train_size", "target_train_size", "eval_size", "rtn_bottleneck")
         sizes = dict.fromkeys(counted, 1)
         for name, least in {**sizes, "max_length": SHORTEST, "eval_max_length": SHORTEST}.items():
             value = getattr(self, name)
@@ -172,10 +160,7 @@ class TaggingArguments(ColumnArguments):
                 raise ValueError(f"{name} must be below 2**31, not {value}")
         if self.rtn_bottleneck is not None and self.rtn_bottleneck > WIDEST:
             raise ValueError(f"rtn_bottleneck must be at most {WIDEST}, not {self.rtn_bottleneck}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
-        if self.use_peft and not is_peft_available():
-            raise ValueError("use_peft needs the package peft: run pip install 'metaxl_evo[peft]'")
+        self.check_lora()
         for name in ("source_languages", "target_languages"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: name at least one language")
@@ -245,9 +230,3 @@ def refuse_fields(args: TrainingArguments) -> None:
         raise ValueError(
             "dispatch_batches cannot send batches of unequal lengths, as sentences make them: leave it out"
         )
-
-
-def steps_of(epochs: float, sentences: int, batch_size: int, accumulation: int) -> int:
-    """Optimizer steps of a run over the source sentences: the schedule that every method shares."""
-    batches = math.ceil(sentences / batch_size)
-    return math.ceil(epochs * math.ceil(batches / accumulation))

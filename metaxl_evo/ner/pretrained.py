@@ -29,7 +29,15 @@ from metaxl_evo.models.rtn import SUBFOLDER
 from metaxl_evo.ner.arguments import SHORTEST
 from metaxl_evo.ner.synthetic import SyntheticFamily
 from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
-from metaxl_evo.training.saved_models import ask_hub, cannot_load, load, not_whole, require_whole
+from metaxl_evo.training.saved_models import (
+    ask_hub,
+    load,
+    refuse_kernel,
+    require_embeddings,
+    require_vocabulary,
+    require_whole,
+    unusable,
+)
 
 SYNTHETIC = "synthetic"
 NO_LIMIT = 2**31
@@ -48,7 +56,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PretrainedCon
         try:
             ask_hub(model)
         except Exception as error:  # of the id, or of an HTTP library
-            raise _unusable(model, error) from error
+            raise unusable(model, error) from error
     elif _is_adapter(folder):
         raise ValueError(
             f"model_name_or_path: {model} holds a peft adapter, not a model: give the output folder of its finished "
@@ -63,9 +71,9 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PretrainedCon
     try:
         config = AutoConfig.from_pretrained(folder if folder.is_dir() else model, trust_remote_code=trust_remote_code)
     except Exception as error:  # the content of the file leads the library into any
-        raise _unusable(model, error) from error
-    if "/" in (kernel := str(config._attn_implementation)) and not trust_remote_code:
-        raise _untrusted(model, f"the attention kernel {kernel} of the Hub")
+        raise unusable(model, error) from error
+    if not trust_remote_code:
+        refuse_kernel(model, config)
     own_code = trust_remote_code and "AutoModelForTokenClassification" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING and not own_code:
         kinds = unknown("model type", config.model_type, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
@@ -120,9 +128,9 @@ def load_classifier(
         if is_other:
             base, found = _with_new_head(base, **kernel)
     except pickle.UnpicklingError as error:  # whose text advises to run what it refused
-        raise _unusable(model, ValueError("its pytorch_model.bin holds more than tensors")) from error
+        raise unusable(model, ValueError("its pytorch_model.bin holds more than tensors")) from error
     except Exception as error:  # the content of a file leads the library into any
-        raise _needs_packages(model, error) or _unusable(model, error) from error
+        raise _needs_packages(model, error) or unusable(model, error) from error
     _require_tokens(model, tokenizer)
     has_head = trained is not None and not is_other
     _require_whole(model, base, tokenizer, sorted(found["missing_keys"]), has_head=has_head)
@@ -205,11 +213,7 @@ def _failure(base: PreTrainedModel, ids: list[int]) -> Exception | None:
 
 def _require_tokens(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that transformers made up where its files are missing, and one that cannot pad."""
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError(
-            f"model_name_or_path: {model} holds no vocabulary of a tokenizer: save the model's own there, or give its "
-            "Hub id"
-        )
+    require_vocabulary(model, tokenizer)
     if tokenizer.pad_token_id is None:
         raise ValueError(
             f"model_name_or_path: {model} has no padding token: give it one (tokenizer.pad_token = ...) and save the "
@@ -222,22 +226,13 @@ def _require_whole(
 ) -> None:
     """Refuse weights that are not all there, or not numbers, or of another vocabulary than the tokenizer's."""
     require_whole(model, base, [one for one in missing if has_head or one.startswith(f"{base.base_model_prefix}.")])
-    words = getattr(base.config, "vocab_size", len(tokenizer))
-    if tokenizer.is_fast and len(tokenizer) > words:
-        raise not_whole(model, f"has {words} word embeddings for a tokenizer with a vocabulary of {len(tokenizer)}")
+    require_embeddings(model, base, tokenizer)
 
 
 def _is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter, at its top or as a checkpoint of ours does, in place of a model."""
     inside = (folder / ADAPTER / ADAPTER_CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).is_file()
     return inside or (folder / ADAPTER_CONFIG_NAME).is_file()
-
-
-def _untrusted(model: str, what: str) -> ValueError:
-    return ValueError(
-        f"model_name_or_path: {model!r} brings code along ({what}), which is not run unasked: read it, then set "
-        "trust_remote_code: true, or use another model"
-    )
 
 
 def _needs_packages(model: str, error: Exception) -> ValueError | None:
@@ -248,9 +243,3 @@ def _needs_packages(model: str, error: Exception) -> ValueError | None:
         f"model_name_or_path: the tokenizer of {model} is a sentencepiece model, which more packages read: run "
         "pip install sentencepiece protobuf"
     )
-
-
-def _unusable(model: str, error: Exception) -> ValueError:
-    if "trust_remote_code=True" in str(error):  # as transformers words it, in several lines
-        return _untrusted(model, "auto_map")
-    return cannot_load(model, error, "a transformers model")

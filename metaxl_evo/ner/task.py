@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub import EvalResult
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -19,7 +18,7 @@ from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.experiments.folders import RESULTS, hub_id, read_results
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.messages import unknown
-from metaxl_evo.models.adapters import ADAPTER, add_lora
+from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.hooks import encoder_layers
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
 from metaxl_evo.ner.arguments import (
@@ -29,7 +28,6 @@ from metaxl_evo.ner.arguments import (
     PosTrainingArguments,
     TaggingArguments,
     refuse_fields,
-    steps_of,
 )
 from metaxl_evo.ner.check import evaluation_findings, sentence_findings
 from metaxl_evo.ner.encoding import PadRight, encode
@@ -46,6 +44,7 @@ from metaxl_evo.ner.spacing import as_in_text
 from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
 from metaxl_evo.ner.target_data import TargetData, load_for_model, require_enough
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
+from metaxl_evo.training.schedules import steps_of
 from metaxl_evo.training.trainer import MetaTrainer
 
 logger = logging.getLogger(__name__)
@@ -303,7 +302,7 @@ def build_tagger(
         _warn_of_another_base(ner.rtn_name_or_path, ner.model_name_or_path)
     recipe = ner.recipe
     return CrossLingualTagger(
-        _with_lora(ner, base),
+        ner.adapted(base),
         rtn,
         pad_token_id=tokenizer.pad_token_id,
         transform=recipe.transform,
@@ -338,19 +337,6 @@ def _warn_of_another_base(place: str, model: str) -> None:
         return
     if base != model:
         logger.warning("rtn_name_or_path: the RTN of %s was trained with %s, not %s", place, base, model)
-
-
-def _with_lora(ner: TaggingArguments, base: PreTrainedModel) -> nn.Module:
-    """The base with the adapter that the settings ask for, if they do."""
-    if not ner.use_peft:
-        return base
-    return add_lora(
-        base,
-        r=ner.lora_r,
-        alpha=ner.lora_alpha,
-        dropout=ner.lora_dropout,
-        target_modules=ner.lora_target_modules,
-    )
 
 
 def fit_arguments(ner: TaggingArguments, args: MetaTrainingArguments, data: TargetData) -> MetaTrainingArguments:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from metaxl_evo.messages import first_line
@@ -55,6 +55,30 @@ def require_whole(model: str, base: PreTrainedModel, lacking: Sequence[str]) -> 
         raise not_whole(model, f"has weights that are not finite, such as {unfit[0]}")
 
 
+def require_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that transformers made up where its files are missing.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"model_name_or_path: {model} holds no vocabulary of a tokenizer: save the model's own there, or give its "
+            "Hub id"
+        )
+
+
+def require_embeddings(model: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model with fewer word embeddings than its tokenizer has pieces.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    words = getattr(base.config, "vocab_size", len(tokenizer))
+    if tokenizer.is_fast and len(tokenizer) > words:
+        raise not_whole(model, f"has {words} word embeddings for a tokenizer with a vocabulary of {len(tokenizer)}")
+
+
 def not_whole(model: str, problem: str) -> ValueError:
     """The error of a model that was not saved, or fetched, to its end."""
     return ValueError(f"model_name_or_path: {model} {problem}: fetch or save it again, whole")
@@ -70,4 +94,29 @@ def cannot_load(model: str, error: Exception, wanted: str) -> ValueError:
     return ValueError(
         f"model_name_or_path: {model!r} cannot be loaded ({reason}): give the folder of {wanted}, a Hub id that can "
         "be reached, or set HF_HUB_OFFLINE=1 with a filled cache"
+    )
+
+
+def refuse_kernel(model: str, config: PretrainedConfig) -> None:
+    """Refuse a model whose attention kernel is code of the Hub, which transformers would fetch and run.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if "/" in (kernel := str(config._attn_implementation)):
+        raise untrusted(model, f"the attention kernel {kernel} of the Hub")
+
+
+def unusable(model: str, error: Exception) -> ValueError:
+    """The error of a transformers model that cannot be loaded, or brings code along."""
+    if "trust_remote_code=True" in str(error):  # as transformers words it, in several lines
+        return untrusted(model, "auto_map")
+    return cannot_load(model, error, "a transformers model")
+
+
+def untrusted(model: str, what: str) -> ValueError:
+    """The error of a model that brings code along, which `what` names."""
+    return ValueError(
+        f"model_name_or_path: {model!r} brings code along ({what}), which is not run unasked: read it, then set "
+        "trust_remote_code: true, or use another model"
     )

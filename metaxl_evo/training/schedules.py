@@ -1,7 +1,8 @@
-"""Learning rate schedules that transformers does not have."""
+"""Learning rate schedules that transformers does not have, and the length of a run."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
@@ -21,3 +22,9 @@ def with_drops(optimizer: Any, milestones: Sequence[float], factor: float, steps
     """
     drops = [round(share * steps) for share in milestones]
     return LambdaLR(optimizer, lambda step: factor ** bisect_right(drops, step))
+
+
+def steps_of(epochs: float, rows: int, batch_size: int, accumulation: int) -> int:
+    """Optimizer steps of a run over so many rows: the schedule that all methods of a comparison share."""
+    batches = math.ceil(rows / batch_size)
+    return math.ceil(epochs * math.ceil(batches / accumulation))

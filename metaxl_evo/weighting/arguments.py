@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.utils.import_utils import is_peft_available
-
 from metaxl_evo.messages import unknown
+from metaxl_evo.models.adapters import LoraArguments
+from metaxl_evo.training.values import refuse_count
 from metaxl_evo.weighting.drawn import SYNTHETIC
 
 
 @dataclass
-class TextArguments:
+class TextArguments(LoraArguments):
     """Model and data; the optimisation is in MetaTrainingArguments.
 
     Raises:
@@ -38,26 +38,13 @@ class TextArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that the model brings along (auto_map); read it first."}
     )
-    use_peft: bool = field(
-        default=False, metadata={"help": "Train a LoRA adapter and the head; the other weights stay as they are."}
-    )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter's scale is lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter."})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the adapted layers, or `all-linear` (default: peft's choice for the model)."},
-    )
     floor: float = field(default=0.0, metadata={"help": "The least weight that is learned, from 0 to below 1."})
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "lora_r", "lora_alpha"):
-            self.require_count(name, getattr(self, name))
-        for name in ("floor", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        if self.use_peft and not is_peft_available():
-            raise ValueError("use_peft needs the package peft: run pip install 'metaxl_evo[peft]'")
+        self.require_count("max_length", self.max_length)
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor must be at least 0 and below 1, not {self.floor}")
+        self.check_lora()
         if self.model_name_or_path == SYNTHETIC and self.data != SYNTHETIC:
             raise ValueError(
                 "model_name_or_path: the synthetic model knows the drawn words alone: give a model for these data"
@@ -72,6 +59,4 @@ class TextArguments:
     @staticmethod
     def require_count(name: str, value: Any, least: int = 1) -> None:
         """Raises the error of a number out of range; None is left out."""
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (whole and least <= value < 2**31):
-            raise ValueError(f"{name} must be a whole number of at least {least} and below 2**31, not {value!r}")
+        refuse_count(name, value, least)

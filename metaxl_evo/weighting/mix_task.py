@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from metaxl_evo.experiments.folders import hub_id
 from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.models.adapters import ADAPTER
-from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
+from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
 from metaxl_evo.weighting.domains import DomainArguments, DomainData, load_domains
@@ -85,14 +84,6 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
 
     def load(self, settings: MixTextArguments, args: MetaTrainingArguments) -> DomainData:
         return load_domains(settings)
-
-    def fit_arguments(
-        self, settings: MixTextArguments, args: MetaTrainingArguments, data: DomainData
-    ) -> MetaTrainingArguments:
-        args = copy.copy(args)
-        if not self.learns(settings):
-            args.estimator, args.estimator_kwargs = NO_ESTIMATOR, None
-        return args
 
     def build_trainer(
         self, settings: MixTextArguments, args: MetaTrainingArguments, data: DomainData

@@ -12,12 +12,20 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from metaxl_evo.models.adapters import add_lora
-from metaxl_evo.training.saved_models import ask_hub, cannot_load, load, require_whole
+from metaxl_evo.training.saved_models import (
+    ask_hub,
+    load,
+    refuse_kernel,
+    require_embeddings,
+    require_vocabulary,
+    require_whole,
+    unusable,
+)
 from metaxl_evo.weighting.arguments import TextArguments
 from metaxl_evo.weighting.drawn import SYNTHETIC, draw_classifier, draw_language_model
 
@@ -34,22 +42,19 @@ SEQUENCE = Head(AutoModelForSequenceClassification, "ForSequenceClassification",
 CAUSAL = Head(AutoModelForCausalLM, "ForCausalLM", "CAUSAL_LM")
 
 
-def trained_labels(model: str, head: Head) -> list[str] | None:
+def trained_labels(settings: TextArguments, head: Head) -> list[str] | None:
     """The label names of a trained head of this kind, in its order; None where the model has none.
 
     Raises:
         ValueError: for a model that cannot be had.
     """
-    if model == SYNTHETIC:
+    if settings.model_name_or_path == SYNTHETIC:
         return None
-    place = _located(model)
-    try:
-        config = AutoConfig.from_pretrained(place)
-    except Exception as error:  # the content of the file leads the library into any
-        raise _unusable(model, error) from error
+    _, config = _found(settings)
     if not any(head.called in one for one in config.architectures or []):
         return None
-    return [str(config.id2label[number]) for number in sorted(config.id2label)]
+    labels: dict[Any, str] = dict(config.id2label or {})
+    return [labels[number] for number in sorted(labels)]
 
 
 def load_classifier(
@@ -63,8 +68,8 @@ def load_classifier(
     model = settings.model_name_or_path
     if model == SYNTHETIC:
         drawn, its_tokenizer = draw_classifier(names)
-        return with_adapter(settings, drawn, head), its_tokenizer
-    trained = trained_labels(model, head)
+        return settings.adapted(drawn, head.task_type), its_tokenizer
+    trained = trained_labels(settings, head)
     if trained not in (None, list(names)):
         raise ValueError(
             f"model_name_or_path: the head of {model} knows {', '.join(trained or ())}, the data have "
@@ -75,7 +80,7 @@ def load_classifier(
     own = f"{base.base_model_prefix}."  # a new head, and a pooler that it reads, are made here
     lacking = [name for name in missing if trained is not None or (name.startswith(own) and ".pooler." not in name)]
     require_whole(model, base, lacking)
-    return with_adapter(settings, base, head), tokenizer
+    return settings.adapted(base, head.task_type), tokenizer
 
 
 def load_language_model(settings: TextArguments) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -86,24 +91,10 @@ def load_language_model(settings: TextArguments) -> tuple[nn.Module, PreTrainedT
     """
     if settings.model_name_or_path == SYNTHETIC:
         drawn, its_tokenizer = draw_language_model()
-        return with_adapter(settings, drawn, CAUSAL), its_tokenizer
+        return settings.adapted(drawn, CAUSAL.task_type), its_tokenizer
     base, tokenizer, missing = _load(settings, CAUSAL)
     require_whole(settings.model_name_or_path, base, missing)
-    return with_adapter(settings, base, CAUSAL), tokenizer
-
-
-def with_adapter(settings: TextArguments, base: PreTrainedModel, head: Head) -> nn.Module:
-    """`base`, below LoRA where the settings ask for it."""
-    if not settings.use_peft:
-        return base
-    return add_lora(
-        base,
-        r=settings.lora_r,
-        alpha=settings.lora_alpha,
-        dropout=settings.lora_dropout,
-        target_modules=settings.lora_target_modules,
-        task_type=head.task_type,
-    )
+    return settings.adapted(base, CAUSAL.task_type), tokenizer
 
 
 def _load(
@@ -111,12 +102,14 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """A model, its tokenizer, which can pad, and the weights that are not in its file."""
     model, trusted = settings.model_name_or_path, settings.trust_remote_code
-    place = _located(model)
+    place, _ = _found(settings)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trusted)
         base, found = load(head.loads, place, trust_remote_code=trusted, **fields)
     except Exception as error:  # the content of a file leads the library into any
-        raise _unusable(model, error) from error
+        raise unusable(model, error) from error
+    require_vocabulary(model, tokenizer)
+    require_embeddings(model, base, tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"model_name_or_path: {model} has no padding token: give its tokenizer one, and save it")
@@ -126,17 +119,17 @@ def _load(
     return base, tokenizer, sorted(found["missing_keys"])
 
 
-def _located(model: str) -> str | Path:
-    """The folder of a model, or a Hub id that was asked for once, with a short timeout."""
+def _found(settings: TextArguments) -> tuple[str | Path, PretrainedConfig]:
+    """The folder of a model, or a Hub id that was asked for once, with a short timeout; and its configuration."""
+    model, trusted = settings.model_name_or_path, settings.trust_remote_code
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
+    place: str | Path = folder if folder.is_dir() else model
     try:
-        ask_hub(model)
-    except Exception as error:  # of the id, or of an HTTP library
-        raise _unusable(model, error) from error
-    return model
-
-
-def _unusable(model: str, error: Exception) -> ValueError:
-    return cannot_load(model, error, "a transformers model")
+        if place is model:
+            ask_hub(model)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trusted)
+    except Exception as error:  # of the id, an HTTP library, or whatever the content of the file leads into
+        raise unusable(model, error) from error
+    if not trusted:
+        refuse_kernel(model, config)
+    return place, config

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.network_files import CONFIG_FILE, MODEL_TYPE, load_network, save_network
 from metaxl_evo.models.weight_net import MODEL_TYPE as WEIGHT_NET
-from metaxl_evo.models.weight_net import WeightNet
+from metaxl_evo.models.weight_net import WeightNet, above_floor
 
 WEIGHT_TABLE = "metaxl_weight_table"
 FORMS = ("sigmoid", "softmax")
@@ -41,20 +41,19 @@ class WeightTable(nn.Module):
         self.logits = nn.Parameter(torch.full((entries,), start))
 
     def forward(self, numbers: Tensor) -> Tensor:
-        return self.weights()[numbers] if self.form == "softmax" else self._above_floor(self.logits[numbers].sigmoid())
+        if self.form == "softmax":
+            return self.weights()[numbers]
+        return above_floor(self.logits[numbers].sigmoid(), self.floor)
 
     def weights(self) -> Tensor:
         """Of all entries."""
         raw = len(self.logits) * self.logits.softmax(0) if self.form == "softmax" else self.logits.sigmoid()
-        return self._above_floor(raw)
+        return above_floor(raw, self.floor)
 
     def mixture(self) -> Tensor:
         """Shares that sum to 1."""
         weights = self.weights()
         return weights / weights.sum()
-
-    def _above_floor(self, weights: Tensor) -> Tensor:
-        return weights if self.floor == 0 else self.floor + (1 - self.floor) * weights
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into the folder itself."""

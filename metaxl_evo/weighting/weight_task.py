@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,8 @@ from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.weight_net import WeightNet
-from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
+from metaxl_evo.training.arguments import MetaTrainingArguments
+from metaxl_evo.training.schedules import steps_of
 from metaxl_evo.training.trainer import MetaTrainer
 from metaxl_evo.weighting.drawn import SYNTHETIC
 from metaxl_evo.weighting.encoding import encode
@@ -102,7 +102,7 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
             raise ValueError("clean texts judge alone: set meta_portion to 1 (method: union trains on them, too)")
 
     def load(self, settings: WeightTextArguments, args: MetaTrainingArguments) -> LabelledData:
-        trained = trained_labels(settings.model_name_or_path, SEQUENCE)
+        trained = trained_labels(settings, SEQUENCE)
         data = load_labelled(settings, args.seed, trained)
         if args.load_best_model_at_end and data.validation is None:
             raise ValueError("load_best_model_at_end needs a part `validation` of the data, which may choose")
@@ -114,13 +114,11 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
     def fit_arguments(
         self, settings: WeightTextArguments, args: MetaTrainingArguments, data: LabelledData
     ) -> MetaTrainingArguments:
-        """Without an estimator where nothing is learned; as many steps as on the noisy texts, whatever trains."""
+        """As many steps as on the noisy texts, whatever trains."""
         args = copy.copy(args)
-        if not self.learns(settings):
-            args.estimator, args.estimator_kwargs = NO_ESTIMATOR, None
         if args.max_steps <= 0:
-            batches = math.ceil(len(data.train) / (args.per_device_train_batch_size * args.world_size))
-            args.max_steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+            batch, accumulation = args.per_device_train_batch_size * args.world_size, args.gradient_accumulation_steps
+            args.max_steps = steps_of(args.num_train_epochs, len(data.train), batch, accumulation)
         return args
 
     def build_trainer(

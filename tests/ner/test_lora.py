@@ -28,10 +28,10 @@ from transformers import (
 
 from metaxl_evo.bilevel import SGD, Tree, hypergradient
 from metaxl_evo.estimators import ESTIMATORS, EvoGrad, OneStep, make_estimator
+from metaxl_evo.models import adapters
 from metaxl_evo.models.adapters import add_lora, merged
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.rtn import RepresentationTransform
-from metaxl_evo.ner import arguments
 from metaxl_evo.ner.arguments import NerArguments
 from metaxl_evo.ner.pretrained import load_config
 from metaxl_evo.ner.tagger import IGNORED, TARGET, CrossLingualTagger
@@ -375,7 +375,7 @@ def test_settings_that_cannot_be(field: str, value: float, message: str) -> None
 
 
 def test_without_peft_its_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "is_peft_available", lambda: False)
+    monkeypatch.setattr(adapters, "is_peft_available", lambda: False)
     NerArguments()
     with pytest.raises(ValueError, match=r"pip install 'metaxl_evo\[peft\]'"):
         NerArguments(use_peft=True)
