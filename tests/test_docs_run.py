@@ -76,7 +76,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 OTHERS: dict[str, dict[str, Any]] = {
-    "compare_cosines": {"hidden": 5, "episode_length": 2, "meta_last": 1, "meta_batch": 2},
+    "compare_cosines": {"hidden": 5, "episode_length": 5, "meta_batch": 2},
     "evaluate": {"use_cpu": "true"},
     "predict": {"use_cpu": "true"},
     "illustrate": {"grid": 5, "repetitions": 2, "iterations": 1},
