@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,11 +18,11 @@ import pandas as pd
 from torch import nn
 from transformers import TrainerCallback
 
+from metaxl_evo.benchmark.recorded import refuse_made, train_recorded, write_table
 from metaxl_evo.bilevel import BilevelProblem, Hypergradient, Tree, run_episode, tree
 from metaxl_evo.estimators import OneStep, make_estimator
 from metaxl_evo.experiments.arguments import RunsArguments
 from metaxl_evo.experiments.plan import Run, plan_runs
-from metaxl_evo.experiments.run import prepare
 from metaxl_evo.experiments.task import Task, find_task
 from metaxl_evo.training.base_optimizer import BaseOptimizer
 from metaxl_evo.training.meta_rows import Window
@@ -116,13 +116,7 @@ def record(task: Task[Any, Any], run: Run[Any], episodes: Sequence[int]) -> list
     if args.episode_length is None:
         raise ValueError("estimates are compared over episodes: set episode_length, the number of base steps in one")
     args.max_steps = args.episode_length * (max(episodes) + 1)
-    args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
-    args.load_best_model_at_end, args.report_to = False, []
-    *_, trainer = prepare(task, replace(run, args=args))
-    recorder = Recorder(trainer, episodes)
-    trainer.add_callback(recorder)
-    trainer.train()
-    return list(recorder.recorded())
+    return list(train_recorded(task, run, args, lambda trainer: Recorder(trainer, episodes)).recorded())
 
 
 def compare_cosines(argv: Sequence[str]) -> pd.DataFrame:
@@ -139,8 +133,7 @@ def compare_cosines(argv: Sequence[str]) -> pd.DataFrame:
         (RunsArguments, CosineArguments, task.settings, task.training), argv, task.configs
     )
     folder = Path(str(args.output_dir))
-    if (folder / TABLE).exists():
-        raise ValueError(f"{folder / TABLE} exists: choose another output_dir")
+    refuse_made(folder, TABLE)
     rows = []
     with TemporaryDirectory() as scratch:
         args.output_dir = scratch
@@ -149,10 +142,7 @@ def compare_cosines(argv: Sequence[str]) -> pd.DataFrame:
                 for row in judged(recorded, settings.judged):
                     rows.append({"run": run.name, "seed": run.seed, "episode": number, **row})
     table = pd.DataFrame(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / TABLE, index=False)
-    (folder / "cosines.md").write_text(means(table) + "\n", encoding="utf-8")
-    print(means(table))
+    write_table(folder, TABLE, table, means(table))
     return table
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ import torch
 from scipy.stats import sem
 from transformers import TrainerCallback
 
+from metaxl_evo.benchmark.recorded import refuse_made, train_recorded, write_table
 from metaxl_evo.benchmark.trajectories import train
 from metaxl_evo.bilevel import BilevelProblem, PassContext, Tree, run_episode, tree
 from metaxl_evo.bilevel.update import UpdateRule
@@ -27,7 +28,6 @@ from metaxl_evo.bilevel.update_state import UpdateState, map_trees
 from metaxl_evo.estimators import OneStep, make_estimator
 from metaxl_evo.experiments.arguments import RunsArguments
 from metaxl_evo.experiments.plan import Run, plan_runs
-from metaxl_evo.experiments.run import prepare
 from metaxl_evo.experiments.task import Task, find_task
 from metaxl_evo.training.arguments import NO_ESTIMATOR
 from metaxl_evo.training.base_optimizer import BaseOptimizer
@@ -138,14 +138,8 @@ def record(task: Task[Any, Any], run: Run[Any], start: int, steps: int) -> Recor
     """
     args = copy.copy(run.args)
     args.estimator, args.estimator_kwargs, args.max_steps = NO_ESTIMATOR, None, start + steps
-    args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
-    args.load_best_model_at_end, args.lr_scheduler_type, args.report_to = False, "constant", []
-    args.lr_milestones = None
-    *_, trainer = prepare(task, replace(run, args=args))
-    recorder = Recorder(trainer, start)
-    trainer.add_callback(recorder)
-    trainer.train()
-    return recorder.recording()
+    args.lr_scheduler_type, args.lr_milestones = "constant", None
+    return train_recorded(task, run, args, lambda trainer: Recorder(trainer, start)).recording()
 
 
 def directions(settings: HorizonArguments, recording: Recording, seed: int) -> Iterator[tuple[str, Tree]]:
@@ -171,8 +165,7 @@ def compare_horizons(argv: Sequence[str]) -> pd.DataFrame:
         (RunsArguments, HorizonArguments, task.settings, task.training), argv, task.configs
     )
     folder = Path(str(args.output_dir))
-    if (folder / TABLE).exists():
-        raise ValueError(f"{folder / TABLE} exists: choose another output_dir")
+    refuse_made(folder, TABLE)
     with TemporaryDirectory() as scratch:
         args.output_dir = scratch
         runs = [run for run in plan_runs(task, which, ours, args) if task.learns(run.settings)]
@@ -180,10 +173,7 @@ def compare_horizons(argv: Sequence[str]) -> pd.DataFrame:
             named = ", ".join(dict.fromkeys(run.name for run in runs)) or "none"
             raise ValueError(f"runs: one that learns is measured, there are {named}: leave the others out (null)")
         table = measure(settings, task, runs)
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / TABLE, index=False)
-    (folder / "horizons.md").write_text(falls(table) + "\n", encoding="utf-8")
-    print(falls(table))
+    write_table(folder, TABLE, table, falls(table))
     return table
 
 

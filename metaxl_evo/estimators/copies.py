@@ -77,8 +77,8 @@ class FullPasses:
         on_cpu = next(iter(self.lam.values())).device.type == "cpu"
         limit = WHOLE_TOGETHER_ON_CPU if on_cpu else WHOLE_TOGETHER
         each = tree.size(self.noise.like) + tree.size(self.lam)
-        if facts.batched_whole is False or not parts or 2 * each > limit:
-            return 1
+        if facts.batched_whole is False or not parts or 2 * each > limit or self.passes.problem.weights.sharded:
+            return 1  # a module holds shards of one point
         each += max(self._made(index, part) for index, part in parts)
         return max(1, limit // each)
 

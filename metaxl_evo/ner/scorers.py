@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sklearn.metrics import classification_report
-
 from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.ner.metrics import (
     COUNTS,
@@ -105,6 +103,8 @@ class WordScorer(Scorer):
         return {(tag, place, place) for place, tag in enumerate(tags)}
 
     def scores(self, references: Tags, predictions: Tags) -> Scores:
+        from sklearn.metrics import classification_report  # slow to import, and entities do without
+
         pairs = [list(zip(*pair, strict=True)) for pair in zip(references, predictions, strict=True)]
         true, found = zip(*(pair for row in pairs for pair in row), strict=True)
         labels = sorted({*true, *found} - {self.unread})
