@@ -90,7 +90,7 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
     ) -> WeightingTrainer:
         base, tokenizer = load_language_model(settings)
         weighted, names = settings.method != "union", tuple(data.sizes)
-        mixture = WeightTable(len(names), "softmax", settings.floor)
+        mixture = WeightTable(len(names), "softmax", settings.floor if self.learns(settings) else 0.0)
         if settings.method == "uniform":
             mixture.logits.data = -torch.tensor([float(size) for size in data.sizes.values()]).log()
         module = WeightedText(base, mixture, reads="number", weighted=weighted, tokens=True, domains=names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,8 +13,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metaxl_evo.cli import main
+from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.weighting.domains import DomainArguments, load_domains
 from metaxl_evo.weighting.drawn import draw_documents
+from metaxl_evo.weighting.mix_task import MixTextArguments, MixTextTask
+from metaxl_evo.weighting.weighers import WeightTable
+from metaxl_evo.weighting.weighted_text import WeightedText
 
 LINES = {name: [f"{name} {number}" for number in range(30)] for name in ("news", "tales", "notes")}
 SHORT = (
@@ -92,3 +96,15 @@ def test_a_run_leaves_a_mixture(method: str, tmp_path: Path) -> None:
         logits = model(input_ids=ids).logits[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     assert results["test"]["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_uniform_is_so_whatever_the_floor_of_learned_weights(tmp_path: Path) -> None:
+    settings = MixTextArguments(method="uniform", domains=["twos", "fives"], floor=0.5, meta_size=150, test_size=50)
+    data = load_domains(settings)
+    trainer = MixTextTask().build_trainer(
+        settings, MetaTrainingArguments(str(tmp_path), estimator="none", use_cpu=True, report_to="none"), data
+    )
+    small, large = data.sizes.values()
+    assert small < large / 1.5
+    weights = cast(WeightTable, cast(WeightedText, trainer.model).meta).weights()
+    assert float(weights[0]) * small == pytest.approx(float(weights[1]) * large)
