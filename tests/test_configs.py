@@ -228,6 +228,7 @@ BENCHMARKS = {
     "rtn_base": "tagger",
     "rtn_bf16": "tagger",
     "rtn_lora": "tagger",
+    "rtn_mini": "tagger",
     "rtn_tiny": "tagger",
     "toy": "regression",
     "weight_net": "weight_net",
@@ -235,7 +236,7 @@ BENCHMARKS = {
     "weight_net_scaling_cpu": "weight_net",
 }
 CHOSEN = (  # estimators of their own
-    *("peers", "rtn_base", "rtn_bf16", "rtn_lora"),
+    *("peers", "rtn_base", "rtn_bf16", "rtn_lora", "rtn_mini"),
     *("weight_net_scaling", "weight_net_scaling_cpu"),
 )
 

@@ -28,20 +28,21 @@ def frozen(
         task: the module of both levels, and `base` in it.
         embeddings: those that hold some rows only, with the sorted numbers of these; rows are looked up by place.
     """
-    modes = [(module, module.training) for module in task.modules()]
+    modules = list(task.modules())  # a walk costs as much as a layer of a small network
+    modes = [(module, module.training) for module in modules]
     recomputed = [module for module, training in modes if training and not dropout and _is_checkpointed(module)]
-    norms = [module for module in task.modules() if normalises_batches(module)]
+    norms = [module for module in modules if normalises_batches(module)]
     tracking = [(norm, norm.track_running_stats) for norm in norms if isinstance(norm, _BatchNorm)]
-    buffers = [(m, key, b) for m in task.modules() for key, b in m._buffers.items() if b is not None]
+    buffers = [(m, key, b) for m in modules for key, b in m._buffers.items() if b is not None]
     hooks = [module.register_forward_pre_hook(_renumber(rows)) for module, rows in embeddings]
     hooks += [hook for norm in norms if isinstance(norm, _InstanceNorm) for hook in without_update(norm)]
     try:
         copies = tree.clone({str(number): buffer for number, (_, _, buffer) in enumerate(buffers)})
         for (owner, key, _), copy in zip(buffers, copies.values(), strict=True):
             owner._buffers[key] = copy
-        for module in base.modules():
-            if module not in norms:
-                module.training = dropout and module.training
+        for module in [] if dropout else base.modules():
+            if module.training and module not in norms:
+                module.training = False
         for norm, _ in tracking:  # an update in place is beyond torch.func, even on a copy
             norm.track_running_stats = False
         with _recomputing(recomputed), _in_float32(task):
@@ -52,7 +53,8 @@ def frozen(
         for owner, key, buffer in buffers:
             owner._buffers[key] = buffer
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
         for norm, tracked in tracking:
             norm.track_running_stats = tracked
 
