@@ -137,6 +137,7 @@ def env(argv: Sequence[str]) -> int:
 COMMANDS = {
     "ner": Command("train a cross-lingual NER tagger, and test it", task("ner"), launched=True),
     "pos": Command("train a cross-lingual tagger of parts of speech, and test it", task("pos"), launched=True),
+    "sentiment": Command("train a cross-lingual classifier of texts, and test it", task("sentiment"), launched=True),
     "noisy-labels": Command("train an image classifier on noisy labels", task("noisy_labels"), launched=True),
     "fewshot": Command("few-shot classification on an unseen image domain", task("fewshot"), launched=True),
     "rotation": Command("learn the angle of a test set", task("rotation"), launched=True),

@@ -63,7 +63,7 @@ class Tagger:
     def __init__(self, name: str):
         self.name = name
         self._settings = SavedTaggerArguments(model_name_or_path=name, use_cpu=True)
-        self._labels = self._settings.labels()
+        _, self._labels = self._settings.labels()
         self.kinds = {label[2:] for label in self._labels} - {""}
         self.tag(["."])
 

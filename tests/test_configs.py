@@ -709,6 +709,7 @@ STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "quickstart": (["beru", "celu"], 2, 3),
     "rotation_cpu": ([""], 3, 4),
     "rotation_paper": ([""], 5, 3),
+    "sentiment_cpu": (["ha", "ig", "rw", "sw"], 3, 4),
     "rtn_horizon_cpu": (["sw"], 3, 3),
     "sinusoid_paper": ([""], 5, 5),
     "schedule_cpu": ([""], 3, 3),

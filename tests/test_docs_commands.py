@@ -60,7 +60,8 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys(("report", "env", "configs", "demo"), lambda argv: None),
 }
 SCRIPTS = {
-    "train_ner": "ner", "train_pos": "pos", "train_noisy_labels": "noisy-labels", "train_fewshot": "fewshot",
+    "train_ner": "ner", "train_pos": "pos", "train_sentiment": "sentiment",
+    "train_noisy_labels": "noisy-labels", "train_fewshot": "fewshot",
     "train_rotation": "rotation",
     "train_hyper_cleaning": "hyper-cleaning", "train_schedule": "schedule",
     "evaluate_ner": "evaluate", "predict_ner": "predict", "benchmark_estimators": "benchmark",

@@ -52,6 +52,7 @@ IMAGES = SHORT | {"seeds": 1, "per_device_train_batch_size": 4, "per_device_meta
 TASKS: dict[str, dict[str, Any]] = {
     "ner": SHORT | {"train_size": 24, "eval_size": 8, "max_length": 32, "target_languages": "sw"},
     "pos": SHORT | {"train_size": 24, "eval_size": 8, "max_length": 32, "target_languages": "sw"},
+    "sentiment": SHORT | {"train_size": 24, "eval_size": 8, "max_length": 32, "target_languages": "sw"},
     "noisy_labels": IMAGES | {"train_size": 20, "meta_size": 10},
     "rotation": IMAGES | {"train_size": 20, "meta_size": 10},
     "hyper_cleaning": IMAGES | {
@@ -150,6 +151,15 @@ def write_parts_of_speech(folder: Path) -> None:
             place.write_text("\n".join(lines), encoding="utf-8")
 
 
+def write_texts(folder: Path) -> None:
+    """Sentences with their labels, of which all languages but the source have one more."""
+    for language, drawn in (("en", "aru"), *((one, "beru") for one in ("ha", "ig", "rw", "sw"))):
+        (folder / language).mkdir(parents=True)
+        for split, rows in FAMILY.load(drawn).items():
+            lines = [f"{row['text']}\t{row['label']}\n" for row in rows] + ["a\tneutral\n"] * (language != "en")
+            (folder / language / f"{split}.tsv").write_text("text\tlabel\n" + "".join(lines), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages name and a user has, or the Hub."""
@@ -158,6 +168,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_sentences(root / place)
     for place in ("ud", "TREEBANKS"):
         write_parts_of_speech(root / place)
+    write_texts(root / "TEXTS")
     for place in ("FacebookAI/xlm-roberta-base", "MODEL", "DIR"):
         write_model(root / place)
     (root / "FILE").write_text("Doru vakemi Tila .\n", encoding="utf-8")

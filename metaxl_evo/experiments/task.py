@@ -25,6 +25,7 @@ from metaxl_evo.training.trainer import MetaTrainer
 TASKS = {
     "ner": "metaxl_evo.ner.task:NerTask",
     "pos": "metaxl_evo.ner.task:PosTask",
+    "sentiment": "metaxl_evo.ner.task:SentimentTask",
     "noisy_labels": "vision_tasks.noisy_labels_task:NoisyLabelsTask",
     "rotation": "vision_tasks.rotation_task:RotationTask",
     "hyper_cleaning": "vision_tasks.hyper_cleaning_task:HyperCleaningTask",

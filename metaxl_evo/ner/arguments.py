@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.adapters import LoraArguments
 from metaxl_evo.models.rtn_networks import KINDS
-from metaxl_evo.ner.layout import ColumnArguments, LayoutArguments, PosLayoutArguments
-from metaxl_evo.ner.scorers import EntityScorer, Scorer, WordScorer
+from metaxl_evo.ner.layout import ColumnArguments, LayoutArguments, PosLayoutArguments, TextLayoutArguments
+from metaxl_evo.ner.scorers import EntityScorer, Scorer, TextScorer, WordScorer
 from metaxl_evo.training.arguments import MetaTrainingArguments
 
 PAPER_LANGUAGES = ("qu", "cdo", "ilo", "xmf", "mhr", "mi", "tk", "gn")
@@ -85,7 +85,7 @@ class NerTrainingArguments(MetaTrainingArguments):
 
 @dataclass
 class PosTrainingArguments(NerTrainingArguments):
-    """NerTrainingArguments of a tagger of parts of speech."""
+    """NerTrainingArguments of a tagger of parts of speech, and of a classifier of texts."""
 
     best: ClassVar = "accuracy"
 
@@ -214,6 +214,25 @@ class PosArguments(TaggingArguments, PosLayoutArguments):
     @property
     def scorer(self) -> WordScorer:
         return WordScorer()
+
+
+@dataclass
+class SentimentArguments(TaggingArguments, TextLayoutArguments):
+    """Settings of a classifier of texts.
+
+    Raises:
+        ValueError: one line for the first value that cannot be, with the valid choices.
+    """
+
+    dataset: str = field(
+        default="synthetic",
+        metadata={"help": "Hub id (a configuration a language), a folder LANG/{train,dev,test}, or `synthetic`."},
+    )
+    eval_max_length: int = field(default=512, metadata={"help": "Sub-tokens of a text in evaluation at most."})
+
+    @property
+    def scorer(self) -> TextScorer:
+        return TextScorer()
 
 
 def refuse_fields(args: TrainingArguments) -> None:

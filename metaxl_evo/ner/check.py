@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.ner.arguments import TaggingArguments
-from metaxl_evo.ner.encoding import lost_words
+from metaxl_evo.ner.encoding import cut_off, lost_words
 from metaxl_evo.ner.pretrained import longest_input
 from metaxl_evo.ner.target_data import TargetData
 from metaxl_evo.training.trainer import MetaTrainer
@@ -26,10 +26,12 @@ def sentence_findings(ner: TaggingArguments, data: TargetData, trainer: MetaTrai
     parts["test"] = (data.test, ner.eval_max_length)
     lost = {name: lost_words(rows, tokenizer, min(length, longest)) for name, (rows, length) in parts.items()}
     words = {name: sum(map(len, rows["tokens"])) for name, (rows, _) in parts.items()}
+    cut = {name: cut_off(rows, tokenizer, min(length, longest)) for name, (rows, length) in parts.items()}
     return {
         "target": ner.target_languages[0],
         "sentences": {name: len(rows) for name, (rows, _) in parts.items()},
         "labels": data.names,
+        "sentences_cut_off": {name: cut[name] / len(rows) for name, (rows, _) in parts.items()},
         "words_cut_off": {name: lost[name].truncated / words[name] for name in parts},
         "words_without_sub_token": {name: lost[name].without_sub_token for name in parts},
     }

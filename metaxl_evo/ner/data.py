@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, Features
 from metaxl_evo.messages import unknown
 from metaxl_evo.ner.labels import ner_features
 from metaxl_evo.ner.layout import Layout
-from metaxl_evo.ner.schemes import IOB2, NO_WORD, PartsOfSpeech, TagScheme
+from metaxl_evo.ner.schemes import DROP, IOB2, NO_WORD, Scheme, TagScheme, TextLabels
 from metaxl_evo.ner.sources import SPLITS, Corpus, Sentences, read_folder, read_hub, read_table
 from metaxl_evo.ner.synthetic import SyntheticFamily
 
@@ -117,7 +117,12 @@ def _mapped(part: Sentences, layout: Layout) -> Sentences:
     mapped, label_map = layout.scheme.mapped, layout.label_map
     declared = [name for tag in part.declared or () for name in mapped([tag], label_map)]
     tags = [mapped(tags, label_map) for tags in part.tags]
-    return Sentences(part.tokens, tags, list(dict.fromkeys(declared)) or None)
+    kept = [not layout.of_texts or bool(row) for row in tags]
+    if not any(kept):
+        raise ValueError(f"label_map leaves no text of a split: map a label to another, or fewer to {DROP}")
+    return Sentences(
+        list(compress(part.tokens, kept)), list(compress(tags, kept)), list(dict.fromkeys(declared)) or None
+    )
 
 
 def sample(dataset: Dataset, size: int | None, seed: int, *, name: str = "the data set") -> Dataset:
@@ -173,9 +178,11 @@ def _check_sentences(part: Sentences, where: str) -> None:
         raise ValueError(f"{where} has only empty tokens: repair the data")
 
 
-def _as_labels(part: Sentences, scheme: TagScheme | PartsOfSpeech, where: str) -> Sentences:
+def _as_labels(part: Sentences, scheme: Scheme, where: str) -> Sentences:
     if isinstance(scheme, TagScheme):
         return _in_iob2(part, scheme, where)
+    if isinstance(scheme, TextLabels):
+        return part
     kept = [[tag != NO_WORD for tag in tags] for tags in part.tags]
     declared = part.declared and [name for name in part.declared if name != NO_WORD]
     words, tags = (
@@ -201,9 +208,7 @@ def _stray_insides(tags: list[str]) -> int:
     return sum(tag[0] == "I" and tag[2:] != before[2:] for before, tag in zip(["O", *tags], tags, strict=False))
 
 
-def _shared_names(
-    corpus: Corpus, scheme: TagScheme | PartsOfSpeech, names: Sequence[str] | None, names_of: str
-) -> list[str]:
+def _shared_names(corpus: Corpus, scheme: Scheme, names: Sequence[str] | None, names_of: str) -> list[str]:
     """The label names: those given, else those that a language declares, else those of the first language's types."""
     parts = [(language, part) for language, splits in corpus.items() for part in splits.values()]
     declared = next(((language, part.declared) for language, part in parts if part.declared), None)
@@ -212,6 +217,8 @@ def _shared_names(
     seen -= {""}
     if names is None and declared is None and not seen:
         raise ValueError(f"{first} has no entity: choose a first language with every entity type, or repair its tags")
+    if isinstance(scheme, TextLabels) and len(seen) < 2:
+        raise ValueError(f"{first}: all labels are {', '.join(seen)}: there is nothing to tell apart")
     owner, chosen = (names_of, list(names)) if names is not None else declared or (first, scheme.label_names(seen))
     for language, part in parts:
         labels = part.declared or sorted({tag for tags in part.tags for tag in tags})
@@ -220,7 +227,7 @@ def _shared_names(
         if not (same and set(labels) <= set(chosen)):
             raise ValueError(
                 f"label sets differ: {owner} has {', '.join(chosen)}, but {language} has {', '.join(labels)}: "
-                "use languages of one label set, or join them by label_map, and a model without a head or with a head "
-                "for these labels (ignore_mismatched_sizes drops another)"
+                f"use languages of one label set, or join them by label_map{scheme.advice}, and a model without a "
+                "head or with a head for these labels (ignore_mismatched_sizes drops another)"
             )
     return chosen

@@ -86,6 +86,13 @@ def lost_words(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length:
     return Lost(truncated=whole - kept, without_sub_token=sum(map(len, words)) - whole)
 
 
+def cut_off(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """How many sentences `encode` reads only in part."""
+    with unchanged(tokenizer):
+        whole = tokenizer(dataset["tokens"][:], is_split_into_words=True, verbose=False)["input_ids"]
+    return sum(len(row) > min(max_length, tokenizer.model_max_length) for row in whole)
+
+
 def plain_labels(labels: Tensor) -> Tensor:
     """The label ids of numbered labels, -100 where there is none; any shape."""
     return torch.where(labels < 0, labels, labels % STRIDE)

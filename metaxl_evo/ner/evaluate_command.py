@@ -10,8 +10,9 @@ from metaxl_evo.messages import unknown
 from metaxl_evo.ner.data import first_rows, load_ner_dataset
 from metaxl_evo.ner.errors import confusion, errors_text, worst_sentences
 from metaxl_evo.ner.layout import LayoutArguments
+from metaxl_evo.ner.pretrained import TEXTS, TOKENS
 from metaxl_evo.ner.saved_tagger import SavedTagger, SavedTaggerArguments, conll
-from metaxl_evo.ner.schemes import PartsOfSpeech
+from metaxl_evo.ner.schemes import PartsOfSpeech, TextLabels
 from metaxl_evo.ner.scorers import WordScorer, scorer_of
 from metaxl_evo.ner.sources import SPLITS
 from metaxl_evo.training.checkpoint import require_writable
@@ -65,10 +66,13 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
     files = {name: file for name, file in named.items() if file is not None}
     if len(set(files.values())) < len(files):
         raise ValueError(f"output_file and predictions are both {settings.predictions}: name two files")
-    names, layout = settings.labels(), settings.layout(settings.label_names)
-    scorer = scorer_of(names, strict=settings.strict)
+    head, names = settings.labels((TOKENS, TEXTS))
+    scorer, layout = (
+        scorer_of(names, strict=settings.strict, of_texts=head is TEXTS),
+        settings.layout(settings.label_names),
+    )
     if isinstance(scorer, WordScorer):
-        layout = replace(layout, scheme=PartsOfSpeech())
+        layout = replace(layout, scheme=TextLabels() if head is TEXTS else PartsOfSpeech())
     data = load_ner_dataset(settings.dataset, settings.languages, splits=[settings.split], names=names, layout=layout)
     parts = {one: first_rows(splits[SPLITS[settings.split]], settings.eval_size) for one, splits in data.items()}
     tagger = SavedTagger(settings, names, parts, scorer)

@@ -94,9 +94,11 @@ class WordTrainer(Trainer):
 
     Attributes:
         with_confidence: the predictions are pairs of the label ids and their probabilities.
+        of_texts: the model labels a row as a whole; its label stands at the row's one word.
     """
 
     with_confidence = False
+    of_texts = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -112,12 +114,15 @@ class WordTrainer(Trainer):
         """The loss of the plain labels; (B, T) predicted label ids and numbered labels, padded alike."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
-        inputs = {**inputs, "labels": plain_labels(labels)}
+        plain = plain_labels(labels)
+        inputs = {**inputs, "labels": plain.amax(1) if self.of_texts else plain}
         loss, found, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         logits: Any = found  # with whatever else the model returns behind them
         if logits is None:
             return loss, None, None
         logits = logits[0] if isinstance(logits, tuple) else logits
+        if self.of_texts:
+            logits = logits[:, None].expand(-1, labels.shape[1], -1)
         if not self.with_confidence:
             return loss, logits.argmax(-1), labels
         confidence, found = logits.float().softmax(-1).max(-1)

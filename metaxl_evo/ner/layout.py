@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from metaxl_evo.messages import unknown
-from metaxl_evo.ner.schemes import IOB2, POS_TAGS, PREFIXES, TYPE, PartsOfSpeech, TagScheme
+from metaxl_evo.ner.schemes import DROP, IOB2, POS_TAGS, PREFIXES, TYPE, PartsOfSpeech, Scheme, TagScheme, TextLabels
 
 INTEGER = re.compile(r"\d+")
 OF_A_TRAINER = ("labels",)  # the one value that `label_names` has where it names the labels of a batch
@@ -28,7 +28,7 @@ class Layout:
         ValueError: for a map to what is no type, label names that are no tags or come twice, or one column as both.
     """
 
-    scheme: TagScheme | PartsOfSpeech = field(default_factory=TagScheme)
+    scheme: Scheme = field(default_factory=TagScheme)
     tokens: str | None = None
     tags: str | None = None
     label_names: tuple[str, ...] = ()
@@ -38,7 +38,9 @@ class Layout:
         if self.tokens is not None and self.tokens == self.tags:
             raise ValueError(f"tokens_column and label_column_name are both {self.tokens}: name two columns")
         for kind in self.label_map.values():
-            if not (isinstance(kind, str) and TYPE.fullmatch(kind)):
+            if self.of_texts and not (kind == DROP or (isinstance(kind, str) and self.scheme.tag.fullmatch(kind))):
+                raise ValueError(f"label_map maps a label to another, or to {DROP}, not to {kind!r}")
+            if not self.of_texts and not (isinstance(kind, str) and TYPE.fullmatch(kind)):
                 raise ValueError(f"label_map maps an entity type to another, or to O, not to {kind!r}")
             if isinstance(self.scheme, PartsOfSpeech) and kind not in POS_TAGS:
                 raise ValueError(unknown("part of speech in label_map", kind, POS_TAGS))
@@ -47,6 +49,11 @@ class Layout:
                 raise ValueError(f"label_names: {self.scheme.refusal(name)}")
         if len(set(self.label_names)) < len(self.label_names):
             raise ValueError(f"label_names has a name twice: {', '.join(self.label_names)}: name each number's tag")
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether labels are of whole texts."""
+        return isinstance(self.scheme, TextLabels)
 
     @property
     def tag(self) -> re.Pattern[str]:
@@ -88,7 +95,7 @@ class ColumnArguments(ABC):
         self.layout()
 
     @abstractmethod
-    def scheme(self) -> TagScheme | PartsOfSpeech:
+    def scheme(self) -> Scheme:
         """What the tags say."""
 
     def layout(self, label_names: Sequence[str] | None = None) -> Layout:
@@ -128,3 +135,20 @@ class PosLayoutArguments(ColumnArguments):
 
     def scheme(self) -> PartsOfSpeech:
         return PartsOfSpeech()
+
+
+@dataclass(kw_only=True)
+class TextLayoutArguments(ColumnArguments):
+    """The settings of a layout whose labels are of whole texts."""
+
+    tokens_column: str | None = field(default=None, metadata={"help": "Column of the text (default: text)."})
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the label (default: label, labels, sentiment)."}
+    )
+    label_map: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": f"Other names of labels, or `{DROP}` to leave their texts out, e.g. {{neutral: {DROP}}}."},
+    )
+
+    def scheme(self) -> TextLabels:
+        return TextLabels()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from metaxl_evo.messages import one_line
 from metaxl_evo.ner.columns import read_words, text_lines
+from metaxl_evo.ner.pretrained import TEXTS, TOKENS
 from metaxl_evo.ner.saved_tagger import TEXT, SavedTagger, SavedTaggerArguments, Tagged, conll
 from metaxl_evo.training.checkpoint import require_writable
 
@@ -20,7 +21,10 @@ class PredictionArguments(SavedTaggerArguments):
     """
 
     text_file: str | None = field(
-        default=None, metadata={"help": "Text, a sentence a line; its words stand between spaces."}
+        default=None,
+        metadata={
+            "help": "Text, a sentence a line; its words stand between spaces. A classifier of texts labels lines."
+        },
     )
     tokens_file: str | None = field(
         default=None, metadata={"help": "A word a line, a blank line between sentences, further columns left out."}
@@ -38,18 +42,21 @@ class PredictionArguments(SavedTaggerArguments):
         if self.tokens_column < 1:
             raise ValueError(f"tokens_column must be at least 1, not {self.tokens_column}")
 
-    def sentences(self) -> list[list[str]]:
-        """The words of each sentence.
+    def sentences(self, *, of_texts: bool = False) -> list[list[str]]:
+        """The words of each sentence; of whole texts each line is one.
 
         Raises:
             ValueError: for a file that cannot be read, or holds none.
         """
         name = self.text_file or self.tokens_file or ""
         try:
+            if of_texts and self.text_file is None:
+                raise ValueError("tokens_file: a classifier of texts reads text_file, a text a line")
             if self.tokens_file is not None:
                 found = read_words(Path(name), self.tokens_column)
             else:
-                found = list(filter(None, map(str.split, text_lines(Path(name)))))
+                lines = filter(str.strip, text_lines(Path(name)))
+                found = [[line.strip()] if of_texts else line.split() for line in lines]
         except OSError as error:
             raise ValueError(f"{name} cannot be read ({one_line(error)}): name a text file") from error
         if not found:
@@ -64,8 +71,9 @@ def predict(settings: PredictionArguments) -> Tagged:
         ValueError: for a model without a trained head, sentences that it cannot read, or a file that exists or cannot
             be written.
     """
-    file, names, tokens = settings.new_file("output_file"), settings.labels(), settings.sentences()
-    tagger = SavedTagger.of_words(settings, names, tokens)
+    file, (head, names) = settings.new_file("output_file"), settings.labels((TOKENS, TEXTS))
+    tokens = settings.sentences(of_texts=head is TEXTS)
+    tagger = SavedTagger.of_words(settings, names, tokens, head)
     if file is not None:
         require_writable(file.parent, "output_file")
     found = tagger.tag(TEXT)

@@ -5,20 +5,25 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
+    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import CONFIG_NAME
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
@@ -27,6 +32,7 @@ from metaxl_evo.messages import first_line, unknown
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.rtn import SUBFOLDER
 from metaxl_evo.ner.arguments import SHORTEST
+from metaxl_evo.ner.scorers import Scorer, TextScorer
 from metaxl_evo.ner.synthetic import SyntheticFamily
 from metaxl_evo.ner.synthetic_tagger import make_synthetic_tagger
 from metaxl_evo.training.saved_models import (
@@ -41,15 +47,57 @@ from metaxl_evo.training.saved_models import (
 
 SYNTHETIC = "synthetic"
 NO_LIMIT = 2**31
+
+
+class Head(NamedTuple):
+    """What stands on the encoder.
+
+    Args:
+        loads: the Auto class.
+        kinds, names: configurations that transformers has such a model for, and their model types.
+        called: how classes of such models end.
+        what: in words.
+        task_type: peft's word for it.
+    """
+
+    loads: Any
+    kinds: Any
+    names: Any
+    called: str
+    what: str
+    task_type: str
+
+
+TOKENS = Head(
+    AutoModelForTokenClassification,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "TokenClassification",
+    "token classifier",
+    "TOKEN_CLS",
+)
+TEXTS = Head(
+    AutoModelForSequenceClassification,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "SequenceClassification",
+    "classifier of texts",
+    "SEQ_CLS",
+)
 ROUNDING = 1e-4  # of logits; float32 in another order changes 1e-6, what reads padding 1e-3 and more
 
 
-def load_config(model: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def head_of(scorer: Scorer) -> Head:
+    """The head of a model that is scored so."""
+    return TEXTS if isinstance(scorer, TextScorer) else TOKENS
+
+
+def load_config(model: str, head: Head = TOKENS, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of a model; of an unreachable Hub id this says so within seconds.
 
     Raises:
         ValueError: for what is neither a model folder nor to be had from the Hub or its cache, brings code along that
-            is not trusted, or is an architecture that transformers has no token classifier of.
+            is not trusted, or is an architecture that transformers has no model with this head for.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -74,19 +122,19 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PretrainedCon
         raise unusable(model, error) from error
     if not trust_remote_code:
         refuse_kernel(model, config)
-    own_code = trust_remote_code and "AutoModelForTokenClassification" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING and not own_code:
-        kinds = unknown("model type", config.model_type, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
-        raise ValueError(f"model_name_or_path: transformers has no token classifier for {model}: {kinds}")
+    own_code = trust_remote_code and head.loads.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in head.kinds and not own_code:
+        kinds = unknown("model type", config.model_type, head.names)
+        raise ValueError(f"model_name_or_path: transformers has no {head.what} for {model}: {kinds}")
     return config
 
 
-def trained_labels(model: str, *, trust_remote_code: bool = False) -> list[str] | None:
-    """The label names of a trained token-classification head, in its order; None where the model has none yet."""
+def trained_labels(model: str, head: Head = TOKENS, *, trust_remote_code: bool = False) -> list[str] | None:
+    """The label names of a trained head of this kind, in its order; None where the model has none yet."""
     if model == SYNTHETIC:
         return None
-    config = load_config(model, trust_remote_code=trust_remote_code)
-    if not any("TokenClassification" in kind for kind in config.architectures or []):
+    config = load_config(model, head, trust_remote_code=trust_remote_code)
+    if not any(head.called in kind for kind in config.architectures or []):
         return None
     labels: dict[Any, str] = dict(config.id2label or {})
     return [labels[number] for number in sorted(labels)]
@@ -97,10 +145,11 @@ def load_classifier(
     names: Sequence[str],
     attn_implementation: str | None = None,
     *,
+    head: Head = TOKENS,
     ignore_mismatched_sizes: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A float32 token classifier for the label names, whatever the checkpoint's dtype, and its fast tokenizer.
+    """A float32 classifier for the label names, whatever the checkpoint's dtype, and its fast tokenizer.
 
     Args:
         ignore_mismatched_sizes: a trained head of other labels makes way for a new one, of whatever size both are.
@@ -110,8 +159,8 @@ def load_classifier(
         ValueError: for a model that cannot be had or read, or whose trained head has other labels.
     """
     if model == SYNTHETIC:
-        return make_synthetic_tagger(SyntheticFamily(), labels=names)
-    trained = trained_labels(model, trust_remote_code=trust_remote_code)
+        return make_synthetic_tagger(SyntheticFamily(), labels=names, of_texts=head is TEXTS)
+    trained = trained_labels(model, head, trust_remote_code=trust_remote_code)
     is_other = trained not in (None, list(names))
     if trained is not None and is_other and not ignore_mismatched_sizes:
         raise ValueError(
@@ -124,7 +173,7 @@ def load_classifier(
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
         given = {"ignore_mismatched_sizes": is_other, **labels, **kernel}
-        base, found = load(AutoModelForTokenClassification, place, trust_remote_code=trust_remote_code, **given)
+        base, found = load(head.loads, place, trust_remote_code=trust_remote_code, **given)
         if is_other:
             base, found = _with_new_head(base, **kernel)
     except pickle.UnpicklingError as error:  # whose text advises to run what it refused
@@ -225,7 +274,9 @@ def _require_whole(
     model: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, missing: list[str], *, has_head: bool
 ) -> None:
     """Refuse weights that are not all there, or not numbers, or of another vocabulary than the tokenizer's."""
-    require_whole(model, base, [one for one in missing if has_head or one.startswith(f"{base.base_model_prefix}.")])
+    own = f"{base.base_model_prefix}."  # a new head, and a pooler that it reads, are made here
+    lacking = [one for one in missing if has_head or (one.startswith(own) and ".pooler." not in one)]
+    require_whole(model, base, lacking)
     require_embeddings(model, base, tokenizer)
 
 

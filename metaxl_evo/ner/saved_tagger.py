@@ -17,6 +17,10 @@ from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
 from metaxl_evo.ner.labels import ner_features
 from metaxl_evo.ner.metrics import by_word
 from metaxl_evo.ner.pretrained import (
+    TEXTS,
+    TOKENS,
+    Head,
+    head_of,
     load_classifier,
     longest_input,
     require_padding_unseen,
@@ -54,19 +58,20 @@ class SavedTaggerArguments:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
-    def labels(self) -> list[str]:
-        """The label names of the trained head.
+    def labels(self, heads: Sequence[Head] = (TOKENS,)) -> tuple[Head, list[str]]:
+        """The trained head, one of these, and its label names.
 
         Raises:
-            ValueError: for a model that has none.
+            ValueError: for a model that has none of them.
         """
-        names = trained_labels(self.model_name_or_path, trust_remote_code=self.trust_remote_code)
-        if names is None:
-            raise ValueError(
-                f"{self.model_name_or_path} has no trained token-classification head: train one with "
-                "scripts/train_ner.py and give its output folder"
-            )
-        return names
+        for head in heads:
+            names = trained_labels(self.model_name_or_path, head, trust_remote_code=self.trust_remote_code)
+            if names is not None:
+                return head, names
+        raise ValueError(
+            f"{self.model_name_or_path} has no trained token-classification head: train one with "
+            "scripts/train_ner.py and give its output folder"
+        )
 
     def new_file(self, setting: str) -> Path | None:
         """The file that `setting` names, if it does.
@@ -108,7 +113,8 @@ class SavedTagger:
         self, settings: SavedTaggerArguments, names: Sequence[str], parts: dict[str, Dataset], scorer: Scorer
     ):
         trusted = settings.trust_remote_code
-        base, published = load_classifier(settings.model_name_or_path, names, trust_remote_code=trusted)
+        head = head_of(scorer)
+        base, published = load_classifier(settings.model_name_or_path, names, head=head, trust_remote_code=trusted)
         words = [words for part in parts.values() for words in part["tokens"][:100]]
         tokenizer = as_in_text(published, words, base.config, trust_remote_code=trusted)
         length = min(settings.max_length, longest_input(base))
@@ -126,14 +132,16 @@ class SavedTagger:
             remove_unused_columns=False,
         )
         self.trainer = WordTrainer(base, args, data_collator=PadRight(tokenizer.pad_token_id))
-        self.trainer.with_confidence = True
+        self.trainer.with_confidence, self.trainer.of_texts = True, head is TEXTS
 
     @classmethod
-    def of_words(cls, settings: SavedTaggerArguments, names: Sequence[str], tokens: Sequence[Sequence[str]]) -> Self:
+    def of_words(
+        cls, settings: SavedTaggerArguments, names: Sequence[str], tokens: Sequence[Sequence[str]], head: Head = TOKENS
+    ) -> Self:
         """One that is ready to read the part `TEXT`: sentences that have no labels."""
         blank = [[0] * len(words) for words in tokens]
         rows = Dataset.from_dict({"tokens": tokens, "ner_tags": blank}, features=ner_features(names))
-        return cls(settings, names, {TEXT: rows}, scorer_of(names))
+        return cls(settings, names, {TEXT: rows}, scorer_of(names, of_texts=head is TEXTS))
 
     def tag(self, name: str) -> Tagged:
         """Read the sentences of a part."""

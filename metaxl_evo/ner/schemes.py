@@ -1,4 +1,4 @@
-"""How words are tagged: the schemes that mark entities, and their conversion to IOB2; parts of speech."""
+"""How words are tagged: the schemes that mark entities, and their conversion to IOB2; parts of speech; whole texts."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ POS_TAGS = (
     *("ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM"),
     *("PART", "PRON", "PROPN", "PUNCT", "SCONJ", "SYM", "VERB", "X"),
 )
+DROP = "drop"  # what `label_map` maps the label of a text to that is left out
 NO_WORD = "_"  # the tag of what is written as one word and is several, which follow it
 SAME_AS_BIOES = str.maketrans("LU", "ES")  # what BILOU calls the last word of an entity, and the only one
 INVISIBLE = r"\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff"  # marks that would make another type of a tag
@@ -40,8 +41,10 @@ class TagScheme:
         ValueError: for an unknown scheme, or a type that is none.
     """
 
-    columns: ClassVar = ("ner_tags", "tags")  # of a table
+    words: ClassVar = "tokens"  # the columns of a table
+    columns: ClassVar = ("ner_tags", "tags")
     what: ClassVar = "entity type"
+    advice: ClassVar = ""
 
     name: str = IOB2
     entity_type: str | None = None
@@ -132,8 +135,10 @@ class PartsOfSpeech:
     Source: https://universaldependencies.org/u/pos (version 2).
     """
 
+    words: ClassVar = "tokens"
     columns: ClassVar = ("upos", "pos_tags", "tags")
     what: ClassVar = "part of speech"
+    advice: ClassVar = ""
     tag: ClassVar = re.compile("|".join((*POS_TAGS, NO_WORD)))
 
     def refusal(self, tag: str) -> str:
@@ -154,6 +159,39 @@ class PartsOfSpeech:
     def mapped(tags: Sequence[str], label_map: Mapping[str, str]) -> list[str]:
         """A sentence's tags with other names."""
         return [label_map.get(tag, tag) for tag in tags]
+
+
+@dataclass(frozen=True)
+class TextLabels:
+    """A label a text. A text is a sentence of one word here: both are read, learned and scored alike."""
+
+    words: ClassVar = "text"
+    columns: ClassVar = ("label", "labels", "sentiment")
+    what: ClassVar = "label"
+    advice: ClassVar = f" (LABEL: {DROP} leaves its texts out)"
+    tag: ClassVar = re.compile(rf"(?!{DROP}$)\S(.*\S)?")
+
+    def refusal(self, tag: str) -> str:
+        """Why `tag` is none."""
+        return f"malformed label {tag!r}: a label is a name without spaces around it, and not {DROP}"
+
+    @staticmethod
+    def kind(tag: str) -> str:
+        """The label itself, as `label_map` names it."""
+        return tag
+
+    @staticmethod
+    def label_names(kinds: Iterable[str]) -> list[str]:
+        """These, in alphabetical order."""
+        return sorted(kinds)
+
+    @staticmethod
+    def mapped(tags: Sequence[str], label_map: Mapping[str, str]) -> list[str]:
+        """A text's label with another name; none where it is left out."""
+        return [name for tag in tags if (name := label_map.get(tag, tag)) != DROP]
+
+
+Scheme = TagScheme | PartsOfSpeech | TextLabels
 
 
 def _as_bioes(tags: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a tagger is scored by: the entities that its labels make, or each word's label by itself."""
+"""What a tagger is scored by: the entities that its labels make, or each label of a word or a text by itself."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ class WordScorer(Scorer):
     units = dict.fromkeys(("accuracy", "macro_f1"), "%")
     unread = "-"
     marked = "words"
+    counts: ClassVar = {"sentences": "n_sentences", "words": "n_words"}  # of a table
 
     def marks(self, tags: Sequence[str]) -> set[Mark]:
         return {(tag, place, place) for place, tag in enumerate(tags)}
@@ -122,20 +123,33 @@ class WordScorer(Scorer):
         return average(scores, tuple(self.units), ("n_sentences", "n_words"))
 
     def table(self, scores: Mapping[str, Scores]) -> str:
-        lines = ["| language | accuracy | macro F1 | sentences | words |", "|---|---:|---:|---:|---:|"]
+        lines = [
+            f"| language | accuracy | macro F1 | {' | '.join(self.counts)} |",
+            f"|---|---:|---:|{'---:|' * len(self.counts)}",
+        ]
         for language, row in [*scores.items(), ("average", self.average(scores))]:
             rates = " | ".join(f"{100 * row[name]:.2f}" for name in self.units)
-            lines.append(f"| {language} | {rates} | {row['n_sentences']} | {row['n_words']} |")
+            lines.append(f"| {language} | {rates} | {' | '.join(str(row[name]) for name in self.counts.values())} |")
         return "\n".join(lines)
 
     def details(self, scores: Scores) -> str:
-        lines = ["| label | F1 | precision | recall | words |", "|---|---:|---:|---:|---:|"]
+        lines = [f"| label | F1 | precision | recall | {self.marked} |", "|---|---:|---:|---:|---:|"]
         for label, row in scores["per_type"].items():
             rates = " | ".join(f"{100 * row[name]:.2f}" for name in ("f1", "precision", "recall"))
             lines.append(f"| {label} | {rates} | {row['n_words']} |")
         return "\n".join(lines)
 
 
-def scorer_of(names: Sequence[str], *, strict: bool = False) -> Scorer:
-    """What a tagger with these labels is scored by: words, where they are parts of speech."""
+@dataclass(frozen=True)
+class TextScorer(WordScorer):
+    """The share of texts with the right label, and the mean F1 of all labels that occur, each counting the same."""
+
+    marked = "texts"
+    counts: ClassVar = {"texts": "n_sentences"}
+
+
+def scorer_of(names: Sequence[str], *, strict: bool = False, of_texts: bool = False) -> Scorer:
+    """What a model with these labels is scored by: texts, or words where the labels are parts of speech."""
+    if of_texts:
+        return TextScorer()
     return WordScorer() if set(names) <= set(POS_TAGS) else EntityScorer(strict)

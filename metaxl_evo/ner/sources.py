@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import ClassLabel, Dataset, LargeList, List, Value
+from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from huggingface_hub import is_offline_mode
 
 from metaxl_evo.messages import unknown
@@ -22,7 +22,7 @@ from metaxl_evo.training.hub import Instead, configurations_of, load_from_hub, r
 
 SPLITS = {"train": "train", **dict.fromkeys(("dev", "val", "valid", "validation"), "validation"), "test": "test"}
 TEXT_SUFFIXES = ("", ".txt", ".tsv", ".conll", ".conllu", ".iob2", ".bio")
-SUFFIXES = (*TEXT_SUFFIXES, *READERS)
+SUFFIXES = tuple(dict.fromkeys((*TEXT_SUFFIXES, *READERS)))
 SHARD = re.compile(r"(?P<split>\w+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]+)?")
 ONLY = "default"  # what a data set of one configuration calls it
 INSTEAD = Instead("--dataset FOLDER", "WikiAnn: unimelb-nlp/wikiann")
@@ -71,7 +71,7 @@ def read_hub(dataset: str, languages: Sequence[str], splits: Sequence[str], layo
         for split in splits:
             _require_split(split, parts, f"{dataset}, {language}")
         corpus[language] = {
-            split: _plain(read_table(parts[split], where, layout), language, where)
+            split: _plain(read_table(parts[split], where, layout), language, where, layout)
             for split in splits
             for where in [f"{dataset}, {language}, {split}"]
         }
@@ -81,6 +81,8 @@ def read_hub(dataset: str, languages: Sequence[str], splits: Sequence[str], layo
 def read_table(table: Dataset, where: str, layout: Layout) -> Sentences:
     """Read the columns of tokens and tags, the latter of a `ClassLabel`, of strings or of integers with names."""
     words, labels = columns_of(table.column_names, layout, where)
+    if layout.of_texts:
+        table = _texts_as_sentences(table, words, labels, where)
     if not _is_text(_kind_of_items(table, words)):
         raise ValueError(f"{where}: {words} must be a list of strings for each sentence: split them into words")
     tokens, tags = table[words][:], table[labels][:]
@@ -101,6 +103,20 @@ def read_table(table: Dataset, where: str, layout: Layout) -> Sentences:
     return _named(tokens, tags, layout.label_names, where)
 
 
+def _texts_as_sentences(table: Dataset, text: str, label: str, where: str) -> Dataset:
+    """Each text in a list of its own, and so its label.
+
+    Raises:
+        ValueError: for a text that is none, or is empty.
+    """
+    kinds = {name: table.features[name] for name in (text, label)}
+    unread = [number for number, one in enumerate(table[text]) if not isinstance(one, str) or not one.strip()]
+    if unread:
+        raise ValueError(f"{where}: {len(unread)} rows have no {text}, such as row {unread[0]}: leave them out")
+    rows = {name: [[one] for one in table[name]] for name in kinds}
+    return Dataset.from_dict(rows, features=Features({name: List(kind) for name, kind in kinds.items()}))
+
+
 def _require_tags(tags: Iterable[str], where: str, layout: Layout) -> None:
     for tag in tags:
         if not layout.tag.fullmatch(tag):
@@ -118,8 +134,10 @@ def _named(tokens: list[list[str]], tags: list[list[Any]], names: Sequence[str],
         raise ValueError(f"{where}: label id {error} has no name among {', '.join(names)}") from error
 
 
-def _plain(part: Sentences, language: str, where: str) -> Sentences:
-    """Without the prefixes that a table may have kept of the file that it was made from."""
+def _plain(part: Sentences, language: str, where: str, layout: Layout) -> Sentences:
+    """Without the prefixes that a table may have kept of the file that it was made from; texts have none."""
+    if layout.of_texts:
+        return part
     places = [f"{where}: sentence {number}" for number, words in enumerate(part.tokens) for _ in words]
     words = iter(without_prefix([word for words in part.tokens for word in words], language, places))
     return part._replace(tokens=[[next(words) for _ in row] for row in part.tokens])
@@ -160,10 +178,14 @@ def _unread(folder: Path) -> list[str]:
 
 def _read_files(paths: list[Path], language: str, layout: Layout) -> Sentences:
     _require_one_set(paths)
-    if paths[0].suffix in TEXT_SUFFIXES:
+    if layout.of_texts and paths[0].suffix not in READERS:
+        raise ValueError(f"{paths[0]} holds no table: texts and their labels are read from {', '.join(READERS)}")
+    if paths[0].suffix in TEXT_SUFFIXES and not layout.of_texts:
         tokens, tags = read_columns(paths[0], language, layout)
         return _named(tokens, tags, layout.label_names, str(paths[0]))
-    parts = [_plain(read_table(read_file(path, layout), str(path), layout), language, str(path)) for path in paths]
+    parts = [
+        _plain(read_table(read_file(path, layout), str(path), layout), language, str(path), layout) for path in paths
+    ]
     tokens = [words for part in parts for words in part.tokens]
     return Sentences(tokens, [tags for part in parts for tags in part.tags], parts[0].declared)
 

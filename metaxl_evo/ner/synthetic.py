@@ -11,7 +11,7 @@ the first word of a sentence; some surnames are also place names, and an organis
 person, so that titles, verbs, adpositions and case endings must tell them apart. Training sentences use only a share
 `seen_names` of the names that dev and test sentences use. Tags are IOB2 over WikiAnn's seven labels.
 
-Every word has its universal part of speech as well.
+Every word has its universal part of speech as well, and every sentence a label: whether it names a person.
 
 Everything follows from `seed` by `random.Random` on strings, so that it is the same in every process.
 """
@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.ner.labels import label_names, ner_features
@@ -29,6 +30,7 @@ from metaxl_evo.ner.schemes import POS_TAGS
 
 CONSONANTS, VOWELS = "bdfghklmnprstvz", "aeiou"
 LABELS = label_names(("LOC", "ORG", "PER"))
+TOPICS = ("no person", "person")  # of a sentence
 
 SYLLABLES = {"determiner": 1, "ending": 1, "at a place": 1, "at a org": 1, "surname": 3, "place": 3}  # else 2
 CLAUSES = (  # subject, verb, object, where
@@ -93,12 +95,14 @@ class SyntheticFamily:
         n_names = max(1, round(self.names * self.seen_names)) if split == "train" else self.names
         grammar = Grammar(self, lexicon, n_names, random.Random(f"{self.seed}/{lexicon.language}/{split}"))
         sentences = [grammar.sentence() for _ in range(size)]
-        columns = {
+        columns: dict[str, Any] = {
             name: [[word[at] for word in sentence] for sentence in sentences]
             for at, name in enumerate(("tokens", "ner_tags", "upos"))
         }
-        parts = Features({"upos": List(ClassLabel(names=list(POS_TAGS)))})
-        return Dataset.from_dict(columns, features=Features(ner_features(LABELS) | parts))
+        columns["text"] = [" ".join(words) for words in columns["tokens"]]
+        columns["label"] = [TOPICS["B-PER" in tags] for tags in columns["ner_tags"]]
+        further = {"upos": List(ClassLabel(names=list(POS_TAGS))), "text": Value("string"), "label": Value("string")}
+        return Dataset.from_dict(columns, features=Features(ner_features(LABELS) | further))
 
 
 class Lexicon:

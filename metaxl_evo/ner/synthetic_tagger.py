@@ -8,7 +8,12 @@ from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import XLMRobertaConfig, XLMRobertaForTokenClassification, XLMRobertaTokenizer
+from transformers import (
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaForTokenClassification,
+    XLMRobertaTokenizer,
+)
 
 from metaxl_evo.ner.synthetic import LABELS, SyntheticFamily
 
@@ -23,8 +28,9 @@ def make_synthetic_tagger(
     vocab_size: int = 2000,
     max_length: int = 128,
     seed: int = 0,
-) -> tuple[XLMRobertaForTokenClassification, XLMRobertaTokenizer]:
-    """A small, randomly initialised XLM-R tagger, and a tokenizer trained on the family's training sentences.
+    of_texts: bool = False,
+) -> tuple[XLMRobertaForTokenClassification | XLMRobertaForSequenceClassification, XLMRobertaTokenizer]:
+    """A small, randomly initialised XLM-R that labels words, or texts, and a tokenizer of the family's sentences.
 
     Both have `save_pretrained` and load back by the Auto classes. PyTorch's global random state stays as it was.
     """
@@ -45,7 +51,8 @@ def make_synthetic_tagger(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return XLMRobertaForTokenClassification(config), tokenizer
+        made = XLMRobertaForSequenceClassification if of_texts else XLMRobertaForTokenClassification
+        return made(config), tokenizer
 
 
 def train_tokenizer(family: SyntheticFamily, vocab_size: int, max_length: int) -> XLMRobertaTokenizer:

@@ -1,8 +1,9 @@
-"""Files of tables: parquet, JSON and CSV, each read as the columns of words and of tags, a row a sentence."""
+"""Files of tables: parquet, JSON, CSV and TSV, each read as the columns of words and of tags, a row a sentence."""
 
 from __future__ import annotations
 
 import ast
+import csv
 import json
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
@@ -16,7 +17,7 @@ from datasets import Dataset
 from metaxl_evo.messages import one_line
 from metaxl_evo.ner.layout import Layout
 
-TOKENS = "tokens"
+PLAIN: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}  # "NA" is a word
 
 
 def columns_of(there: Sequence[str], layout: Layout, where: str) -> tuple[str, str]:
@@ -26,7 +27,10 @@ def columns_of(there: Sequence[str], layout: Layout, where: str) -> tuple[str, s
         ValueError: where a table has none of this name, with those that it has.
     """
     columns = layout.scheme.columns
-    tokens, tags = layout.tokens or TOKENS, layout.tags or next(filter(there.__contains__, columns), columns[0])
+    tokens, tags = (
+        layout.tokens or layout.scheme.words,
+        layout.tags or next(filter(there.__contains__, columns), columns[0]),
+    )
     if not {tokens, tags} <= set(there):
         raise ValueError(
             f"{where} needs the columns {tokens} and {tags}, but has {', '.join(there) or 'none'}: name them by "
@@ -40,7 +44,7 @@ def read_file(path: Path, layout: Layout) -> Dataset:
 
     JSON holds a list of objects, or an object a line. CSV holds lists as Python or JSON writes them, or a row a token,
     with a column beside that tells the sentences: its name begins with `sent`, as `Sentence #` and `sent_id` do, and
-    it may be empty where a sentence goes on.
+    it may be empty where a sentence goes on. Of whole texts CSV and TSV hold a row each, and TSV knows no quotes.
 
     Raises:
         ValueError: with the file, for what is not laid out so.
@@ -85,10 +89,12 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _read_csv(path: Path, layout: Layout) -> Dataset:
-    table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")  # "NA" is a word
+    table = pandas.read_csv(path, **PLAIN)
     _require_rows(table, path)
     there = list(table.columns)
     names = columns_of(there, layout, str(path))
+    if layout.of_texts:
+        return Dataset.from_dict({name: table[name].tolist() for name in names})
     if all(table[name].str.startswith("[").all() for name in names):
         return Dataset.from_dict({name: [_list(text, str(path)) for text in table[name]] for name in names})
     of_sentence = [name for name in there if name.lower().startswith("sent") and name not in names]
@@ -104,6 +110,12 @@ def _read_csv(path: Path, layout: Layout) -> Dataset:
             f"{path}: {of_sentence[0]} must be the same on all rows of a sentence, and nowhere else: sort it"
         )
     return Dataset.from_dict({name: table.groupby(number)[name].agg(list).tolist() for name in names})
+
+
+def _read_tsv(path: Path, layout: Layout) -> Dataset:
+    table = pandas.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, **PLAIN)
+    _require_rows(table, path)
+    return Dataset.from_dict({name: table[name].tolist() for name in columns_of(list(table), layout, str(path))})
 
 
 def _list(text: str, where: str) -> list[Any]:
@@ -126,4 +138,5 @@ READERS: dict[str, Callable[[Path, Layout], Dataset]] = {
     ".json": _read_json,
     ".jsonl": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_tsv,  # of whole texts: else its lines are those of words
 }

@@ -202,12 +202,29 @@ class CrossLingualTagger(BilevelModule):
         }
 
 
+class CrossLingualClassifier(CrossLingualTagger):
+    """Cross-lingual classification of texts: a `CrossLingualTagger` whose base has one answer a row, (B, C).
+
+    Each row has one label, at any of its tokens. The classifier reads the first token's final state, which the RTN of
+    the source rows transforms with all the others.
+    """
+
+    @property
+    def _has_plain_head(self) -> bool:
+        return False  # it has a pooler, or layers of its own
+
+
 def _places(mask: Tensor, count: int) -> Tensor:
     """The `count` places where a mask holds, in the flat order of its entries."""
     return mask.flatten().nonzero_static(size=count).squeeze(1)  # the host need not wait for how many there are
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each token, 0 where it has no label: (B, T, C), (B, T) -> (B, T)."""
+    """Cross-entropy of each token, 0 where it has no label: (B, T, C), (B, T) -> (B, T).
+
+    Logits (B, C) of rows as a whole are those of each of their tokens, one of which has the row's label.
+    """
+    if logits.dim() == 2:
+        logits = logits[:, None].expand(-1, labels.shape[1], -1)
     flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return flat.view_as(labels)

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from metaxl_evo.ner.arguments import TaggingArguments
 from metaxl_evo.ner.data import first_rows, label_corpus, overlap, read_corpus, require_types, sample
-from metaxl_evo.ner.pretrained import trained_labels
+from metaxl_evo.ner.pretrained import head_of, trained_labels
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.meta_rows import MetaRows
 
@@ -32,7 +32,7 @@ def load_for_model(ner: TaggingArguments, target: str, label_names: Sequence[str
     Raises:
         ValueError: for languages, splits or labels that are not there.
     """
-    trained = trained_labels(ner.model_name_or_path, trust_remote_code=ner.trust_remote_code)
+    trained = trained_labels(ner.model_name_or_path, head_of(ner.scorer), trust_remote_code=ner.trust_remote_code)
     if trained is None or not ner.ignore_mismatched_sizes:
         return load_target(ner, target, trained, label_names)
     data = load_target(ner, target, None, label_names)

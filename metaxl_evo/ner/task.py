@@ -7,7 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub import EvalResult
@@ -26,6 +26,7 @@ from metaxl_evo.ner.arguments import (
     NerTrainingArguments,
     PosArguments,
     PosTrainingArguments,
+    SentimentArguments,
     TaggingArguments,
     refuse_fields,
 )
@@ -34,14 +35,16 @@ from metaxl_evo.ner.encoding import PadRight, encode
 from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
 from metaxl_evo.ner.pretrained import (
     SYNTHETIC,
+    TEXTS,
+    head_of,
     load_classifier,
     longest_input,
     require_padding_unseen,
     require_readable,
 )
-from metaxl_evo.ner.scorers import EntityScorer, Scorer, WordScorer
+from metaxl_evo.ner.scorers import EntityScorer, Scorer, TextScorer, WordScorer
 from metaxl_evo.ner.spacing import as_in_text
-from metaxl_evo.ner.tagger import TARGET, CrossLingualTagger
+from metaxl_evo.ner.tagger import TARGET, CrossLingualClassifier, CrossLingualTagger
 from metaxl_evo.ner.target_data import TargetData, load_for_model, require_enough
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
 from metaxl_evo.training.schedules import steps_of
@@ -71,6 +74,7 @@ class TaggingTask(Task[Settings, TargetData]):
     """
 
     scorer: Scorer
+    pipeline: ClassVar = "token-classification"  # the Hub's word for the task
     case = "target_languages"
     sources = (METAXL,)
     own_files = (SUBFOLDER, ADAPTER, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -148,14 +152,15 @@ class TaggingTask(Task[Settings, TargetData]):
         adapted = " Its LoRA adapter is merged into it, and in `adapter/` by itself." if settings.use_peft else ""
         return (
             f"Method `{settings.method}`, source {sources}, data `{data}`. "
-            "The model here is a plain token classifier; the representation transformation network of the training is "
-            f"in `rtn/` and is not needed for prediction.{adapted} Scores are {self.scored_by(settings)}, in percent."
+            f"The model here is a plain {head_of(self.scorer).what}; the representation transformation network of the "
+            f"training is in `rtn/` and is not needed for prediction.{adapted} Scores are {self.scored_by(settings)}, "
+            "in percent."
         )
 
     def card_metadata(self, settings: Settings) -> dict[str, Any]:
         (target,) = settings.target_languages
         return {
-            "tasks": "token-classification",
+            "tasks": self.pipeline,
             "language": target,
             "dataset_tags": hub_id(settings.dataset, SYNTHETIC),
             "finetuned_from": hub_id(settings.model_name_or_path, SYNTHETIC),
@@ -167,7 +172,7 @@ class TaggingTask(Task[Settings, TargetData]):
         public, rates = hub_id(settings.dataset), self.flat_scores(results["test"])
         found = [
             EvalResult(
-                task_type="token-classification",
+                task_type=self.pipeline,
                 dataset_name=Path(settings.dataset).name,
                 dataset_type=public or "local",
                 dataset_config=target,
@@ -209,6 +214,25 @@ class PosTask(TaggingTask[PosArguments]):
         return "of words, macro F1 the mean over tags"
 
 
+class SentimentTask(TaggingTask[SentimentArguments]):
+    """Texts and their labels, sentiment for one."""
+
+    settings = SentimentArguments
+    training = PosTrainingArguments
+    title = "Cross-lingual classification of texts"
+    configs = "sentiment"
+    scorer = TextScorer()
+    units = TextScorer.units
+    pipeline = "text-classification"
+    usage = (
+        'from transformers import pipeline\n\nclassify = pipeline("text-classification", model=".")  # this folder\n'
+        'print(classify("some text"))'
+    )
+
+    def scored_by(self, settings: SentimentArguments) -> str:
+        return "of texts, macro F1 the mean over labels"
+
+
 def build_trainer(ner: TaggingArguments, args: MetaTrainingArguments, data: TargetData) -> NerTrainer:
     """The trainer of one run, `args` being fitted to it."""
     trusted = ner.trust_remote_code
@@ -216,6 +240,7 @@ def build_trainer(ner: TaggingArguments, args: MetaTrainingArguments, data: Targ
         ner.model_name_or_path,
         data.names,
         ner.attn_implementation,
+        head=head_of(ner.scorer),
         ignore_mismatched_sizes=ner.ignore_mismatched_sizes,
         trust_remote_code=trusted,
     )
@@ -246,7 +271,7 @@ def build_trainer(ner: TaggingArguments, args: MetaTrainingArguments, data: Targ
         processing_class=tokenizer,
         compute_metrics=None if dev is None else dev.compute_metrics,
     )
-    trainer.evaluation = evaluation
+    trainer.evaluation, trainer.of_texts = evaluation, head_of(ner.scorer) is TEXTS
     return trainer
 
 
@@ -301,8 +326,10 @@ def build_tagger(
         _load_rtn(rtn, ner.rtn_name_or_path)
         _warn_of_another_base(ner.rtn_name_or_path, ner.model_name_or_path)
     recipe = ner.recipe
-    return CrossLingualTagger(
-        ner.adapted(base),
+    head = head_of(ner.scorer)
+    made = CrossLingualClassifier if head is TEXTS else CrossLingualTagger
+    return made(
+        ner.adapted(base, head.task_type),
         rtn,
         pad_token_id=tokenizer.pad_token_id,
         transform=recipe.transform,
