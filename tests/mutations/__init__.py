@@ -99,7 +99,7 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
         ("perturbed-for-good", "self._put(kept)", "self._put({})", ON_SHARDS),
         ("norm-of-the-rows-here", "dist.all_reduce(share,", "(lambda *_, **__: None)(share,", ON_SHARDS),
         ("shards-not-tested", "return [_Together(here, w, lam, part, names, None)]", "return []",
-         "bilevel/test_sharded.py::test_values_out_of_the_graph_are_refused_on_all_processes"),
+         "bilevel/test_sharded.py::test_what_would_be_wrong_is_refused_on_all_processes"),
         ("parts-share-their-masks", "part * processes.size + processes.rank", "processes.rank",
          "bilevel/test_passes.py::test_parts_have_masks_of_their_own"),
         ("tape-keeps-the-tensor", "inputs[place] = _detached(x).clone()", "inputs[place] = _detached(x)",
