@@ -38,7 +38,8 @@ def tangent_of_gradient(weights: Sharded, loss: Loss, w: Tree, lam: Tree, part: 
     at, reached = tree.leaves(lam, lam), list[Tensor]()
     with forward_ad.dual_level(), _dual(weights, v, reached):
         value = loss(tree.detach(w), at, part)
-        found = torch.autograd.grad(value, [*at.values(), *reached], allow_unused=True)
+        # With a graph, though nobody needs it: the backwards of some functions (silu) have a tangent only then.
+        found = torch.autograd.grad(value, [*at.values(), *reached], create_graph=True, allow_unused=True)
         tangents = {name: _tangent(grad) for name, grad in zip(at, found, strict=False)}
     zeros = tree.zeros_like(lam)
     return {name: zeros[name] if one is None else one.detach() for name, one in tangents.items()}
