@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,9 +16,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaxl_evo.bilevel import AdamW, BilevelProblem, Hypergradient, Tree, hypergradient, shards, stop_gradient, tree
 from metaxl_evo.bilevel.base_weights import Sharded
+from metaxl_evo.bilevel.passes import Counts
 from metaxl_evo.bilevel.processes import Processes
 from metaxl_evo.bilevel.replay import for_this_pass
 from metaxl_evo.estimators import Estimator, make_estimator
@@ -140,15 +143,34 @@ def on_shards(model: nn.Module, rule: str) -> BilevelProblem:
     return problem(run, rule, parts=list, weights=home, processes=Processes(dist.get_rank(), dist.get_world_size()))
 
 
+class Sent(TorchDispatchMode):
+    """Counts what processes say to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def of_this_process() -> dict[str, Any]:
     dist.init_process_group("gloo")
-    model, found = sharded(net()), {}
+    model, found = sharded(net()), dict[str, Any]()
     parameters = dict(model.named_parameters())
     start = tree.clone(parameters)
     for rule in RULES:
         one = on_shards(model, rule)
         for key, (name, settings) in ESTIMATORS.items():
             found[f"{key} {rule}"] = estimated(one, make_estimator(name, **settings), tree.detach(parameters), mine())
+    found["sent"] = {}
+    for key in SENT:  # once more: the tests that come first are made
+        name, settings = ESTIMATORS[key]
+        with Sent() as sent:
+            again = estimated(one, make_estimator(name, **settings), tree.detach(parameters), mine())
+        found["sent"][key] = sent.counts, again.counts
     now = shards.local(parameters)
     assert all(torch.equal(now[name], leaf) for name, leaf in shards.local(start).items())  # to the last bit
     assert all(parameter.grad is None for parameter in parameters.values())
@@ -174,9 +196,27 @@ def alone() -> dict[str, Hypergradient]:
     return found
 
 
+SENT = {"one_step": 4, "evograd": 5, "greedy": 5, "exact one_step": 2}  # and their forwards, the step's own among them
+GROUPS, PLACES = 3, 10  # of layers that gather together; of parameters, tied ones in each of their layers
+
+
+def check_what_is_sent(found: dict[str, tuple[Counter[str], Counts]]) -> None:
+    """All groups are gathered in a forward, again in a backward but for the root, and summed behind it."""
+    for key, forwards in SENT.items():
+        sent, counts = found[key]
+        assert counts.forwards == forwards
+        passes, back = forwards + counts.jvps, counts.backwards + counts.jvps
+        assert sent["_allgather_base_"] == GROUPS * passes + (GROUPS - 1) * back, key
+        assert sent["_reduce_scatter_base_"] == GROUPS * counts.backwards, key
+        assert sent["all_gather_into_tensor"] == PLACES * counts.jvps, key  # of tangents, tensor by tensor
+        assert sent["allreduce_"] <= 10, key  # norms, of clipping too, losses, and the hypergradient
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_sharded_weights_give_the_hypergradient_of_one_process(count: int) -> None:
     ranks = on_processes(count, of_this_process)
+    for rank in ranks:
+        check_what_is_sent(rank.pop("sent"))
     assert len(ranks[0]) == len(alone()) == 2 * len(ESTIMATORS) == 28
     for key, one in alone().items():
         found = ranks[0][key]
