@@ -115,6 +115,14 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
+def estimate_memory(argv: Sequence[str]) -> int:
+    """The memory of the run of a settings file, or of a model that the options describe."""
+    from metaxl_evo.experiments.memory_command import estimate
+
+    estimate(argv)
+    return 0
+
+
 def demo(argv: Sequence[str]) -> int:
     """Tag sentences in the browser by one run or two."""
     from metaxl_evo.demo import serve
@@ -166,8 +174,8 @@ COMMANDS = {
         plain("metaxl_evo.benchmark.run", "BenchmarkArguments", "run_benchmark", "benchmark"),
     ),
     "estimate-memory": Command(
-        "what a process needs to train with a base in parts, term by term; loads no weights",
-        plain("metaxl_evo.training.memory_estimate", "MemoryArguments", "estimate_memory"),
+        "[CONFIG] ...: what a process needs to train with a base in parts, term by term; loads no weights",
+        estimate_memory,
     ),
     "illustrate": Command(
         "what estimators make of a hypergradient that is known exactly",

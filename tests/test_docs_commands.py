@@ -14,6 +14,7 @@ from metaxl_evo.benchmark.arguments import BenchmarkArguments
 from metaxl_evo.benchmark.cosines import CosineArguments
 from metaxl_evo.benchmark.horizons import HorizonArguments
 from metaxl_evo.cli import COMMANDS, RunArguments
+from metaxl_evo.experiments import memory_command
 from metaxl_evo.experiments.arguments import RunsArguments
 from metaxl_evo.experiments.study import Study
 from metaxl_evo.experiments.task import TASKS, find_task
@@ -52,7 +53,7 @@ READERS: dict[str, Reader] = {
     "evaluate": of(EvaluationArguments),
     "predict": of(PredictionArguments),
     "benchmark": of(BenchmarkArguments, "benchmark"),
-    "estimate-memory": of(MemoryArguments),
+    "estimate-memory": lambda argv: of(MemoryArguments)(memory_command.options(argv)),
     "illustrate": of(IllustrationArguments, "vision"),
     "run": lambda argv: parse_arguments((RunArguments,), argv[1:]),
     "study": study,

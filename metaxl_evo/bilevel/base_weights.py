@@ -58,13 +58,14 @@ class Sharded:
         parameters: those that are trained, by the names that `w` has for them.
 
     Raises:
-        ValueError: for weights that are not sharded by rows over one mesh.
+        ValueError: for weights that are not sharded by rows over one mesh, or gathered in fewer bits than they have.
     """
 
     sharded = True
 
     def __init__(self, root: nn.Module, parameters: Mapping[str, Tensor]):
         shards.require_rows(parameters)
+        _require_all_bits(root, parameters)
         self.root, self.parameters = root, dict(parameters)
 
     @contextmanager
@@ -107,6 +108,21 @@ def reshard(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def _require_all_bits(root: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a policy under which small perturbations vanish in a cast, without a word."""
+    bits = min(leaf.element_size() for leaf in parameters.values())
+    for module in root.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        policy = module._get_fsdp_state()._mp_policy
+        for dtype in (policy.param_dtype, policy.reduce_dtype, policy.output_dtype):
+            if dtype is not None and dtype.itemsize < bits:
+                raise ValueError(
+                    f"fully_shard computes with {dtype} here (mp_policy), in which small perturbations of the weights "
+                    "are lost: leave mp_policy out"
+                )
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

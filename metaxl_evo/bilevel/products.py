@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from metaxl_evo.bilevel import gate, tree
+from metaxl_evo.bilevel.base_weights import Sharded
 from metaxl_evo.bilevel.directions import moved
+from metaxl_evo.bilevel.dual_weights import tangent_of_gradient
 from metaxl_evo.bilevel.passes import PassContext, is_out_of_memory
 from metaxl_evo.bilevel.replay import Inputs
 from metaxl_evo.bilevel.samples import alone, first_part, smaller, untested
@@ -39,7 +41,7 @@ AUTO = "auto"
 ENGINES = ("double_backward", "jvp", "finite_difference")
 ORDER = ("jvp", "double_backward", "finite_difference")  # in which `auto` tries them
 INSTEAD = {
-    "jvp": "use engine double_backward, or auto",
+    "jvp": "use engine auto, which takes another",
     "double_backward": "use engine finite_difference, or evograd",
     "finite_difference": "use evograd",
 }
@@ -239,6 +241,7 @@ def require_forward_ad(passes: PassContext, w: Tree, lam: Tree, batch: object, w
 
     `torch.func.jvp` carries tangents through what `no_grad` and `.data` keep from autograd. So a few rows are
     differentiated by double backward too; where there is none, by finite differences, as far as they can be trusted.
+    On sharded weights there is none, and all processes compare what they sum of a part each.
 
     Args:
         wrt: the arguments (`W`, `LAM`) by whose gradient it is asked for.
@@ -250,7 +253,7 @@ def require_forward_ad(passes: PassContext, w: Tree, lam: Tree, batch: object, w
     known, here, names = passes.problem.facts.forward_ad, alone(passes), frozenset(wrt)
     for kind, part, size in untested(passes, batch, known, names):
         failed, showed = None, None
-        for one in smaller(part, size):
+        for one in [part] if here.problem.weights.sharded else smaller(part, size):
             try:
                 showed = _forward_agrees(here, w, lam, one, wrt)
             except NoDerivative:
@@ -274,24 +277,15 @@ def _forward_agrees(here: PassContext, w: Tree, lam: Tree, part: object, wrt: Se
     Raises:
         NoDerivative: where the two disagree.
     """
-    v = moved(tree.zeros_like(w), 1.0)
+    v, whole = moved(tree.zeros_like(w), 1.0), _for_all(here)
     for amount in LAM_MOVES:
         point = moved(lam, amount)
         with here.scope(0, second_order=True):
-            forward = [_jvp(here, w, point, part, v, one) for one in wrt]
+            forward = [whole(_jvp(here, w, point, part, v, one)) for one in wrt]
         if all(map(tree.all_finite, forward)):
             break
-    slack = [0.0] * len(wrt)
-    try:
-        with here.scope(0, second_order=True):
-            other = double_backward(here, w, point, part, lambda grad: v, wrt)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        step = 0.01 / tree.norm(v)
-        other, finer = ([_finite_difference(here, w, point, part, v, h, one) for one in wrt] for h in (step, step / 2))
-        slack = [10 * tree.norm(tree.add(a, b, -1.0)) for a, b in zip(other, finer, strict=True)]
-    grads, showed = here.inner_grad(w, point, part, wrt_w=w, wrt_lam=lam)[1:], True
+    other, slack = _otherwise_found(here, w, point, part, v, wrt)
+    grads, showed = [whole(one) for one in here.inner_grad(w, point, part, wrt_w=w, wrt_lam=lam)[1:]], True
     for index, one, reference, allowed in zip(wrt, forward, other, slack, strict=True):
         eps = max(torch.finfo(leaf.dtype).eps for leaf in one.values())
         rounding = 100 * eps * tree.norm(grads[index])  # of products that are zero but for it
@@ -303,6 +297,29 @@ def _forward_agrees(here: PassContext, w: Tree, lam: Tree, part: object, wrt: Se
             )
         showed &= size > rounding
     return showed
+
+
+def _otherwise_found(
+    here: PassContext, w: Tree, point: Tree, part: object, v: Tree, wrt: Sequence[int]
+) -> tuple[list[Tree], list[float]]:
+    """The products by double backward, or by differences where there is none; and how far off these may be."""
+    if not here.problem.weights.sharded:
+        try:
+            with here.scope(0, second_order=True):
+                return double_backward(here, w, point, part, lambda grad: v, wrt), [0.0] * len(wrt)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+    step, whole = 0.01 / tree.norm(v), _for_all(here)
+    other, finer = (
+        [whole(_finite_difference(here, w, point, part, v, h, one)) for one in wrt] for h in (step, step / 2)
+    )
+    return other, [10 * tree.norm(tree.add(a, b, -1.0)) for a, b in zip(other, finer, strict=True)]
+
+
+def _for_all(here: PassContext) -> Callable[[Tree], Tree]:
+    """What makes a number of a test the same on all processes where they make it together, on sharded weights."""
+    return here.all_reduce if here.problem.weights.sharded else dict
 
 
 def _samples(passes: PassContext, batch: object) -> list[tuple[PassContext, object]]:
@@ -385,6 +402,11 @@ def _refuse_once_differentiable(values: Sequence[Tensor]) -> None:
 
 
 def _jvp(passes: PassContext, w: Tree, lam: Tree, part: object, v: Tree, wrt: int) -> Tree:
+    passes.counts.jvps += 1
+    if isinstance(passes.problem.weights, Sharded):
+        assert wrt == LAM
+        return tangent_of_gradient(passes.problem.weights, passes.problem.inner_loss, w, lam, part, v)
+
     def loss(base: Tree, meta: Tree) -> Tensor:
         return passes.problem.inner_loss(base, meta, part)
 
@@ -393,7 +415,6 @@ def _jvp(passes: PassContext, w: Tree, lam: Tree, part: object, v: Tree, wrt: in
 
     direction = {name: v[name].to(leaf.dtype) for name, leaf in w.items()}
     tangent = torch.func.jvp(gradient, (tree.detach(w),), (direction,))[1]
-    passes.counts.jvps += 1
     return tree.detach(tangent)
 
 

@@ -113,7 +113,7 @@ class Estimator(ABC):
 
     @property
     def takes_shards(self) -> bool:
-        """Whether the base weights may be sharded: it takes first derivatives of the losses, all processes alike."""
+        """Whether the base weights may be sharded: no double backward, and all processes make the same passes."""
         return False
 
     @property
@@ -197,7 +197,7 @@ class Estimator(ABC):
         if problem.weights.sharded and not self.takes_shards:
             raise ValueError(
                 f"{name} does not work on base weights that are sharded (FSDP): use one_step or sama with engine "
-                "finite_difference, or evograd on all weights, or DDP in the place of FSDP"
+                "finite_difference or jvp, or evograd on all weights, or DDP in the place of FSDP"
             )
         if self.second_order and not problem.second_order:
             raise ValueError(

@@ -28,6 +28,10 @@ class ImplicitEstimator(EngineEstimator):
         if not (self.damping >= 0 and math.isfinite(self.damping)):
             raise ValueError(f"{type(self).__name__}: damping must be a number of at least 0, not {self.damping}")
 
+    @property
+    def takes_shards(self) -> bool:  # the tangent of the gradient to w is of whole weights
+        return not self.second_order
+
     def respond(self, passes: PassContext, step: InnerStep, state: None, diagnostics: dict[str, float]) -> Response:
         w, lam, batch, engine = step.current, step.lam, step.batch, self._engine(passes.problem)
         here = passes if step.made is None else passes.elsewhere()  # its recorded inputs are those before the step

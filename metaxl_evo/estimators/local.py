@@ -37,7 +37,7 @@ class EngineEstimator(Estimator):
 
     @property
     def takes_shards(self) -> bool:
-        return not self.second_order
+        return self.engine != "double_backward"
 
     def prepare(self, passes: PassContext, w: Tree, lam: Tree, batch: Any) -> None:
         prepare(passes, self._engine(passes.problem), w, lam, batch, radius=self.radius)

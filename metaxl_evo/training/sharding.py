@@ -107,7 +107,8 @@ def _refused_at_two_levels(args: MetaTrainingArguments, model: Any, estimator: E
     if not estimator.takes_shards:
         yield (
             f"fsdp and {estimator}",
-            f"it differentiates twice, or needs whole weights; on sharded ones work {', '.join(_on_shards())}",
+            "double backward and whole trajectories need whole weights; on sharded ones work engine finite_difference "
+            f"(jvp where there are no Hessian products), and {', '.join(_on_shards())}",
         )
     if estimator.remembers == "base":
         yield f"fsdp and {estimator}", "the examples that it draws may leave a process without any; use DDP, or greedy"

@@ -35,6 +35,8 @@ GOLDEN = "estimators/test_golden.py::test_golden_table"
 EVOGRAD = "estimators/test_golden.py::test_evograd_is_autograd_over_all_copies"
 IMPLICIT = "estimators/test_implicit.py"
 NOISE = "estimators/test_noise.py"
+SHARDED_RUN = "training/test_sharded.py::test_training_on_shards_is_training_on_one_process[2]"
+REFUSED_ON_SHARDS = "bilevel/test_sharded.py::test_what_would_be_wrong_is_refused_on_all_processes"
 ON_SHARDS = "bilevel/test_sharded.py::test_sharded_weights_give_the_hypergradient_of_one_process[2]"
 TRAJECTORIES = "estimators/test_trajectories.py"
 DISTILLATION = "estimators/test_distillation.py"
@@ -98,8 +100,16 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
         ("mean-of-the-shares", "found[name].mul_(processes)", "found[name]", ON_SHARDS),
         ("perturbed-for-good", "self._put(kept)", "self._put({})", ON_SHARDS),
         ("norm-of-the-rows-here", "dist.all_reduce(share,", "(lambda *_, **__: None)(share,", ON_SHARDS),
+        ("gradients-asked-for-by-autograd", "loss.backward()\n            found",
+         "torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)\n            found", ON_SHARDS),
+        ("fewer-bits-taken", "dtype.itemsize < bits", "False", REFUSED_ON_SHARDS),
+        ("tied-weights-without-a-tangent", "tangents[id(parameter)]))", "tangents.pop(id(parameter))))", ON_SHARDS),
+        ("forward-mode-of-dtensors", "if isinstance(passes.problem.weights, Sharded):", "if False:", ON_SHARDS),
+        ("gathered-again-as-if-moved", "            parameters[key] = weight\n", "            pass\n", ON_SHARDS),
+        ("forward-mode-on-shards-not-compared", "other, slack = _otherwise_found(here, w, point, part, v, wrt)",
+         "other, slack = forward, [0.0]", REFUSED_ON_SHARDS),
         ("shards-not-tested", "return [_Together(here, w, lam, part, names, None)]", "return []",
-         "bilevel/test_sharded.py::test_values_out_of_the_graph_are_refused_on_all_processes"),
+         REFUSED_ON_SHARDS),
         ("parts-share-their-masks", "part * processes.size + processes.rank", "processes.rank",
          "bilevel/test_passes.py::test_parts_have_masks_of_their_own"),
         ("tape-keeps-the-tensor", "inputs[place] = _detached(x).clone()", "inputs[place] = _detached(x)",
@@ -190,6 +200,8 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "estimators/test_contract.py::test_a_learned_learning_rate_needs_an_estimator_that_sees_it"),
     ],
     "metaxl_evo/models": [
+        ("swapped-in-beside-shards", "here = weights.at(w) if weights.sharded else swapped(base, w)",
+         "here = swapped(base, w)", SHARDED_RUN),
         ("mean-over-the-micro-batch", "total = totals[name]", "total = counts[name]",
          "models/test_losses.py::test_shares_add_up_to_the_mean_over_the_window"),
         ("scalar-mean-whole-a-micro-batch", "return mean * (count / totals[name])", "return mean",
@@ -229,6 +241,10 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "vision_tasks/test_weight_net.py::test_the_inner_loss_by_hand"),
     ],
     "metaxl_evo/training": [
+        ("task-sharded-as-one", "*(one.base if isinstance(one, BilevelModule) else one for one in objects)",
+         "*objects", SHARDED_RUN),
+        ("bf16-on-shards", 'if args.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no" or', "if",
+         "training/test_launch.py::test_what_meta_steps_cannot_bear_on_shards[bf16]"),
         ("clipped-gradient-taken-for-the-whole", "        if clipped and taken:",
          "        if False:", REAL_STEP.format("adamw")),
         ("weights-before-not-copied", "w |= tree.clone({name: leaf for", "w |= ({name: leaf for",

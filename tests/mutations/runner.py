@@ -94,7 +94,7 @@ def _made(mutation: Mutation, tree: Path) -> Iterator[None]:
 
 
 def _run(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's exit status and output, of those of the tests that `make test` runs, up to the first failure."""
+    """pytest's exit status and output up to the first failure, of these tests; of whole files not of slow ones."""
     with tempfile.NamedTemporaryFile(mode="r", encoding="utf-8") as output:
         process = FORKSERVER.Process(target=_pytest, args=(tree, tests, output.name))
         process.start()
@@ -113,5 +113,10 @@ def _pytest(tree: Path, tests: Sequence[str], output: str) -> None:
     os.chdir(tree)
     sys.path[:] = [str(tree), *(place for place in sys.path if place not in ("", str(REPOSITORY)))]
     os.environ["PYTHONPATH"] = str(tree)
-    options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
-    sys.exit(RAN + pytest.main([*options, *(f"tests/{test}" for test in tests)]))
+    named, status = [test for test in tests if "::" in test], 0  # slow or not
+    files = [test for test in tests if "::" not in test]
+    for chosen, options in ((named, []), (files, ["-m", "not slow"])):
+        if chosen and not status:
+            paths = [f"tests/{test}" for test in chosen]
+            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *options, *paths]))
+    sys.exit(RAN + status)

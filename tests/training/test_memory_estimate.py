@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,18 +14,19 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import TrainerCallback
+from transformers import LlamaConfig, TrainerCallback, XLMRobertaConfig
 
 from metaxl_evo.benchmark.memory import live_tensors
 from metaxl_evo.cli import main
 from metaxl_evo.models.rtn import RepresentationTransform
 from metaxl_evo.ner.tagger import CrossLingualTagger
-from metaxl_evo.training.memory_estimate import GIB, MemoryArguments, memory_of
+from metaxl_evo.training.memory_estimate import GIB, HEADS, MemoryArguments, memory_of
 from tests.processes import on_processes
 from tests.sharded import ShardedTrainer
 from tests.training.tiny import NO_DROPOUT, PAD, random_rows, tiny_base, tiny_trainer
 
 ROWS, TOKENS = 4, 64
+SMALL = 1024
 SIZES = {  # of the network: where activations weigh most, where copies of weights do, where the table does
     "activations": ({"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 2000}, "one_step"),
     "copies": ({"hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 4000}, "evograd"),
@@ -33,22 +35,29 @@ SIZES = {  # of the network: where activations weigh most, where copies of weigh
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes in all storages that are alive; fully_shard frees what it gathered by making it smaller."""
+    """The most bytes in all storages that are alive; fully_shard frees what it gathered by making it smaller.
+
+    Those below a KiB, of which there are very many, are left out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.held, self.peak = WeakIdKeyDictionary(), 0
         for tensor in live_tensors():
-            self.held[tensor.untyped_storage()] = True
+            self._hold(tensor.untyped_storage())
+
+    def _hold(self, storage: torch.UntypedStorage) -> bool:
+        """Whether it is a new one that counts."""
+        new = storage.nbytes() >= SMALL and storage not in self.held
+        if new:
+            self.held[storage] = True
+        return new
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         leaves = [leaf._local_tensor if isinstance(leaf, DTensor) else leaf for leaf in tree_leaves(out)]
-        new = [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
-        new = [storage for storage in new if storage not in self.held]
-        for storage in new:
-            self.held[storage] = True
-        if new:
+        new = [self._hold(leaf.untyped_storage()) for leaf in leaves if isinstance(leaf, Tensor)]
+        if any(new):
             self.peak = max(self.peak, sum(storage.nbytes() for storage in self.held))
         return out
 
@@ -126,10 +135,42 @@ def test_the_command_loads_no_weights(tmp_path: Any, capsys: pytest.CaptureFixtu
     numbers = sum(p.numel() for p in tiny_base().parameters())
     options = ["--head", "tokens", "--processes", "4", "--tokens", "16", "--estimator", "one_step"]
     assert main(["estimate-memory", "--model_name_or_path", str(tmp_path), *options]) == 0
-    terms = {line.split()[0]: float(line.split()[-2]) for line in capsys.readouterr().out.splitlines()}
+    said, *lines = capsys.readouterr().out.splitlines()
+    assert said.endswith(", head tokens: 4 processes, 1 rows of 16 tokens, one_step, 0 meta parameters")
+    terms = {line.split()[0]: float(line.split()[-2]) for line in lines}
     assert list(terms) == ["weights", "moments", "perturbed", "pass", "meta", "in"]
     assert terms["weights"] == pytest.approx(4 * numbers / 4 / GIB, rel=0.01)
     assert terms["moments"] == pytest.approx(2 * terms["weights"], rel=0.01)
+
+
+LLAMA = {"num_attention_heads": 32, "head": "language"}
+MODELS: dict[str, dict[str, Any]] = {  # of the table in docs/scaling.md
+    "0.3B": {"head": "tokens", "vocab_size": 250002, "max_position_embeddings": 514, "type_vocab_size": 1},
+    "1B": LLAMA
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_key_value_heads": 8}
+    | {"vocab_size": 128256, "tie_word_embeddings": True},
+    "7B": LLAMA | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000},
+    "70B": LLAMA
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    | {"num_key_value_heads": 8, "vocab_size": 128256},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_of_the_docs_is_what_the_formula_says(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs/scaling.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {name} (")]
+    alone, *rest = [float(cell) for cell in line.split("|")[2:9]]
+    settings = dict(MODELS[name])
+    head = settings.pop("head")
+    config = (LlamaConfig if head == "language" else XLMRobertaConfig)(**settings)
+    with torch.device("meta"):
+        base = HEADS[head].from_config(config, dtype=torch.float32)
+    for place, processes, one in ((0, 8, "none"), (1, 8, "one_step"), (5, 64, "evograd")):
+        found = memory_of(base, MemoryArguments("", head=head, processes=processes, rows=1, tokens=512, estimator=one))
+        assert found.total / GIB == pytest.approx(rest[place], rel=0.03)
+    assert 16 * sum(p.numel() for p in base.parameters()) / GIB == pytest.approx(alone, rel=0.03)
 
 
 def test_estimators_that_were_not_measured_are_refused() -> None:
