@@ -386,8 +386,6 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "ner/test_label_map.py::test_every_short_sentence_keeps_its_entities_under_other_names[label_map2]"),
         ("texts-of-a-dropped-label-stay", "not layout.of_texts or bool(row) for row in tags", "True for row in tags",
          "ner/test_sentiment.py::test_what_cannot_be_right_is_refused"),
-        ("a-text-has-the-label-of-its-padding", "plain.amax(1) if", "plain.amin(1) if",
-         "ner/test_sentiment.py::test_a_run_its_evaluation_its_labels_and_the_pipeline_say_the_same"),
         ("last-words-begin-anew", 'str.maketrans("LU", "ES")', 'str.maketrans("LU", "SS")',
          "ner/test_schemes.py::test_every_short_sentence_keeps_its_entities[bilou]"),
         ("padding-has-a-label", 'self.pad_token_id, "attention_mask": 0, "labels": IGNORED',
