@@ -72,6 +72,7 @@ def trained(case: str, folder: Path, processes: int) -> tuple[MetaTrainer, dict[
     rows = ROWS // settings.get("gradient_accumulation_steps", 1) // processes
     tagger = tiny_tagger(torch.float64, dropout=False, base=UNEVEN)
     tagger.straight_through = case != next(iter(CASES))  # the value test is the same for all
+    tagger.base.roberta.embeddings.requires_grad_(case != "greedy exact")  # frozen weights are gathered too
     trainer = tiny_trainer(
         folder,
         tagger=tagger,
