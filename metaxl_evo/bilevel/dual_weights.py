@@ -1,29 +1,31 @@
 """Forward mode through a module under `fully_shard`: what it gathers carries a tangent, which is gathered beside it.
 
 Neither `torch.func.jvp` nor dual numbers know DTensors. So each layer computes with its gathered weights, which are
-made dual where its forward begins, and holds its own again before they are let go of. What autograd keeps of a layer
-for its backward keeps the layer's tangents, whole.
+made dual where its forward begins. What autograd keeps of a layer for its backward keeps the layer's tangents, whole.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from metaxl_evo.bilevel import tree
 from metaxl_evo.bilevel.base_weights import Sharded, reshard
 from metaxl_evo.bilevel.problem import Loss
 from metaxl_evo.bilevel.tree import Tree
 
+_MARKS = "torch.distributed.fsdp._fully_shard._fsdp_param_group"  # torch's own, which another release may move
 Place = tuple[Any, str, Tensor]  # the `_parameters` that hold a weight, its key there, and its tangent
 
 
@@ -37,9 +39,9 @@ def tangent_of_gradient(weights: Sharded, loss: Loss, w: Tree, lam: Tree, part: 
     """
     at, reached = tree.leaves(lam, lam), list[Tensor]()
     with forward_ad.dual_level(), _dual(weights, v, reached):
-        value = loss(tree.detach(w), at, part)
-        # With a graph, though nobody needs it: the backwards of some functions (silu) have a tangent only then.
-        found = torch.autograd.grad(value, [*at.values(), *reached], create_graph=True, allow_unused=True)
+        with _Products():
+            value = loss(tree.detach(w), at, part)
+        found = torch.autograd.grad(value, [*at.values(), *reached], allow_unused=True)
         tangents = {name: _tangent(grad) for name, grad in zip(at, found, strict=False)}
     zeros = tree.zeros_like(lam)
     return {name: zeros[name] if one is None else one.detach() for name, one in tangents.items()}
@@ -52,34 +54,29 @@ def _tangent(grad: Tensor | None) -> Tensor | None:
 @contextmanager
 def _dual(weights: Sharded, v: Tree, reached: list[Tensor]) -> Iterator[None]:
     """Let every layer compute with dual weights, of which `v` are the tangents, and which are put into `reached`."""
-    hooks = [hook for layer, places in _places(weights, v).items() for hook in _around(layer, places, reached)]
+    hooks = [
+        layer.register_forward_pre_hook(_swap(places, reached))  # behind the hook that gathers
+        for layer, places in _places(weights, v).items()
+    ]
     try:
         with _marks_carry_tangents():
             yield
     finally:
         for hook in hooks:
             hook.remove()
+        reshard(weights.root)  # its parameters are its own again
 
 
-def _around(layer: nn.Module, places: list[Place], reached: list[Tensor]) -> Iterator[Any]:
-    """Behind the hook that gathers a layer's weights, and before the one that lets go of them."""
-    held: list[Tensor] = []
-
+def _swap(places: list[Place], reached: list[Tensor]) -> Callable[..., None]:
     def swap(*_: object) -> None:
-        held[:] = [parameters[key] for parameters, key, _ in places]
-        for (parameters, key, tangent), weight in zip(places, held, strict=True):
-            leaf = weight.detach().requires_grad_()
+        for parameters, key, tangent in places:
+            leaf = parameters[key].detach().requires_grad_()
             leaf.register_hook(_nothing)
             reached.append(leaf)
             whole = tangent.full_tensor() if isinstance(tangent, DTensor) else tangent
             parameters[key] = forward_ad.make_dual(leaf, whole.to(leaf.dtype))
 
-    def put_back(*_: object) -> None:
-        for (parameters, key, _tangent), weight in zip(places, held, strict=True):
-            parameters[key] = weight
-
-    yield layer.register_forward_pre_hook(swap)
-    yield layer.register_forward_hook(put_back, prepend=True)
+    return swap
 
 
 @contextmanager
@@ -89,7 +86,7 @@ def _marks_carry_tangents() -> Iterator[None]:
     It hands the inputs on as they are, and dual numbers then want a view of the tangent. Torch 2.13 gives the tangent
     itself ("the jvp is not returning a view"), and torch before it none.
     """
-    mark: Any = _fsdp_param_group.RegisterPostBackwardFunction
+    mark: Any = import_module(_MARKS).RegisterPostBackwardFunction
     own = vars(mark).get("jvp")
 
     def jvp(ctx: object, group: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -102,6 +99,15 @@ def _marks_carry_tangents() -> Iterator[None]:
         del mark.jvp
         if own is not None:
             mark.jvp = own
+
+
+class _Products(TorchFunctionMode):
+    """silu as the product that it is: its own backward has a tangent only beside a graph, which takes much memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.silu:
+            return args[0] * args[0].sigmoid()
+        return func(*args, **(kwargs or {}))
 
 
 def _nothing(gradient: Tensor) -> Tensor:

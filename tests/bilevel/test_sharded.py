@@ -1,4 +1,19 @@
-"""Sharded base weights: N processes with a part of every weight = one process with the whole of it, trap by trap."""
+"""Sharded base weights: N processes with a part of every weight = one process with the whole of it.
+
+What was tried on FSDP2 before had six traps, silent ones. The cure of each, and the mutations that take it out:
+
+1. What is gathered is computed with again, and no perturbation in place is seen. `Sharded._put` lets go of it
+   (perturbed-beside-what-is-gathered).
+2. `autograd.grad` at sharded parameters is None. `Sharded.gradients` makes a backward and reads `.grad`
+   (gradients-asked-for-by-autograd).
+3. Tied weights have a tangent in one place alone. `dual_weights` gives them one in all of them
+   (tied-weights-without-a-tangent).
+4. Small perturbations vanish in 16 bits. `Sharded` and the trainer refuse these (fewer-bits-taken, bf16-on-shards).
+5. A lam that is sharded with the base, or reduced by nobody. `shard_base_only` leaves it out, `Processes.all_reduce`
+   sums it (task-sharded-as-one, lam-reduced-by-nobody).
+6. DTensors know no dual numbers and no `functional_call`. Gathered weights are made dual, and `weights.at(w)` puts
+   weights into the module (forward-mode-of-dtensors, swapped-in-beside-shards).
+"""
 
 from __future__ import annotations
 

@@ -104,8 +104,9 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "torch.autograd.grad(loss, [*self.parameters.values()], allow_unused=True)\n            found", ON_SHARDS),
         ("fewer-bits-taken", "dtype.itemsize < bits", "False", REFUSED_ON_SHARDS),
         ("tied-weights-without-a-tangent", "tangents[id(parameter)]))", "tangents.pop(id(parameter))))", ON_SHARDS),
+        ("lam-reduced-by-nobody", "dist.all_reduce(flat, group=self.group)", "pass", ON_SHARDS),
+        ("silu-as-torch-has-it", "if func is functional.silu:", "if False:", SHARDED_RUN),
         ("forward-mode-of-dtensors", "if isinstance(passes.problem.weights, Sharded):", "if False:", ON_SHARDS),
-        ("gathered-again-as-if-moved", "            parameters[key] = weight\n", "            pass\n", ON_SHARDS),
         ("forward-mode-on-shards-not-compared", "other, slack = _otherwise_found(here, w, point, part, v, wrt)",
          "other, slack = forward, [0.0]", REFUSED_ON_SHARDS),
         ("shards-not-tested", "return [_Together(here, w, lam, part, names, None)]", "return []",
@@ -317,6 +318,9 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "training/test_cli.py::test_dotted_overrides_change_the_files_mapping_and_json_replaces_it"),
     ],
     "metaxl_evo/experiments": [
+        ("joined-rows-not-counted", "args.per_device_train_batch_size + args.per_device_meta_batch_size - judging",
+         "args.per_device_train_batch_size",
+         "experiments/test_memory_command.py::test_a_file_on_another_says_what_both_say"),
         # which runs, with which settings
         ("all-runs-with-one-seed", '"output_dir": str(folder), "seed": key[2]', '"output_dir": str(folder)',
          f"{PLAN}::test_every_run_of_every_case_with_every_seed_has_a_folder"),
