@@ -41,7 +41,7 @@ AUTO = "auto"
 ENGINES = ("double_backward", "jvp", "finite_difference")
 ORDER = ("jvp", "double_backward", "finite_difference")  # in which `auto` tries them
 INSTEAD = {
-    "jvp": "use engine auto, which takes another",
+    "jvp": "use engine double_backward, or auto",
     "double_backward": "use engine finite_difference, or evograd",
     "finite_difference": "use evograd",
 }
@@ -152,7 +152,8 @@ def _with(passes: PassContext, engine: str, run: Callable[[str], Found]) -> Foun
         ValueError, RuntimeError: that of the engine, of the first one where none works.
     """
     if engine != AUTO:
-        with otherwise(f"engine {engine}", INSTEAD[engine]):
+        on_shards = passes.problem.weights.sharded and engine == "jvp"
+        with otherwise(f"engine {engine}", "use engine finite_difference" if on_shards else INSTEAD[engine]):
             return run(engine)
     facts = passes.problem.facts
     first: Exception | None = None

@@ -207,8 +207,8 @@ def test_where_nothing_works_the_first_reason_is_given() -> None:
     ("estimator", "case", "fix"),
     [
         (make_estimator("forward_mode"), "lstm", "use unroll"),
-        (OneStep("jvp"), "lstm", "use engine auto, which takes another"),
-        (OneStep("jvp"), "wrong jvp", "use engine auto, which takes another"),
+        (OneStep("jvp"), "lstm", "use engine double_backward, or auto"),
+        (OneStep("jvp"), "wrong jvp", "use engine double_backward, or auto"),
         (OneStep("double_backward"), "kernel", "use engine finite_difference, or evograd"),
         (make_estimator("unroll"), "kernel", "use one_step, whose engine auto finds another way, or evograd"),
         (make_estimator("drmad"), "kernel", "use one_step, whose engine auto finds another way, or evograd"),
