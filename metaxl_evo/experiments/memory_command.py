@@ -16,7 +16,13 @@ from metaxl_evo.training.parser import parse_arguments
 from metaxl_evo.training.settings_file import read_config
 from metaxl_evo.training.shipped_configs import find_config
 
-HEADS = {"ner": "tokens", "pos": "tokens", "weight_text": "rows", "mix_text": "language"}  # of tasks on text
+HEADS = {  # of tasks on text
+    "ner": "tokens",
+    "pos": "tokens",
+    "sentiment": "rows",
+    "weight_text": "rows",
+    "mix_text": "language",
+}
 MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}  # of the Trainer's optimisers
 
 
@@ -69,17 +75,21 @@ def _rows(args: MetaTrainingArguments) -> int:
 
 
 def _task_of(config: str) -> str:
-    """The first task on text that knows all entries of a settings file; taggers of both kinds read the same ones."""
-    keys = read_config(find_config(config)).keys()
+    """The task on text that knows all entries of a settings file; of several that of its folder, else the first.
+
+    Those that several know are of taggers, whose heads differ by next to nothing.
+    """
+    file = find_config(config)
+    keys = read_config(file).keys()
     missing = {name: sorted(keys - _known(find_task(name))) for name in HEADS}
-    fitting = [name for name, unknown_keys in missing.items() if not unknown_keys]
+    fitting = [name for name, others in missing.items() if not others]
     if not fitting:
         nearest = min(missing, key=lambda name: len(missing[name]))
         raise ValueError(
             f"{config} is no settings file of {', '.join(HEADS)} ({nearest} does not know {missing[nearest][0]}): "
             "give --model_name_or_path, --head, --rows, --tokens and --estimator in its place"
         )
-    return fitting[0]
+    return next((name for name in fitting if find_task(name).configs == file.parent.name), fitting[0])
 
 
 def _known(task: Any) -> set[str]:

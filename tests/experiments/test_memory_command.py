@@ -26,6 +26,14 @@ def test_a_file_on_another_says_what_both_say() -> None:
     assert found[:-2] == OF_XLMR_LARGE
 
 
+@pytest.mark.parametrize(
+    ("config", "head"),
+    [("pos/pos_cpu", "tokens"), ("sentiment/sentiment_cpu", "rows"), ("weighting/mix_text_cpu", "language")],
+)
+def test_the_head_is_that_of_the_task(config: str, head: str) -> None:
+    assert f"--head={head}" in options([config])
+
+
 def test_options_alone_are_as_they_are() -> None:
     assert options(["--rows", "4"]) == ["--rows", "4"]
 
@@ -47,7 +55,7 @@ REFUSED = {
     "another task": (
         "vision/rotation_cpu",
         "",
-        "no settings file of ner, pos, weight_text, mix_text .*: give --model",
+        "no settings file of ner, pos, sentiment, weight_text, mix_text .*: give --model",
     ),
     "optimiser": ("", "optim: adafactor", "optim whose moments are known .adafactor"),
     "engine": ("", "estimator_kwargs: {engine: jvp}", "engine: jvp: .*finite differences alone"),
