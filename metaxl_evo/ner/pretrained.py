@@ -176,6 +176,12 @@ def load_classifier(
         base, found = load(head.loads, place, trust_remote_code=trust_remote_code, **given)
         if is_other:
             base, found = _with_new_head(base, **kernel)
+        if head is TEXTS:
+            base.config.problem_type = "single_label_classification"  # whatever the trained head was for
+            if base.config.pad_token_id is None:
+                base.config.pad_token_id = (
+                    tokenizer.pad_token_id
+                )  # by which a decoder's classifier finds the last token
     except pickle.UnpicklingError as error:  # whose text advises to run what it refused
         raise unusable(model, ValueError("its pytorch_model.bin holds more than tensors")) from error
     except Exception as error:  # the content of a file leads the library into any

@@ -17,8 +17,6 @@ from datasets import Dataset
 from metaxl_evo.messages import one_line
 from metaxl_evo.ner.layout import Layout
 
-PLAIN: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}  # "NA" is a word
-
 
 def columns_of(there: Sequence[str], layout: Layout, where: str) -> tuple[str, str]:
     """The names of the columns of tokens and of tags.
@@ -89,8 +87,7 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _read_csv(path: Path, layout: Layout) -> Dataset:
-    table = pandas.read_csv(path, **PLAIN)
-    _require_rows(table, path)
+    table = _read_lines(path)
     there = list(table.columns)
     names = columns_of(there, layout, str(path))
     if layout.of_texts:
@@ -112,9 +109,17 @@ def _read_csv(path: Path, layout: Layout) -> Dataset:
     return Dataset.from_dict({name: table.groupby(number)[name].agg(list).tolist() for name in names})
 
 
-def _read_tsv(path: Path, layout: Layout) -> Dataset:
-    table = pandas.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, **PLAIN)
+def _read_lines(path: Path, **form: Any) -> pandas.DataFrame:
+    """The cells as text, "NA" too; longer lines than the first one are refused, which pandas takes for row names."""
+    table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", **form)
     _require_rows(table, path)
+    if not isinstance(table.index, pandas.RangeIndex):
+        raise ValueError(f"{path} has fewer names of columns in its first line than columns: name them all")
+    return table
+
+
+def _read_tsv(path: Path, layout: Layout) -> Dataset:
+    table = _read_lines(path, sep="\t", quoting=csv.QUOTE_NONE)
     return Dataset.from_dict({name: table[name].tolist() for name in columns_of(list(table), layout, str(path))})
 
 

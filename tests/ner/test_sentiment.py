@@ -65,6 +65,7 @@ def test_a_table_of_the_hub_is_read_with_its_label_names() -> None:
         ("tweet\tlabel\nx\tgood\n", {}, "needs the columns text and label, but has tweet, label: name them by"),
         ("text\tlabel\n \tgood\n", {}, "1 rows have no text, such as row 0: leave them out"),
         ("text\tlabel\nx\t\n", {}, "malformed label ''"),
+        ("text\tlabel\n1\tx\tgood\n2\ty\tbad\n", {}, "fewer names of columns in its first line than columns"),
         ("text\tlabel\nx\tgood\ny\tgood\n", {}, "all labels are good: there is nothing to tell apart"),
         ("text\tlabel\nx\tgood\ny\tbad\n", {"label_map": {"well": "good"}}, "well"),
         ("text\tlabel\nx\tgood\ny\tbad\n", {"label_map": {"good": "drop", "bad": "drop"}}, "leaves no text"),
