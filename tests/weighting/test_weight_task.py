@@ -96,6 +96,11 @@ REFUSED: dict[str, tuple[Sequence[Mapping[str, Any]], dict[str, Any], str]] = {
     "many": (rows_of(10), {"meta_size": 10}, "meta_size 10 needs 6 texts of each class, one has 5"),
     "features": (rows_of(10, far=7), {"feature_columns": ["far"]}, "feature column far .* its deviation is 0"),
     "domain": (rows_of(10, of="a"), {"domain_column": "of"}, "all texts that train are of a: there is nothing"),
+    "nowhere": (
+        [*rows_of(9, of="a"), *rows_of(2, 20, of="")],
+        {"domain_column": "of"},
+        "2 texts have no of, such as 9, 10",
+    ),
     "single": ([*rows_of(10, of="a"), *rows_of(1, 20, of="b")], {"domain_column": "of"}, "domain b has 1 text"),
     "words": (rows_of(10), {"feature_columns": ["id"]}, "feature_columns id must hold numbers"),
 }
@@ -143,7 +148,10 @@ def test_a_run_leaves_its_weigher_and_what_it_says(
     seen = load_weigher(tmp_path / "run/weigher")
     if weigher == "each":
         assert sorted(seen.weights().tolist()) == pytest.approx(weights)  # type: ignore[operator]
-    assert "weights/effective" in (tmp_path / "run/history.csv").read_text()
+    history = (tmp_path / "run/history.csv").read_text()
+    assert all(name in history for name in ("weights/effective", "domain_weight/right", "domain_weight/wrong"))
+    path = results["run"]["weights_over_time"]
+    assert [step for step, _ in path["right"]] == [1, 2, 3]
     assert "fewer than" not in caplog.text  # a meta batch is of 12
 
 
@@ -164,6 +172,8 @@ def test_domains_have_a_weight_each(tmp_path: Path) -> None:
     domains = json.loads((tmp_path / "run/results.json").read_text())["run"]["domains"]
     assert sum(domains.values()) == pytest.approx(2)
     assert domains["a"] != domains["b"]
+    plain = [*options[:-1], str(tmp_path / "plain"), "--form", "sigmoid", "--method", "plain"]
+    assert main(["weight-text", *SHORT, *plain, "--train_size", "30"]) == 0
     history = (tmp_path / "run/history.csv").read_text()
     assert all(f"domain_{what}/{name}" in history for what in ("loss", "weight", "share") for name in "ab")
 
