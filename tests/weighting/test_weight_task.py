@@ -96,11 +96,6 @@ REFUSED: dict[str, tuple[Sequence[Mapping[str, Any]], dict[str, Any], str]] = {
     "many": (rows_of(10), {"meta_size": 10}, "meta_size 10 needs 6 texts of each class, one has 5"),
     "features": (rows_of(10, far=7), {"feature_columns": ["far"]}, "feature column far .* its deviation is 0"),
     "domain": (rows_of(10, of="a"), {"domain_column": "of"}, "all texts that train are of a: there is nothing"),
-    "nowhere": (
-        [*rows_of(9, of="a"), *rows_of(2, 20, of="")],
-        {"domain_column": "of"},
-        "2 texts have no of, such as 9, 10",
-    ),
     "single": ([*rows_of(10, of="a"), *rows_of(1, 20, of="b")], {"domain_column": "of"}, "domain b has 1 text"),
     "words": (rows_of(10), {"feature_columns": ["id"]}, "feature_columns id must hold numbers"),
 }
@@ -111,6 +106,16 @@ def test_training_texts_that_cannot_serve(name: str, tmp_path: Path) -> None:
     rows, fields, line = REFUSED[name]
     with pytest.raises(ValueError, match=line):
         load_labelled(settings_of(folder_of(tmp_path, rows), **fields), seed=0)
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_a_text_without_a_domain_is_of_none(nothing: str | None, tmp_path: Path) -> None:
+    """It was of a domain that is called None."""
+    for name, rows in (("train", [*rows_of(9, of="a"), *rows_of(2, 20, of=nothing)]), ("test", rows_of(6, 1000))):
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    with pytest.raises(ValueError, match="2 texts have no of, such as 9, 10: name it, or leave them out"):
+        load_labelled(settings_of(tmp_path, domain_column="of"), seed=0)
 
 
 @pytest.mark.parametrize(
