@@ -22,7 +22,6 @@ from metaxl_evo.weighting.trainer import WeightingTrainer
 from metaxl_evo.weighting.weighted_text import WeightedText
 
 FOLDS = 3
-RISE = 0.1  # the part of the training in which the share that is left out grows from 0
 
 
 class SmallLossText(WeightedText):
@@ -53,14 +52,15 @@ class SmallLossTrainer(WeightingTrainer):
 
     Args:
         drop_rate: share of a micro-batch, 0 to below 1.
+        drop_warmup: the part of the steps, above 0, in which it grows.
     """
 
-    def __init__(self, *given: Any, drop_rate: float, **further: Any) -> None:
+    def __init__(self, *given: Any, drop_rate: float, drop_warmup: float = 0.1, **further: Any) -> None:
         super().__init__(*given, **further)
-        self.drop_rate = drop_rate
+        self.drop_rate, self.drop_warmup = drop_rate, drop_warmup
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        done = self.state.global_step / (RISE * max(self.state.max_steps, 1))
+        done = self.state.global_step / (self.drop_warmup * self.state.max_steps)
         self.model.left_out = self.drop_rate * min(done, 1.0)  # type: ignore[assignment]
         return super().training_step(model, inputs, num_items_in_batch)
 

@@ -61,6 +61,10 @@ class WeightTextArguments(LabelledArguments):
         default=None,
         metadata={"help": "Share of a batch that method small_loss leaves out, below 1 (default: noise_rate)."},
     )
+    drop_warmup: float = field(
+        default=0.1,
+        metadata={"help": "Part of the steps in which that share grows from 0: a model at chance keeps what it says."},
+    )
     weigher: str = field(
         default="loss",
         metadata={
@@ -82,6 +86,8 @@ class WeightTextArguments(LabelledArguments):
         self.require_count("weigher_hidden", self.weigher_hidden)
         if self.drop_rate is not None and not 0 < self.drop_rate < 1:
             raise ValueError(f"drop_rate must be above 0 and below 1, not {self.drop_rate}")
+        if not 0 < self.drop_warmup <= 1:
+            raise ValueError(f"drop_warmup must be above 0 and at most 1, not {self.drop_warmup}")
         if self.method == "small_loss" and not self.left_out:
             raise ValueError("method small_loss leaves out drop_rate of a batch: set it to the share of wrong labels")
         if self.form != "sigmoid" and WEIGHERS[self.weigher] != "number":
@@ -156,7 +162,7 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
             train = train.add_column("wrong", np.asarray(data.wrong, int).tolist())
         trained = {"union": lambda: concatenate_datasets([train, meta]), "clean_only": lambda: meta}
         trainers: dict[str, Callable[..., WeightingTrainer]] = {
-            "small_loss": partial(SmallLossTrainer, drop_rate=settings.left_out),
+            "small_loss": partial(SmallLossTrainer, drop_rate=settings.left_out, drop_warmup=settings.drop_warmup),
             "confident": ConfidentTrainer,
         }
         return trainers.get(settings.method, WeightingTrainer)(

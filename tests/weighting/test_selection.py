@@ -5,14 +5,19 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from torch import Tensor
 
 from metaxl_evo.cli import main
+from metaxl_evo.models.bilevel_module import Batch
+from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.cli import SettingsError
-from metaxl_evo.weighting.selection import FOLDS, SmallLossText, doubted, folds, smallest
+from metaxl_evo.weighting.selection import FOLDS, SmallLossText, SmallLossTrainer, doubted, folds, smallest
 from metaxl_evo.weighting.weighers import WeightTable
 from tests.weighting.small import base_of, batch_of
 
@@ -87,6 +92,7 @@ def test_confident_learning_trains_on_what_it_keeps(tmp_path: Path) -> None:
 def test_selections_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, line in (
         (["--method", "small_loss", "--noise_rate", "0"], "method small_loss leaves out drop_rate of a batch: set it"),
+        (["--drop_warmup", "0"], "drop_warmup must be above 0 and at most 1, not 0.0"),
         (["--drop_rate", "1"], "drop_rate must be above 0 and below 1, not 1.0"),
         (
             ["--method", "small_loss", "--per_device_train_batch_size", "1"],
@@ -98,3 +104,20 @@ def test_selections_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"pip install metaxl_evo\[cleanlab\]"):
         main(["weight-text", *RUN, "--method", "confident", "--output_dir", str(tmp_path / "none")])
+
+
+def test_the_share_that_is_left_out_grows_and_stays(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Noting(SmallLossText):
+        def inner_loss(self, batch: Batch) -> Tensor:
+            seen.append(self.left_out)
+            return super().inner_loss(batch)
+
+    module = Noting(base_of("rows").float(), WeightTable(6), reads="number", weighted=False)
+    row = {"input_ids": [1, 2, 3], "labels": 1}
+    fields: dict[str, Any] = {"per_device_train_batch_size": 2, "save_strategy": "no", "report_to": "none"}
+    args = MetaTrainingArguments(str(tmp_path), max_steps=6, estimator="none", use_cpu=True, **fields)
+    rows = Dataset.from_list([row] * 12)
+    SmallLossTrainer(module, args, train_dataset=rows, drop_rate=0.4, drop_warmup=0.5).train()
+    assert seen == pytest.approx([0, 0.4 / 3, 0.8 / 3, 0.4, 0.4, 0.4])
