@@ -66,6 +66,7 @@ setup(
             "statsmodels>=0.14",  # an oracle of the comparison
             "ray>=2.40",
             "optuna>=4",
+            "cleanlab>=2.7",
             "psutil>=5.9",
             "tensorboard>=2.19",  # an example writes its files
             "nbclient>=0.10",  # the notebooks are run
@@ -78,6 +79,7 @@ setup(
         "report": ["plotly>=6", "jinja2>=3.1", "matplotlib>=3.9"],
         "ray": ["ray>=2.40"],
         "optuna": ["optuna>=4"],
+        "cleanlab": ["cleanlab>=2.7"],  # method confident of weight-text
         "demo": ["gradio>=6"],
         "trackers": ["tensorboard>=2.19", "trackio>=0.21"],
         "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],

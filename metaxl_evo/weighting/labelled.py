@@ -177,6 +177,12 @@ def _table(
     made["label"] = _numbers(rows, settings.label_column, names, where)
     made["true_label"] = made["label"] if true is None else _numbers(rows, true, names, where)
     if domain is not None:
+        missing = [value is None or value == "" for value in rows[domain]]
+        if any(missing):
+            which = _shown(made["id"][missing])
+            raise ValueError(
+                f"{where}: {sum(missing)} texts have no {domain}, such as {which}: name it, or leave them out"
+            )
         made["domain"] = list(map(str, rows[domain]))
     if extra:
         made["features"] = list(_features(rows, extra, where))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +17,12 @@ from torch import Tensor
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
 from metaxl_evo.weighting.labelled import LabelledData
+from metaxl_evo.weighting.watch import MEAN, WEIGHT
 from metaxl_evo.weighting.weighted_text import WeightedText
 
 BINS = np.linspace(0, 1, 41)
+POINTS = 1000  # texts of a kind in the picture at most
+COLOURS = {"right": "C0", "wrong": "C3", "all": "C0"}
 
 
 def judged(trainer: MetaTrainer, rows: Dataset) -> pd.DataFrame:
@@ -74,22 +77,42 @@ def weights_facts(said: pd.DataFrame, wrong: np.ndarray | None) -> dict[str, Any
     found: dict[str, Any] = {"mean": weights.mean(), "effective": weights.sum() ** 2 / (weights**2).sum()}
     groups = {"all": np.ones(len(weights), bool)} if wrong is None else {"right": ~wrong, "wrong": wrong}
     if wrong is not None and 0 < wrong.sum() < len(wrong):
-        pairs = wrong.sum() * (~wrong).sum()
         found |= {name: weights[which].mean() for name, which in groups.items()}
-        found["auc"] = mannwhitneyu(weights[~wrong], weights[wrong]).statistic / pairs
+        found["auc"] = mannwhitneyu(weights[~wrong], weights[wrong]).statistic / (wrong.sum() * (~wrong).sum())
     counted = {name: np.histogram(weights[which], BINS)[0].tolist() for name, which in groups.items()}
-    return {name: float(value) for name, value in found.items()} | {"histogram": {"bins": BINS.tolist(), **counted}}
+    pairs = {name: said[["loss", "weight"]][which].iloc[:POINTS].to_numpy().tolist() for name, which in groups.items()}
+    plain = {name: float(value) for name, value in found.items()}
+    return plain | {"histogram": {"bins": BINS.tolist(), **counted}, "against_loss": pairs}
 
 
-def plot_weights(histogram: Mapping[str, Any], file: Path) -> None:
-    """The weights of right and of wrong labels, or of all.
+def over_time(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """Step and mean weight in each log, of all texts or of those that are told apart by `names`."""
+    keys = {name: f"{WEIGHT}{name}" for name in names} or {"all": MEAN}
+    return {name: [(row["step"], row[key]) for row in history if key in row] for name, key in keys.items()}
+
+
+def plot_weights(facts: Mapping[str, Any], path: Mapping[str, Any] | None, file: Path) -> None:
+    """The weights of right and of wrong labels, or of all: how many, against the loss, and over the steps.
+
+    Args:
+        facts: of `weights_facts`.
+        path: of `over_time`, where weights were learned.
 
     Raises:
         ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
     """
-    with figure(file) as (axis,):
-        for name, colour in (("right", "C0"), ("wrong", "C3"), ("all", "C0")):
-            if sum(histogram.get(name, ())):
-                axis.stairs(histogram[name], histogram["bins"], fill=True, alpha=0.5, color=colour, label=name)
-        axis.set(xlabel="learned weight", ylabel="training texts")
-        axis.legend()
+    histogram, columns = facts["histogram"], 2 if path is None else 3
+    with figure(file, columns, (4.0 * columns, 3.6)) as (counts, losses, *times):
+        for name, pairs in facts["against_loss"].items():
+            if pairs:
+                colour = COLOURS[name]
+                counts.stairs(histogram[name], histogram["bins"], fill=True, alpha=0.5, color=colour, label=name)
+                losses.scatter(*zip(*pairs, strict=True), s=4, alpha=0.4, color=colour, label=name)
+        counts.set(xlabel="weight at the end", ylabel="training texts")
+        losses.set(xlabel="loss of a text at the end", ylabel="its weight")
+        for axis in times:
+            for number, (name, points) in enumerate((path or {}).items()):
+                axis.plot(*zip(*points, strict=True), color=COLOURS.get(name, f"C{number}"), label=name)
+            axis.set(xlabel="step", ylabel="mean weight")
+        for axis in (counts, losses, *times):
+            axis.legend()

@@ -12,6 +12,7 @@ LEAST = 0.02  # a mean weight below it hardly trains
 FEW = 0.1  # a share of examples
 MOST = 0.95
 UPHILL, SPREAD = 0.3, 0.05  # a correlation with the loss, of weights that spread so far
+PATIENCE = {"drift": 3}  # logs in a row, of what chance makes at the start; of other trouble one
 MEAN, STD, EFFECTIVE, CORRELATION = (f"weights/{one}" for one in ("mean", "std", "effective", "loss_correlation"))
 WEIGHT = "domain_weight/"
 LOW, HIGH = "weights/at_floor", "weights/at_one"
@@ -71,8 +72,12 @@ def _facts(n: float, w: float, ww: float, x: float, xx: float, wx: float, low: f
     return found
 
 
-def advice(facts: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """Kinds of trouble that these facts show, each with a line of advice."""
+def advice(facts: Mapping[str, float], of_loss: bool = False) -> Iterator[tuple[str, str]]:
+    """Kinds of trouble that these facts show, each with a line of advice.
+
+    Args:
+        of_loss: the weigher reads the loss, so that a slope is its own doing, however small.
+    """
     slower = "lower meta_learning_rate, or set a floor"
     mean, effective, correlation = facts[MEAN], facts[EFFECTIVE], facts.get(CORRELATION, 0.0)
     if facts[LOW] > MOST or mean < LEAST:
@@ -87,5 +92,13 @@ def advice(facts: Mapping[str, float]) -> Iterator[tuple[str, str]]:
             (
                 f"the weights grow with the loss (correlation {correlation:.2f}), and wrong labels have large losses: "
                 "lower meta_learning_rate, or give more clean examples (for rare classes it may be right)"
+            ),
+        )
+    elif correlation > UPHILL and of_loss and facts[HIGH] <= MOST:
+        yield (
+            "drift",
+            (
+                f"the weights are nearly alike (deviation {facts[STD]:.1e}), and grow with the loss (correlation "
+                f"{correlation:.2f}): they do not leave wrong labels out: compare with method plain and union"
             ),
         )

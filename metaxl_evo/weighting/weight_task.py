@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -26,15 +27,17 @@ from metaxl_evo.weighting.drawn import SYNTHETIC
 from metaxl_evo.weighting.encoding import encode
 from metaxl_evo.weighting.labelled import LabelledArguments, LabelledData, load_labelled
 from metaxl_evo.weighting.pretrained import SEQUENCE, load_classifier, trained_labels
+from metaxl_evo.weighting.selection import ConfidentTrainer, SmallLossText, SmallLossTrainer, require_cleanlab
 from metaxl_evo.weighting.trainer import WeightingTrainer
-from metaxl_evo.weighting.verdict import judged, plot_weights, weights_facts, weights_table
+from metaxl_evo.weighting.verdict import judged, over_time, plot_weights, weights_facts, weights_table
 from metaxl_evo.weighting.weighers import FORMS, WeightTable
 from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("weighted", "plain", "union", "clean_only")
+METHODS = ("weighted", "plain", "union", "clean_only", "small_loss", "confident")
 WEIGHERS = {"each": "number", "domain": "number", "loss": "loss", "hidden": "hidden", "columns": "columns"}
+LABELS = ("right", "wrong")  # as the log tells them apart
 TABLE, PICTURE = "weights.csv", "weights.png"
 
 
@@ -50,8 +53,17 @@ class WeightTextArguments(LabelledArguments):
         default="weighted",
         metadata={
             "help": "weighted: losses are weighted, clean texts judge the weights; without weights: plain (the noisy "
-            "texts), union (the clean ones too), clean_only; all on the same number of steps."
+            "texts), union (the clean ones too), clean_only, small_loss (the noisy ones but for a batch's largest "
+            "losses), confident (but for labels that cleanlab doubts); all on the same number of steps."
         },
+    )
+    drop_rate: float | None = field(
+        default=None,
+        metadata={"help": "Share of a batch that method small_loss leaves out, below 1 (default: noise_rate)."},
+    )
+    drop_warmup: float = field(
+        default=0.1,
+        metadata={"help": "Part of the steps in which that share grows from 0: a model at chance keeps what it says."},
     )
     weigher: str = field(
         default="loss",
@@ -72,12 +84,23 @@ class WeightTextArguments(LabelledArguments):
         self.require_known("weigher", self.weigher, WEIGHERS)
         self.require_known("form", self.form, FORMS)
         self.require_count("weigher_hidden", self.weigher_hidden)
+        if self.drop_rate is not None and not 0 < self.drop_rate < 1:
+            raise ValueError(f"drop_rate must be above 0 and below 1, not {self.drop_rate}")
+        if not 0 < self.drop_warmup <= 1:
+            raise ValueError(f"drop_warmup must be above 0 and at most 1, not {self.drop_warmup}")
+        if self.method == "small_loss" and not self.left_out:
+            raise ValueError("method small_loss leaves out drop_rate of a batch: set it to the share of wrong labels")
         if self.form != "sigmoid" and WEIGHERS[self.weigher] != "number":
             raise ValueError(f"form {self.form} is over all texts, weigher {self.weigher} sees one: use sigmoid")
         if (self.weigher == "columns") != bool(self.feature_columns):
             raise ValueError("weigher columns reads feature_columns: set both, or neither")
         if self.weigher == "domain" and self.domain_column is None:
             raise ValueError("weigher domain reads a text's domain: set domain_column")
+
+    @property
+    def left_out(self) -> float:
+        """The share that small_loss leaves out."""
+        return self.noise_rate if self.drop_rate is None else self.drop_rate
 
 
 class WeightTextTask(Task[WeightTextArguments, LabelledData]):
@@ -100,6 +123,10 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
     def refuse(self, settings: WeightTextArguments, args: MetaTrainingArguments) -> None:
         if args.meta_portion != 1:
             raise ValueError("clean texts judge alone: set meta_portion to 1 (method: union trains on them, too)")
+        if settings.method == "confident":
+            require_cleanlab()
+        if settings.method == "small_loss" and args.per_device_train_batch_size < 2:
+            raise ValueError("small_loss compares the losses of a batch: set per_device_train_batch_size above 1")
 
     def load(self, settings: WeightTextArguments, args: MetaTrainingArguments) -> LabelledData:
         trained = trained_labels(settings, SEQUENCE)
@@ -128,11 +155,17 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
         config: Any = base.config
         weigher = _make_weigher(settings, data, config.hidden_size)
         learns, reads = self.learns(settings), WEIGHERS[settings.weigher]
-        domains = tuple(data.domains) if settings.weigher == "domain" else ()
-        module = WeightedText(base, weigher, reads=reads, weighted=learns, domains=domains)
+        made = SmallLossText if settings.method == "small_loss" else WeightedText
+        module = made(base, weigher, reads=reads, weighted=learns, **self._told_apart(settings, data))
         train, meta = self._rows(settings, data.train, tokenizer, learns), self._rows(settings, data.meta, tokenizer)
+        if module.domain_of == "wrong":
+            train = train.add_column("wrong", np.asarray(data.wrong, int).tolist())
         trained = {"union": lambda: concatenate_datasets([train, meta]), "clean_only": lambda: meta}
-        return WeightingTrainer(
+        trainers: dict[str, Callable[..., WeightingTrainer]] = {
+            "small_loss": partial(SmallLossTrainer, drop_rate=settings.left_out, drop_warmup=settings.drop_warmup),
+            "confident": ConfidentTrainer,
+        }
+        return trainers.get(settings.method, WeightingTrainer)(
             module,
             args,
             train_dataset=trained.get(settings.method, lambda: train)(),
@@ -141,6 +174,14 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
             processing_class=tokenizer,
             compute_metrics=accuracy,
         )
+
+    def _told_apart(self, settings: WeightTextArguments, data: LabelledData) -> dict[str, Any]:
+        """Whose weights the log has: of domains that are weighed, or else of right and wrong labels."""
+        if not self.learns(settings):
+            return {}
+        if settings.weigher == "domain":
+            return {"domains": tuple(data.domains)}
+        return {} if data.wrong is None else {"domains": LABELS, "domain_of": "wrong"}
 
     @staticmethod
     def _rows(
@@ -177,24 +218,26 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
             "meta_texts": len(data.meta),
             "wrong_labels": None if data.wrong is None else float(data.wrong.mean()),
         }
+        weighing = cast(WeightingTrainer, trainer)
         if self.learns(settings):
-            said = cast(WeightingTrainer, trainer).said = judged(trainer, cast(Dataset, trainer.train_dataset))
-            found["weights"] = weights_facts(said, data.wrong)
+            weighing.said = judged(trainer, cast(Dataset, trainer.train_dataset))
+            found["weights_over_time"] = over_time(trainer.state.log_history, weighing.model.watch.domains)
             if data.domains:
-                found["domains"] = said["weight"].groupby(np.asarray(data.train["domain"])).mean().to_dict()
+                found["domains"] = weighing.said["weight"].groupby(np.asarray(data.train["domain"])).mean().to_dict()
+        if weighing.said is not None:
+            found["weights"] = weights_facts(weighing.said, data.wrong)
         return found
 
     def write_files(
         self, folder: Path, trainer: MetaTrainer, settings: WeightTextArguments, data: LabelledData
     ) -> None:
-        if self.learns(settings):
-            said = cast(WeightingTrainer, trainer).said
-            assert said is not None  # by `describe`
+        said = cast(WeightingTrainer, trainer).said
+        if said is not None:
             weights_table(said, data).to_csv(folder / TABLE, index=False)
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         if "weights" in results["run"]:
-            plot_weights(results["run"]["weights"]["histogram"], folder / PICTURE)
+            plot_weights(results["run"]["weights"], results["run"].get("weights_over_time"), folder / PICTURE)
 
     def card_text(self, settings: WeightTextArguments) -> str:
         data = hub_id(settings.data, SYNTHETIC) or Path(settings.data).name

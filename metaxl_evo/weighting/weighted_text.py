@@ -36,7 +36,8 @@ class WeightedText(BilevelModule):
         weighted: False trains on the plain mean.
         tokens: every labelled token counts the same, as in tagging and language modelling.
         per_token: tokens have weights of their own; else all tokens of a row have that of the row.
-        domains: names of the domains that `number` counts.
+        domains: names of the domains that the log tells apart.
+        domain_of: the column of a batch that counts them, (B,).
 
     Raises:
         ValueError: for what there is not to read.
@@ -52,6 +53,7 @@ class WeightedText(BilevelModule):
         tokens: bool = False,
         per_token: bool = False,
         domains: tuple[str, ...] = (),
+        domain_of: str = "number",
     ) -> None:
         super().__init__(base, meta)
         if reads not in READS:
@@ -63,7 +65,7 @@ class WeightedText(BilevelModule):
         self.meta: WeightTable | WeightNet = meta
         self.reads, self.weighted, self.tokens, self.per_token = reads, weighted, tokens, per_token
         self.stop_gradients = weighted and reads in ("loss", "hidden")
-        self.watch = Watch(domains, meta.floor)
+        self.watch, self.domain_of = Watch(domains, meta.floor), domain_of
         self._training_step = False
 
     def counts(self, batch: Batch) -> int | dict[str, int]:
@@ -76,7 +78,7 @@ class WeightedText(BilevelModule):
     def inner_loss(self, batch: Batch) -> Tensor:
         losses, weights = self.weighed(batch)
         if self._training_step:
-            domains = batch["number"] if self.watch.domains else None
+            domains = batch[self.domain_of] if self.watch.domains else None
             rows = self.token_rows(batch) if self.tokens and domains is not None else slice(None)
             self.watch.note(weights, losses, None if domains is None else domains[rows])
         return weights * losses if self.weighted else losses

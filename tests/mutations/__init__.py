@@ -368,6 +368,10 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
     "metaxl_evo/weighting": [
         ("nothing-weighs", "return weights * losses if self.weighted else losses", "return losses",
          "weighting/test_weighted_text.py::test_the_weights_of_rows_multiply_their_tokens"),
+        ("largest-losses-train", "losses.argsort(stable=True)[:kept]", "losses.argsort(stable=True)[-kept:]",
+         "weighting/test_selection.py::test_the_smallest_losses_count_alike"),
+        ("chance-is-warned-of", "self._seen[kind] >= PATIENCE.get(kind, 1)", "self._seen[kind] >= 1",
+         "weighting/test_trainer.py::test_a_slope_takes_three_logs_in_a_row"),
     ],
     "metaxl_evo/ner": [
         ("label-on-every-sub-token", "if word is not None and word not in seen:", "if word is not None:", SENTENCES),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.weighting.trainer import WeightingTrainer
 from metaxl_evo.weighting.weighers import WeightTable
@@ -88,3 +89,21 @@ def test_trouble_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
     said = [record.getMessage() for record in caplog.records if record.name == "metaxl_evo.weighting.trainer"]
     assert len(said) == 1
     assert said[0].startswith("step 1: the weights have collapsed (their mean is 3.4e-04)")
+
+
+def test_a_slope_takes_three_logs_in_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What chance makes at the start says nothing; such weights were not warned of at all."""
+    base = base_of("rows").float()
+    net = WeightNet(1)
+    with torch.no_grad():
+        for leaf, value in zip(net.parameters(), (0.02, 0.1, 0.1, 0.0), strict=True):
+            leaf.fill_(value)  # a little larger for a larger loss
+    module = WeightedText(base, net, reads="loss")
+    fields: dict[str, Any] = {"max_steps": 5, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    args = MetaTrainingArguments(str(tmp_path), use_cpu=True, meta_learning_rate=1e-9, **fields)
+    judge, rows = (rows_of(seed).remove_columns("number") for seed in (2, 1))
+    with caplog.at_level(logging.WARNING, logger="metaxl_evo.weighting.trainer"):
+        WeightingTrainer(module, args, train_dataset=rows, meta_dataset=judge).train()
+    said = [record.getMessage() for record in caplog.records if record.name == "metaxl_evo.weighting.trainer"]
+    assert len(said) == 1
+    assert said[0].startswith("step 3: the weights are nearly alike")

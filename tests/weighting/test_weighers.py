@@ -94,3 +94,11 @@ def test_advice(weights: list[float], losses: list[float], kinds: list[str]) -> 
     watch = Watch()
     watch.note(torch.tensor(weights), torch.tensor(losses))
     assert [kind for kind, _ in advice(watch.take())] == kinds
+
+
+def test_nearly_equal_weights_that_grow_with_the_loss_are_trouble_of_the_loss_alone() -> None:
+    watch = Watch()
+    watch.note(torch.tensor([0.971, 0.972, 0.975]), torch.tensor([0.5, 1.0, 2.0]))
+    facts = watch.take()
+    assert [kind for kind, _ in advice(facts, of_loss=True)] == ["drift"]
+    assert list(advice(facts)) == []

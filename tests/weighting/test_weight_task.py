@@ -108,6 +108,16 @@ def test_training_texts_that_cannot_serve(name: str, tmp_path: Path) -> None:
         load_labelled(settings_of(folder_of(tmp_path, rows), **fields), seed=0)
 
 
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_a_text_without_a_domain_is_of_none(nothing: str | None, tmp_path: Path) -> None:
+    """It was of a domain that is called None."""
+    for name, rows in (("train", [*rows_of(9, of="a"), *rows_of(2, 20, of=nothing)]), ("test", rows_of(6, 1000))):
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    with pytest.raises(ValueError, match="2 texts have no of, such as 9, 10: name it, or leave them out"):
+        load_labelled(settings_of(tmp_path, domain_column="of"), seed=0)
+
+
 @pytest.mark.parametrize(
     ("own", "line"),
     [
@@ -143,7 +153,10 @@ def test_a_run_leaves_its_weigher_and_what_it_says(
     seen = load_weigher(tmp_path / "run/weigher")
     if weigher == "each":
         assert sorted(seen.weights().tolist()) == pytest.approx(weights)  # type: ignore[operator]
-    assert "weights/effective" in (tmp_path / "run/history.csv").read_text()
+    history = (tmp_path / "run/history.csv").read_text()
+    assert all(name in history for name in ("weights/effective", "domain_weight/right", "domain_weight/wrong"))
+    path = results["run"]["weights_over_time"]
+    assert [step for step, _ in path["right"]] == [1, 2, 3]
     assert "fewer than" not in caplog.text  # a meta batch is of 12
 
 
@@ -164,6 +177,8 @@ def test_domains_have_a_weight_each(tmp_path: Path) -> None:
     domains = json.loads((tmp_path / "run/results.json").read_text())["run"]["domains"]
     assert sum(domains.values()) == pytest.approx(2)
     assert domains["a"] != domains["b"]
+    plain = [*options[:-1], str(tmp_path / "plain"), "--form", "sigmoid", "--method", "plain"]
+    assert main(["weight-text", *SHORT, *plain, "--train_size", "30"]) == 0
     history = (tmp_path / "run/history.csv").read_text()
     assert all(f"domain_{what}/{name}" in history for what in ("loss", "weight", "share") for name in "ab")
 
