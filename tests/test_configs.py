@@ -223,6 +223,7 @@ def test_the_papers_estimator_and_schedule() -> None:
 BENCHMARKS = {
     "fewshot": "fewshot",
     "horizon": "regression",
+    "memory": "regression",
     "peers": "peers",
     "rotation": "rotation",
     "rtn_base": "tagger",
@@ -236,7 +237,7 @@ BENCHMARKS = {
     "weight_net_scaling_cpu": "weight_net",
 }
 CHOSEN = (  # estimators of their own
-    *("peers", "rtn_base", "rtn_bf16", "rtn_lora", "rtn_mini"),
+    *("memory", "peers", "rtn_base", "rtn_bf16", "rtn_lora", "rtn_mini"),
     *("weight_net_scaling", "weight_net_scaling_cpu"),
 )
 
