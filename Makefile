@@ -109,7 +109,7 @@ licences: $(VENV)/.installed-dev
 	{ sed '/^| Name/,$$d' docs/licences.md; $(BIN)/pip-licenses --format markdown --no-version --order name --packages \
 		$$($(BIN)/python -c 'import re; from importlib.metadata import requires as r; \
 		print(*sorted({re.match("[\\w.-]+", one)[0] for one in r("metaxl_evo") \
-		if "extra" not in one or re.search("\"(peft|plot|report|ray|demo|trackers)\"", one)}))'); } > docs/licences.new
+		if "extra" not in one or re.search("\"(peft|plot|report|ray|optuna|demo|trackers)\"", one)}))'); } > docs/licences.new
 	mv docs/licences.new docs/licences.md
 
 reproduce-vision-cpu: $(VENV)/.installed-report
