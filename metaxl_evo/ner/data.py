@@ -141,9 +141,15 @@ def sample(dataset: Dataset, size: int | None, seed: int, *, name: str = "the da
     return dataset.select(order[:size], keep_in_memory=True)
 
 
-def first_rows(dataset: Dataset, size: int | None) -> Dataset:
-    """The first `size` sentences (None: all), or all where there are fewer."""
-    return dataset if size is None else dataset.select(range(min(size, len(dataset))))
+def evaluated_rows(dataset: Dataset, size: int | None, layout: Layout) -> Dataset:
+    """`size` rows to score (None: all), or all where there are fewer: the first sentences, or texts evenly spread.
+
+    Files of texts may be sorted by their labels: the first rows would all have one.
+    """
+    n_rows = len(dataset)
+    if size is None or size >= n_rows:
+        return dataset
+    return dataset.select([row * n_rows // size for row in range(size)] if layout.of_texts else range(size))
 
 
 def overlap(train: Dataset, test: Dataset) -> int:

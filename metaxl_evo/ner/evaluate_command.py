@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from metaxl_evo.messages import unknown
-from metaxl_evo.ner.data import first_rows, load_ner_dataset
+from metaxl_evo.ner.data import evaluated_rows, load_ner_dataset
 from metaxl_evo.ner.errors import confusion, errors_text, worst_sentences
 from metaxl_evo.ner.layout import LayoutArguments
 from metaxl_evo.ner.pretrained import TEXTS, TOKENS
@@ -74,7 +74,8 @@ def evaluate_model(settings: EvaluationArguments) -> dict[str, Any]:
     if isinstance(scorer, WordScorer):
         layout = replace(layout, scheme=TextLabels() if head is TEXTS else PartsOfSpeech())
     data = load_ner_dataset(settings.dataset, settings.languages, splits=[settings.split], names=names, layout=layout)
-    parts = {one: first_rows(splits[SPLITS[settings.split]], settings.eval_size) for one, splits in data.items()}
+    split, size = SPLITS[settings.split], settings.eval_size
+    parts = {one: evaluated_rows(splits[split], size, layout) for one, splits in data.items()}
     tagger = SavedTagger(settings, names, parts, scorer)
     for name, file in files.items():
         require_writable(file.parent, name)

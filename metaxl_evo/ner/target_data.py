@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from metaxl_evo.ner.arguments import TaggingArguments
-from metaxl_evo.ner.data import first_rows, label_corpus, overlap, read_corpus, require_types, sample
+from metaxl_evo.ner.data import evaluated_rows, label_corpus, overlap, read_corpus, require_types, sample
 from metaxl_evo.ner.pretrained import head_of, trained_labels
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.meta_rows import MetaRows
@@ -67,8 +67,8 @@ def load_target(
     return TargetData(
         sources={one: sample(loaded[one]["train"], ner.train_size, ner.sample_seed, name=one) for one in sources},
         target=train,
-        dev=None if dev is None else first_rows(dev, ner.eval_size),
-        test=first_rows(of_target["test"], ner.eval_size),
+        dev=None if dev is None else evaluated_rows(dev, ner.eval_size, layout),
+        test=evaluated_rows(of_target["test"], ner.eval_size, layout),
         names=of_target["test"].features["ner_tags"].feature.names,
         overlap=0 if train is None else overlap(train, of_target["test"]),
     )

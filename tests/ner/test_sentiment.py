@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, pipeline
 
 from metaxl_evo.models.rtn import RepresentationTransform
-from metaxl_evo.ner.arguments import SentimentArguments
-from metaxl_evo.ner.data import load_ner_dataset
+from metaxl_evo.ner.arguments import NerArguments, SentimentArguments
+from metaxl_evo.ner.data import evaluated_rows, load_ner_dataset
 from metaxl_evo.ner.encoding import PadRight, encode
 from metaxl_evo.ner.pretrained import TEXTS, load_classifier
 from metaxl_evo.ner.sources import read_table
 from metaxl_evo.ner.synthetic import SyntheticFamily
 from metaxl_evo.ner.tagger import TARGET, CrossLingualClassifier
+from metaxl_evo.ner.target_data import load_target
 from scripts import evaluate_ner, predict_ner, train_sentiment
 from tests.ner.test_data import tags_of
 
@@ -102,6 +104,31 @@ def test_labels_that_the_source_lacks_are_dropped_or_joined(shared: Path) -> Non
         data = load_ner_dataset(str(root), languages, splits=["test"], layout=layout)["sw"]["test"]
         assert [row[0] for row in data["tokens"]] == list(expected["text"])
         assert [row[0] for row in tags_of(data)] == list(expected["label"])
+
+
+@pytest.mark.parametrize("language", ["ha", "ig", "rw", "sw"])
+def test_a_part_of_a_sorted_file_has_the_labels_of_the_whole(shared: Path, language: str) -> None:
+    """AfriSenti's rows are sorted by label: the first 600 of ha are all positive."""
+    settings = SentimentArguments(
+        dataset=str(shared / "data/sentiment"),
+        target_languages=[language],
+        eval_size=120,
+        label_map={"neutral": "drop"},
+    )
+    data = load_target(settings, language)
+    for part, name in ((data.dev, "dev"), (data.test, "test")):
+        truth = pd.read_csv(settings.dataset + f"/{language}/{name}.tsv", sep="\t", quoting=3, keep_default_na=False)
+        positive = (truth["label"][truth["label"] != "neutral"] == "positive").mean()
+        assert part is not None
+        assert len(part) == len(set(map(tuple, part["tokens"]))) == 120
+        assert np.mean([tags == ["positive"] for tags in tags_of(part)]) == pytest.approx(positive, abs=0.1)
+
+
+@pytest.mark.parametrize(("size", "rows"), [(1, [0]), (2, [0, 5]), (3, [0, 3, 6]), (10, range(10)), (99, range(10))])
+def test_texts_that_are_scored_are_spread_and_sentences_the_first(size: int, rows: Sequence[int]) -> None:
+    dataset = Dataset.from_dict({"row": range(10)})
+    assert evaluated_rows(dataset, size, LAYOUT)["row"][:] == list(rows)
+    assert evaluated_rows(dataset, size, NerArguments().layout())["row"][:] == list(range(min(size, 10)))
 
 
 def test_texts_are_read_as_the_tokenizer_reads_them(shared: Path) -> None:
