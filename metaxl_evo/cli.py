@@ -154,6 +154,7 @@ COMMANDS = {
     "sinusoid": Command("features from which a head fits a new sinusoid", task("sinusoid"), launched=True),
     "weight-text": Command("learn which texts a classifier should train on", task("weight_text"), launched=True),
     "schedule": Command("learn a schedule of an optimiser's numbers over a long training", task("schedule")),
+    "schedule-text": Command("learn a schedule of fine-tuning a text classifier", task("schedule_text")),
     "mix-text": Command("learn how much of each domain a language model should see", task("mix_text"), launched=True),
     "study": Command("CONFIG --output_dir OUT: make runs x cases x seeds, compare, report", study),
     "run": Command(f"OUT/{PLAN} --index N: make one run of a study's plan", run, shows_help=False),

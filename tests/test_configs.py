@@ -25,6 +25,7 @@ from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.parser import parse_arguments
 from metaxl_evo.training.schedules import steps_of
 from metaxl_evo.weighting.mix_task import MixTextTask
+from metaxl_evo.weighting.schedule_text_task import ScheduleTextTask
 from metaxl_evo.weighting.weight_task import WeightTextTask
 from tests.vision_tasks.small import PERTURBED, random_images
 from vision_tasks.fewshot_task import FewShotTask
@@ -495,6 +496,7 @@ def test_the_noisy_labels_papers_schedule_and_pixels() -> None:
 
 WEIGHTING: dict[str, tuple[Task[Any, Any], dict[str, str]]] = {  # task, runs: estimator
     "mix_text_cpu": (MixTextTask(), {"union": "none", "uniform": "none", "one_step": "one_step"}),
+    "schedule_text_cpu": (ScheduleTextTask(), {"fds": "forward_mode", "random_search": "none"}),
     "weight_text_cpu": (
         WeightTextTask(),
         {
@@ -517,7 +519,8 @@ def test_every_weighting_config_plans_its_runs(name: str, tmp_path: Path) -> Non
     task, expected = WEIGHTING[name]
     parts = parsed(task, f"weighting/{name}", "--output_dir", str(tmp_path))
     runs = plan_runs(task, *parts)
-    assert {run.name: "one_step" if task.learns(run.settings) else "none" for run in runs} == expected
+    found = {run.name: run.args.estimator if task.learns(run.settings) else "none" for run in runs}
+    assert found == expected
     assert len(runs) == 3 * len(expected)
 
 

@@ -34,7 +34,7 @@ NOT_RUN = {  # lines -> why
     r"pip install .*": "asks a registry; tests/test_package.py installs the wheel",
     r"python -m pytest .*": "tests of their own",
     r".* \.\.\.|python scripts/\.\.\.": "not a whole command",
-    r"metaxl-evo (configs|study|run|weight-text|mix-text)|accelerate launch": "a command's name",
+    r"metaxl-evo (configs|study|run|weight-text|mix-text|schedule-text)|accelerate launch": "a command's name",
     r"python examples/watch_a_run\.py trackio": "tests/examples/test_examples.py",
     r"python -m metaxl_evo\.estimators\.table docs/estimators\.md": "tests/test_estimator_docs.py",
     r"tensorboard --logdir runs/watched|trackio show --project mine": "of other packages, and they stay open",
@@ -67,6 +67,10 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "mix_text": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 30, "test_size": 20},
     "weight_text": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 60, "eval_size": 40},
+    "schedule_text": SHORT | {
+        "seeds": 1, "max_steps": -1, "inner_steps": 10, "n_lr": 1, "trainings": 1, "retrain_steps": 1,
+        "train_size": 40, "eval_size": 20,
+    },
     "schedule": IMAGES | {
         "max_steps": -1, "backbone": "convnet", "inner_steps": 10, "n_lr": 1, "trainings": 1, "retrain_steps": 1,
         "train_size": 40,

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+from torch import nn
 from torch.utils.data import default_collate
 
-from metaxl_evo.bilevel.randomness import mix_seed
 from metaxl_evo.bilevel.tree import Tree
+from metaxl_evo.experiments.schedule_build import (
+    Parts,
+    best_loss,
+    describe_search,
+    make_schedule_trainer,
+    rows_a_step,
+    schedule_of,
+)
+from metaxl_evo.experiments.schedule_rows import Splits
 from metaxl_evo.experiments.schedule_task import (
-    Budget,
     ScheduleArguments,
     ScheduleTrainingArguments,
-    describe_schedule,
     fit_schedule,
     own_files,
     plot_schedule,
     refuse_schedule,
     write_schedule,
 )
-from metaxl_evo.experiments.schedule_trainer import RETRAINING, ScheduleTrainer
+from metaxl_evo.experiments.schedule_trainer import RETRAINING
 from metaxl_evo.models.schedule import Schedule
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
@@ -40,7 +44,7 @@ from vision_tasks.classification import (
 from vision_tasks.image_sources import load_images
 from vision_tasks.images import ImageSet
 from vision_tasks.pretrained import Preparation
-from vision_tasks.schedule import JudgingRows, ScheduledClassifier, Splits, TrainingRows
+from vision_tasks.schedule import ScheduledClassifier, TrainingRows
 
 
 @dataclass
@@ -114,76 +118,38 @@ class ScheduleTask(ClassificationTask[ImageScheduleArguments, ScheduleData]):
     def build_trainer(
         self, settings: ImageScheduleArguments, args: MetaTrainingArguments, data: ScheduleData
     ) -> MetaTrainer:
-        images, augment = data.train, AUGMENTATIONS[settings.augmentation]
-        base, processor = make_base(settings, images, data.preparation)
-        splits = Splits(images, settings.judging(len(images)), args.seed)
-        rows = TrainingRows(splits, settings.inner_steps, _rows_a_step(args), augment)
-        rows[0]  # complains before the first step of images that are too small for the augmentation
-        propose, judges = settings.propose(args.seed), JudgingRows(rows)
-        ranges = settings.ranges()
+        images, augment, ranges = data.train, AUGMENTATIONS[settings.augmentation], settings.ranges()
+        _, processor = make_base(settings, images, data.preparation)
 
-        def fresh(number: int) -> Mapping[str, Tensor]:
-            with torch.random.fork_rng():
-                torch.manual_seed(mix_seed(args.seed, number))
-                return make_base(settings, images, data.preparation)[0].state_dict()
+        def module(network: nn.Module, schedule: Schedule, steps: int) -> ScheduledClassifier:
+            return ScheduledClassifier(network, schedule, images, steps=steps, ranges=ranges)
 
-        def retrain(args: MetaTrainingArguments, schedule: Schedule) -> MetaTrainer:
-            args.max_steps = settings.retrain_steps or settings.inner_steps
-            network, found = copy.deepcopy(base), Schedule(schedule.windows())
-            network.load_state_dict(fresh(len(schedule.losses)))
-            found.put(schedule.row())
-            module = ScheduledClassifier(network, found, images, steps=args.max_steps, ranges=ranges)
-            every = TrainingRows(Splits(images, 0, args.seed), args.max_steps, _rows_a_step(args), augment)
-            return MetaTrainer(module, args, train_dataset=every, data_collator=default_collate)
+        def rows(splits: Splits, steps: int) -> TrainingRows:
+            made = TrainingRows(splits, steps, rows_a_step(args), augment)
+            made[0]  # complains before the first step of images that are too small for the augmentation
+            return made
 
-        module = ScheduledClassifier(
-            base, settings.make_schedule(args), images, steps=settings.inner_steps, ranges=ranges
-        )
-        return ScheduleTrainer(
-            module,
+        return make_schedule_trainer(
+            settings,
             args,
-            train_dataset=rows,
-            meta_dataset=judges if propose is None else None,
-            data_collator=default_collate,
-            processing_class=processor,
-            fresh=fresh,
-            retrain=retrain,
-            judges=judges,
-            propose=propose,
-            bounds=settings.bounds() if settings.out_of_bounds == "refuse" else None,
+            Parts(lambda: make_base(settings, images, data.preparation)[0], module, rows, default_collate, processor),
+            Splits(images, settings.judging(len(images)), args.seed),
         )
 
     def score(self, trainer: MetaTrainer, settings: ImageScheduleArguments, data: ScheduleData) -> dict[str, Any]:
-        losses = _schedule(trainer).losses
-        best = losses[-1] if self.learns(settings) else losses[losses == losses].min()
-        return {**scores_on(trainer, data.test, data.train.labels), "validation_loss": float(best)}
+        scores = scores_on(trainer, data.test, data.train.labels)
+        return {**scores, "validation_loss": best_loss(trainer, learned=self.learns(settings))}
 
     def describe(
         self, trainer: MetaTrainer, settings: ImageScheduleArguments, data: ScheduleData, start: Tree
     ) -> dict[str, Any]:
-        args, judging = trainer.args, settings.judging(len(data.train))
-        facts = describe_schedule(settings, _schedule(trainer))
-        budget = Budget(settings, min(judging, args.per_device_meta_batch_size) / _rows_a_step(args))
-        estimator = args.estimator if self.learns(settings) else None
-        try:
-            facts["gradient_steps"] = facts["trainings"] * budget.of_a_training(estimator, args.meta_every)
-        except ValueError:  # of an estimator whose cost is not known
-            facts["gradient_steps"] = None
-        return facts
+        return describe_search(trainer, settings, settings.judging(len(data.train)))
 
     def write_files(
         self, folder: Path, trainer: MetaTrainer, settings: ImageScheduleArguments, data: ScheduleData
     ) -> None:
         super().write_files(folder, trainer, settings, data)
-        write_schedule(folder, _schedule(trainer))
+        write_schedule(folder, schedule_of(trainer))
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         plot_schedule(folder, results["run"])
-
-
-def _schedule(trainer: MetaTrainer) -> Schedule:
-    return cast(ScheduleTrainer, trainer).schedule
-
-
-def _rows_a_step(args: MetaTrainingArguments) -> int:
-    return args.train_batch_size * args.gradient_accumulation_steps

@@ -74,6 +74,13 @@ class Recorded:
         found = run_episode(self.problem, estimator, self.w, self.lam, batches, self.windows[-1].meta)
         return found, time.perf_counter() - begun
 
+    def direct(self) -> tuple[Tree, float]:
+        """The direct term, and the seconds of the episode; zero where the outer loss does not read lam."""
+        if not self.problem.direct_term:
+            return tree.zeros_like(self.lam), 0.0
+        found, seconds = self.by(DIRECT, {})
+        return found.grads, seconds
+
 
 class Recorder(TrainerCallback):
     """Keeps some episodes of a training, from where the first forward of each finds the weights."""
@@ -148,16 +155,20 @@ def compare_cosines(argv: Sequence[str]) -> pd.DataFrame:
 
 def judged(recorded: Recorded, estimators: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """A row an estimator."""
-    exact, direct = recorded.by(EXACT, {})[0].grads, recorded.by(DIRECT, {})[0].grads
+    exact, (direct, of_direct) = recorded.by(EXACT, {})[0].grads, recorded.direct()
     beyond = tree.add(exact, direct, -1.0)
     for name, settings in estimators.items():
-        found, seconds = recorded.by(name, settings or {})
-        rest = tree.add(found.grads, direct, -1.0)
+        if name == DIRECT:
+            found, seconds = direct, of_direct
+        else:
+            made, seconds = recorded.by(name, settings or {})
+            found = made.grads
+        rest = tree.add(found, direct, -1.0)
         yield {
             "estimator": name,
-            "cosine": tree.cosine(found.grads, exact),
+            "cosine": tree.cosine(found, exact),
             "beyond_direct": tree.cosine(rest, beyond) if name != DIRECT else float("nan"),
-            "length": tree.norm(found.grads) / tree.norm(exact),
+            "length": tree.norm(found) / tree.norm(exact),
             "seconds": seconds,
         }
 

@@ -21,6 +21,7 @@ from metaxl_evo.ner.layout import Layout
 from metaxl_evo.ner.schemes import DROP, IOB2, NO_WORD, Scheme, TagScheme, TextLabels
 from metaxl_evo.ner.sources import SPLITS, Corpus, Sentences, read_folder, read_hub, read_table
 from metaxl_evo.ner.synthetic import SyntheticFamily
+from metaxl_evo.training.values import evenly
 
 logger = logging.getLogger(__name__)
 
@@ -146,10 +147,9 @@ def evaluated_rows(dataset: Dataset, size: int | None, layout: Layout) -> Datase
 
     Files of texts may be sorted by their labels: the first rows would all have one.
     """
-    n_rows = len(dataset)
-    if size is None or size >= n_rows:
+    if size is None or size >= len(dataset):
         return dataset
-    return dataset.select([row * n_rows // size for row in range(size)] if layout.of_texts else range(size))
+    return dataset.select(evenly(len(dataset), size) if layout.of_texts else range(size))
 
 
 def overlap(train: Dataset, test: Dataset) -> int:

@@ -128,3 +128,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # setting -> whether a
         (lambda value: value is None or _is_positive(value), "a number above 0 (leave it out for no clipping)"),
     ),
 }
+
+
+def evenly(rows: int, size: int | None) -> list[int]:
+    """`size` numbers of `rows` (None: all), evenly spread, or all where there are fewer: files may be sorted by label."""
+    size = rows if size is None else min(size, rows)
+    return [row * rows // size for row in range(size)]

@@ -11,6 +11,7 @@ import pandas as pd
 from datasets import ClassLabel, Dataset
 
 from metaxl_evo.messages import unknown
+from metaxl_evo.training.values import evenly
 from metaxl_evo.weighting.arguments import TextArguments
 from metaxl_evo.weighting.sources import read_parts
 
@@ -113,7 +114,8 @@ def load_labelled(settings: LabelledArguments, seed: int, trained: Sequence[str]
     for split in ("train", "test"):
         if split not in parts:
             raise ValueError(f"{settings.data} has no part {split}: give a folder, or a Hub id, with train and test")
-    names = _names(parts["train"], settings, trained)
+    columns = [one for one in (settings.label_column, settings.true_label_column) if one is not None]
+    names = label_names(parts["train"], columns, settings.data, trained)
     tables = {
         split: _table(rows, settings, f"{settings.data}, {split}", names, of_train=split == "train")
         for split, rows in parts.items()
@@ -127,15 +129,19 @@ def load_labelled(settings: LabelledArguments, seed: int, trained: Sequence[str]
     labels, known = train["true_label"].to_numpy(), settings.noise_rate > 0 or settings.true_label_column is not None
     if settings.noise_rate:
         train = train.assign(label=spoilt(labels, settings.noise, settings.noise_rate, len(names), generator))
-    validation = tables["validation"].iloc[: settings.eval_size] if "validation" in tables else None
+    validation = _scored(tables["validation"], settings) if "validation" in tables else None
     return LabelledData(
         train=_dataset(train),
         true_labels=labels if known else None,
         meta=_dataset(meta),
-        test=_dataset(tables["test"].iloc[: settings.eval_size]),
+        test=_dataset(_scored(tables["test"], settings)),
         validation=None if validation is None else _dataset(validation),
         names=names,
     )
+
+
+def _scored(table: pd.DataFrame, settings: LabelledArguments) -> pd.DataFrame:
+    return table.iloc[evenly(len(table), settings.eval_size)]
 
 
 def spoilt(labels: np.ndarray, noise: str, rate: float, classes: int, generator: np.random.Generator) -> np.ndarray:
@@ -144,16 +150,19 @@ def spoilt(labels: np.ndarray, noise: str, rate: float, classes: int, generator:
     return np.where(generator.random(len(labels)) < rate, (labels + shift) % classes, labels)
 
 
-def _names(rows: Dataset, settings: LabelledArguments, trained: Sequence[str] | None) -> list[str]:
-    """The labels' names, in the order of the model's head where it has just these."""
-    columns = [one for one in (settings.label_column, settings.true_label_column) if one is not None]
-    _require_columns(rows, columns, settings.data)
+def label_names(rows: Dataset, columns: Sequence[str], where: str, trained: Sequence[str] | None = None) -> list[str]:
+    """The labels' names in these columns, in the order of the model's head where it has just these.
+
+    Raises:
+        ValueError: for columns that are not there or hold other than names and integers, and for a single label.
+    """
+    require_columns(rows, columns, where)
     feature, values = rows.features[columns[0]], {value for name in columns for value in rows[name][:]}
     if any(value is None or isinstance(value, float) for value in values):
-        raise ValueError(f"{settings.data}: {' and '.join(columns)} must hold names or integers, one a text")
+        raise ValueError(f"{where}: {' and '.join(columns)} must hold names or integers, one a text")
     names = list(feature.names) if isinstance(feature, ClassLabel) else list(map(str, sorted(values)))
     if len(names) < 2:
-        raise ValueError(f"{settings.data}: all labels are {', '.join(names)}: there is nothing to tell apart")
+        raise ValueError(f"{where}: all labels are {', '.join(names)}: there is nothing to tell apart")
     return list(trained) if trained is not None and set(trained) == set(names) else names
 
 
@@ -165,17 +174,14 @@ def _table(
     extra = (settings.feature_columns or []) if of_train else []
     domain = settings.domain_column if of_train else None
     columns = settings.columns if of_train else {key: settings.columns[key] for key in ("text", "label")}
-    _require_columns(rows, [*columns.values(), *extra, *filter(None, (true, domain))], where)
+    require_columns(rows, [*columns.values(), *extra, *filter(None, (true, domain))], where)
     made = pd.DataFrame({"id": np.arange(len(rows))} | {key: rows[name][:] for key, name in columns.items()})
-    unread = [not isinstance(text, str) or not text.strip() for text in made["text"]]
-    if any(unread):
-        which = _shown(made["id"][unread])
-        raise ValueError(f"{where}: {sum(unread)} rows have no text, such as {which}: leave them out")
+    require_texts(made["text"], made["id"], where)
     if made["id"].duplicated(keep=False).any():
         twice = made["id"][made["id"].duplicated()]
         raise ValueError(f"{where}: {len(twice)} ids are there twice, such as {_shown(twice)}: name each text once")
-    made["label"] = _numbers(rows, settings.label_column, names, where)
-    made["true_label"] = made["label"] if true is None else _numbers(rows, true, names, where)
+    made["label"] = label_numbers(rows, settings.label_column, names, where)
+    made["true_label"] = made["label"] if true is None else label_numbers(rows, true, names, where)
     if domain is not None:
         missing = [value is None or value == "" for value in rows[domain]]
         if any(missing):
@@ -189,7 +195,19 @@ def _table(
     return made
 
 
-def _numbers(rows: Dataset, column: str, names: Sequence[str], where: str) -> list[int]:
+def require_texts(texts: pd.Series, ids: pd.Series, where: str) -> None:
+    """Refuse rows without a text, by their ids."""
+    unread = [not isinstance(text, str) or not text.strip() for text in texts]
+    if any(unread):
+        raise ValueError(f"{where}: {sum(unread)} rows have no text, such as {_shown(ids[unread])}: leave them out")
+
+
+def label_numbers(rows: Dataset, column: str, names: Sequence[str], where: str) -> list[int]:
+    """The number of each row's label among the names.
+
+    Raises:
+        ValueError: for a label that has no name.
+    """
     feature, known = rows.features[column], {name: number for number, name in enumerate(names)}
     values = rows[column][:]
     read = [feature.names[value] if isinstance(feature, ClassLabel) else str(value) for value in values]
@@ -257,6 +275,11 @@ def _balanced(labels: np.ndarray, classes: int, size: int, generator: np.random.
 def _refuse_unfit(
     train: pd.DataFrame, meta: pd.DataFrame, test: pd.DataFrame, names: Sequence[str], settings: LabelledArguments
 ) -> None:
+    if missing := [name for number, name in enumerate(names) if number not in set(train["true_label"])]:
+        raise ValueError(
+            f"none of the {len(train)} training texts is of class {missing[0]}: shuffle the file, if train_size took its "
+            "first ones, or leave the class out of the data"
+        )
     if meta["label"].nunique() < 2:
         raise ValueError(
             f"the clean set has one class only, {names[meta['label'].iloc[0]]}: it would teach the model to say "
@@ -278,7 +301,8 @@ def _refuse_small_domains(domains: pd.Series) -> None:
         raise ValueError(f"domain {counts.index[-1]} has 1 text that trains: leave it out, or give more")
 
 
-def _require_columns(rows: Dataset, names: Sequence[str], where: str) -> None:
+def require_columns(rows: Dataset, names: Sequence[str], where: str) -> None:
+    """Refuse a table without these columns."""
     for name in names:
         if name not in rows.column_names:
             raise ValueError(f"{where}: {unknown('column', name, rows.column_names)}")

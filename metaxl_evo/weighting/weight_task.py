@@ -208,7 +208,7 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
     def _accuracy(self, trainer: MetaTrainer, settings: WeightTextArguments, texts: Dataset) -> Rate:
         tokenizer: Any = trainer.processing_class
         found: Any = trainer.predict(self._rows(settings, texts, tokenizer))
-        return Rate.mean(_logits(found.predictions).argmax(-1) == found.label_ids)
+        return Rate.mean(logits_of(found.predictions).argmax(-1) == found.label_ids)
 
     def describe(
         self, trainer: MetaTrainer, settings: WeightTextArguments, data: LabelledData, start: Tree
@@ -253,11 +253,12 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """The share of texts whose class has the largest logit."""
-    hits = _logits(prediction.predictions).argmax(-1) == prediction.label_ids
+    hits = logits_of(prediction.predictions).argmax(-1) == prediction.label_ids
     return {"accuracy": float(np.mean(hits))}
 
 
-def _logits(predictions: Any) -> Any:
+def logits_of(predictions: Any) -> Any:
+    """The first of what a model puts out."""
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
 

@@ -30,6 +30,20 @@ def test_the_judge_agrees_with_itself_and_the_episodes_are_those_of_the_run(tmp_
         main([*QUICK, "--output_dir", str(out)])
 
 
+def test_without_a_direct_term_all_is_beyond_it(tmp_path: Path) -> None:
+    """Weights of losses act through the base alone."""
+    table = main([
+        *("--task", "many_shot", "--config", "long_horizon/many_shot_cpu", "--learner", "weight_net", "--n_way", "2"),
+        *("--train_classes", "4", "--validation_classes", "3", "--test_classes", "3", "--conv_channels", "2"),
+        *("--domains", '["synthetic:chalk"]', "--batch_images", "4", "--test_images", "4", "--episode_length", "2"),
+        *("--runs", '{"one_step": {"estimator": "one_step"}}', "--seeds", "0", "--episodes", "0"),
+        *("--judged", '{"unroll": {}, "one_step": {}, "first_order": {}}', "--output_dir", str(tmp_path / "out")),
+    ]).set_index("estimator")  # fmt: skip
+    assert table.loc["unroll", "beyond_direct"] == pytest.approx(1)
+    assert table.loc["one_step", "beyond_direct"] == pytest.approx(table.loc["one_step", "cosine"])
+    assert table.loc["first_order", "length"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

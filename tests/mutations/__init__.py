@@ -318,6 +318,8 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "training/test_cli.py::test_dotted_overrides_change_the_files_mapping_and_json_replaces_it"),
     ],
     "metaxl_evo/experiments": [
+        ("judges-train-in-a-schedule", "return order[self.judging :], order", "return order, order",
+         "weighting/test_schedule_text.py::test_a_row_is_a_function_of_the_training_and_its_place"),
         ("joined-rows-not-counted", "args.per_device_train_batch_size + args.per_device_meta_batch_size - judging",
          "args.per_device_train_batch_size",
          "experiments/test_memory_command.py::test_a_file_on_another_says_what_both_say"),
@@ -366,6 +368,8 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "long_horizon/test_sinusoid.py"),
     ],
     "metaxl_evo/weighting": [
+        ("fine-tuning-drops-out", "self.base.eval()", "self.base.train(mode)",
+         "weighting/test_schedule_text.py::test_nothing_is_dropped_out"),
         ("nothing-weighs", "return weights * losses if self.weighted else losses", "return losses",
          "weighting/test_weighted_text.py::test_the_weights_of_rows_multiply_their_tokens"),
         ("largest-losses-train", "losses.argsort(stable=True)[:kept]", "losses.argsort(stable=True)[-kept:]",

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, set_seed
 
 from metaxl_evo.bilevel import SGD, run_episode
 from metaxl_evo.estimators import make_estimator
+from metaxl_evo.experiments.schedule_rows import JudgingRows, Splits
 from metaxl_evo.experiments.schedule_search import at_random, by_optuna
 from metaxl_evo.experiments.schedule_task import Budget, ScheduleTrainingArguments, plot_schedule, write_schedule
 from metaxl_evo.experiments.schedule_trainer import ScheduleTrainer
@@ -23,7 +24,7 @@ from scripts.train_schedule import main
 from tests.training.tiny import close
 from tests.vision_tasks.small import random_images
 from vision_tasks.images import ImageSet
-from vision_tasks.schedule import JudgingRows, Splits, TrainingRows
+from vision_tasks.schedule import TrainingRows
 from vision_tasks.schedule_task import ImageScheduleArguments, ScheduleData, ScheduleTask
 
 IMAGES, BATCH, STEPS = 40, 8, 6  # 36 images train a network, in epochs of four steps
@@ -243,7 +244,7 @@ def refusals() -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
     yield {"lr_bounds": [1, 0]}, {}, "lr_bounds must be the least and the largest value"
     yield {"trainings": 0}, {}, "trainings must be a whole number of at least 1"
     yield {"validation_share": 1.0}, {}, "validation_share must be above 0 and below 1"
-    yield {"validation_share": 0.9}, {}, "4 images train, fewer than the 8 of a batch"
+    yield {"validation_share": 0.9}, {}, "4 rows train, fewer than the 8 of a batch"
     yield {"initial_momentum": 1.5}, {}, "learns momentum as 'momentum', which starts outside its range 0 to 0.99"
     yield {"initial_schedule": "nowhere.json"}, {}, "initial_schedule: nowhere.json is no schedule.json"
     yield {}, {"max_steps": 5}, "max_steps follows from inner_steps and trainings: leave it out"
