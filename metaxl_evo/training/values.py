@@ -131,6 +131,6 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # setting -> whether a
 
 
 def evenly(rows: int, size: int | None) -> list[int]:
-    """`size` numbers of `rows` (None: all), evenly spread, or all where there are fewer: files may be sorted by label."""
+    """`size` numbers of `rows`, evenly spread, since files may be sorted; all for None, or where there are fewer."""
     size = rows if size is None else min(size, rows)
     return [row * rows // size for row in range(size)]

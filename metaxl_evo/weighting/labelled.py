@@ -277,8 +277,8 @@ def _refuse_unfit(
 ) -> None:
     if missing := [name for number, name in enumerate(names) if number not in set(train["true_label"])]:
         raise ValueError(
-            f"none of the {len(train)} training texts is of class {missing[0]}: shuffle the file, if train_size took its "
-            "first ones, or leave the class out of the data"
+            f"none of the {len(train)} training texts is of class {missing[0]}: shuffle the file, if "
+            "train_size took its first ones, or leave the class out of the data"
         )
     if meta["label"].nunique() < 2:
         raise ValueError(

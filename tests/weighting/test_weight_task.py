@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from metaxl_evo.cli import main
@@ -196,3 +198,14 @@ def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match=line):
             main(["weight-text", *SHORT, *options, "--output_dir", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
+
+
+def test_scored_rows_are_spread_and_every_class_trains(tmp_path: Path) -> None:
+    """Of files sorted by label the first rows have one alone."""
+    rows = {split: [(f"{split} {n}", "bad" if n < 20 else "good") for n in range(40)] for split in ("train", "test")}
+    for split, table in rows.items():
+        pd.DataFrame(table, columns=["text", "label"]).to_csv(tmp_path / f"{split}.csv", index=False)
+    settings = LabelledArguments(data=str(tmp_path), model_name_or_path="MODEL", meta_size=4, eval_size=10)
+    assert load_labelled(settings, 0).test["label"][:] == [0] * 5 + [1] * 5
+    with pytest.raises(ValueError, match="none of the 10 training texts is of class good: shuffle the file"):
+        load_labelled(replace(settings, train_size=10), 0)
