@@ -242,6 +242,8 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "vision_tasks/test_weight_net.py::test_the_inner_loss_by_hand"),
     ],
     "metaxl_evo/training": [
+        ("texts-that-are-scored-all-of-one-label", "row * rows // size for row", "row for row",
+         "ner/test_sentiment.py::test_texts_that_are_scored_are_spread_and_sentences_the_first"),
         ("task-sharded-as-one", "*(one.base if isinstance(one, BilevelModule) else one for one in objects)",
          "*objects", SHARDED_RUN),
         ("bf16-on-shards", 'if args.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no" or', "if",
@@ -398,8 +400,6 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "ner/test_label_map.py::test_every_short_sentence_keeps_its_entities_under_other_names[label_map2]"),
         ("texts-of-a-dropped-label-stay", "not layout.of_texts or bool(row) for row in tags", "True for row in tags",
          "ner/test_sentiment.py::test_what_cannot_be_right_is_refused"),
-        ("texts-that-are-scored-all-of-one-label", "row * n_rows // size for row", "row for row",
-         "ner/test_sentiment.py::test_texts_that_are_scored_are_spread_and_sentences_the_first"),
         ("last-words-begin-anew", 'str.maketrans("LU", "ES")', 'str.maketrans("LU", "SS")',
          "ner/test_schemes.py::test_every_short_sentence_keeps_its_entities[bilou]"),
         ("padding-has-a-label", 'self.pad_token_id, "attention_mask": 0, "labels": IGNORED',
