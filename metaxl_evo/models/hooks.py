@@ -33,6 +33,11 @@ class HookedTransform(nn.Module, ABC):
         self.detach(model)
         return [layer.register_forward_hook(_LayerHook(self, name), prepend=True) for name, layer in layers.items()]
 
+    def hooks_in(self, model: nn.Module) -> int:
+        """How many layers of `model` this transform has hooked."""
+        held = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+        return sum(isinstance(hook, _LayerHook) and hook.transform is self for hook in held)
+
     def detach(self, model: nn.Module) -> None:
         """Remove this transform's hooks from `model`; nothing happens where there are none."""
         for module in model.modules():

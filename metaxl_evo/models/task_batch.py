@@ -38,7 +38,7 @@ class TaskBatch(nn.Module):
         start: the network from which the next tasks begin; no parameter of it is trained.
 
     Raises:
-        ValueError: for running statistics, which tasks would share.
+        ValueError: for running statistics, which tasks would share, and embeddings with padding that vmap would train.
     """
 
     def __init__(self, network: nn.Module, tasks: int, *, in_turn: bool = False):
@@ -47,6 +47,12 @@ class TaskBatch(nn.Module):
             raise ValueError(
                 "a batch norm with running statistics would mix those of all tasks: make it with "
                 "track_running_stats=False"
+            )
+        embeddings = [one for one in network.modules() if isinstance(one, nn.Embedding) and one.weight.requires_grad]
+        if not in_turn and any(one.padding_idx is not None for one in embeddings):
+            raise ValueError(
+                "torch.vmap loses an embedding's padding_idx, so that padding would be learned in all tasks but the "
+                "first: set in_turn=True, or padding_idx to None"
             )
         self.in_turn = in_turn
         self.copies, self.start = copy.deepcopy(network), copy.deepcopy(network).requires_grad_(False)
