@@ -21,7 +21,7 @@ from metaxl_evo.experiments.task import TASKS, find_task
 from metaxl_evo.ner.evaluate_command import EvaluationArguments
 from metaxl_evo.ner.predict_command import PredictionArguments
 from metaxl_evo.training.memory_estimate import MemoryArguments
-from metaxl_evo.training.parser import parse_arguments
+from metaxl_evo.training.parser import given_text, parse_arguments
 from vision_tasks.illustration import IllustrationArguments
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def study(argv: list[str]) -> None:
 
 READERS: dict[str, Reader] = {
     **{name.replace("_", "-"): of_task(name) for name in TASKS},
-    "compare_cosines": of_task("sinusoid", CosineArguments),
+    "compare_cosines": lambda argv: of_task(given_text("task", argv) or CosineArguments.task, CosineArguments)(argv),
     "compare_horizons": of_task("ner", HorizonArguments),
     "evaluate": of(EvaluationArguments),
     "predict": of(PredictionArguments),

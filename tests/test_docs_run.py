@@ -60,7 +60,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "many_shot": SHORT | {
         "seeds": 1, "max_steps": 10, "episode_length": 10, "test_tasks": 2, "conv_channels": 2,
-        "train_classes": 10, "validation_classes": 5, "test_classes": 5,
+        "train_classes": 10, "validation_classes": 5, "test_classes": 5, "judge_images": 5, "test_images": 5,
     },
     "sinusoid": SHORT | {
         "seeds": 1, "max_steps": 5, "episode_length": 5, "meta_batch": 2, "test_tasks": 2, "hidden": 5,
@@ -73,7 +73,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "schedule": IMAGES | {
         "max_steps": -1, "backbone": "convnet", "inner_steps": 10, "n_lr": 1, "trainings": 1, "retrain_steps": 1,
-        "train_size": 40,
+        "train_size": 180,
     },
     "fewshot": SHORT | {
         "seeds": 1, "width": 2, "image_size": 16, "n_way": 2, "n_shot": 2, "n_query": 2, "test_n_query": 2,
@@ -81,7 +81,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 OTHERS: dict[str, dict[str, Any]] = {
-    "compare_cosines": {"hidden": 5, "episode_length": 5, "meta_batch": 2},
+    "compare_cosines": {"episode_length": 5, "meta_batch": 2},
     "evaluate": {"use_cpu": "true"},
     "predict": {"use_cpu": "true"},
     "illustrate": {"grid": 5, "repetitions": 2, "iterations": 1},
@@ -124,11 +124,13 @@ def test_whatever_is_not_run_has_a_reason() -> None:
     assert {pattern for line in left for pattern in excuses(line)} == NOT_RUN.keys()
 
 
-def write_images(folder: Path, classes: int = 10, count: int = 4, channels: int = 1, seed: int = 0) -> None:
+def write_images(
+    folder: Path, classes: int = 10, count: int = 4, channels: int = 1, seed: int = 0, name: str = "class"
+) -> None:
     """CLASS/IMAGE."""
     images = random_images(classes * count, seed=seed, classes=classes, side=28, channels=channels)
     for number, (pixels, label) in enumerate(zip(images.images, images.labels, strict=True)):
-        place = folder / f"class_{label:02d}"
+        place = folder / f"{name}_{label:02d}"
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.squeeze(pixels)).save(place / f"{number:03d}.png")
 
@@ -176,7 +178,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place in ("FacebookAI/xlm-roberta-base", "MODEL", "DIR"):
         write_model(root / place)
     (root / "FILE").write_text("Doru vakemi Tila .\n", encoding="utf-8")
-    held = {part: random_images(160, seed=seed, classes=10, side=28) for seed, part in enumerate(("train", "test"))}
+    held = {part: random_images(180, seed=seed, classes=10, side=28) for seed, part in enumerate(("train", "test"))}
     arrays = {f"x_{part}": images.images[..., 0] for part, images in held.items()}
     arrays |= {f"y_{part}": images.labels for part, images in held.items()}
     for place in ("mnist.npz", "FILE.npz"):
@@ -188,6 +190,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_classifier(root / "microsoft/resnet-18", "resnet")
     for domain in ("miniImagenet", "cars", "places", "plantae", "cub", "omniglot"):
         write_images(root / "DOMAINS" / domain, count=6)
+    write_images(root / "DOMAINS/omniglot", count=6, name="letter", seed=1)  # 5-way tasks of three splits
     for domain in ("mnist_8k_2k", "cifar10_5k_1k", "fashion_mnist_8k_2k"):
         pack(root / f"DOMAINS/{domain}.npz")
     warm = {"config": "fewshot_pretrain_paper", "data": root / "DOMAINS", "output_dir": root / "WARM"}
@@ -203,6 +206,8 @@ def small(command: Command, free: Path) -> list[str]:
         str(free) if before == "--output_dir" and word.isupper() else word
         for before, word in pairwise(["", *command.argv])
     ]
+    if command.name == "compare_cosines":
+        smaller = TASKS.get(given_text("task", given) or "", {}) | smaller
     if command.name == "study":
         smaller = TASKS.get(given_text("task", ["--config", *given], "study") or "", SHORT) | {"seeds": 0}
     if any("quickstart" in word for word in given):
