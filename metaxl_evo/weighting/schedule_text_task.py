@@ -39,6 +39,7 @@ from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.schedule import Schedule
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.training.values import evenly
 from metaxl_evo.weighting.arguments import TextArguments
 from metaxl_evo.weighting.drawn import SYNTHETIC
 from metaxl_evo.weighting.encoding import encode
@@ -58,8 +59,8 @@ class ScheduleTextArguments(ScheduleArguments, TextArguments):
     """
 
     n_momentum: int = field(default=0, metadata={"help": "Windows of momentum: SGD has it, AdamW has betas instead."})
-    train_size: int | None = field(default=None, metadata={"help": "Training texts at most, the first ones."})
-    eval_size: int | None = field(default=None, metadata={"help": "Test texts at most."})
+    train_size: int | None = field(default=None, metadata={"help": "Training texts at most, spread over their file."})
+    eval_size: int | None = field(default=None, metadata={"help": "Test texts at most, spread over their file."})
     validation_share: float = field(
         default=0.1, metadata={"help": "Of them that judge a training, drawn anew for each; the others train."}
     )
@@ -214,7 +215,14 @@ def _texts(rows: Dataset, settings: ScheduleTextArguments, names: list[str], spl
     texts = pd.Series(rows[settings.text_column][:])
     require_texts(texts, pd.Series(range(len(texts))), where)
     labels = label_numbers(rows, settings.label_column, names, where)
-    return Dataset.from_dict({"text": list(texts[:size]), "label": labels[:size]})
+    taken = evenly(len(texts), size)
+    missing = set(range(len(names))) - {labels[row] for row in taken}
+    if split == "train" and missing:
+        raise ValueError(
+            f"none of the {len(taken)} training texts is of class {names[min(missing)]}: raise train_size, or leave "
+            "the class out of the data"
+        )
+    return Dataset.from_dict({"text": [texts[row] for row in taken], "label": [labels[row] for row in taken]})
 
 
 def _encoded(settings: ScheduleTextArguments, texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

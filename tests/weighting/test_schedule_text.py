@@ -16,6 +16,7 @@ from metaxl_evo.cli import main
 from metaxl_evo.experiments.schedule_rows import Splits
 from metaxl_evo.experiments.schedule_trainer import ScheduleTrainer
 from metaxl_evo.training.cli import SettingsError
+from metaxl_evo.weighting.drawn import draw_classifier
 from metaxl_evo.weighting.schedule_text_task import (
     ScheduleTextArguments,
     ScheduleTextTask,
@@ -130,6 +131,22 @@ def test_what_cannot_be_is_refused_before_training(
     with pytest.raises(ValueError, match=line) as error:
         trainer_of(tmp_path, training, **fields)
     assert "\n" not in str(error.value)
+
+
+def test_files_may_be_sorted_by_label(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        lines = [f"w{number},{'ab'[number >= 10]}\n" for number in range(20)]
+        (tmp_path / f"{split}.csv").write_text("text,label\n" + "".join(lines), "utf-8")
+    model = str(tmp_path / "model")
+    for part in draw_classifier(["a", "b"]):
+        part.save_pretrained(model)
+    fields = SETTINGS | {"data": str(tmp_path), "model_name_or_path": model}
+    task, args = ScheduleTextTask(), ScheduleTextTrainingArguments(str(tmp_path / "out"), **TRAINING)
+    data = task.load(ScheduleTextArguments(**fields | {"train_size": 4, "eval_size": 6}), args)
+    assert data.train["label"][:] == [0, 0, 1, 1]
+    assert data.test["label"][:] == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match="none of the 1 training texts is of class b: raise train_size"):
+        task.load(ScheduleTextArguments(**fields | {"train_size": 1}), args)
 
 
 def test_a_run_leaves_a_classifier_and_its_schedule(tmp_path: Path) -> None:
