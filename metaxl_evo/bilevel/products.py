@@ -293,7 +293,7 @@ def _forward_agrees(here: PassContext, w: Tree, lam: Tree, part: object, wrt: Se
         size = max(tree.norm(one), tree.norm(reference))
         if tree.norm(tree.add(one, reference, -1.0)) > 30 * eps**0.5 * size + rounding + allowed:
             raise NoDerivative(
-                "forward mode finds another derivative than double backward, or differences, as where the loss "
+                "forward mode and double backward, or differences, disagree, as they do where the loss "
                 "reads what torch.no_grad() or .data took out of the graph"
             )
         showed &= size > rounding
