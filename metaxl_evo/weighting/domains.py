@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from metaxl_evo.messages import unknown
@@ -17,6 +18,7 @@ from metaxl_evo.weighting.sources import READERS, read_file, read_parts
 logger = logging.getLogger(__name__)
 
 DRAWN_TEXTS = 400  # a domain
+SHUFFLED = "shuffled"
 
 
 @dataclass
@@ -39,6 +41,10 @@ class DomainArguments(TextArguments):
         default=None, metadata={"help": "Those that train (default: all but the target)."}
     )
     target: str = field(default=DOMAINS[0], metadata={"help": "The domain whose texts judge and test."})
+    shuffle: str | None = field(
+        default=None,
+        metadata={"help": "Add the domain `shuffled`: the texts of this one, the words of each in no order."},
+    )
     train_size: int | None = field(default=None, metadata={"help": "Texts of a domain at most, the first ones."})
     meta_size: int = field(default=100, metadata={"help": "Texts of the target that judge: its first ones."})
     test_size: int = field(default=200, metadata={"help": "Texts of the target that test: its last ones."})
@@ -73,7 +79,7 @@ def load_domains(settings: DomainArguments) -> DomainData:
     Raises:
         ValueError: one line for domains that there are not, or too few texts.
     """
-    found = _by_domain(settings)
+    found = _with_shuffled(_by_domain(settings), settings)
     wanted = settings.domains or [name for name in found if name != settings.target]
     for name in (*wanted, settings.target):
         if name not in found:
@@ -127,6 +133,19 @@ def _by_domain(settings: DomainArguments) -> dict[str, list[str]]:
     for name, text in zip(rows[settings.domain_column], texts, strict=True):
         found.setdefault(str(name), []).append(text)
     return found
+
+
+def _with_shuffled(found: dict[str, list[str]], settings: DomainArguments) -> dict[str, list[str]]:
+    """With a copy of a domain that has its words and nothing of their order; the same on each call."""
+    name = settings.shuffle
+    if name is None:
+        return found
+    if name not in found:
+        raise ValueError(f"shuffle: {unknown('domain', name, found)}")
+    if SHUFFLED in found:
+        raise ValueError(f"shuffle: {settings.data} has a domain {SHUFFLED} of its own: leave shuffle out")
+    generator = np.random.default_rng(23)
+    return {**found, SHUFFLED: [" ".join(generator.permutation(text.split())) for text in found[name]]}
 
 
 def _texts(rows: Dataset, settings: DomainArguments, where: str, *others: str) -> list[str]:
