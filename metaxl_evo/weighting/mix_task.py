@@ -33,6 +33,7 @@ from metaxl_evo.weighting.mixture import (
     union_shares,
 )
 from metaxl_evo.weighting.pretrained import CAUSAL, load_language_model
+from metaxl_evo.weighting.sampling import MixtureRows
 from metaxl_evo.weighting.scratch import HEAD_WIDTH, LEAST_PIECES, SCRATCH, model_from_scratch, train_tokenizer
 from metaxl_evo.weighting.trainer import WeightingTrainer
 from metaxl_evo.weighting.verdict import losses_of
@@ -42,6 +43,7 @@ from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
 
 METHODS = ("mixture", "union", "uniform", "fixed")
 STARTS = ("union", "uniform")
+MIXINGS = ("loss_weights", "sampling")
 PICTURE = "mixture.png"
 
 
@@ -60,6 +62,13 @@ class MixTextArguments(DomainArguments):
             "uniform: all domains alike, however large; fixed: the mixture of mixture_from."
         },
     )
+    mixing: str = field(
+        default="loss_weights",
+        metadata={
+            "help": "loss_weights: the union is sampled, losses are weighted; sampling: each row's domain is drawn "
+            "by the mixture."
+        },
+    )
     start: str = field(
         default="union", metadata={"help": "The mixture that the learned weights begin with: union or uniform."}
     )
@@ -73,13 +82,23 @@ class MixTextArguments(DomainArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_known("method", self.method, METHODS)
+        self.require_known("mixing", self.mixing, MIXINGS)
         self.require_known("start", self.start, STARTS)
         self.require_count("layers", self.layers)
         self.require_count("pieces", self.pieces, LEAST_PIECES)
         if self.width < HEAD_WIDTH or self.width % HEAD_WIDTH:
             raise ValueError(f"width must be a multiple of {HEAD_WIDTH}, not {self.width}")
+        if self.method == "union" and self.sampled:
+            raise ValueError(
+                "method union samples all texts alike as it is: set mixing to loss_weights, or leave it out"
+            )
         if (self.method == "fixed") != (self.mixture_from is not None):
             raise ValueError("mixture_from goes with method: fixed, and it alone: set both, or neither")
+
+    @property
+    def sampled(self) -> bool:
+        """Whether domains are drawn."""
+        return self.mixing == "sampling"
 
 
 class MixTextTask(Task[MixTextArguments, DomainData]):
@@ -118,12 +137,13 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
         base, tokenizer = _base(settings, data)
         weighted, names = settings.method != "union", tuple(data.sizes)
         mixture = WeightTable(len(names), "softmax", settings.floor if self.learns(settings) else 0.0)
-        mixture.logits.data = first_logits(_first_shares(settings, data.sizes), data.sizes, sampled=False)
+        mixture.logits.data = first_logits(_first_shares(settings, data.sizes), data.sizes, settings.sampled)
         module = WeightedText(base, mixture, reads="number", weighted=weighted, tokens=True, domains=names)
+        rows = self._rows(settings, data.train, tokenizer)
         return WeightingTrainer(
             module,
             args,
-            train_dataset=self._rows(settings, data.train, tokenizer),
+            train_dataset=MixtureRows(rows) if settings.sampled else rows,
             meta_dataset=self._rows(settings, data.meta, tokenizer) if self.learns(settings) else None,
             processing_class=tokenizer,
             data_collator=DataCollatorForTokenClassification(tokenizer),  # it pads labels as well, by -100
@@ -147,7 +167,7 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
         """The mixture, and the weights on the way to it."""
         module = cast(WeightedText, trainer.model)
         learned = cast(WeightTable, module.meta).weights().tolist() if module.weighted else [1.0] * len(data.sizes)
-        rows = mixture_table(learned, data.sizes, sampled=False)
+        rows = mixture_table(learned, data.sizes, settings.sampled)
         logged = [row for row in trainer.state.log_history if "loss" in row]
         path = {name: [row.get(f"{WEIGHT}{name}") for row in logged] for name in data.sizes}
         return {"mixture": rows, "steps_logged": [row["step"] for row in logged], "weights_over_time": path}

@@ -64,7 +64,9 @@ def read_shares(place: str | Path) -> dict[str, float]:
         table = pd.read_csv(file, keep_default_na=False, dtype={"domain": str})
         shares = dict(zip(table["domain"], table["share"].astype(float), strict=True))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{file} is no mixture of a run ({one_line(error)}): give the folder of a mix-text run") from error
+        raise ValueError(
+            f"{file} is no mixture of a run ({one_line(error)}): give the folder of a mix-text run"
+        ) from error
     if not shares or len(shares) < len(table) or not all(0 < share <= 1 for share in shares.values()):
         raise ValueError(f"{file}: each domain needs a share of its own, above 0 and at most 1")
     whole = sum(shares.values())

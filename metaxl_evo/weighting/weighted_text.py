@@ -15,6 +15,7 @@ from metaxl_evo.messages import unknown
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.heads import IGNORED
 from metaxl_evo.models.weight_net import WeightNet
+from metaxl_evo.weighting.sampling import DRAWN
 from metaxl_evo.weighting.watch import Watch
 from metaxl_evo.weighting.weighers import WeightTable, load_weigher
 
@@ -27,7 +28,8 @@ class WeightedText(BilevelModule):
 
     Items are rows, with `tokens` labelled tokens. Batches are what the base takes, with `labels`, and what the weigher
     reads: `number` (B,) of an example or its domain, `columns` (B, F). A loss or hidden state is read as it is: no
-    derivative goes through it.
+    derivative goes through it. Rows of `MixtureRows` bring the weight by which they were drawn, (B,), which
+    theirs is divided by.
 
     Args:
         base: a Hugging Face model with a head whose losses are known, also one that peft wraps.
@@ -94,6 +96,8 @@ class WeightedText(BilevelModule):
         with _watched(self.plain_base, self.reads == "hidden") as states:
             losses = self.losses(batch, tokens=self.tokens)
         weights = self.meta(self._seen(batch, losses, states))
+        if DRAWN in batch:  # 1, with the derivative of the probability
+            weights = weights / batch[DRAWN].to(weights)
         return losses, weights if self.per_token or not self.tokens else weights[self.token_rows(batch)]
 
     def forward(self, **batch: Any) -> Any:
