@@ -60,6 +60,8 @@ def read_shares(place: str | Path) -> dict[str, float]:
     """
     file = Path(place).expanduser()
     file = file / TABLE if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"{file} is not there: give the folder of a mix-text run, or its {TABLE}")
     try:
         table = pd.read_csv(file, keep_default_na=False, dtype={"domain": str})
         shares = dict(zip(table["domain"], table["share"].astype(float), strict=True))

@@ -40,7 +40,7 @@ def test_a_mixture_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        (None, "is no mixture of a run"),
+        (None, "mixture.csv is not there"),
         ("domain,texts\na,1\n", "is no mixture of a run"),
         ("domain,share\na,x\nb,0.5\n", "is no mixture of a run"),
         ("domain,share\na,0.5\na,0.5\n", "each domain needs a share of its own"),
