@@ -35,6 +35,7 @@ from metaxl_evo.weighting.mixture import (
 from metaxl_evo.weighting.pretrained import CAUSAL, load_language_model
 from metaxl_evo.weighting.sampling import MixtureRows
 from metaxl_evo.weighting.scratch import HEAD_WIDTH, LEAST_PIECES, SCRATCH, model_from_scratch, train_tokenizer
+from metaxl_evo.weighting.sft import encode_sft
 from metaxl_evo.weighting.trainer import WeightingTrainer
 from metaxl_evo.weighting.verdict import losses_of
 from metaxl_evo.weighting.watch import WEIGHT
@@ -88,6 +89,8 @@ class MixTextArguments(DomainArguments):
         self.require_count("pieces", self.pieces, LEAST_PIECES)
         if self.width < HEAD_WIDTH or self.width % HEAD_WIDTH:
             raise ValueError(f"width must be a multiple of {HEAD_WIDTH}, not {self.width}")
+        if self.data_format == "sft" and self.model_name_or_path == SCRATCH:
+            raise ValueError("data_format: the tokenizer of a model from scratch is made of plain texts: give a model")
         if self.method == "union" and self.sampled:
             raise ValueError(
                 "method union samples all texts alike as it is: set mixing to loss_weights, or leave it out"
@@ -139,25 +142,31 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
         mixture = WeightTable(len(names), "softmax", settings.floor if self.learns(settings) else 0.0)
         mixture.logits.data = first_logits(_first_shares(settings, data.sizes), data.sizes, settings.sampled)
         module = WeightedText(base, mixture, reads="number", weighted=weighted, tokens=True, domains=names)
-        rows = self._rows(settings, data.train, tokenizer)
+        rows = self._rows(settings, data.train, tokenizer, args)
         return WeightingTrainer(
             module,
             args,
             train_dataset=MixtureRows(rows) if settings.sampled else rows,
-            meta_dataset=self._rows(settings, data.meta, tokenizer) if self.learns(settings) else None,
+            meta_dataset=self._rows(settings, data.meta, tokenizer, args) if self.learns(settings) else None,
             processing_class=tokenizer,
             data_collator=DataCollatorForTokenClassification(tokenizer),  # it pads labels as well, by -100
         )
 
     @staticmethod
-    def _rows(settings: MixTextArguments, texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        rows = encode(texts["text"][:], tokenizer, settings.max_length)
-        return rows.add_column("labels", rows["input_ids"][:]).add_column("number", texts["number"][:])
+    def _rows(
+        settings: MixTextArguments, texts: Dataset, tokenizer: PreTrainedTokenizerBase, args: MetaTrainingArguments
+    ) -> Dataset:
+        if settings.data_format == "sft":
+            rows = encode_sft(texts["text"][:], tokenizer, settings.max_length, args)
+        else:
+            rows = encode(texts["text"][:], tokenizer, settings.max_length)
+            rows = rows.add_column("labels", rows["input_ids"][:])
+        return rows.add_column("number", texts["number"][:])
 
     def score(self, trainer: MetaTrainer, settings: MixTextArguments, data: DomainData) -> dict[str, Any]:
         """The loss of a token of the target, in nats, and the perplexity that it is."""
         tokenizer: Any = trainer.processing_class
-        losses, tokens = losses_of(trainer, self._rows(settings, data.test, tokenizer))
+        losses, tokens = losses_of(trainer, self._rows(settings, data.test, tokenizer, trainer.args))
         loss = Rate.of(losses, tokens)
         return {"loss": loss, "perplexity": math.exp(loss)}
 

@@ -29,10 +29,12 @@ class MixtureRows:
         rows: with a column `number`, of the domain, counted from 0.
 
     Raises:
-        ValueError: for a domain without rows.
+        ValueError: for rows that stream, or a domain without rows.
     """
 
     def __init__(self, rows: Dataset) -> None:
+        if not isinstance(rows, Dataset):
+            raise ValueError(f"a {type(rows).__name__} has no rows to draw by number: load it whole, or weigh losses")
         self.rows = rows
         numbers = np.asarray(rows["number"][:])
         self.places = [np.flatnonzero(numbers == number) for number in range(int(numbers.max()) + 1)]

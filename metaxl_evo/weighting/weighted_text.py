@@ -121,6 +121,7 @@ class WeightedText(BilevelModule):
         """What the weigher reads, a row an item that has a weight."""
         if self.reads in ("number", "columns"):
             seen: Tensor = batch[self.reads]
+            _refuse_packed(self.reads, seen, batch)
             return seen
         if self.reads == "hidden":
             return stop_gradient(self._pooled(batch, states[0]), key="states")
@@ -139,6 +140,15 @@ class WeightedText(BilevelModule):
             return states[batch["labels"] != IGNORED]
         mask = batch["attention_mask"].to(states) if "attention_mask" in batch else torch.ones_like(states[..., 0])
         return (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def _refuse_packed(reads: str, seen: Tensor, batch: Batch) -> None:
+    """Refuse rows that hold several texts, of which the weigher would read one, or none of them."""
+    if seen.ndim != (1 if reads == "number" else 2) or len(seen) != len(batch["labels"]):
+        raise ValueError(
+            f"{reads} has the shape {tuple(seen.shape)} where a batch has {len(batch['labels'])} rows, as of packed "
+            "texts: leave packing off, or pack the texts of one domain together and give a row one number"
+        )
 
 
 @contextmanager

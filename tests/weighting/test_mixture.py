@@ -121,3 +121,17 @@ def test_a_tokenizer_of_the_texts() -> None:
     logits = model(**made(TEXTS[0], return_tensors="pt")).logits
     assert logits.shape[-1] == 300
     assert model.config.pad_token_id == made.pad_token_id
+
+
+def test_the_tokenizer_reads_what_trains(tmp_path: Path) -> None:
+    """A word of the texts that judge or test is no piece of it."""
+    for name, word in (("news", "unheard"), ("tales", "beginning"), ("notes", "telegram")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{word} {word} {number}" for number in range(20)))
+    settings = MixTextArguments(
+        model_name_or_path="scratch", data=str(tmp_path), target="news", meta_size=5, test_size=15, width=32, layers=1
+    )
+    args = MetaTrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
+    trainer: Any = MixTextTask().build_trainer(settings, args, load_domains(settings))
+    known = trainer.processing_class.get_vocab()
+    assert "beginning" in known
+    assert "unheard" not in known

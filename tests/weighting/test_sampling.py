@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -63,6 +63,11 @@ def test_a_row_is_a_function_of_seed_step_and_place() -> None:
 def test_a_domain_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="domain number 1 has no rows to draw"):
         MixtureRows(rows_of(0, (0, 2, 2)))
+
+
+def test_rows_that_stream_are_refused() -> None:
+    with pytest.raises(ValueError, match="IterableDataset has no rows to draw by number: load it whole"):
+        MixtureRows(cast(Any, rows_of(0).to_iterable_dataset()))
 
 
 def test_the_derivative_is_unbiased() -> None:
