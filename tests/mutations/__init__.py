@@ -139,6 +139,9 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "bilevel/test_tree.py::test_cosine_has_no_floor"),
     ],
     "metaxl_evo/estimators": [
+        ("held-weights-respond", "x[name] if name in names else torch.zeros_like(leaf)",
+         "x[name] if name in x else torch.ones_like(leaf)",
+         "estimators/test_named.py::test_the_first_term_alone_is_the_response_of_sgd"),
         ("local-term-sign", "self._mixed_product(passes, step, direction, length), -1.0)",
          "self._mixed_product(passes, step, direction, length), 1.0)",
          GOLDEN),
