@@ -67,6 +67,7 @@ setup(
             "ray>=2.40",
             "optuna>=4",
             "cleanlab>=2.7",
+            "trl>=1.16",
             "psutil>=5.9",
             "tensorboard>=2.19",  # an example writes its files
             "nbclient>=0.10",  # the notebooks are run
@@ -80,6 +81,7 @@ setup(
         "ray": ["ray>=2.40"],
         "optuna": ["optuna>=4"],
         "cleanlab": ["cleanlab>=2.7"],  # method confident of weight-text
+        "trl": ["trl>=1.16"],  # data_format sft of mix-text
         "demo": ["gradio>=6"],
         "trackers": ["tensorboard>=2.19", "trackio>=0.21"],
         "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],

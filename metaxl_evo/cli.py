@@ -123,6 +123,13 @@ def estimate_memory(argv: Sequence[str]) -> int:
     return 0
 
 
+def export_mixture(argv: Sequence[str]) -> int:
+    """Print a learned mixture as the settings of another library."""
+    from metaxl_evo.weighting.export import export
+
+    return export(argv)
+
+
 def demo(argv: Sequence[str]) -> int:
     """Tag sentences in the browser by one run or two."""
     from metaxl_evo.demo import serve
@@ -156,6 +163,11 @@ COMMANDS = {
     "schedule": Command("learn a schedule of an optimiser's numbers over a long training", task("schedule")),
     "schedule-text": Command("learn a schedule of fine-tuning a text classifier", task("schedule_text")),
     "mix-text": Command("learn how much of each domain a language model should see", task("mix_text"), launched=True),
+    "export-mixture": Command(
+        "RUN --to trl, axolotl or llamafactory: print the mixture of mix-text as their YAML",
+        export_mixture,
+        shows_help=False,
+    ),
     "study": Command("CONFIG --output_dir OUT: make runs x cases x seeds, compare, report", study),
     "run": Command(f"OUT/{PLAN} --index N: make one run of a study's plan", run, shows_help=False),
     "report": Command("OUT: compare and report what a study has made so far", report, shows_help=False),

@@ -495,6 +495,7 @@ def test_the_noisy_labels_papers_schedule_and_pixels() -> None:
 # Weighting ---------------------------------------------------------------------------------------------------------
 
 WEIGHTING: dict[str, tuple[Task[Any, Any], dict[str, str]]] = {  # task, runs: estimator
+    "mix_text_brown": (MixTextTask(), {"union": "none", "uniform": "none", "one_step": "one_step"}),
     "mix_text_cpu": (MixTextTask(), {"union": "none", "uniform": "none", "one_step": "one_step"}),
     "schedule_text_cpu": (ScheduleTextTask(), {"fds": "forward_mode", "random_search": "none"}),
     "weight_text_cpu": (
@@ -707,6 +708,7 @@ STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "fewshot_cpu": ([""], 3, 6),
     "hyper_cleaning_cpu": ([""], 3, 4),
     "many_shot_cpu": ([""], 3, 5),
+    "mix_text_brown": ([""], 3, 6),
     "ner_cpu": (["sw", "mt", "ig"], 3, 4),
     "noisy_labels_cpu": (["0", "0.2", "0.4"], 3, 5),
     "pos_cpu": (["ha", "ig", "rw", "sw"], 3, 4),

@@ -22,6 +22,7 @@ from metaxl_evo.ner.evaluate_command import EvaluationArguments
 from metaxl_evo.ner.predict_command import PredictionArguments
 from metaxl_evo.training.memory_estimate import MemoryArguments
 from metaxl_evo.training.parser import given_text, parse_arguments
+from metaxl_evo.weighting.export import ExportArguments
 from vision_tasks.illustration import IllustrationArguments
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,7 @@ READERS: dict[str, Reader] = {
     "estimate-memory": lambda argv: of(MemoryArguments)(memory_command.options(argv)),
     "illustrate": of(IllustrationArguments, "vision"),
     "run": lambda argv: parse_arguments((RunArguments,), argv[1:]),
+    "export-mixture": lambda argv: of(ExportArguments)(argv[1:]),
     "study": study,
     "check": lambda argv: READERS[argv[0]](argv[1:]),
     **dict.fromkeys(("report", "env", "configs", "demo"), lambda argv: None),

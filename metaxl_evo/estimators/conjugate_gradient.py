@@ -22,6 +22,7 @@ class ConjugateGradient(ImplicitEstimator):
         engine: of the products, as in `one_step`.
         radius: length of the finite-difference perturbation, in the units of w.
         damping: added to the Hessian's eigenvalues; it has to exceed their most negative one.
+        parameters: a regular expression on parameter names; only those that it finds respond (default: all).
         iterations: at most so many, one Hessian product each.
         tolerance: the solve ends once |v - (H + damping I) p| is at most this times |v|.
 

@@ -15,6 +15,7 @@ from metaxl_evo.bilevel.problem import BilevelProblem, InnerStep, Response
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.estimators.base import Estimator
 from metaxl_evo.estimators.copies import FullPasses, SharedPass
+from metaxl_evo.estimators.named import found_by, require_pattern
 from metaxl_evo.estimators.noise import NOISES, Perturbations
 from metaxl_evo.messages import unknown
 
@@ -76,13 +77,7 @@ class EvoGrad(Estimator):
             raise ValueError(unknown("evograd noise", str(self.noise), NOISES))
         if self.antithetic and self.copies % 2:
             raise ValueError(f"evograd: antithetic copies come in pairs, copies={self.copies} is odd")
-        if self.parameters is not None:
-            try:
-                re.compile(self.parameters)
-            except re.error as error:
-                raise ValueError(
-                    f"evograd: parameters={self.parameters!r} is not a regular expression: {error}"
-                ) from None
+        require_pattern("evograd", self.parameters)
 
     def check(self, problem: BilevelProblem, w: Tree, lam: Tree) -> None:
         super().check(problem, w, lam)
@@ -151,12 +146,4 @@ class EvoGrad(Estimator):
         )
 
     def _perturbed(self, w: Tree) -> frozenset[str]:
-        if self.parameters is None:
-            return frozenset(w)
-        names = frozenset(name for name in w if re.search(self.parameters, name))
-        if not names:
-            examples = ", ".join(list(w)[:2] + list(w)[-2:])
-            raise ValueError(
-                f"evograd: parameters={self.parameters!r} finds none of the base parameters, such as {examples}"
-            )
-        return names
+        return frozenset(found_by("evograd", self.parameters, w))

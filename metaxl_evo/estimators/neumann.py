@@ -16,13 +16,16 @@ class Neumann(ImplicitEstimator):
 
     Exact where w minimises the inner loss and the series has converged. With j = 0 alone it is the one-step term with
     an identity Hessian and the learning rate `step`; with `terms` = K - 1 and `step` the learning rate it is, on a
-    quadratic, the unroll of K steps. The diagnostics tell the step, the size of the last term relative to the first
-    (`solver_residual`: above 1 the series diverges) and whether a term met negative curvature.
+    quadratic, the unroll of K steps. `terms: 0` with the head's `parameters` is FastMix's form (ICLR 2026): for shares
+    p_k of sources, d outer / d p_k = -step <g_outer, g_k>, gradients of the head alone. The diagnostics tell the step,
+    the size of the last term relative to the first (`solver_residual`: above 1 the series diverges) and whether a term
+    met negative curvature.
 
     Args:
         engine: of the products, as in `one_step`.
         radius: length of the finite-difference perturbation, in the units of w.
         damping: added to the Hessian's eigenvalues; it has to exceed their most negative one.
+        parameters: a regular expression on parameter names; only those that it finds respond (default: all).
         terms: further terms after the first, one Hessian product each.
         step: below 2 / lambda_max for the series to converge; default: 1 / lambda_max by power iterations.
         power_iterations: their number, one Hessian product each.

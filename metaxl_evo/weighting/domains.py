@@ -7,16 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.weighting.arguments import TextArguments
 from metaxl_evo.weighting.drawn import DOMAINS, SYNTHETIC, draw_documents
+from metaxl_evo.weighting.sft import as_texts, format_of, require_trl
 from metaxl_evo.weighting.sources import READERS, read_file, read_parts
 
 logger = logging.getLogger(__name__)
 
 DRAWN_TEXTS = 400  # a domain
+SHUFFLED = "shuffled"
+DATA_FORMATS = ("text", "sft")
 
 
 @dataclass
@@ -34,11 +38,22 @@ class DomainArguments(TextArguments):
             "domain_column, or `synthetic`: drawn."
         },
     )
+    data_format: str = field(
+        default="text",
+        metadata={
+            "help": "text: text_column as it is; sft: messages, or prompt and completion, as trl (extra) reads them; "
+            "the loss is then that of the completion."
+        },
+    )
     domain_column: str | None = field(default=None, metadata={"help": "Column of a text's domain."})
     domains: list[str] | None = field(
         default=None, metadata={"help": "Those that train (default: all but the target)."}
     )
     target: str = field(default=DOMAINS[0], metadata={"help": "The domain whose texts judge and test."})
+    shuffle: str | None = field(
+        default=None,
+        metadata={"help": "Add the domain `shuffled`: the texts of this one, the words of each in no order."},
+    )
     train_size: int | None = field(default=None, metadata={"help": "Texts of a domain at most, the first ones."})
     meta_size: int = field(default=100, metadata={"help": "Texts of the target that judge: its first ones."})
     test_size: int = field(default=200, metadata={"help": "Texts of the target that test: its last ones."})
@@ -47,6 +62,9 @@ class DomainArguments(TextArguments):
         super().__post_init__()
         for name in ("train_size", "meta_size", "test_size"):
             self.require_count(name, getattr(self, name))
+        self.require_known("data_format", self.data_format, DATA_FORMATS)
+        if self.data_format == "sft" and (self.data == SYNTHETIC or self.shuffle is not None):
+            raise ValueError("data_format: the drawn texts, and those of shuffle, are plain: leave sft out")
         for name in self.domains or ():
             if self.domains is not None and self.domains.count(name) > 1:
                 raise ValueError(f"domains: {name} is named twice: name it once")
@@ -54,7 +72,7 @@ class DomainArguments(TextArguments):
 
 @dataclass(frozen=True, eq=False)
 class DomainData:
-    """Texts by their domain; `meta` and `test` are of the target, and train nothing.
+    """Texts by their domain; `meta` and `test` are of the target, and train nothing. Rows for trl are `as_texts`.
 
     Args:
         train: column `text`, and `number`, that of the domain.
@@ -73,7 +91,9 @@ def load_domains(settings: DomainArguments) -> DomainData:
     Raises:
         ValueError: one line for domains that there are not, or too few texts.
     """
-    found = _by_domain(settings)
+    if settings.data_format == "sft":
+        require_trl()
+    found = _with_shuffled(_by_domain(settings), settings)
     wanted = settings.domains or [name for name in found if name != settings.target]
     for name in (*wanted, settings.target):
         if name not in found:
@@ -129,10 +149,29 @@ def _by_domain(settings: DomainArguments) -> dict[str, list[str]]:
     return found
 
 
+def _with_shuffled(found: dict[str, list[str]], settings: DomainArguments) -> dict[str, list[str]]:
+    """With a copy of a domain that has its words and nothing of their order; the same on each call."""
+    name = settings.shuffle
+    if name is None:
+        return found
+    if name not in found:
+        raise ValueError(f"shuffle: {unknown('domain', name, found)}")
+    if SHUFFLED in found:
+        raise ValueError(f"shuffle: {settings.data} has a domain {SHUFFLED} of its own: leave shuffle out")
+    generator = np.random.default_rng(23)
+    return {**found, SHUFFLED: [" ".join(generator.permutation(text.split())) for text in found[name]]}
+
+
 def _texts(rows: Dataset, settings: DomainArguments, where: str, *others: str) -> list[str]:
-    for name in (settings.text_column, *others):
+    sft = format_of(rows.column_names)
+    for name in (*others, *([] if settings.data_format == "sft" else [settings.text_column])):
         if name not in rows.column_names:
-            raise ValueError(f"{where}: {unknown('column', name, rows.column_names)}")
+            advice = ", or set data_format: sft" if sft and name not in others else ""
+            raise ValueError(f"{where}: {unknown('column', name, rows.column_names)}{advice}")
+    if settings.data_format == "sft":
+        if sft is None:
+            raise ValueError(f"{where} has neither messages nor prompt and completion: set data_format: text")
+        return as_texts(rows, sft)
     texts: list[str] = rows[settings.text_column][:]
     for number, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():

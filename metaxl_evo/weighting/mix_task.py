@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pandas as pd
-import torch
 from datasets import Dataset
+from torch import nn
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 from metaxl_evo.bilevel.tree import Tree
@@ -24,15 +24,28 @@ from metaxl_evo.training.trainer import MetaTrainer
 from metaxl_evo.weighting.domains import DomainArguments, DomainData, load_domains
 from metaxl_evo.weighting.drawn import SYNTHETIC
 from metaxl_evo.weighting.encoding import encode
-from metaxl_evo.weighting.pretrained import load_language_model
+from metaxl_evo.weighting.mixture import (
+    TABLE,
+    first_logits,
+    mixture_table,
+    shares_for,
+    uniform_shares,
+    union_shares,
+)
+from metaxl_evo.weighting.pretrained import CAUSAL, load_language_model
+from metaxl_evo.weighting.sampling import MixtureRows
+from metaxl_evo.weighting.scratch import HEAD_WIDTH, LEAST_PIECES, SCRATCH, model_from_scratch, train_tokenizer
+from metaxl_evo.weighting.sft import encode_sft
 from metaxl_evo.weighting.trainer import WeightingTrainer
 from metaxl_evo.weighting.verdict import losses_of
 from metaxl_evo.weighting.watch import WEIGHT
 from metaxl_evo.weighting.weighers import WeightTable
 from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
 
-METHODS = ("mixture", "union", "uniform")
-TABLE, PICTURE = "mixture.csv", "mixture.png"
+METHODS = ("mixture", "union", "uniform", "fixed")
+STARTS = ("union", "uniform")
+MIXINGS = ("loss_weights", "sampling")
+PICTURE = "mixture.png"
 
 
 @dataclass
@@ -46,14 +59,49 @@ class MixTextArguments(DomainArguments):
     method: str = field(
         default="mixture",
         metadata={
-            "help": "mixture: a learned weight a domain, 1 on average; union: all texts alike; uniform: all domains "
-            "alike, however large."
+            "help": "mixture: a learned weight a domain, 1 on average; union: all texts alike (domains by size); "
+            "uniform: all domains alike, however large; fixed: the mixture of mixture_from."
         },
     )
+    mixing: str = field(
+        default="loss_weights",
+        metadata={
+            "help": "loss_weights: the union is sampled, losses are weighted; sampling: each row's domain is drawn "
+            "by the mixture."
+        },
+    )
+    start: str = field(
+        default="union", metadata={"help": "The mixture that the learned weights begin with: union or uniform."}
+    )
+    mixture_from: str | None = field(
+        default=None, metadata={"help": "The folder of a mix-text run, or its mixture.csv; for method fixed."}
+    )
+    layers: int = field(default=2, metadata={"help": "Of the model that model_name_or_path scratch makes."})
+    width: int = field(default=128, metadata={"help": "Of its hidden states, a multiple of 32."})
+    pieces: int = field(default=2000, metadata={"help": "Of its tokenizer, which the texts that train make (BPE)."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_known("method", self.method, METHODS)
+        self.require_known("mixing", self.mixing, MIXINGS)
+        self.require_known("start", self.start, STARTS)
+        self.require_count("layers", self.layers)
+        self.require_count("pieces", self.pieces, LEAST_PIECES)
+        if self.width < HEAD_WIDTH or self.width % HEAD_WIDTH:
+            raise ValueError(f"width must be a multiple of {HEAD_WIDTH}, not {self.width}")
+        if self.data_format == "sft" and self.model_name_or_path == SCRATCH:
+            raise ValueError("data_format: the tokenizer of a model from scratch is made of plain texts: give a model")
+        if self.method == "union" and self.sampled:
+            raise ValueError(
+                "method union samples all texts alike as it is: set mixing to loss_weights, or leave it out"
+            )
+        if (self.method == "fixed") != (self.mixture_from is not None):
+            raise ValueError("mixture_from goes with method: fixed, and it alone: set both, or neither")
+
+    @property
+    def sampled(self) -> bool:
+        """Whether domains are drawn."""
+        return self.mixing == "sampling"
 
 
 class MixTextTask(Task[MixTextArguments, DomainData]):
@@ -70,6 +118,7 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
     configs = "weighting"
     units: ClassVar = {"loss": ""}
     greater_is_better = False
+    inputs = (*Task.inputs, "mixture_from")
 
     def learns(self, settings: MixTextArguments) -> bool:
         return settings.method == "mixture"
@@ -88,30 +137,36 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
     def build_trainer(
         self, settings: MixTextArguments, args: MetaTrainingArguments, data: DomainData
     ) -> WeightingTrainer:
-        base, tokenizer = load_language_model(settings)
+        base, tokenizer = _base(settings, data)
         weighted, names = settings.method != "union", tuple(data.sizes)
         mixture = WeightTable(len(names), "softmax", settings.floor if self.learns(settings) else 0.0)
-        if settings.method == "uniform":
-            mixture.logits.data = -torch.tensor([float(size) for size in data.sizes.values()]).log()
+        mixture.logits.data = first_logits(_first_shares(settings, data.sizes), data.sizes, settings.sampled)
         module = WeightedText(base, mixture, reads="number", weighted=weighted, tokens=True, domains=names)
+        rows = self._rows(settings, data.train, tokenizer, args)
         return WeightingTrainer(
             module,
             args,
-            train_dataset=self._rows(settings, data.train, tokenizer),
-            meta_dataset=self._rows(settings, data.meta, tokenizer) if self.learns(settings) else None,
+            train_dataset=MixtureRows(rows) if settings.sampled else rows,
+            meta_dataset=self._rows(settings, data.meta, tokenizer, args) if self.learns(settings) else None,
             processing_class=tokenizer,
             data_collator=DataCollatorForTokenClassification(tokenizer),  # it pads labels as well, by -100
         )
 
     @staticmethod
-    def _rows(settings: MixTextArguments, texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        rows = encode(texts["text"][:], tokenizer, settings.max_length)
-        return rows.add_column("labels", rows["input_ids"][:]).add_column("number", texts["number"][:])
+    def _rows(
+        settings: MixTextArguments, texts: Dataset, tokenizer: PreTrainedTokenizerBase, args: MetaTrainingArguments
+    ) -> Dataset:
+        if settings.data_format == "sft":
+            rows = encode_sft(texts["text"][:], tokenizer, settings.max_length, args)
+        else:
+            rows = encode(texts["text"][:], tokenizer, settings.max_length)
+            rows = rows.add_column("labels", rows["input_ids"][:])
+        return rows.add_column("number", texts["number"][:])
 
     def score(self, trainer: MetaTrainer, settings: MixTextArguments, data: DomainData) -> dict[str, Any]:
         """The loss of a token of the target, in nats, and the perplexity that it is."""
         tokenizer: Any = trainer.processing_class
-        losses, tokens = losses_of(trainer, self._rows(settings, data.test, tokenizer))
+        losses, tokens = losses_of(trainer, self._rows(settings, data.test, tokenizer, trainer.args))
         loss = Rate.of(losses, tokens)
         return {"loss": loss, "perplexity": math.exp(loss)}
 
@@ -121,11 +176,7 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
         """The mixture, and the weights on the way to it."""
         module = cast(WeightedText, trainer.model)
         learned = cast(WeightTable, module.meta).weights().tolist() if module.weighted else [1.0] * len(data.sizes)
-        whole = sum(weight * size for weight, size in zip(learned, data.sizes.values(), strict=True))
-        rows = [
-            {"domain": name, "texts": size, "weight": weight, "share": weight * size / whole}
-            for (name, size), weight in zip(data.sizes.items(), learned, strict=True)
-        ]
+        rows = mixture_table(learned, data.sizes, settings.sampled)
         logged = [row for row in trainer.state.log_history if "loss" in row]
         path = {name: [row.get(f"{WEIGHT}{name}") for row in logged] for name in data.sizes}
         return {"mixture": rows, "steps_logged": [row["step"] for row in logged], "weights_over_time": path}
@@ -144,8 +195,24 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
         return {
             "tasks": "text-generation",
             "dataset_tags": hub_id(settings.data, SYNTHETIC),
-            "finetuned_from": hub_id(settings.model_name_or_path, SYNTHETIC),
+            "finetuned_from": hub_id(settings.model_name_or_path, SYNTHETIC, SCRATCH),
         }
+
+
+def _base(settings: MixTextArguments, data: DomainData) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The language model and its tokenizer; what starts from scratch reads no text that judges or tests."""
+    if settings.model_name_or_path != SCRATCH:
+        return load_language_model(settings)
+    tokenizer = train_tokenizer(data.train["text"][:], settings.pieces, settings.max_length)
+    made = model_from_scratch(tokenizer, settings.layers, settings.width)
+    return settings.adapted(made, CAUSAL.task_type), tokenizer
+
+
+def _first_shares(settings: MixTextArguments, sizes: Mapping[str, int]) -> dict[str, float]:
+    if settings.mixture_from is not None:
+        return shares_for(settings.mixture_from, sizes)
+    uniform = settings.method == "uniform" or (settings.method == "mixture" and settings.start == "uniform")
+    return uniform_shares(sizes) if uniform else union_shares(sizes)
 
 
 def plot_mixture(steps: list[int], weights: Mapping[str, list[float | None]], file: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import pandas as pd
+import torch
 
 from metaxl_evo.training.trainer import MetaTrainer
-from metaxl_evo.weighting.watch import MEAN, PATIENCE, advice
+from metaxl_evo.weighting.sampling import MixtureRows
+from metaxl_evo.weighting.watch import MEAN, PATIENCE, WEIGHT, advice
+from metaxl_evo.weighting.weighers import WeightTable
 from metaxl_evo.weighting.weighted_text import WeightedText
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,21 @@ class WeightingTrainer(MetaTrainer):
         self.said: pd.DataFrame | None = None
         self._warned, self._seen = set[str](), Counter[str]()
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """As MetaTrainer's; of `MixtureRows` those that the weights draw now, in place of those of the epoch."""
+        rows: Any = self.train_dataset
+        if isinstance(rows, MixtureRows):
+            epoch_iterator = self._drawn(rows, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _drawn(self, rows: MixtureRows, batches: Iterable[Any]) -> Iterator[Any]:
+        """A micro-batch for each of `batches`: this process's, of those of all processes in turn."""
+        args, weights = self.args, cast(WeightTable, self.model.meta).weights()
+        size, seed = args.per_device_train_batch_size, args.seed if args.data_seed is None else args.data_seed
+        for number, _ in enumerate(batches):
+            first = (number * args.world_size + args.process_index) * size
+            yield self.collated(rows.drawn(weights, seed, self.state.global_step, range(first, first + size)))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self._facts()
@@ -40,6 +58,10 @@ class WeightingTrainer(MetaTrainer):
         found = module.watch.take(lambda sums: self.accelerator.reduce(sums, "sum"))
         if not module.weighted:
             return {name: value for name, value in found.items() if name.startswith("domain_")}
+        if isinstance(self.train_dataset, MixtureRows):  # whose rows count alike
+            now = cast(WeightTable, module.meta).weights().tolist()
+            kept = {name: value for name, value in found.items() if name.startswith("domain_")}
+            return kept | {f"{WEIGHT}{name}": weight for name, weight in zip(module.watch.domains, now, strict=True)}
         if MEAN in found:
             self._warn(dict(advice(found, module.reads == "loss")))
         return found

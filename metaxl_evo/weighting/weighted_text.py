@@ -15,6 +15,7 @@ from metaxl_evo.messages import unknown
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.heads import IGNORED
 from metaxl_evo.models.weight_net import WeightNet
+from metaxl_evo.weighting.sampling import DRAWN
 from metaxl_evo.weighting.watch import Watch
 from metaxl_evo.weighting.weighers import WeightTable, load_weigher
 
@@ -27,7 +28,8 @@ class WeightedText(BilevelModule):
 
     Items are rows, with `tokens` labelled tokens. Batches are what the base takes, with `labels`, and what the weigher
     reads: `number` (B,) of an example or its domain, `columns` (B, F). A loss or hidden state is read as it is: no
-    derivative goes through it.
+    derivative goes through it. Rows of `MixtureRows` bring the weight by which they were drawn, (B,), which
+    theirs is divided by.
 
     Args:
         base: a Hugging Face model with a head whose losses are known, also one that peft wraps.
@@ -94,6 +96,8 @@ class WeightedText(BilevelModule):
         with _watched(self.plain_base, self.reads == "hidden") as states:
             losses = self.losses(batch, tokens=self.tokens)
         weights = self.meta(self._seen(batch, losses, states))
+        if DRAWN in batch:  # 1, with the derivative of the probability
+            weights = weights / batch[DRAWN].to(weights)
         return losses, weights if self.per_token or not self.tokens else weights[self.token_rows(batch)]
 
     def forward(self, **batch: Any) -> Any:
@@ -117,6 +121,7 @@ class WeightedText(BilevelModule):
         """What the weigher reads, a row an item that has a weight."""
         if self.reads in ("number", "columns"):
             seen: Tensor = batch[self.reads]
+            _refuse_packed(self.reads, seen, batch)
             return seen
         if self.reads == "hidden":
             return stop_gradient(self._pooled(batch, states[0]), key="states")
@@ -135,6 +140,15 @@ class WeightedText(BilevelModule):
             return states[batch["labels"] != IGNORED]
         mask = batch["attention_mask"].to(states) if "attention_mask" in batch else torch.ones_like(states[..., 0])
         return (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def _refuse_packed(reads: str, seen: Tensor, batch: Batch) -> None:
+    """Refuse rows that hold several texts, of which the weigher would read one, or none of them."""
+    if seen.ndim != (1 if reads == "number" else 2) or len(seen) != len(batch["labels"]):
+        raise ValueError(
+            f"{reads} has the shape {tuple(seen.shape)} where a batch has {len(batch['labels'])} rows, as of packed "
+            "texts: leave packing off, or pack the texts of one domain together and give a row one number"
+        )
 
 
 @contextmanager
