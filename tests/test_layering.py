@@ -24,13 +24,13 @@ FLOORS = {
     "metaxl_evo.experiments": 5,
     "metaxl_evo.ner": 6,
     "metaxl_evo.long_horizon": 6,
-    "metaxl_evo.weighting": 6,
+    "metaxl_evo.weighting": 7,
     "vision_tasks": 6,
-    "metaxl_evo.benchmark": 7,
-    "metaxl_evo.demo": 7,
-    "metaxl_evo.cli": 8,
-    "metaxl_evo.__main__": 9,
-    "scripts": 9,
+    "metaxl_evo.benchmark": 8,
+    "metaxl_evo.demo": 8,
+    "metaxl_evo.cli": 9,
+    "metaxl_evo.__main__": 10,
+    "scripts": 10,
 }
 LAZY_ROOT = "metaxl_evo"  # its names may come from any floor, so only scripts may import them from there
 THIRD_PARTY = {"metaxl_evo.messages": set(), "metaxl_evo.bilevel": {"torch"}, "metaxl_evo.estimators": {"torch"}}

@@ -18,9 +18,11 @@ from metaxl_evo.experiments.folders import hub_id
 from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.models.adapters import ADAPTER
+from metaxl_evo.models.weighers import WeightTable
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.training.weight_watch import WEIGHT
 from metaxl_evo.weighting.domains import DomainArguments, DomainData, load_domains
 from metaxl_evo.weighting.drawn import SYNTHETIC
 from metaxl_evo.weighting.encoding import encode
@@ -38,8 +40,6 @@ from metaxl_evo.weighting.scratch import HEAD_WIDTH, LEAST_PIECES, SCRATCH, mode
 from metaxl_evo.weighting.sft import encode_sft
 from metaxl_evo.weighting.trainer import WeightingTrainer
 from metaxl_evo.weighting.verdict import losses_of
-from metaxl_evo.weighting.watch import WEIGHT
-from metaxl_evo.weighting.weighers import WeightTable
 from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
 
 METHODS = ("mixture", "union", "uniform", "fixed")

@@ -10,10 +10,10 @@ from typing import Any, cast
 import pandas as pd
 import torch
 
+from metaxl_evo.models.weighers import WeightTable
 from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.training.weight_watch import MEAN, PATIENCE, WEIGHT, advice
 from metaxl_evo.weighting.sampling import MixtureRows
-from metaxl_evo.weighting.watch import MEAN, PATIENCE, WEIGHT, advice
-from metaxl_evo.weighting.weighers import WeightTable
 from metaxl_evo.weighting.weighted_text import WeightedText
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.training.weight_watch import MEAN, WEIGHT
 from metaxl_evo.weighting.labelled import LabelledData
-from metaxl_evo.weighting.watch import MEAN, WEIGHT
 from metaxl_evo.weighting.weighted_text import WeightedText
 
 BINS = np.linspace(0, 1, 41)

@@ -19,6 +19,7 @@ from metaxl_evo.experiments.folders import hub_id
 from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.models.adapters import ADAPTER
+from metaxl_evo.models.weighers import FORMS, WeightTable
 from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.schedules import steps_of
@@ -30,7 +31,6 @@ from metaxl_evo.weighting.pretrained import SEQUENCE, load_classifier, trained_l
 from metaxl_evo.weighting.selection import ConfidentTrainer, SmallLossText, SmallLossTrainer, require_cleanlab
 from metaxl_evo.weighting.trainer import WeightingTrainer
 from metaxl_evo.weighting.verdict import judged, over_time, plot_weights, weights_facts, weights_table
-from metaxl_evo.weighting.weighers import FORMS, WeightTable
 from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from metaxl_evo.bilevel import stop_gradient
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.heads import IGNORED
+from metaxl_evo.models.weighers import WeightTable, load_weigher
 from metaxl_evo.models.weight_net import WeightNet
+from metaxl_evo.training.weight_watch import Watch
 from metaxl_evo.weighting.sampling import DRAWN
-from metaxl_evo.weighting.watch import Watch
-from metaxl_evo.weighting.weighers import WeightTable, load_weigher
 
 SUBFOLDER = "weigher"
 READS = ("number", "loss", "hidden", "columns")

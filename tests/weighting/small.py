@@ -15,8 +15,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from metaxl_evo.models.weighers import WeightTable
 from metaxl_evo.models.weight_net import WeightNet
-from metaxl_evo.weighting.weighers import WeightTable
 from metaxl_evo.weighting.weighted_text import WeightedText
 
 ROWS, LENGTH, WORDS, HIDDEN = 6, 7, 30, 16

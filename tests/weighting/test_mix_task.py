@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metaxl_evo.cli import main
+from metaxl_evo.models.weighers import WeightTable
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.weighting.domains import DomainArguments, load_domains
 from metaxl_evo.weighting.drawn import draw_documents
 from metaxl_evo.weighting.mix_task import MixTextArguments, MixTextTask
-from metaxl_evo.weighting.weighers import WeightTable
 from metaxl_evo.weighting.weighted_text import WeightedText
 
 LINES = {name: [f"{name} {number}" for number in range(30)] for name in ("news", "tales", "notes")}

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from metaxl_evo.models.weighers import WeightTable
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.weighting.domains import load_domains
 from metaxl_evo.weighting.mix_task import MixTextArguments, MixTextTask
 from metaxl_evo.weighting.mixture import first_logits, mixture_table, read_shares, uniform_shares, union_shares
 from metaxl_evo.weighting.scratch import model_from_scratch, train_tokenizer
-from metaxl_evo.weighting.weighers import WeightTable
 
 SIZES = {"large": 300, "middle": 150, "small": 50}
 TEXTS = [f"the {word} of tale number {number} – naïve" for number in range(40) for word in ("beginning", "end")]

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from metaxl_evo.bilevel import tree
+from metaxl_evo.models.weighers import WeightTable
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.weighting.trainer import WeightingTrainer
-from metaxl_evo.weighting.weighers import WeightTable
 from metaxl_evo.weighting.weighted_text import WeightedText
 from tests.processes import on_processes
 from tests.weighting.small import base_of, batch_of

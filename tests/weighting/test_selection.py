@@ -15,10 +15,10 @@ from torch import Tensor
 
 from metaxl_evo.cli import main
 from metaxl_evo.models.bilevel_module import Batch
+from metaxl_evo.models.weighers import WeightTable
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.cli import SettingsError
 from metaxl_evo.weighting.selection import FOLDS, SmallLossText, SmallLossTrainer, doubted, folds, smallest
-from metaxl_evo.weighting.weighers import WeightTable
 from tests.weighting.small import base_of, batch_of
 
 RUN = (

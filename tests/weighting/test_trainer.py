@@ -10,10 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 
+from metaxl_evo.models.weighers import WeightTable
 from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.weighting.trainer import WeightingTrainer
-from metaxl_evo.weighting.weighers import WeightTable
 from metaxl_evo.weighting.weighted_text import WeightedText
 from tests.weighting.small import base_of, batch_of
 

@@ -10,9 +10,9 @@ import torch
 from scipy.special import expit, softmax
 from scipy.stats import pearsonr
 
+from metaxl_evo.models.weighers import WeightTable, load_weigher
 from metaxl_evo.models.weight_net import WeightNet
-from metaxl_evo.weighting.watch import Watch, advice
-from metaxl_evo.weighting.weighers import WeightTable, load_weigher
+from metaxl_evo.training.weight_watch import Watch, advice
 
 LOGITS = np.array([-1.5, 0.0, 2.0, 0.3], np.float32)
 

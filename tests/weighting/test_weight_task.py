@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 
 from metaxl_evo.cli import main
+from metaxl_evo.models.weighers import load_weigher
 from metaxl_evo.training.cli import SettingsError
 from metaxl_evo.weighting.drawn import CLASSES, draw_classifier, draw_sentences, draw_tokenizer
 from metaxl_evo.weighting.labelled import LabelledArguments, load_labelled, spoilt
 from metaxl_evo.weighting.sources import read_file
-from metaxl_evo.weighting.weighers import load_weigher
 
 SHORT = (
     *("--max_steps", "3", "--meta_size", "20", "--train_size", "60", "--eval_size", "40", "--noise_rate", "0.4"),

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from metaxl_evo.bilevel import SGD, hypergradient, tree
 from metaxl_evo.estimators import OneStep
 from metaxl_evo.models.losses import set_totals
+from metaxl_evo.models.weighers import WeightTable
 from metaxl_evo.models.weight_net import WeightNet
-from metaxl_evo.weighting.weighers import WeightTable
 from metaxl_evo.weighting.weighted_text import WeightedText
 from tests.weighting.small import HEADS, ROWS, base_of, batch_of, module_of
 
