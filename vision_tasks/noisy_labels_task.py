@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.messages import unknown
+from metaxl_evo.models.weighers import NORMALISATIONS
 from metaxl_evo.models.weight_net import SUBFOLDER, WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
@@ -35,7 +36,7 @@ from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
 from vision_tasks.noisy_labels_figures import plot_noise, plot_weight_curves, plot_weights
 from vision_tasks.pretrained import Preparation
 from vision_tasks.training_images import SHEET, TABLE, contact_sheet, judge, table_of
-from vision_tasks.weight_net import NORMALISATIONS, WeightedClassifier
+from vision_tasks.weight_net import WeightedClassifier
 
 METHODS = ("meta_weight_net", "baseline")
 WEIGHTS_PICTURE, NOISE_PICTURE = "weights.png", "noise.png"

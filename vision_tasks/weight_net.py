@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from metaxl_evo.bilevel import stop_gradient
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.bilevel_module import Batch
+from metaxl_evo.models.weighers import NORMALISATIONS, normalised
 from metaxl_evo.models.weight_net import SUBFOLDER, WeightNet
 from vision_tasks.classification import ImageTask
-
-NORMALISATIONS = ("sum", "mean")
 
 
 class WeightedClassifier(ImageTask):
@@ -26,8 +24,8 @@ class WeightedClassifier(ImageTask):
         base: a classifier whose configuration names `image_mean` and `image_std`.
         meta: the weighting network.
         weighted: False trains on the plain mean (the baseline).
-        normalisation: `sum` (the paper) divides the weights of a micro-batch by their sum in place of their number;
-            8 x 1 images are 4 x 2 with `mean` alone.
+        normalisation: of `normalised`: `sum` (the paper) divides the weights of a micro-batch by their sum in place of
+            their number; 8 x 1 images are 4 x 2 with `mean` alone.
 
     Source: Shu et al., Meta-Weight-Net, NeurIPS 2019, equations 2 and 4 to 9.
     """
@@ -47,12 +45,7 @@ class WeightedClassifier(ImageTask):
         costs = self.costs(batch["images"], batch["labels"])  # (B,)
         if not self.weighted:
             return costs
-        weights = self.meta(stop_gradient(costs))
-        if self.normalisation == "mean":
-            return weights * costs
-        total = weights.sum()
-        total = torch.where(total > 0, total, torch.ones_like(total))
-        return weights / total * len(costs) * costs
+        return normalised(self.meta(stop_gradient(costs)), self.normalisation, batch["labels"]) * costs
 
     def save_meta(self, folder: str | Path) -> None:
         self.meta.save_pretrained(Path(folder) / SUBFOLDER)

@@ -19,7 +19,7 @@ from metaxl_evo.experiments.folders import hub_id
 from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.models.adapters import ADAPTER
-from metaxl_evo.models.weighers import FORMS, WeightTable
+from metaxl_evo.models.weighers import FORMS, NORMALISATIONS, WeightTable
 from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.schedules import steps_of
@@ -77,9 +77,17 @@ class WeightTextArguments(LabelledArguments):
     form: str = field(
         default="sigmoid", metadata={"help": f"Of weigher each or domain, one of {', '.join(FORMS)} (1 on average)."}
     )
+    weight_normalisation: str = field(
+        default="mean",
+        metadata={
+            "help": f"One of {', '.join(NORMALISATIONS)}: mean leaves the weights of a micro-batch as they are, sum "
+            "divides by their mean, label by the mean of those with the same label."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_known("weight_normalisation", self.weight_normalisation, NORMALISATIONS)
         self.require_known("method", self.method, METHODS)
         self.require_known("weigher", self.weigher, WEIGHERS)
         self.require_known("form", self.form, FORMS)
@@ -156,7 +164,14 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
         weigher = _make_weigher(settings, data, config.hidden_size)
         learns, reads = self.learns(settings), WEIGHERS[settings.weigher]
         made = SmallLossText if settings.method == "small_loss" else WeightedText
-        module = made(base, weigher, reads=reads, weighted=learns, **self._told_apart(settings, data))
+        module = made(
+            base,
+            weigher,
+            reads=reads,
+            weighted=learns,
+            **self._told_apart(settings, data),
+            normalisation=settings.weight_normalisation,
+        )
         train, meta = self._rows(settings, data.train, tokenizer, learns), self._rows(settings, data.meta, tokenizer)
         if module.domain_of == "wrong":
             train = train.add_column("wrong", np.asarray(data.wrong, int).tolist())

@@ -14,7 +14,7 @@ from metaxl_evo.bilevel import stop_gradient
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
 from metaxl_evo.models.heads import IGNORED
-from metaxl_evo.models.weighers import WeightTable, load_weigher
+from metaxl_evo.models.weighers import NORMALISATIONS, WeightTable, load_weigher, normalised
 from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.weight_watch import Watch
 from metaxl_evo.weighting.sampling import DRAWN
@@ -40,6 +40,7 @@ class WeightedText(BilevelModule):
         per_token: tokens have weights of their own; else all tokens of a row have that of the row.
         domains: names of the domains that the log tells apart.
         domain_of: the column of a batch that counts them, (B,).
+        normalisation: of the weights of a micro-batch, as in `normalised`; 8 x 1 rows are 4 x 2 with `mean` alone.
 
     Raises:
         ValueError: for what there is not to read.
@@ -56,16 +57,22 @@ class WeightedText(BilevelModule):
         per_token: bool = False,
         domains: tuple[str, ...] = (),
         domain_of: str = "number",
+        normalisation: str = "mean",
     ) -> None:
         super().__init__(base, meta)
         if reads not in READS:
             raise ValueError(unknown("reads", reads, READS))
+        if normalisation not in NORMALISATIONS:
+            raise ValueError(unknown("weight_normalisation", normalisation, NORMALISATIONS))
+        if normalisation == "label" and tokens:
+            raise ValueError("weight_normalisation label divides by the label of a row, tokens have others: use sum")
         if isinstance(meta, WeightTable) != (reads == "number"):
             raise ValueError(f"a {type(meta).__name__} cannot read {reads}: a WeightTable reads number, and it alone")
         if per_token and (not tokens or reads in ("number", "columns")):
             raise ValueError(f"a token has no {reads} of its own: weigh rows, or tokens by loss or hidden")
         self.meta: WeightTable | WeightNet = meta
         self.reads, self.weighted, self.tokens, self.per_token = reads, weighted, tokens, per_token
+        self.normalisation = normalisation
         self.stop_gradients = weighted and reads in ("loss", "hidden")
         self.watch, self.domain_of = Watch(domains, meta.floor), domain_of
         self._training_step = False
@@ -79,6 +86,8 @@ class WeightedText(BilevelModule):
 
     def inner_loss(self, batch: Batch) -> Tensor:
         losses, weights = self.weighed(batch)
+        if self.weighted:
+            weights = normalised(weights, self.normalisation, batch["labels"])
         if self._training_step:
             domains = batch[self.domain_of] if self.watch.domains else None
             rows = self.token_rows(batch) if self.tokens and domains is not None else slice(None)
