@@ -24,10 +24,11 @@ class Watch:
     Args:
         domains: the names of the domains whose losses are told apart.
         floor: the least weight that there can be.
+        relative: weights are 1 on average by construction: that they are near 1 says nothing, and it is not told.
     """
 
-    def __init__(self, domains: Sequence[str] = (), floor: float = 0.0) -> None:
-        self.domains, self.floor = list(domains), floor
+    def __init__(self, domains: Sequence[str] = (), floor: float = 0.0, *, relative: bool = False) -> None:
+        self.domains, self.floor, self.relative = list(domains), 0.0 if relative else floor, relative
         self.sums: Tensor | None = None
 
     def note(self, weights: Tensor, losses: Tensor, domains: Tensor | None = None) -> None:
@@ -51,7 +52,10 @@ class Watch:
         if self.sums is None:
             return {}
         sums, self.sums = over_processes(self.sums).tolist(), None
-        return {**_facts(*sums[:8]), **self._of_domains(sums[8:])}
+        facts = _facts(*sums[:8])
+        if self.relative:
+            del facts[HIGH]
+        return facts | self._of_domains(sums[8:])
 
     def _of_domains(self, sums: Sequence[float]) -> dict[str, float]:
         """Mean loss and weight of a domain's items, and the share of all weight that these had."""
@@ -80,12 +84,13 @@ def advice(facts: Mapping[str, float], of_loss: bool = False) -> Iterator[tuple[
     """
     slower = "lower meta_learning_rate, or set a floor"
     mean, effective, correlation = facts[MEAN], facts[EFFECTIVE], facts.get(CORRELATION, 0.0)
+    at_one = facts.get(HIGH, 0.0)
     if facts[LOW] > MOST or mean < LEAST:
         yield "collapsed", f"the weights have collapsed (their mean is {mean:.1e}), the base hardly trains: {slower}"
     elif effective < FEW:
         yield "few", f"the weights rest on {effective:.1%} of the examples: {slower}, or give more clean examples"
-    if facts[HIGH] > MOST:
-        yield "saturated", f"{facts[HIGH]:.0%} of the weights are at 1, as without a weigher: lower meta_learning_rate"
+    if at_one > MOST:
+        yield "saturated", f"{at_one:.0%} of the weights are at 1, as without a weigher: lower meta_learning_rate"
     if correlation > UPHILL and facts[STD] > SPREAD:
         yield (
             "uphill",
@@ -94,7 +99,7 @@ def advice(facts: Mapping[str, float], of_loss: bool = False) -> Iterator[tuple[
                 "lower meta_learning_rate, or give more clean examples (for rare classes it may be right)"
             ),
         )
-    elif correlation > UPHILL and of_loss and facts[HIGH] <= MOST:
+    elif correlation > UPHILL and of_loss and at_one <= MOST:
         yield (
             "drift",
             (

@@ -74,7 +74,8 @@ class WeightedText(BilevelModule):
         self.reads, self.weighted, self.tokens, self.per_token = reads, weighted, tokens, per_token
         self.normalisation = normalisation
         self.stop_gradients = weighted and reads in ("loss", "hidden")
-        self.watch, self.domain_of = Watch(domains, meta.floor), domain_of
+        relative = normalisation != "mean" or (isinstance(meta, WeightTable) and meta.form == "softmax")
+        self.watch, self.domain_of = Watch(domains, meta.floor, relative=relative), domain_of
         self._training_step = False
 
     def counts(self, batch: Batch) -> int | dict[str, int]:
