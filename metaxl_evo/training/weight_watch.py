@@ -63,7 +63,7 @@ class Watch:
         for name, loss, weight, count in zip(self.domains, sums, sums[size:], sums[2 * size :], strict=False):
             if count:
                 found |= {f"domain_loss/{name}": loss / count, f"{WEIGHT}{name}": weight / count}
-                found[f"domain_share/{name}"] = weight / whole
+                found |= {f"domain_share/{name}": weight / whole} if whole else {}
         return found
 
 

@@ -74,7 +74,8 @@ def weights_facts(said: pd.DataFrame, wrong: np.ndarray | None) -> dict[str, Any
     `auc` is the share of pairs of a wrong and a right label of which the wrong one weighs less, ties a half.
     """
     weights = said["weight"].to_numpy()
-    found: dict[str, Any] = {"mean": weights.mean(), "effective": weights.sum() ** 2 / (weights**2).sum()}
+    effective = weights.sum() ** 2 / (weights**2).sum() if weights.any() else 0.0
+    found: dict[str, Any] = {"mean": weights.mean(), "effective": effective}
     groups = {"all": np.ones(len(weights), bool)} if wrong is None else {"right": ~wrong, "wrong": wrong}
     if wrong is not None and 0 < wrong.sum() < len(wrong):
         found |= {name: weights[which].mean() for name, which in groups.items()}
