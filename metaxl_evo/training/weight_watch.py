@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ LEAST = 0.02  # a mean weight below it hardly trains
 FEW = 0.1  # a share of examples
 MOST = 0.95
 UPHILL, SPREAD = 0.3, 0.05  # a correlation with the loss, of weights that spread so far
+LABELS = ("right", "wrong")  # as the log tells them apart, where it is known which are
+COLOURS = {"right": "C0", "wrong": "C3", "all": "C0"}
 PATIENCE = {"drift": 3}  # logs in a row, of what chance makes at the start; of other trouble one
 MEAN, STD, EFFECTIVE, CORRELATION = (f"weights/{one}" for one in ("mean", "std", "effective", "loss_correlation"))
-WEIGHT = "domain_weight/"
+DOMAIN, WEIGHT = "domain_", "domain_weight/"
 LOW, HIGH = "weights/at_floor", "weights/at_one"
 
 
@@ -107,3 +110,17 @@ def advice(facts: Mapping[str, float], of_loss: bool = False) -> Iterator[tuple[
                 f"{correlation:.2f}): they do not leave wrong labels out: compare with method plain and union"
             ),
         )
+
+
+def over_time(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """Step and mean weight in each log, of all items or of those that are told apart by `names`."""
+    keys = {name: f"{WEIGHT}{name}" for name in names} or {"all": MEAN}
+    return {name: [(row["step"], row[key]) for row in history if key in row] for name, key in keys.items()}
+
+
+def draw_over_time(axis: Any, path: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """What `over_time` found, a line a name, onto axes of matplotlib."""
+    for number, (name, points) in enumerate(path.items()):
+        axis.plot(*zip(*points, strict=True), color=COLOURS.get(name, f"C{number}"), label=name)
+    axis.set(xlabel="step", ylabel="mean weight")
+    axis.legend()

@@ -24,20 +24,20 @@ from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.schedules import steps_of
 from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.training.weight_watch import LABELS, over_time
 from metaxl_evo.weighting.drawn import SYNTHETIC
 from metaxl_evo.weighting.encoding import encode
 from metaxl_evo.weighting.labelled import LabelledArguments, LabelledData, load_labelled
 from metaxl_evo.weighting.pretrained import SEQUENCE, load_classifier, trained_labels
 from metaxl_evo.weighting.selection import ConfidentTrainer, SmallLossText, SmallLossTrainer, require_cleanlab
 from metaxl_evo.weighting.trainer import WeightingTrainer
-from metaxl_evo.weighting.verdict import judged, over_time, plot_weights, weights_facts, weights_table
+from metaxl_evo.weighting.verdict import judged, plot_weights, weights_facts, weights_table
 from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
 
 logger = logging.getLogger(__name__)
 
 METHODS = ("weighted", "plain", "union", "clean_only", "small_loss", "confident")
 WEIGHERS = {"each": "number", "domain": "number", "loss": "loss", "hidden": "hidden", "columns": "columns"}
-LABELS = ("right", "wrong")  # as the log tells them apart
 TABLE, PICTURE = "weights.csv", "weights.png"
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from metaxl_evo.bilevel import stop_gradient
 from metaxl_evo.messages import unknown
-from metaxl_evo.models.bilevel_module import Batch, BilevelModule
+from metaxl_evo.models.bilevel_module import Batch
 from metaxl_evo.models.heads import IGNORED
 from metaxl_evo.models.weighers import NORMALISATIONS, WeightTable, load_weigher, normalised
 from metaxl_evo.models.weight_net import WeightNet
+from metaxl_evo.training.watched import Watched
 from metaxl_evo.training.weight_watch import Watch
 from metaxl_evo.weighting.sampling import DRAWN
 
@@ -23,7 +24,7 @@ SUBFOLDER = "weigher"
 READS = ("number", "loss", "hidden", "columns")
 
 
-class WeightedText(BilevelModule):
+class WeightedText(Watched):
     """inner loss = mean of w_i l_i; outer loss = the plain mean over the clean rows.
 
     Items are rows, with `tokens` labelled tokens. Batches are what the base takes, with `labels`, and what the weigher
@@ -76,7 +77,7 @@ class WeightedText(BilevelModule):
         self.stop_gradients = weighted and reads in ("loss", "hidden")
         relative = normalisation != "mean" or (isinstance(meta, WeightTable) and meta.form == "softmax")
         self.watch, self.domain_of = Watch(domains, meta.floor, relative=relative), domain_of
-        self._training_step = False
+        self.reads_loss = reads == "loss"
 
     def counts(self, batch: Batch) -> int | dict[str, int]:
         return self.labelled_tokens(batch) if self.tokens else super().counts(batch)
@@ -89,10 +90,9 @@ class WeightedText(BilevelModule):
         losses, weights = self.weighed(batch)
         if self.weighted:
             weights = normalised(weights, self.normalisation, batch["labels"])
-        if self._training_step:
-            domains = batch[self.domain_of] if self.watch.domains else None
-            rows = self.token_rows(batch) if self.tokens and domains is not None else slice(None)
-            self.watch.note(weights, losses, None if domains is None else domains[rows])
+        domains = batch[self.domain_of] if self.watch.domains else None
+        rows = self.token_rows(batch) if self.tokens and domains is not None else slice(None)
+        self.note(weights, losses, None if domains is None else domains[rows])
         return weights * losses if self.weighted else losses
 
     def outer_loss(self, batch: Batch) -> Tensor:
@@ -109,13 +109,6 @@ class WeightedText(BilevelModule):
         if DRAWN in batch:  # 1, with the derivative of the probability
             weights = weights / batch[DRAWN].to(weights)
         return losses, weights if self.per_token or not self.tokens else weights[self.token_rows(batch)]
-
-    def forward(self, **batch: Any) -> Any:
-        self._training_step = self.training  # passes of the meta level do not come this way
-        try:
-            return super().forward(**batch)
-        finally:
-            self._training_step = False
 
     def save_meta(self, folder: str | Path) -> None:
         self.meta.save_pretrained(Path(folder) / SUBFOLDER)
