@@ -243,6 +243,10 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "models/test_layer_trace.py::test_a_list_that_cannot_be_transformed_is_refused"),
         ("weight-net-without-sigmoid", "torch.sigmoid(self.out(", "torch.relu(self.out(",
          "vision_tasks/test_weight_net.py::test_the_inner_loss_by_hand"),
+        ("weights-sum-to-one", "weights / _or_one(weights.sum()) * len(weights)", "weights / _or_one(weights.sum())",
+         "vision_tasks/test_weight_net.py::test_the_inner_loss_by_hand"),
+        ("weights-of-a-label-by-the-batch", "groups.bincount()[groups]", "len(weights)",
+         "weighting/test_weighers.py::test_weights_of_a_micro_batch_by_pandas"),
     ],
     "metaxl_evo/training": [
         ("texts-that-are-scored-all-of-one-label", "row * rows // size for row", "row for row",
@@ -440,8 +444,6 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "len(true), len(found), len(found)", "ner/test_metrics.py::test_scores_bring_their_sentences"),
     ],
     "vision_tasks": [
-        ("weights-sum-to-one", "weights / total * len(costs) * costs", "weights / total * costs",
-         "vision_tasks/test_weight_net.py::test_the_inner_loss_by_hand"),
         ("weight-net-reads-live-costs", "self.meta(stop_gradient(costs))", "self.meta(costs)",
          "vision_tasks/test_weight_net.py::test_one_step_is_autograd_through_the_step"),
         ("wrong-labels-of-the-column", "matrix.cumsum(1)[labels]", "matrix.T.cumsum(1)[labels]",
