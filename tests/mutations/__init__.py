@@ -249,6 +249,8 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "weighting/test_weighers.py::test_weights_of_a_micro_batch_by_pandas"),
     ],
     "metaxl_evo/training": [
+        ("chance-is-warned-of", "self._seen[kind] >= PATIENCE.get(kind, 1)", "self._seen[kind] >= 1",
+         "weighting/test_trainer.py::test_a_slope_takes_three_logs_in_a_row"),
         ("texts-that-are-scored-all-of-one-label", "row * rows // size for row", "row for row",
          "ner/test_sentiment.py::test_texts_that_are_scored_are_spread_and_sentences_the_first"),
         ("task-sharded-as-one", "*(one.base if isinstance(one, BilevelModule) else one for one in objects)",
@@ -399,8 +401,6 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "weighting/test_export.py::test_axolotl"),
         ("largest-losses-train", "losses.argsort(stable=True)[:kept]", "losses.argsort(stable=True)[-kept:]",
          "weighting/test_selection.py::test_the_smallest_losses_count_alike"),
-        ("chance-is-warned-of", "self._seen[kind] >= PATIENCE.get(kind, 1)", "self._seen[kind] >= 1",
-         "weighting/test_trainer.py::test_a_slope_takes_three_logs_in_a_row"),
     ],
     "metaxl_evo/ner": [
         ("label-on-every-sub-token", "if word is not None and word not in seen:", "if word is not None:", SENTENCES),
