@@ -20,6 +20,7 @@ from metaxl_evo.training.weight_watch import MEAN, WEIGHT
 from metaxl_evo.weighting.labelled import LabelledData
 from metaxl_evo.weighting.weighted_text import WeightedText
 
+WEIGHTS_TABLE, WEIGHTS_PICTURE = "weights.csv", "weights.png"
 BINS = np.linspace(0, 1, 41)
 POINTS = 1000  # texts of a kind in the picture at most
 COLOURS = {"right": "C0", "wrong": "C3", "all": "C0"}

@@ -30,7 +30,15 @@ from metaxl_evo.weighting.labelled import LabelledArguments, LabelledData, load_
 from metaxl_evo.weighting.pretrained import SEQUENCE, load_classifier, trained_labels
 from metaxl_evo.weighting.selection import ConfidentTrainer, SmallLossText, SmallLossTrainer, require_cleanlab
 from metaxl_evo.weighting.trainer import WeightingTrainer
-from metaxl_evo.weighting.verdict import judged, over_time, plot_weights, weights_facts, weights_table
+from metaxl_evo.weighting.verdict import (
+    WEIGHTS_PICTURE,
+    WEIGHTS_TABLE,
+    judged,
+    over_time,
+    plot_weights,
+    weights_facts,
+    weights_table,
+)
 from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
 
 logger = logging.getLogger(__name__)
@@ -38,7 +46,6 @@ logger = logging.getLogger(__name__)
 METHODS = ("weighted", "plain", "union", "clean_only", "small_loss", "confident")
 WEIGHERS = {"each": "number", "domain": "number", "loss": "loss", "hidden": "hidden", "columns": "columns"}
 LABELS = ("right", "wrong")  # as the log tells them apart
-TABLE, PICTURE = "weights.csv", "weights.png"
 
 
 @dataclass
@@ -113,7 +120,7 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
         'from transformers import pipeline\n\nclassify = pipeline("text-classification", model=".")  # this folder\n'
         'print(classify("some text"))'
     )
-    own_files = (SUBFOLDER, ADAPTER, TABLE, PICTURE, "tokenizer.json", "tokenizer_config.json")
+    own_files = (SUBFOLDER, ADAPTER, WEIGHTS_TABLE, WEIGHTS_PICTURE, "tokenizer.json", "tokenizer_config.json")
     configs = "weighting"
     units: ClassVar = {"accuracy": "%"}
 
@@ -233,11 +240,11 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
     ) -> None:
         said = cast(WeightingTrainer, trainer).said
         if said is not None:
-            weights_table(said, data).to_csv(folder / TABLE, index=False)
+            weights_table(said, data).to_csv(folder / WEIGHTS_TABLE, index=False)
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         if "weights" in results["run"]:
-            plot_weights(results["run"]["weights"], results["run"].get("weights_over_time"), folder / PICTURE)
+            plot_weights(results["run"]["weights"], results["run"].get("weights_over_time"), folder / WEIGHTS_PICTURE)
 
     def card_text(self, settings: WeightTextArguments) -> str:
         data = hub_id(settings.data, SYNTHETIC) or Path(settings.data).name

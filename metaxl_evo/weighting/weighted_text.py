@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metaxl_evo.bilevel import stop_gradient
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.bilevel_module import Batch, BilevelModule
-from metaxl_evo.models.heads import IGNORED
+from metaxl_evo.models.heads import token_places
 from metaxl_evo.models.weighers import WeightTable, load_weigher
 from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.weight_watch import Watch
@@ -135,9 +135,9 @@ class WeightedText(BilevelModule):
         return losses.new_zeros(len(found)).index_add(0, rows, losses) / found
 
     def _pooled(self, batch: Batch, states: Tensor) -> Tensor:
-        """States (B, T, H) -> (B, H), or those of the labelled tokens, (N, H)."""
+        """States (B, T, H) -> (B, H), or those that the labelled tokens are predicted from, (N, H)."""
         if self.per_token:
-            return states[batch["labels"] != IGNORED]
+            return states[tuple(token_places(self.plain_base, batch).T)]
         mask = batch["attention_mask"].to(states) if "attention_mask" in batch else torch.ones_like(states[..., 0])
         return (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
