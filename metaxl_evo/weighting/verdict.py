@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +16,13 @@ from torch import Tensor
 
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
-from metaxl_evo.training.weight_watch import MEAN, WEIGHT
+from metaxl_evo.training.weight_watch import COLOURS, draw_over_time
 from metaxl_evo.weighting.labelled import LabelledData
 from metaxl_evo.weighting.weighted_text import WeightedText
 
 WEIGHTS_TABLE, WEIGHTS_PICTURE = "weights.csv", "weights.png"
 BINS = np.linspace(0, 1, 41)
 POINTS = 1000  # texts of a kind in the picture at most
-COLOURS = {"right": "C0", "wrong": "C3", "all": "C0"}
 
 
 def judged(trainer: MetaTrainer, rows: Dataset) -> pd.DataFrame:
@@ -75,7 +74,8 @@ def weights_facts(said: pd.DataFrame, wrong: np.ndarray | None) -> dict[str, Any
     `auc` is the share of pairs of a wrong and a right label of which the wrong one weighs less, ties a half.
     """
     weights = said["weight"].to_numpy()
-    found: dict[str, Any] = {"mean": weights.mean(), "effective": weights.sum() ** 2 / (weights**2).sum()}
+    effective = weights.sum() ** 2 / (weights**2).sum() if weights.any() else 0.0
+    found: dict[str, Any] = {"mean": weights.mean(), "effective": effective}
     groups = {"all": np.ones(len(weights), bool)} if wrong is None else {"right": ~wrong, "wrong": wrong}
     if wrong is not None and 0 < wrong.sum() < len(wrong):
         found |= {name: weights[which].mean() for name, which in groups.items()}
@@ -84,12 +84,6 @@ def weights_facts(said: pd.DataFrame, wrong: np.ndarray | None) -> dict[str, Any
     pairs = {name: said[["loss", "weight"]][which].iloc[:POINTS].to_numpy().tolist() for name, which in groups.items()}
     plain = {name: float(value) for name, value in found.items()}
     return plain | {"histogram": {"bins": BINS.tolist(), **counted}, "against_loss": pairs}
-
-
-def over_time(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
-    """Step and mean weight in each log, of all texts or of those that are told apart by `names`."""
-    keys = {name: f"{WEIGHT}{name}" for name in names} or {"all": MEAN}
-    return {name: [(row["step"], row[key]) for row in history if key in row] for name, key in keys.items()}
 
 
 def plot_weights(facts: Mapping[str, Any], path: Mapping[str, Any] | None, file: Path) -> None:
@@ -112,8 +106,6 @@ def plot_weights(facts: Mapping[str, Any], path: Mapping[str, Any] | None, file:
         counts.set(xlabel="weight at the end", ylabel="training texts")
         losses.set(xlabel="loss of a text at the end", ylabel="its weight")
         for axis in times:
-            for number, (name, points) in enumerate((path or {}).items()):
-                axis.plot(*zip(*points, strict=True), color=COLOURS.get(name, f"C{number}"), label=name)
-            axis.set(xlabel="step", ylabel="mean weight")
-        for axis in (counts, losses, *times):
+            draw_over_time(axis, path or {})
+        for axis in (counts, losses):
             axis.legend()
