@@ -80,7 +80,6 @@ class MixTextArguments(DomainArguments):
             "text's loss (loss) or of the mean of the model's own states in it (hidden)."
         },
     )
-    weigher_hidden: int = field(default=100, metadata={"help": "Hidden units of a weighing network."})
     per_token: bool = field(
         default=False, metadata={"help": "Of weigher loss or hidden: tokens are weighed, each by its own."}
     )
@@ -106,7 +105,6 @@ class MixTextArguments(DomainArguments):
         self.require_known("method", self.method, METHODS)
         self.require_known("mixing", self.mixing, MIXINGS)
         self.require_known("weigher", self.weigher, WEIGHERS)
-        self.require_count("weigher_hidden", self.weigher_hidden)
         self.require_known("start", self.start, STARTS)
         self.require_count("layers", self.layers)
         self.require_count("pieces", self.pieces, LEAST_PIECES)

@@ -79,7 +79,6 @@ class WeightTextArguments(LabelledArguments):
             "feature_columns (columns)."
         },
     )
-    weigher_hidden: int = field(default=100, metadata={"help": "Hidden units of a weighing network."})
     form: str = field(
         default="sigmoid", metadata={"help": f"Of weigher each or domain, one of {', '.join(FORMS)} (1 on average)."}
     )
@@ -97,7 +96,6 @@ class WeightTextArguments(LabelledArguments):
         self.require_known("method", self.method, METHODS)
         self.require_known("weigher", self.weigher, WEIGHERS)
         self.require_known("form", self.form, FORMS)
-        self.require_count("weigher_hidden", self.weigher_hidden)
         if self.drop_rate is not None and not 0 < self.drop_rate < 1:
             raise ValueError(f"drop_rate must be above 0 and below 1, not {self.drop_rate}")
         if not 0 < self.drop_warmup <= 1:
