@@ -11,17 +11,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from metaxl_evo.experiments.command import run_command
-from metaxl_evo.experiments.study import PLAN, Study
-from metaxl_evo.experiments.task import TASKS, find_task
 from metaxl_evo.messages import unknown
 from metaxl_evo.training.cli import ends_with_one_line
-from metaxl_evo.training.environment import environment
-from metaxl_evo.training.parser import parse_arguments
 from metaxl_evo.training.shipped_configs import described, launch_profile
 
 HELP = ("-h", "--help")
 LAUNCH = "--accelerate_config"
+PLAN_FILE = "OUT/plan.json"  # here and below, what takes seconds to import is imported where it is called
 
 
 @dataclass
@@ -51,13 +47,22 @@ class Command:
 
 def task(name: str) -> Callable[[Sequence[str]], int]:
     """The command of a task: train and test; 1 where a check found problems."""
-    return lambda argv: int(bool(run_command(find_task(name), argv).get("problems")))
+
+    def run(argv: Sequence[str]) -> int:
+        from metaxl_evo.experiments.command import run_command
+        from metaxl_evo.experiments.task import find_task
+
+        return int(bool(run_command(find_task(name), argv).get("problems")))
+
+    return run
 
 
 def plain(module: str, settings: str, function: str, room: str | None = None) -> Callable[[Sequence[str]], int]:
     """The command of a function of settings, imported when it is called."""
 
     def run(argv: Sequence[str]) -> int:
+        from metaxl_evo.training.parser import parse_arguments
+
         here: Any = import_module(module)
         getattr(here, function)(*parse_arguments((getattr(here, settings),), argv, room))
         return 0
@@ -67,6 +72,8 @@ def plain(module: str, settings: str, function: str, room: str | None = None) ->
 
 def check(argv: Sequence[str]) -> int:
     """`--check` of another command."""
+    from metaxl_evo.experiments.task import TASKS
+
     able = [*(name.replace("_", "-") for name in TASKS), "study"]
     if not argv or argv[0] not in able:
         raise ValueError(unknown("command to check", argv[0] if argv else "", able))
@@ -75,6 +82,8 @@ def check(argv: Sequence[str]) -> int:
 
 def study(argv: Sequence[str]) -> int:
     """Make, check or plan a study; 1 where runs failed or a check found problems."""
+    from metaxl_evo.experiments.study import PLAN, Study
+
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     if not {"--config", *HELP, "--help_all"} & {one.partition("=")[0] for one in argv}:
@@ -92,8 +101,11 @@ def study(argv: Sequence[str]) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Make one run of a plan, unless it is finished."""
+    from metaxl_evo.experiments.study import Study
+    from metaxl_evo.training.parser import parse_arguments
+
     if not argv:
-        raise ValueError(f"run: name the plan, as in metaxl-evo run OUT/{PLAN} --index 0")
+        raise ValueError(f"run: name the plan, as in metaxl-evo run {PLAN_FILE} --index 0")
     (settings,) = parse_arguments((RunArguments,), argv[1:])
     if settings.with_parent:
         threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -107,6 +119,8 @@ def run(argv: Sequence[str]) -> int:
 
 def report(argv: Sequence[str]) -> int:
     """Compare and report the runs of a study that are finished."""
+    from metaxl_evo.experiments.study import PLAN, Study
+
     if len(argv) != 1:
         raise ValueError("report: name the folder of a study, as in metaxl-evo report OUT")
     if not (plan := Path(argv[0]) / PLAN).exists():
@@ -145,6 +159,8 @@ def configs(argv: Sequence[str]) -> int:
 
 def env(argv: Sequence[str]) -> int:
     """What a bug report needs."""
+    from metaxl_evo.training.environment import environment
+
     print("\n".join(f"{name}: {value}" for name, value in environment().items()))
     return 0
 
@@ -160,6 +176,7 @@ COMMANDS = {
     "many-shot": Command("layers, warps or weights for many-shot image tasks", task("many_shot"), launched=True),
     "sinusoid": Command("features from which a head fits a new sinusoid", task("sinusoid"), launched=True),
     "weight-text": Command("learn which texts a classifier should train on", task("weight_text"), launched=True),
+    "weight-tags": Command("learn which sentences or words a tagger trains on", task("weight_tags"), launched=True),
     "schedule": Command("learn a schedule of an optimiser's numbers over a long training", task("schedule")),
     "schedule-text": Command("learn a schedule of fine-tuning a text classifier", task("schedule_text")),
     "mix-text": Command("learn how much of each domain a language model should see", task("mix_text"), launched=True),
@@ -169,7 +186,7 @@ COMMANDS = {
         shows_help=False,
     ),
     "study": Command("CONFIG --output_dir OUT: make runs x cases x seeds, compare, report", study),
-    "run": Command(f"OUT/{PLAN} --index N: make one run of a study's plan", run, shows_help=False),
+    "run": Command(f"{PLAN_FILE} --index N: make one run of a study's plan", run, shows_help=False),
     "report": Command("OUT: compare and report what a study has made so far", report, shows_help=False),
     "check": Command("COMMAND ...: a few steps of it and a verdict; writes nothing", check, shows_help=False),
     "evaluate": Command(

@@ -47,6 +47,12 @@ def test_help_fits_a_screen_or_two(
         assert "  --meta_learning_rate             Learning rate of the meta optimiser. (default: 0.001)\n" in printed
 
 
+def test_the_list_of_commands_does_not_wait_for_what_they_import() -> None:
+    asks = "import sys, metaxl_evo.cli; print(*{'peft', 'scipy', 'pandas'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["pandas"]  # of datasets, whose bars are hidden first
+
+
 def test_help_all_is_all(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["rotation", "--help_all"])

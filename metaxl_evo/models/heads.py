@@ -73,7 +73,18 @@ def labelled_tokens(model: nn.Module, batch: dict[str, Any]) -> int:
 
 def token_rows(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """The row of each labelled token, in the order of `token_losses`, shape (N,)."""
-    return (_labels(model, batch) != IGNORED).nonzero()[:, 0]
+    return token_places(model, batch)[:, 0]
+
+
+def token_places(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Row and column of the state that predicts each labelled token, (N, 2), in the order of `token_losses`."""
+    return (_labels(model, batch) != IGNORED).nonzero()
+
+
+def token_labels(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The label of each labelled token, (N,), in the order of `token_losses`."""
+    labels = _labels(model, batch)
+    return labels[labels != IGNORED]
 
 
 def _of_tokens(model: nn.Module, base: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.training.values import evenly
-from metaxl_evo.weighting.arguments import TextArguments
+from metaxl_evo.weighting.arguments import TextArguments, WeigherArguments
 from metaxl_evo.weighting.sources import read_parts
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ SHOWN = 3  # names in a message
 
 
 @dataclass
-class LabelledArguments(TextArguments):
+class LabelledArguments(TextArguments, WeigherArguments):
     """Which texts train, which judge, and how labels are spoilt for an experiment.
 
     Raises:
@@ -58,6 +58,7 @@ class LabelledArguments(TextArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_weigher()
         self.require_known("noise", self.noise, NOISES)
         for name in ("meta_size", "train_size", "eval_size"):
             self.require_count(name, getattr(self, name))

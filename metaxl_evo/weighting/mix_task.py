@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset
 from torch import nn
@@ -19,6 +20,7 @@ from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.weighers import WeightTable
+from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
@@ -39,12 +41,20 @@ from metaxl_evo.weighting.sampling import MixtureRows
 from metaxl_evo.weighting.scratch import HEAD_WIDTH, LEAST_PIECES, SCRATCH, model_from_scratch, train_tokenizer
 from metaxl_evo.weighting.sft import encode_sft
 from metaxl_evo.weighting.trainer import WeightingTrainer
-from metaxl_evo.weighting.verdict import losses_of
+from metaxl_evo.weighting.verdict import (
+    WEIGHTS_PICTURE,
+    WEIGHTS_TABLE,
+    judged,
+    losses_of,
+    plot_weights,
+    weights_facts,
+)
 from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
 
 METHODS = ("mixture", "union", "uniform", "fixed")
 STARTS = ("union", "uniform")
 MIXINGS = ("loss_weights", "sampling")
+WEIGHERS = {"domain": "number", "each": "number", "loss": "loss", "hidden": "hidden"}
 PICTURE = "mixture.png"
 
 
@@ -59,9 +69,19 @@ class MixTextArguments(DomainArguments):
     method: str = field(
         default="mixture",
         metadata={
-            "help": "mixture: a learned weight a domain, 1 on average; union: all texts alike (domains by size); "
-            "uniform: all domains alike, however large; fixed: the mixture of mixture_from."
+            "help": "mixture: what weigher learns; union: all texts alike (domains by size); uniform: all domains "
+            "alike, however large; fixed: the mixture of mixture_from."
         },
+    )
+    weigher: str = field(
+        default="domain",
+        metadata={
+            "help": "A number for each domain, 1 on average (domain), or for each text (each), or a network of a "
+            "text's loss (loss) or of the mean of the model's own states in it (hidden)."
+        },
+    )
+    per_token: bool = field(
+        default=False, metadata={"help": "Of weigher loss or hidden: tokens are weighed, each by its own."}
     )
     mixing: str = field(
         default="loss_weights",
@@ -84,6 +104,7 @@ class MixTextArguments(DomainArguments):
         super().__post_init__()
         self.require_known("method", self.method, METHODS)
         self.require_known("mixing", self.mixing, MIXINGS)
+        self.require_known("weigher", self.weigher, WEIGHERS)
         self.require_known("start", self.start, STARTS)
         self.require_count("layers", self.layers)
         self.require_count("pieces", self.pieces, LEAST_PIECES)
@@ -95,6 +116,13 @@ class MixTextArguments(DomainArguments):
             raise ValueError(
                 "method union samples all texts alike as it is: set mixing to loss_weights, or leave it out"
             )
+        if self.weigher != "domain" and (self.method != "mixture" or self.sampled or self.start != "union"):
+            raise ValueError(
+                f"weigher {self.weigher} learns weights of the losses of all texts: leave out method {self.method}, "
+                f"mixing {self.mixing} and start {self.start}, or take weigher domain"
+            )
+        if self.per_token and self.weigher in ("domain", "each"):
+            raise ValueError(f"per_token: weigher {self.weigher} sees no tokens: take loss or hidden, or leave it out")
         if (self.method == "fixed") != (self.mixture_from is not None):
             raise ValueError("mixture_from goes with method: fixed, and it alone: set both, or neither")
 
@@ -105,7 +133,7 @@ class MixTextArguments(DomainArguments):
 
 
 class MixTextTask(Task[MixTextArguments, DomainData]):
-    """Losses of tokens times the weight of their domain, which texts of the target judge."""
+    """Losses of tokens times the weight of their domain or text, or their own, which texts of the target judge."""
 
     settings = MixTextArguments
     title = "A mixture of domains"
@@ -114,7 +142,10 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")'
     )
-    own_files = (SUBFOLDER, ADAPTER, TABLE, PICTURE, "tokenizer.json", "tokenizer_config.json")
+    own_files = (
+        *(SUBFOLDER, ADAPTER, TABLE, PICTURE, WEIGHTS_TABLE, WEIGHTS_PICTURE),
+        *("tokenizer.json", "tokenizer_config.json"),
+    )
     configs = "weighting"
     units: ClassVar = {"loss": ""}
     greater_is_better = False
@@ -138,11 +169,20 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
         self, settings: MixTextArguments, args: MetaTrainingArguments, data: DomainData
     ) -> WeightingTrainer:
         base, tokenizer = _base(settings, data)
-        weighted, names = settings.method != "union", tuple(data.sizes)
-        mixture = WeightTable(len(names), "softmax", settings.floor if self.learns(settings) else 0.0)
-        mixture.logits.data = first_logits(_first_shares(settings, data.sizes), data.sizes, settings.sampled)
-        module = WeightedText(base, mixture, reads="number", weighted=weighted, tokens=True, domains=names)
+        config: Any = base.config
+        module = WeightedText(
+            base,
+            self._weigher(settings, data, config.hidden_size),
+            reads=WEIGHERS[settings.weigher],
+            weighted=settings.method != "union",
+            tokens=True,
+            per_token=settings.per_token,
+            domains=tuple(data.sizes),
+            domain_of="domain" if settings.weigher == "each" else "number",
+        )
         rows = self._rows(settings, data.train, tokenizer, args)
+        if settings.weigher == "each":
+            rows = rows.rename_column("number", "domain").add_column("number", list(range(len(rows))))
         return WeightingTrainer(
             module,
             args,
@@ -151,6 +191,15 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
             processing_class=tokenizer,
             data_collator=DataCollatorForTokenClassification(tokenizer),  # it pads labels as well, by -100
         )
+
+    def _weigher(self, settings: MixTextArguments, data: DomainData, hidden_size: int) -> WeightTable | WeightNet:
+        if settings.weigher == "each":
+            return WeightTable(len(data.train), floor=settings.floor)
+        if settings.weigher != "domain":
+            return WeightNet(settings.weigher_hidden, 1 if settings.weigher == "loss" else hidden_size, settings.floor)
+        mixture = WeightTable(len(data.sizes), "softmax", settings.floor if self.learns(settings) else 0.0)
+        mixture.logits.data = first_logits(_first_shares(settings, data.sizes), data.sizes, settings.sampled)
+        return mixture
 
     @staticmethod
     def _rows(
@@ -173,19 +222,35 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
     def describe(
         self, trainer: MetaTrainer, settings: MixTextArguments, data: DomainData, start: Tree
     ) -> dict[str, Any]:
-        """The mixture, and the weights on the way to it."""
-        module = cast(WeightedText, trainer.model)
-        learned = cast(WeightTable, module.meta).weights().tolist() if module.weighted else [1.0] * len(data.sizes)
-        rows = mixture_table(learned, data.sizes, settings.sampled)
+        """The mixture, the weights on the way to it, and facts of those of texts."""
+        weighing, found = cast(WeightingTrainer, trainer), dict[str, Any]()
+        module = weighing.model
+        if not module.weighted:
+            learned = [1.0] * len(data.sizes)
+        elif settings.weigher == "domain":
+            learned = cast(WeightTable, module.meta).weights().tolist()
+        else:
+            weighing.said = judged(trainer, cast(Dataset, trainer.train_dataset))
+            learned = weighing.said["weight"].groupby(np.asarray(data.train["number"])).mean().tolist()
+            found["weights"] = weights_facts(weighing.said, None)
         logged = [row for row in trainer.state.log_history if "loss" in row]
         path = {name: [row.get(f"{WEIGHT}{name}") for row in logged] for name in data.sizes}
-        return {"mixture": rows, "steps_logged": [row["step"] for row in logged], "weights_over_time": path}
+        found["mixture"] = mixture_table(learned, data.sizes, settings.sampled)
+        return found | {"steps_logged": [row["step"] for row in logged], "weights_over_time": path}
 
     def write_files(self, folder: Path, trainer: MetaTrainer, settings: MixTextArguments, data: DomainData) -> None:
         pd.DataFrame(self.describe(trainer, settings, data, {})["mixture"]).to_csv(folder / TABLE, index=False)
+        said = cast(WeightingTrainer, trainer).said
+        if said is not None:
+            domains = np.array(list(data.sizes))[np.asarray(data.train["number"])]
+            table = said.assign(domain=domains, text=data.train["text"][:])
+            table.sort_values("weight", kind="stable").to_csv(folder / WEIGHTS_TABLE, index=False)
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
-        plot_mixture(results["run"]["steps_logged"], results["run"]["weights_over_time"], folder / PICTURE)
+        run = results["run"]
+        plot_mixture(run["steps_logged"], run["weights_over_time"], folder / PICTURE)
+        if "weights" in run:
+            plot_weights(run["weights"], None, folder / WEIGHTS_PICTURE)
 
     def card_text(self, settings: MixTextArguments) -> str:
         data = hub_id(settings.data, SYNTHETIC) or Path(settings.data).name

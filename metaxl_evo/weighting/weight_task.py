@@ -31,14 +31,20 @@ from metaxl_evo.weighting.labelled import LabelledArguments, LabelledData, load_
 from metaxl_evo.weighting.pretrained import SEQUENCE, load_classifier, trained_labels
 from metaxl_evo.weighting.selection import ConfidentTrainer, SmallLossText, SmallLossTrainer, require_cleanlab
 from metaxl_evo.weighting.trainer import WeightingTrainer
-from metaxl_evo.weighting.verdict import judged, plot_weights, weights_facts, weights_table
+from metaxl_evo.weighting.verdict import (
+    WEIGHTS_PICTURE,
+    WEIGHTS_TABLE,
+    judged,
+    plot_weights,
+    weights_facts,
+    weights_table,
+)
 from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
 
 logger = logging.getLogger(__name__)
 
 METHODS = ("weighted", "plain", "union", "clean_only", "small_loss", "confident")
 WEIGHERS = {"each": "number", "domain": "number", "loss": "loss", "hidden": "hidden", "columns": "columns"}
-TABLE, PICTURE = "weights.csv", "weights.png"
 
 
 @dataclass
@@ -73,7 +79,6 @@ class WeightTextArguments(LabelledArguments):
             "feature_columns (columns)."
         },
     )
-    weigher_hidden: int = field(default=100, metadata={"help": "Hidden units of a weighing network."})
     form: str = field(
         default="sigmoid", metadata={"help": f"Of weigher each or domain, one of {', '.join(FORMS)} (1 on average)."}
     )
@@ -92,7 +97,6 @@ class WeightTextArguments(LabelledArguments):
         self.require_known("method", self.method, METHODS)
         self.require_known("weigher", self.weigher, WEIGHERS)
         self.require_known("form", self.form, FORMS)
-        self.require_count("weigher_hidden", self.weigher_hidden)
         if self.drop_rate is not None and not 0 < self.drop_rate < 1:
             raise ValueError(f"drop_rate must be above 0 and below 1, not {self.drop_rate}")
         if not 0 < self.drop_warmup <= 1:
@@ -127,7 +131,7 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
         'from transformers import pipeline\n\nclassify = pipeline("text-classification", model=".")  # this folder\n'
         'print(classify("some text"))'
     )
-    own_files = (SUBFOLDER, ADAPTER, TABLE, PICTURE, "tokenizer.json", "tokenizer_config.json")
+    own_files = (SUBFOLDER, ADAPTER, WEIGHTS_TABLE, WEIGHTS_PICTURE, "tokenizer.json", "tokenizer_config.json")
     configs = "weighting"
     units: ClassVar = {"accuracy": "%"}
 
@@ -254,11 +258,11 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
     ) -> None:
         said = cast(WeightingTrainer, trainer).said
         if said is not None:
-            weights_table(said, data).to_csv(folder / TABLE, index=False)
+            weights_table(said, data).to_csv(folder / WEIGHTS_TABLE, index=False)
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         if "weights" in results["run"]:
-            plot_weights(results["run"]["weights"], results["run"].get("weights_over_time"), folder / PICTURE)
+            plot_weights(results["run"]["weights"], results["run"].get("weights_over_time"), folder / WEIGHTS_PICTURE)
 
     def card_text(self, settings: WeightTextArguments) -> str:
         data = hub_id(settings.data, SYNTHETIC) or Path(settings.data).name

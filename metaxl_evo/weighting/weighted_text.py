@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metaxl_evo.bilevel import stop_gradient
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.bilevel_module import Batch
-from metaxl_evo.models.heads import IGNORED
+from metaxl_evo.models.heads import token_labels, token_places
 from metaxl_evo.models.weighers import NORMALISATIONS, WeightTable, load_weigher, normalised
 from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.watched import Watched
@@ -40,7 +40,7 @@ class WeightedText(Watched):
         tokens: every labelled token counts the same, as in tagging and language modelling.
         per_token: tokens have weights of their own; else all tokens of a row have that of the row.
         domains: names of the domains that the log tells apart.
-        domain_of: the column of a batch that counts them, (B,).
+        domain_of: the column of a batch that counts them, (B,), or of a tagger by its tokens (B, T).
         normalisation: of the weights of a micro-batch, as in `normalised`; 8 x 1 rows are 4 x 2 with `mean` alone.
 
     Raises:
@@ -65,8 +65,6 @@ class WeightedText(Watched):
             raise ValueError(unknown("reads", reads, READS))
         if normalisation not in NORMALISATIONS:
             raise ValueError(unknown("weight_normalisation", normalisation, NORMALISATIONS))
-        if normalisation == "label" and tokens:
-            raise ValueError("weight_normalisation label divides by the label of a row, tokens have others: use sum")
         if isinstance(meta, WeightTable) != (reads == "number"):
             raise ValueError(f"a {type(meta).__name__} cannot read {reads}: a WeightTable reads number, and it alone")
         if per_token and (not tokens or reads in ("number", "columns")):
@@ -89,10 +87,9 @@ class WeightedText(Watched):
     def inner_loss(self, batch: Batch) -> Tensor:
         losses, weights = self.weighed(batch)
         if self.weighted:
-            weights = normalised(weights, self.normalisation, batch["labels"])
-        domains = batch[self.domain_of] if self.watch.domains else None
-        rows = self.token_rows(batch) if self.tokens and domains is not None else slice(None)
-        self.note(weights, losses, None if domains is None else domains[rows])
+            labels = token_labels(self.plain_base, batch) if self.tokens else batch["labels"]
+            weights = normalised(weights, self.normalisation, labels)
+        self.note(weights, losses, self._domains(batch) if self.watch.domains else None)
         return weights * losses if self.weighted else losses
 
     def outer_loss(self, batch: Batch) -> Tensor:
@@ -120,6 +117,13 @@ class WeightedText(Watched):
             raise ValueError(f"{folder} holds a weigher of {sizes[0]}, here is one of {sizes[1]}: give its settings")
         self.meta.load_state_dict(saved)
 
+    def _domains(self, batch: Batch) -> Tensor:
+        """The domain of each item, (N,): of its row, or where a batch has one a token, (B, T), its own."""
+        domains: Tensor = batch[self.domain_of]
+        if not self.tokens:
+            return domains
+        return domains[tuple(token_places(self.plain_base, batch).T) if domains.ndim == 2 else self.token_rows(batch)]
+
     def _seen(self, batch: Batch, losses: Tensor, states: list[Tensor]) -> Tensor:
         """What the weigher reads, a row an item that has a weight."""
         if self.reads in ("number", "columns"):
@@ -138,9 +142,9 @@ class WeightedText(Watched):
         return losses.new_zeros(len(found)).index_add(0, rows, losses) / found
 
     def _pooled(self, batch: Batch, states: Tensor) -> Tensor:
-        """States (B, T, H) -> (B, H), or those of the labelled tokens, (N, H)."""
+        """States (B, T, H) -> (B, H), or those that the labelled tokens are predicted from, (N, H)."""
         if self.per_token:
-            return states[batch["labels"] != IGNORED]
+            return states[tuple(token_places(self.plain_base, batch).T)]
         mask = batch["attention_mask"].to(states) if "attention_mask" in batch else torch.ones_like(states[..., 0])
         return (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 

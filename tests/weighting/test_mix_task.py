@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metaxl_evo.cli import main
-from metaxl_evo.models.weighers import WeightTable
+from metaxl_evo.models.weighers import WeightTable, load_weigher
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.weighting.domains import DomainArguments, load_domains
 from metaxl_evo.weighting.drawn import draw_documents
@@ -96,6 +97,46 @@ def test_a_run_leaves_a_mixture(method: str, tmp_path: Path) -> None:
         logits = model(input_ids=ids).logits[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     assert results["test"]["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("weigher", ["each", "hidden"])
+def test_texts_are_weighed(weigher: str, tmp_path: Path) -> None:
+    """The table has what the saved weigher says of the saved model's states, and the mixture its mean by domain."""
+    run = tmp_path / "run"
+    options = ["--domains", "twos,fives", "--weigher", weigher, "--meta_learning_rate", "0.1"]
+    assert main(["mix-text", *SHORT, *options, "--output_dir", str(run)]) == 0
+    table, mixture = pd.read_csv(run / "weights.csv"), pd.read_csv(run / "mixture.csv")
+    assert len(table) == 60  # train_size of two domains
+    assert table["weight"].is_monotonic_increasing
+    means = table.groupby("domain")["weight"].mean()[mixture["domain"]]
+    assert mixture["weight"].tolist() == pytest.approx((means / means.mean()).tolist(), rel=1e-6)
+    meta = load_weigher(run / "weigher")
+    if isinstance(meta, WeightTable):
+        assert sorted(meta.weights().tolist()) == pytest.approx(table["weight"].tolist(), rel=1e-6)
+        return
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
+    ids = torch.tensor([tokenizer(text)["input_ids"] for text in table["text"]])
+    with torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        assert meta(states.mean(1)).tolist() == pytest.approx(table["weight"].tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"weigher": "hiden"}, "unknown weigher 'hiden': did you mean 'hidden'"),
+        (
+            {"weigher": "each", "mixing": "sampling"},
+            "weigher each learns weights of the losses of all texts",
+        ),
+        ({"weigher": "loss", "method": "union"}, "or take weigher domain"),
+        ({"weigher": "each", "per_token": True}, "per_token: weigher each sees no tokens: take loss or hidden"),
+        ({"weigher_hidden": 0}, "weigher_hidden must be a whole number of at least 1"),
+    ],
+)
+def test_weighers_that_cannot_be(fields: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        MixTextArguments(**fields)
 
 
 def test_uniform_is_so_whatever_the_floor_of_learned_weights(tmp_path: Path) -> None:

@@ -87,12 +87,16 @@ def test_the_weights_of_rows_multiply_their_tokens(head: str) -> None:
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_the_hidden_state_that_is_read(per_token: bool) -> None:
-    module, batch = module_of("tagging", "hidden", per_token=per_token), batch_of("tagging")
+@pytest.mark.parametrize("head", ["tagging", "causal"])
+def test_the_hidden_state_that_is_read(head: str, per_token: bool) -> None:
+    """That which predicts a token; of all tokens of a row their mean."""
+    module, batch = module_of(head, "hidden", per_token=per_token), batch_of(head)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     states = module.base(**inputs, output_hidden_states=True).hidden_states[-1]  # (B, T, H)
     real = [row[: int(mask.sum())] for row, mask in zip(states, batch["attention_mask"], strict=True)]
-    expected = torch.cat([row if per_token else row.mean(0, keepdim=True).expand(len(row), -1) for row in real])
+    items = [row[: len(row) - (head == "causal")] for row in real]
+    means = [row.mean(0, keepdim=True).expand(len(kept), -1) for row, kept in zip(real, items, strict=True)]
+    expected = torch.cat(items if per_token else means)
     _, weights = module.weighed(batch)
     torch.testing.assert_close(weights, module.meta(expected), rtol=1e-10, atol=0.0)
 
@@ -106,6 +110,7 @@ def test_the_hidden_state_that_is_read(per_token: bool) -> None:
         ("tagging", "loss", True, True),
         ("tagging", "hidden", False, False),
         ("causal", "loss", False, True),
+        ("causal", "hidden", True, False),
         ("causal", "number", False, False),
     ],
 )
