@@ -719,7 +719,7 @@ STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "rtn_horizon_cpu": (["sw"], 3, 3),
     "sinusoid_paper": ([""], 5, 5),
     "schedule_cpu": ([""], 3, 3),
-    "weight_text_polarity": (["0", "0.4"], 3, 6),
+    "weight_text_polarity": (["0", "0.4"], 3, 8),
 }
 
 
