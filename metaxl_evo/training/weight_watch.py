@@ -112,10 +112,10 @@ def advice(facts: Mapping[str, float], of_loss: bool = False) -> Iterator[tuple[
         )
 
 
-def over_time(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+def over_time(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[list[float]]]:
     """Step and mean weight in each log, of all items or of those that are told apart by `names`."""
     keys = {name: f"{WEIGHT}{name}" for name in names} or {"all": MEAN}
-    return {name: [(row["step"], row[key]) for row in history if key in row] for name, key in keys.items()}
+    return {name: [[row["step"], row[key]] for row in history if key in row] for name, key in keys.items()}
 
 
 def draw_over_time(axis: Any, path: Mapping[str, Sequence[Sequence[float]]]) -> None:
