@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,3 +103,9 @@ def advice(facts: Mapping[str, float], of_loss: bool = False) -> Iterator[tuple[
                 f"{correlation:.2f}): they do not leave wrong labels out: compare with method plain and union"
             ),
         )
+
+
+def over_time(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """Step and mean weight in each log, of all texts or of those that are told apart by `names`."""
+    keys = {name: f"{WEIGHT}{name}" for name in names} or {"all": MEAN}
+    return {name: [(row["step"], row[key]) for row in history if key in row] for name, key in keys.items()}

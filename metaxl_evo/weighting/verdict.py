@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
-from metaxl_evo.training.weight_watch import MEAN, WEIGHT
 from metaxl_evo.weighting.labelled import LabelledData
 from metaxl_evo.weighting.weighted_text import WeightedText
 
@@ -84,12 +83,6 @@ def weights_facts(said: pd.DataFrame, wrong: np.ndarray | None) -> dict[str, Any
     pairs = {name: said[["loss", "weight"]][which].iloc[:POINTS].to_numpy().tolist() for name, which in groups.items()}
     plain = {name: float(value) for name, value in found.items()}
     return plain | {"histogram": {"bins": BINS.tolist(), **counted}, "against_loss": pairs}
-
-
-def over_time(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
-    """Step and mean weight in each log, of all texts or of those that are told apart by `names`."""
-    keys = {name: f"{WEIGHT}{name}" for name in names} or {"all": MEAN}
-    return {name: [(row["step"], row[key]) for row in history if key in row] for name, key in keys.items()}
 
 
 def plot_weights(facts: Mapping[str, Any], path: Mapping[str, Any] | None, file: Path) -> None:

@@ -24,6 +24,7 @@ from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.schedules import steps_of
 from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.training.weight_watch import over_time
 from metaxl_evo.weighting.drawn import SYNTHETIC
 from metaxl_evo.weighting.encoding import encode
 from metaxl_evo.weighting.labelled import LabelledArguments, LabelledData, load_labelled
@@ -34,7 +35,6 @@ from metaxl_evo.weighting.verdict import (
     WEIGHTS_PICTURE,
     WEIGHTS_TABLE,
     judged,
-    over_time,
     plot_weights,
     weights_facts,
     weights_table,
