@@ -53,7 +53,7 @@ def weights_by_hand(tagger: CrossLingualTagger, languages: Tensor, losses: Tenso
 
 
 def inner_by_hand(tagger: CrossLingualTagger, batch: dict[str, Any], w: dict[str, Tensor]) -> Tensor:
-    """Without a transform: sum over source rows of weight times summed loss, by their tokens, and the target's mean."""
+    """Untransformed: sum over source rows of weight times summed loss, by their tokens, and the mean of the target."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     out = functional_call(tagger.base, w, (), {**inputs, "output_hidden_states": True})
     labels, mask = batch["labels"], batch["attention_mask"].double()
