@@ -176,6 +176,10 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place in ("ud", "TREEBANKS"):
         write_parts_of_speech(root / place)
     write_texts(root / "TEXTS")
+    (root / "BROWN").mkdir()
+    for genre in ("science_fiction", "news", "romance", "mystery", "learned", "government"):
+        text = "\n".join(f"{genre} sentence number {number}" for number in range(50))
+        (root / f"BROWN/{genre}.txt").write_text(text, encoding="utf-8")
     for place in ("FacebookAI/xlm-roberta-base", "MODEL", "DIR"):
         write_model(root / place)
     (root / "FILE").write_text("Doru vakemi Tila .\n", encoding="utf-8")

@@ -171,10 +171,13 @@ class ImageRows:
         images: the images.
         transform: (uint8 (H, W, C), generator) -> float (C, H, W); None leaves the image as it is.
         seed: of the augmentation.
+        wrong: (N,) which labels are wrong; where it is known, rows have it, as 0 or 1.
     """
 
-    def __init__(self, images: ImageSet, transform: Transform | None = None, seed: int = 0) -> None:
-        self.set, self.transform, self.seed, self.epoch = images, transform, seed, 0
+    def __init__(
+        self, images: ImageSet, transform: Transform | None = None, seed: int = 0, wrong: np.ndarray | None = None
+    ) -> None:
+        self.set, self.transform, self.seed, self.epoch, self.wrong = images, transform, seed, 0, wrong
 
     def set_epoch(self, epoch: int) -> None:
         """What the trainer calls at the begin of every pass: images are augmented anew."""
@@ -188,11 +191,13 @@ class ImageRows:
 
     def row(self, number: int, draw: int) -> dict[str, Tensor]:
         """Image `number`, augmented by draw `draw` of this epoch."""
-        image, label = self.set.images[number], torch.tensor(self.set.labels[number])
+        image, row = self.set.images[number], {"labels": torch.tensor(self.set.labels[number])}
+        if self.wrong is not None:
+            row["wrong"] = torch.tensor(int(self.wrong[number]))
         if self.transform is None:
-            return {"images": to_float(image), "labels": label}
+            return {"images": to_float(image), **row}
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch, draw))
-        return {"images": self.transform(image, generator), "labels": label}
+        return {"images": self.transform(image, generator), **row}
 
 
 def drawn(per_class: int, *, classes: int = 10, side: int = 28, seed: int = 0) -> ImageSet:

@@ -11,24 +11,33 @@ import numpy as np
 
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.training.figures import figure
+from metaxl_evo.training.weight_watch import COLOURS, draw_over_time
 
 
-def plot_weights(weights: Mapping[str, Any], file: Path) -> None:
-    """The learned weight over the loss, and how right and wrong labels are weighted.
+def plot_weights(weights: Mapping[str, Any], path: Mapping[str, Any] | None, file: Path) -> None:
+    """The learned weight over the loss, how right and wrong labels are weighted, and how they were over the steps.
+
+    Args:
+        weights: of `weights_of`.
+        path: of `over_time`; None for results of before it was logged.
 
     Raises:
         ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
     """
-    with figure(file, 2, (9, 3.4)) as (left, right):
+    columns = 2 if path is None else 3
+    with figure(file, columns, (4.5 * columns, 3.4)) as (left, right, *times):
         left.plot(weights["curve"]["loss"], weights["curve"]["weight"])
         left.set(xlabel="loss of an image", ylabel="learned weight", ylim=(0, None), title="weight against loss")
         bins = weights["histogram"]["bins"]
-        for name, colour in (("right", "C0"), ("wrong", "C3"), ("all", "C0")):
+        for name, colour in COLOURS.items():
             counts = np.array(weights["histogram"].get(name, ()))
             if counts.sum():
                 right.stairs(counts / counts.sum(), bins, fill=True, alpha=0.5, color=colour, label=f"{name} labels")
         right.set(xlabel="learned weight", ylabel="share of the images", title="training images at the end")
         right.legend()
+        for axis in times:
+            draw_over_time(axis, path or {})
+            axis.set(title="weights in training")
 
 
 def plot_noise(records: Sequence[Record], file: Path) -> None:

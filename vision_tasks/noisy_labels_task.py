@@ -14,9 +14,12 @@ from torch.utils.data import default_collate
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.experiments.records import Record
 from metaxl_evo.messages import unknown
+from metaxl_evo.models.weighers import NORMALISATIONS
 from metaxl_evo.models.weight_net import SUBFOLDER, WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.training.watched import WatchingTrainer
+from metaxl_evo.training.weight_watch import over_time
 from vision_tasks.augmentation import AUGMENTATIONS
 from vision_tasks.backbones import BACKBONES
 from vision_tasks.classification import (
@@ -35,7 +38,7 @@ from vision_tasks.noisy_labels import NOISES, NoisyLabels, found_in, make_noisy
 from vision_tasks.noisy_labels_figures import plot_noise, plot_weight_curves, plot_weights
 from vision_tasks.pretrained import Preparation
 from vision_tasks.training_images import SHEET, TABLE, contact_sheet, judge, table_of
-from vision_tasks.weight_net import NORMALISATIONS, WeightedClassifier
+from vision_tasks.weight_net import WeightedClassifier
 
 METHODS = ("meta_weight_net", "baseline")
 WEIGHTS_PICTURE, NOISE_PICTURE = "weights.png", "noise.png"
@@ -202,10 +205,12 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
             WeightNet(settings.weight_net_hidden),
             weighted=self.learns(settings),
             normalisation=settings.weight_normalisation,
+            told_apart=self.learns(settings) and data.noisy.known,
         )
-        rows = ImageRows(train, augment, seed=2 * args.seed)
+        wrong = data.noisy.wrong if module.watch.domains else None
+        rows = ImageRows(train, augment, seed=2 * args.seed, wrong=wrong)
         rows[0]  # complains before the first step of images that are too small for the augmentation
-        return MetaTrainer(
+        return WatchingTrainer(
             module,
             args,
             train_dataset=rows,
@@ -239,7 +244,9 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
             found["validation_images"] = len(data.noisy.validation)
         if self.learns(settings):
             size = trainer.args.per_device_eval_batch_size
-            found["weights"] = weights_of(cast(WeightedClassifier, trainer.model), data.noisy, size)
+            module = cast(WeightedClassifier, trainer.model)
+            found["weights"] = weights_of(module, data.noisy, size)
+            found["weights_over_time"] = over_time(trainer.state.log_history, module.watch.domains)
         return found
 
     def write_files(
@@ -253,7 +260,7 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         if "weights" in results["run"]:
-            plot_weights(results["run"]["weights"], folder / WEIGHTS_PICTURE)
+            plot_weights(results["run"]["weights"], results["run"].get("weights_over_time"), folder / WEIGHTS_PICTURE)
 
     def plot_study(self, folder: Path, records: Sequence[Record]) -> None:
         plot_noise(records, folder / NOISE_PICTURE)

@@ -133,9 +133,10 @@ class ScheduleArguments:
         for kind, count in windows.items():
             if self.inner_steps % count:
                 near = self.inner_steps // count * count
+                fitting = " or ".join(str(steps) for steps in (near, near + count) if steps)
                 raise ValueError(
                     f"{count} windows of {kind} do not divide the {self.inner_steps} inner_steps: set inner_steps to "
-                    f"{near or count} or {near + count}"
+                    f"{fitting}"
                 )
 
     def windows(self) -> dict[str, int]:

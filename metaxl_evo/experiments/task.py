@@ -34,6 +34,7 @@ TASKS = {
     "many_shot": "vision_tasks.many_shot_task:ManyShotTask",
     "sinusoid": "metaxl_evo.long_horizon.sinusoid_task:SinusoidTask",
     "weight_text": "metaxl_evo.weighting.weight_task:WeightTextTask",
+    "weight_tags": "metaxl_evo.weighting.tag_task:WeightTagsTask",
     "schedule_text": "metaxl_evo.weighting.schedule_text_task:ScheduleTextTask",
     "mix_text": "metaxl_evo.weighting.mix_task:MixTextTask",
 }

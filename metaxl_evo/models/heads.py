@@ -81,6 +81,12 @@ def token_places(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return (_labels(model, batch) != IGNORED).nonzero()
 
 
+def token_labels(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The label of each labelled token, (N,), in the order of `token_losses`."""
+    labels = _labels(model, batch)
+    return labels[labels != IGNORED]
+
+
 def _of_tokens(model: nn.Module, base: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Losses (B, T) and which of them are of labelled tokens (B, T)."""
     logits, labels = _logits(model, base, batch), _labels(model, batch)

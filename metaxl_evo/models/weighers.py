@@ -15,6 +15,7 @@ from metaxl_evo.models.weight_net import WeightNet, above_floor
 
 WEIGHT_TABLE = "metaxl_weight_table"
 FORMS = ("sigmoid", "softmax")
+NORMALISATIONS = ("sum", "mean", "label")
 
 
 class WeightTable(nn.Module):
@@ -72,6 +73,30 @@ def give_weigher(weigher: WeightTable | WeightNet, folder: str | Path) -> None:
     if sizes[0] != sizes[1]:
         raise ValueError(f"{folder} holds a weigher of {sizes[0]}, here is one of {sizes[1]}: give its settings")
     weigher.load_state_dict(saved)
+
+
+def normalised(weights: Tensor, how: str, labels: Tensor) -> Tensor:
+    """The weights (B,) of a micro-batch as its losses are multiplied by them.
+
+    `mean` leaves them as they are; `sum` divides by their mean; `label` divides by the mean of those with the same
+    label, so that each label counts as much as without weights, and what is learned is which examples of it count.
+
+    Args:
+        labels: (B,) class numbers, read for `label` alone.
+
+    Source: Shu et al., Meta-Weight-Net, NeurIPS 2019, section 3.2 (`sum`).
+    """
+    if how == "mean":
+        return weights
+    if how == "sum":
+        return weights / _or_one(weights.sum()) * len(weights)
+    found, groups = labels.unique(return_inverse=True)
+    sums = weights.new_zeros(len(found)).index_add(0, groups, weights)
+    return weights / _or_one(sums)[groups] * groups.bincount()[groups]
+
+
+def _or_one(sums: Tensor) -> Tensor:
+    return torch.where(sums > 0, sums, torch.ones_like(sums))
 
 
 def load_weigher(folder: str | Path) -> WeightTable | WeightNet:

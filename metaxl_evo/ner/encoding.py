@@ -24,9 +24,10 @@ class PadRight:
     """
 
     pad_token_id: int
+    labels: tuple[str, ...] = ("labels",)  # columns of a number a token, -100 where there is none
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        fill = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        fill = {"input_ids": self.pad_token_id, "attention_mask": 0, **dict.fromkeys(self.labels, IGNORED)}
         length = max(len(row["input_ids"]) for row in rows)
         return {
             key: torch.tensor(

@@ -79,8 +79,8 @@ def rank_sources(settings: RankArguments) -> dict[str, Any]:
     `hidden` is the cosine between source and target of the mean over sentences of a model's mean last states: such
     centroids tell families of languages (Libovicky et al., On the Language Neutrality of Pre-trained Multilingual
     Representations, Findings of EMNLP 2020). `overlap` is the share of the target's different sub-tokens that the
-    source's sentences have (after Dai et al., Using Similarity Measures to Select Pretraining Data for NER, NAACL 2019;
-    LangRank, Lin et al., ACL 2019, has it, too). Neither reads a label: wrong ones are not seen.
+    source's sentences have (after Dai et al., Using Similarity Measures to Select Pretraining Data for NER, NAACL
+    2019; LangRank, Lin et al., ACL 2019, has it, too). Neither reads a label: wrong ones are not seen.
 
     Returns:
         `{"sources": {LANGUAGE: {"hidden", "overlap", "sentences"}}, "target_sentences", "by"}`, the nearest first.

@@ -98,6 +98,7 @@ class WordScorer(Scorer):
     units = dict.fromkeys(("accuracy", "macro_f1"), "%")
     unread = "-"
     marked = "words"
+    counted = "n_words"
     counts: ClassVar = {"sentences": "n_sentences", "words": "n_words"}  # of a table
 
     def marks(self, tags: Sequence[str]) -> set[Mark]:
@@ -115,12 +116,13 @@ class WordScorer(Scorer):
             "accuracy": Rate.of(right, list(map(len, pairs))),
             "macro_f1": float(report["macro avg"]["f1-score"]),
             "n_sentences": len(pairs),
-            "n_words": len(true),
-            "per_type": {label: rates_of(report[label], "n_words") for label in labels},
+            self.counted: len(true),
+            "per_type": {label: rates_of(report[label], self.counted) for label in labels},
         }
 
     def average(self, scores: Mapping[str, Scores]) -> Scores:
-        return average(scores, tuple(self.units), ("n_sentences", "n_words"))
+        counts = [name for name in ("n_sentences", self.counted) if all(name in row for row in scores.values())]
+        return average(scores, tuple(self.units), counts)
 
     def table(self, scores: Mapping[str, Scores]) -> str:
         lines = [
@@ -136,7 +138,8 @@ class WordScorer(Scorer):
         lines = [f"| label | F1 | precision | recall | {self.marked} |", "|---|---:|---:|---:|---:|"]
         for label, row in scores["per_type"].items():
             rates = " | ".join(f"{100 * row[name]:.2f}" for name in ("f1", "precision", "recall"))
-            lines.append(f"| {label} | {rates} | {row['n_words']} |")
+            count = row.get(self.counted, row.get("n_words"))  # files of before called texts words
+            lines.append(f"| {label} | {rates} | {count} |")
         return "\n".join(lines)
 
 
@@ -145,6 +148,7 @@ class TextScorer(WordScorer):
     """The share of texts with the right label, and the mean F1 of all labels that occur, each counting the same."""
 
     marked = "texts"
+    counted = "n_texts"
     counts: ClassVar = {"texts": "n_sentences"}
 
 

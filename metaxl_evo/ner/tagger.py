@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metaxl_evo.bilevel import stop_gradient
-from metaxl_evo.models.bilevel_module import Batch, BilevelModule, Cut
+from metaxl_evo.models.bilevel_module import Batch, Cut
 from metaxl_evo.models.hooks import encoder_layers, states_below_head
 from metaxl_evo.models.layer_trace import require_layers
 from metaxl_evo.models.remembered import on_host, remembered
@@ -20,13 +20,14 @@ from metaxl_evo.models.weighers import WeightTable, give_weigher
 from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.ner.source_weights import SUBFOLDER as WEIGHER
 from metaxl_evo.ner.source_weights import SourceWeights, TaggerMeta
+from metaxl_evo.training.watched import Watched
 from metaxl_evo.training.weight_watch import Watch
 
 IGNORED = -100
 TARGET = -1  # the `language` of a row that no network transforms
 
 
-class CrossLingualTagger(BilevelModule):
+class CrossLingualTagger(Watched):
     """Cross-lingual tagging with transformed source representations (MetaXL: Xia et al., NAACL 2021).
 
     inner loss = w_s * (mean cross-entropy of the source tokens) + w_t * (that of the target tokens), the source rows
@@ -79,7 +80,6 @@ class CrossLingualTagger(BilevelModule):
         self._is_on_top = transform and trace.is_result and meta.layers == (len(layers),)
         told_apart = len(languages) > 1 or weigher is not None
         self.watch = Watch(languages if told_apart else (), 0.0 if weigher is None else weigher.floor)
-        self._training_step = False
 
     @property
     def rtn(self) -> RepresentationTransform | None:
@@ -92,12 +92,15 @@ class CrossLingualTagger(BilevelModule):
         """What learns weights of the source rows, if anything does."""
         return self.meta.weigher if isinstance(self.meta, TaggerMeta) else None
 
-    def forward(self, **batch: Any) -> Any:
-        self._training_step = self.training  # passes of the meta level do not come this way
-        try:
-            return super().forward(**batch)
-        finally:
-            self._training_step = False
+    @property
+    def weighted(self) -> bool:  # type: ignore[override]
+        """Whether rows have weights of their own, which may go wrong as those of examples do."""
+        return isinstance(self.weigher, WeightNet)
+
+    @property
+    def reads_loss(self) -> bool:  # type: ignore[override]
+        """Whether these are read off their losses."""
+        return self._reads == "loss"
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return dict(self._labelled(batch))
@@ -298,7 +301,7 @@ class CrossLingualTagger(BilevelModule):
                 seen = stop_gradient(means, key="states")
             weights = self.source_weights(self.weigher, language[chosen], seen)[place].to(losses)
         if watched:
-            self.watch.note(torch.ones_like(losses) if weights is None else weights, losses, language[rows])
+            self.note(torch.ones_like(losses) if weights is None else weights, losses, language[rows])
         return weights
 
 

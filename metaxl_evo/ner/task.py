@@ -52,10 +52,11 @@ from metaxl_evo.ner.spacing import as_in_text
 from metaxl_evo.ner.tagger import TARGET, CrossLingualClassifier, CrossLingualTagger
 from metaxl_evo.ner.target_data import TargetData, load_for_model, require_enough
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
-from metaxl_evo.training.figures import plot_paths
+from metaxl_evo.training.figures import figure
 from metaxl_evo.training.schedules import steps_of
 from metaxl_evo.training.trainer import MetaTrainer
-from metaxl_evo.training.weight_watch import WEIGHT, over_time
+from metaxl_evo.training.watched import WatchingTrainer
+from metaxl_evo.training.weight_watch import WEIGHT, draw_over_time, over_time
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ PICTURE = "source_weights.png"
 Settings = TypeVar("Settings", bound=TaggingArguments)
 
 
-class NerTrainer(WordTrainer, MetaTrainer):
+class NerTrainer(WordTrainer, WatchingTrainer):
     """A MetaTrainer that is scored by words; its logs tell several source languages apart.
 
     Attributes:
@@ -72,14 +73,6 @@ class NerTrainer(WordTrainer, MetaTrainer):
     """
 
     evaluation: dict[str, EvaluationSet]
-    model: CrossLingualTagger
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            found = self.model.watch.take(lambda sums: self.accelerator.reduce(sums, "sum"))
-            of_rows = isinstance(self.model.weigher, WeightNet)  # else all rows of a language weigh the same
-            logs |= {name: value for name, value in found.items() if of_rows or name.startswith("domain_")}
-        super().log(logs, start_time)
 
 
 class TaggingTask(Task[Settings, TargetData]):
@@ -173,7 +166,8 @@ class TaggingTask(Task[Settings, TargetData]):
 
     def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
         if results["settings"]["source_weights"] != "none":
-            plot_paths(results["run"]["source_weights_over_time"], folder / PICTURE, "weight of a source sentence")
+            with figure(folder / PICTURE) as (axis,):
+                draw_over_time(axis, results["run"]["source_weights_over_time"])
 
     def describe_check(
         self, trainer: MetaTrainer, settings: Settings, data: TargetData

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,3 @@ def figure(
             made.savefig(draft, dpi=dpi, format=file.suffix[1:])
     finally:
         plt.close(made)
-
-
-def plot_paths(paths: Mapping[str, Sequence[Sequence[float]]], file: Path, what: str) -> None:
-    """What is known by name over the steps: pairs of step and number.
-
-    Raises:
-        ImportError: without matplotlib.
-    """
-    with figure(file) as (axis,):
-        for name, points in paths.items():
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name)
-        axis.set(xlabel="step", ylabel=what)
-        axis.legend()

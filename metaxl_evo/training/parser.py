@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
 import yaml
@@ -169,11 +169,13 @@ class _Parser(HfArgumentParser):
         action.default = argparse.SUPPRESS
         if action.nargs == 0:  # the --no_x of a boolean takes no value
             return
-        one = checked(action)
+        one: Callable[[str], Any] = checked(action)
+        if field.takes_mapping:
+            one = mapping_or_text if field.takes_text else mapping
         if field.default is None and not action.required:
             one = or_null(one)
         if field.takes_mapping:
-            action.type = mapping_or_text if field.takes_text else mapping
+            action.type = one
         elif field.takes_list:
             action.type, action.nargs, action.choices = items(one, commas=not field.takes_text), "+", None
         else:

@@ -13,9 +13,11 @@ LEAST = 0.02  # a mean weight below it hardly trains
 FEW = 0.1  # a share of examples
 MOST = 0.95
 UPHILL, SPREAD = 0.3, 0.05  # a correlation with the loss, of weights that spread so far
+LABELS = ("right", "wrong")  # as the log tells them apart, where it is known which are
+COLOURS = {"right": "C0", "wrong": "C3", "all": "C0"}
 PATIENCE = {"drift": 3}  # logs in a row, of what chance makes at the start; of other trouble one
 MEAN, STD, EFFECTIVE, CORRELATION = (f"weights/{one}" for one in ("mean", "std", "effective", "loss_correlation"))
-WEIGHT = "domain_weight/"
+DOMAIN, WEIGHT = "domain_", "domain_weight/"
 LOW, HIGH = "weights/at_floor", "weights/at_one"
 
 
@@ -25,10 +27,11 @@ class Watch:
     Args:
         domains: the names of the domains whose losses are told apart.
         floor: the least weight that there can be.
+        relative: weights are 1 on average by construction: that they are near 1 says nothing, and it is not told.
     """
 
-    def __init__(self, domains: Sequence[str] = (), floor: float = 0.0) -> None:
-        self.domains, self.floor = list(domains), floor
+    def __init__(self, domains: Sequence[str] = (), floor: float = 0.0, *, relative: bool = False) -> None:
+        self.domains, self.floor, self.relative = list(domains), 0.0 if relative else floor, relative
         self.sums: Tensor | None = None
 
     def note(self, weights: Tensor, losses: Tensor, domains: Tensor | None = None) -> None:
@@ -52,7 +55,10 @@ class Watch:
         if self.sums is None:
             return {}
         sums, self.sums = over_processes(self.sums).tolist(), None
-        return {**_facts(*sums[:8]), **self._of_domains(sums[8:])}
+        facts = _facts(*sums[:8])
+        if self.relative:
+            del facts[HIGH]
+        return facts | self._of_domains(sums[8:])
 
     def _of_domains(self, sums: Sequence[float]) -> dict[str, float]:
         """Mean loss and weight of a domain's items, and the share of all weight that these had."""
@@ -60,7 +66,7 @@ class Watch:
         for name, loss, weight, count in zip(self.domains, sums, sums[size:], sums[2 * size :], strict=False):
             if count:
                 found |= {f"domain_loss/{name}": loss / count, f"{WEIGHT}{name}": weight / count}
-                found[f"domain_share/{name}"] = weight / whole
+                found |= {f"domain_share/{name}": weight / whole} if whole else {}
         return found
 
 
@@ -81,12 +87,13 @@ def advice(facts: Mapping[str, float], of_loss: bool = False) -> Iterator[tuple[
     """
     slower = "lower meta_learning_rate, or set a floor"
     mean, effective, correlation = facts[MEAN], facts[EFFECTIVE], facts.get(CORRELATION, 0.0)
+    at_one = facts.get(HIGH, 0.0)
     if facts[LOW] > MOST or mean < LEAST:
         yield "collapsed", f"the weights have collapsed (their mean is {mean:.1e}), the base hardly trains: {slower}"
     elif effective < FEW:
         yield "few", f"the weights rest on {effective:.1%} of the examples: {slower}, or give more clean examples"
-    if facts[HIGH] > MOST:
-        yield "saturated", f"{facts[HIGH]:.0%} of the weights are at 1, as without a weigher: lower meta_learning_rate"
+    if at_one > MOST:
+        yield "saturated", f"{at_one:.0%} of the weights are at 1, as without a weigher: lower meta_learning_rate"
     if correlation > UPHILL and facts[STD] > SPREAD:
         yield (
             "uphill",
@@ -95,7 +102,7 @@ def advice(facts: Mapping[str, float], of_loss: bool = False) -> Iterator[tuple[
                 "lower meta_learning_rate, or give more clean examples (for rare classes it may be right)"
             ),
         )
-    elif correlation > UPHILL and of_loss and facts[HIGH] <= MOST:
+    elif correlation > UPHILL and of_loss and at_one <= MOST:
         yield (
             "drift",
             (
@@ -106,6 +113,14 @@ def advice(facts: Mapping[str, float], of_loss: bool = False) -> Iterator[tuple[
 
 
 def over_time(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
-    """Step and mean weight in each log, of all texts or of those that are told apart by `names`."""
+    """Step and mean weight in each log, of all items or of those that are told apart by `names`."""
     keys = {name: f"{WEIGHT}{name}" for name in names} or {"all": MEAN}
     return {name: [(row["step"], row[key]) for row in history if key in row] for name, key in keys.items()}
+
+
+def draw_over_time(axis: Any, path: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """What `over_time` found, a line a name, onto axes of matplotlib."""
+    for number, (name, points) in enumerate(path.items()):
+        axis.plot(*zip(*points, strict=True), color=COLOURS.get(name, f"C{number}"), label=name)
+    axis.set(xlabel="step", ylabel="mean weight")
+    axis.legend()

@@ -12,8 +12,37 @@ from metaxl_evo.training.values import refuse_count
 from metaxl_evo.weighting.drawn import SYNTHETIC
 
 
+class Checked:
+    """Settings that say in one line what they cannot be."""
+
+    @staticmethod
+    def require_known(name: str, given: str, valid: Iterable[str]) -> None:
+        """Raises the error of an unknown choice."""
+        if given not in list(valid):
+            raise ValueError(unknown(name, str(given), valid))
+
+    @staticmethod
+    def require_count(name: str, value: Any, least: int = 1) -> None:
+        """Raises the error of a number out of range; None is left out."""
+        refuse_count(name, value, least)
+
+
+@dataclass(kw_only=True)
+class WeigherArguments(Checked):
+    """What learned weights have in common, whatever they are of."""
+
+    floor: float = field(default=0.0, metadata={"help": "The least weight that is learned, from 0 to below 1."})
+    weigher_hidden: int = field(default=100, metadata={"help": "Hidden units of a weighing network."})
+
+    def check_weigher(self) -> None:
+        """Refuse values that cannot be."""
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor must be at least 0 and below 1, not {self.floor}")
+        self.require_count("weigher_hidden", self.weigher_hidden)
+
+
 @dataclass
-class TextArguments(LoraArguments):
+class TextArguments(LoraArguments, Checked):
     """Model and data; the optimisation is in MetaTrainingArguments.
 
     Raises:
@@ -38,25 +67,11 @@ class TextArguments(LoraArguments):
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that the model brings along (auto_map); read it first."}
     )
-    floor: float = field(default=0.0, metadata={"help": "The least weight that is learned, from 0 to below 1."})
 
     def __post_init__(self) -> None:
         self.require_count("max_length", self.max_length)
-        if not 0 <= self.floor < 1:
-            raise ValueError(f"floor must be at least 0 and below 1, not {self.floor}")
         self.check_lora()
         if self.model_name_or_path == SYNTHETIC and self.data != SYNTHETIC:
             raise ValueError(
                 "model_name_or_path: the synthetic model knows the drawn words alone: give a model for these data"
             )
-
-    @staticmethod
-    def require_known(name: str, given: str, valid: Iterable[str]) -> None:
-        """Raises the error of an unknown choice."""
-        if given not in list(valid):
-            raise ValueError(unknown(name, str(given), valid))
-
-    @staticmethod
-    def require_count(name: str, value: Any, least: int = 1) -> None:
-        """Raises the error of a number out of range; None is left out."""
-        refuse_count(name, value, least)

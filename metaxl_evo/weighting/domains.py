@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from metaxl_evo.messages import unknown
-from metaxl_evo.weighting.arguments import TextArguments
+from metaxl_evo.weighting.arguments import TextArguments, WeigherArguments
 from metaxl_evo.weighting.drawn import DOMAINS, SYNTHETIC, draw_documents
 from metaxl_evo.weighting.sft import as_texts, format_of, require_trl
 from metaxl_evo.weighting.sources import READERS, read_file, read_parts
@@ -24,7 +24,7 @@ DATA_FORMATS = ("text", "sft")
 
 
 @dataclass
-class DomainArguments(TextArguments):
+class DomainArguments(TextArguments, WeigherArguments):
     """Which domains train, and which one is the target.
 
     Raises:
@@ -60,6 +60,7 @@ class DomainArguments(TextArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_weigher()
         for name in ("train_size", "meta_size", "test_size"):
             self.require_count(name, getattr(self, name))
         self.require_known("data_format", self.data_format, DATA_FORMATS)

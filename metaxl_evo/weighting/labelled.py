@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset
 
 from metaxl_evo.messages import unknown
 from metaxl_evo.training.values import evenly
-from metaxl_evo.weighting.arguments import TextArguments
+from metaxl_evo.weighting.arguments import TextArguments, WeigherArguments
 from metaxl_evo.weighting.sources import read_parts
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ SHOWN = 3  # names in a message
 
 
 @dataclass
-class LabelledArguments(TextArguments):
+class LabelledArguments(TextArguments, WeigherArguments):
     """Which texts train, which judge, and how labels are spoilt for an experiment.
 
     Raises:
@@ -58,6 +58,7 @@ class LabelledArguments(TextArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_weigher()
         self.require_known("noise", self.noise, NOISES)
         for name in ("meta_size", "train_size", "eval_size"):
             self.require_count(name, getattr(self, name))
@@ -123,12 +124,14 @@ def load_labelled(settings: LabelledArguments, seed: int, trained: Sequence[str]
     generator = np.random.default_rng(seed)
     train, meta = _train_and_meta(settings, tables["train"], names, generator)
     train = train.iloc[: settings.train_size]
-    _refuse_unfit(train, meta, tables["test"], names, settings)
+    _refuse_unfit(train, meta, tables, names)
     if settings.domain_column is not None:
         _refuse_small_domains(train["domain"])
     labels, known = train["true_label"].to_numpy(), settings.noise_rate > 0 or settings.true_label_column is not None
     if settings.noise_rate:
         train = train.assign(label=spoilt(labels, settings.noise, settings.noise_rate, len(names), generator))
+    for split in (one for one in tables if one != "train"):
+        _tell_unfit(split, tables[split], train, names)
     validation = _scored(tables["validation"], settings) if "validation" in tables else None
     return LabelledData(
         train=_dataset(train),
@@ -177,6 +180,8 @@ def _table(
     require_columns(rows, [*columns.values(), *extra, *filter(None, (true, domain))], where)
     made = pd.DataFrame({"id": np.arange(len(rows))} | {key: rows[name][:] for key, name in columns.items()})
     require_texts(made["text"], made["id"], where)
+    if (unnamed := [value is None or value == "" for value in made["id"]]) and any(unnamed):
+        raise ValueError(f"{where}: {sum(unnamed)} texts have no {settings.id_column}: name each text once")
     if made["id"].duplicated(keep=False).any():
         twice = made["id"][made["id"].duplicated()]
         raise ValueError(f"{where}: {len(twice)} ids are there twice, such as {_shown(twice)}: name each text once")
@@ -241,7 +246,7 @@ def _train_and_meta(
         if "train" not in rows:
             raise ValueError(f"meta_data: {settings.meta_data} has no part train")
         own = _table(rows["train"], settings, settings.meta_data, names)
-        twins = train["text"].isin(own["text"])
+        twins = _bare(train).isin(_bare(own))
         if twins.any():
             raise ValueError(
                 f"meta_data overlaps the training texts: {twins.sum()} of them are in {settings.meta_data}: take "
@@ -255,7 +260,7 @@ def _train_and_meta(
         )
     chosen = _balanced(train["true_label"].to_numpy(), len(names), settings.meta_size, generator)
     meta, rest = train.iloc[chosen], train.drop(train.index[chosen])
-    twins = rest["text"].isin(meta["text"])
+    twins = _bare(rest).isin(_bare(meta))
     if twins.any():
         logger.warning("%d training texts equal one of the clean set and are left out", twins.sum())
     return rest[~twins], meta.assign(label=meta["true_label"])
@@ -273,7 +278,7 @@ def _balanced(labels: np.ndarray, classes: int, size: int, generator: np.random.
 
 
 def _refuse_unfit(
-    train: pd.DataFrame, meta: pd.DataFrame, test: pd.DataFrame, names: Sequence[str], settings: LabelledArguments
+    train: pd.DataFrame, meta: pd.DataFrame, tables: Mapping[str, pd.DataFrame], names: Sequence[str]
 ) -> None:
     if missing := [name for number, name in enumerate(names) if number not in set(train["true_label"])]:
         raise ValueError(
@@ -285,12 +290,26 @@ def _refuse_unfit(
             f"the clean set has one class only, {names[meta['label'].iloc[0]]}: it would teach the model to say "
             "nothing else: give examples of each"
         )
-    leaked = meta["text"].isin(test["text"])
-    if leaked.any():
-        raise ValueError(f"the clean set overlaps the test texts: {leaked.sum()} are in both: take them out of one")
-    seen = test["text"].isin(train["text"])
-    if seen.any():
-        logger.warning("%d test texts are trained on, too", seen.sum())
+    for split in (one for one in tables if one != "train"):
+        leaked = _bare(meta).isin(_bare(tables[split]))
+        if leaked.any():
+            raise ValueError(
+                f"the clean set overlaps the {split} texts: {leaked.sum()} are in both: take them out of one"
+            )
+
+
+def _tell_unfit(split: str, scored: pd.DataFrame, train: pd.DataFrame, names: Sequence[str]) -> None:
+    """Warn of texts to be scored that are trained on, and of one class only."""
+    if (seen := _bare(scored).isin(_bare(train))).any():
+        logger.warning("%d %s texts are trained on, too", seen.sum(), split)
+    if scored["label"].nunique() < 2:
+        only = names[scored["label"].iloc[0]]
+        logger.warning("all %s texts are %s: a model that says nothing else has an accuracy of 1", split, only)
+
+
+def _bare(table: pd.DataFrame) -> pd.Series:
+    """The texts as most tokenizers see them: white space apart."""
+    return table["text"].str.split().str.join(" ")
 
 
 def _refuse_small_domains(domains: pd.Series) -> None:

@@ -22,7 +22,7 @@ from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.weighers import WeightTable
 from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
-from metaxl_evo.training.figures import plot_paths
+from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
 from metaxl_evo.training.weight_watch import WEIGHT
 from metaxl_evo.weighting.domains import DomainArguments, DomainData, load_domains
@@ -80,7 +80,6 @@ class MixTextArguments(DomainArguments):
             "text's loss (loss) or of the mean of the model's own states in it (hidden)."
         },
     )
-    weigher_hidden: int = field(default=100, metadata={"help": "Hidden units of a weighing network."})
     per_token: bool = field(
         default=False, metadata={"help": "Of weigher loss or hidden: tokens are weighed, each by its own."}
     )
@@ -106,7 +105,6 @@ class MixTextArguments(DomainArguments):
         self.require_known("method", self.method, METHODS)
         self.require_known("mixing", self.mixing, MIXINGS)
         self.require_known("weigher", self.weigher, WEIGHERS)
-        self.require_count("weigher_hidden", self.weigher_hidden)
         self.require_known("start", self.start, STARTS)
         self.require_count("layers", self.layers)
         self.require_count("pieces", self.pieces, LEAST_PIECES)
@@ -288,6 +286,10 @@ def plot_mixture(steps: list[int], weights: Mapping[str, list[float | None]], fi
     Raises:
         ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
     """
-    pairs = {name: [*zip(steps, path, strict=True)] for name, path in weights.items()}
-    known = {name: [(step, weight) for step, weight in path if weight is not None] for name, path in pairs.items()}
-    plot_paths(known, file, "weight, 1 on average")
+    with figure(file) as (axis,):
+        for name, path in weights.items():
+            points = [(step, weight) for step, weight in zip(steps, path, strict=True) if weight is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name)
+        axis.set(xlabel="step", ylabel="weight, 1 on average")
+        axis.legend()

@@ -72,8 +72,6 @@ class ScheduleTextArguments(ScheduleArguments, TextArguments):
             self.require_count(name, getattr(self, name))
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be above 0 and below 1, not {self.validation_share}")
-        if self.floor:
-            raise ValueError("floor: no text is weighed here: leave it out")
 
     def judging(self, texts: int) -> int:
         """How many of so many texts judge."""

@@ -16,45 +16,47 @@ from torch import Tensor
 
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.training.weight_watch import COLOURS, draw_over_time
 from metaxl_evo.weighting.labelled import LabelledData
 from metaxl_evo.weighting.weighted_text import WeightedText
 
 WEIGHTS_TABLE, WEIGHTS_PICTURE = "weights.csv", "weights.png"
 BINS = np.linspace(0, 1, 41)
 POINTS = 1000  # texts of a kind in the picture at most
-COLOURS = {"right": "C0", "wrong": "C3", "all": "C0"}
 
 
 def judged(trainer: MetaTrainer, rows: Dataset) -> pd.DataFrame:
     """`weight` and `loss` of each row, at the final weights in evaluation mode; of tokens the means of a row."""
-    sums, counts = _by_row(trainer, rows, lambda module, batch: torch.stack(module.weighed(batch)[::-1]))
-    return pd.DataFrame((sums / counts.clip(1)).T, columns=["weight", "loss"])
+    return items_judged(trainer, rows).groupby("row").mean().reindex(range(len(rows)), fill_value=0.0)
+
+
+def items_judged(trainer: MetaTrainer, rows: Dataset) -> pd.DataFrame:
+    """As `judged`, but of each item, rows or labelled tokens, with the number of its `row`."""
+    values, of_rows = _of_items(trainer, rows, lambda module, batch: torch.stack(module.weighed(batch)[::-1]))
+    return pd.DataFrame({"row": of_rows, "weight": values[0], "loss": values[1]})
 
 
 def losses_of(trainer: MetaTrainer, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """The loss of each row, summed over its items, and the number of these, in evaluation mode; (N,) each."""
-    sums, counts = _by_row(trainer, rows, lambda module, batch: module.outer_loss(batch).unsqueeze(0))
-    return sums[0], counts
+    (losses,), of_rows = _of_items(trainer, rows, lambda module, batch: module.outer_loss(batch).unsqueeze(0))
+    return np.bincount(of_rows, losses, len(rows)), np.bincount(of_rows, minlength=len(rows)).astype(float)
 
 
-def _by_row(
+def _of_items(
     trainer: MetaTrainer, rows: Dataset, values: Callable[[WeightedText, Any], Tensor]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What `values` (K, items) says of batches, summed by row: (K, N), and the items of each, (N,)."""
+    """What `values` says of the items of batches, (K, items), and the row of each, (items,)."""
     module, size = cast(WeightedText, trainer.model), trainer.args.per_device_eval_batch_size
-    training, parts = module.training, list[Tensor]()
+    training, parts, of_rows = module.training, list[Tensor](), list[Tensor]()
     module.eval()
     with torch.no_grad():
         for start in range(0, len(rows), size):
             chosen = [rows[index] for index in range(start, min(start + size, len(rows)))]
             batch = send_to_device(trainer.data_collator(chosen), trainer.args.device)
-            found = values(module, batch).double()
-            places = module.token_rows(batch) if module.tokens else torch.arange(len(chosen), device=found.device)
-            counted = torch.cat([found, torch.ones_like(found[:1])])
-            parts.append(found.new_zeros(len(counted), len(chosen)).index_add(1, places, counted).cpu())
+            parts.append(values(module, batch).double().cpu())
+            of_rows.append(start + (module.token_rows(batch).cpu() if module.tokens else torch.arange(len(chosen))))
     module.train(training)
-    *sums, counts = torch.cat(parts, dim=1).numpy()
-    return np.stack(sums), counts
+    return torch.cat(parts, dim=1).numpy(), torch.cat(of_rows).numpy()
 
 
 def weights_table(said: pd.DataFrame, data: LabelledData) -> pd.DataFrame:
@@ -74,7 +76,8 @@ def weights_facts(said: pd.DataFrame, wrong: np.ndarray | None) -> dict[str, Any
     `auc` is the share of pairs of a wrong and a right label of which the wrong one weighs less, ties a half.
     """
     weights = said["weight"].to_numpy()
-    found: dict[str, Any] = {"mean": weights.mean(), "effective": weights.sum() ** 2 / (weights**2).sum()}
+    effective = weights.sum() ** 2 / (weights**2).sum() if weights.any() else 0.0
+    found: dict[str, Any] = {"mean": weights.mean(), "effective": effective}
     groups = {"all": np.ones(len(weights), bool)} if wrong is None else {"right": ~wrong, "wrong": wrong}
     if wrong is not None and 0 < wrong.sum() < len(wrong):
         found |= {name: weights[which].mean() for name, which in groups.items()}
@@ -85,12 +88,13 @@ def weights_facts(said: pd.DataFrame, wrong: np.ndarray | None) -> dict[str, Any
     return plain | {"histogram": {"bins": BINS.tolist(), **counted}, "against_loss": pairs}
 
 
-def plot_weights(facts: Mapping[str, Any], path: Mapping[str, Any] | None, file: Path) -> None:
+def plot_weights(facts: Mapping[str, Any], path: Mapping[str, Any] | None, file: Path, what: str = "text") -> None:
     """The weights of right and of wrong labels, or of all: how many, against the loss, and over the steps.
 
     Args:
         facts: of `weights_facts`.
         path: of `over_time`, where weights were learned.
+        what: is weighed.
 
     Raises:
         ImportError: without matplotlib (`pip install metaxl_evo[plot]`).
@@ -102,11 +106,9 @@ def plot_weights(facts: Mapping[str, Any], path: Mapping[str, Any] | None, file:
                 colour = COLOURS[name]
                 counts.stairs(histogram[name], histogram["bins"], fill=True, alpha=0.5, color=colour, label=name)
                 losses.scatter(*zip(*pairs, strict=True), s=4, alpha=0.4, color=colour, label=name)
-        counts.set(xlabel="weight at the end", ylabel="training texts")
-        losses.set(xlabel="loss of a text at the end", ylabel="its weight")
+        counts.set(xlabel="weight at the end", ylabel=f"training {what}s")
+        losses.set(xlabel=f"loss of a {what} at the end", ylabel="its weight")
         for axis in times:
-            for number, (name, points) in enumerate((path or {}).items()):
-                axis.plot(*zip(*points, strict=True), color=COLOURS.get(name, f"C{number}"), label=name)
-            axis.set(xlabel="step", ylabel="mean weight")
-        for axis in (counts, losses, *times):
+            draw_over_time(axis, path or {})
+        for axis in (counts, losses):
             axis.legend()

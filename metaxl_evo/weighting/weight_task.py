@@ -19,12 +19,12 @@ from metaxl_evo.experiments.folders import hub_id
 from metaxl_evo.experiments.scores import Rate
 from metaxl_evo.experiments.task import Task
 from metaxl_evo.models.adapters import ADAPTER
-from metaxl_evo.models.weighers import FORMS, WeightTable
+from metaxl_evo.models.weighers import FORMS, NORMALISATIONS, WeightTable
 from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.schedules import steps_of
 from metaxl_evo.training.trainer import MetaTrainer
-from metaxl_evo.training.weight_watch import over_time
+from metaxl_evo.training.weight_watch import LABELS, over_time
 from metaxl_evo.weighting.drawn import SYNTHETIC
 from metaxl_evo.weighting.encoding import encode
 from metaxl_evo.weighting.labelled import LabelledArguments, LabelledData, load_labelled
@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("weighted", "plain", "union", "clean_only", "small_loss", "confident")
 WEIGHERS = {"each": "number", "domain": "number", "loss": "loss", "hidden": "hidden", "columns": "columns"}
-LABELS = ("right", "wrong")  # as the log tells them apart
 
 
 @dataclass
@@ -80,17 +79,23 @@ class WeightTextArguments(LabelledArguments):
             "feature_columns (columns)."
         },
     )
-    weigher_hidden: int = field(default=100, metadata={"help": "Hidden units of a weighing network."})
     form: str = field(
         default="sigmoid", metadata={"help": f"Of weigher each or domain, one of {', '.join(FORMS)} (1 on average)."}
+    )
+    weight_normalisation: str = field(
+        default="mean",
+        metadata={
+            "help": f"One of {', '.join(NORMALISATIONS)}: mean leaves the weights of a micro-batch as they are, sum "
+            "divides by their mean, label by the mean of those with the same label."
+        },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_known("weight_normalisation", self.weight_normalisation, NORMALISATIONS)
         self.require_known("method", self.method, METHODS)
         self.require_known("weigher", self.weigher, WEIGHERS)
         self.require_known("form", self.form, FORMS)
-        self.require_count("weigher_hidden", self.weigher_hidden)
         if self.drop_rate is not None and not 0 < self.drop_rate < 1:
             raise ValueError(f"drop_rate must be above 0 and below 1, not {self.drop_rate}")
         if not 0 < self.drop_warmup <= 1:
@@ -163,7 +168,14 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
         weigher = _make_weigher(settings, data, config.hidden_size)
         learns, reads = self.learns(settings), WEIGHERS[settings.weigher]
         made = SmallLossText if settings.method == "small_loss" else WeightedText
-        module = made(base, weigher, reads=reads, weighted=learns, **self._told_apart(settings, data))
+        module = made(
+            base,
+            weigher,
+            reads=reads,
+            weighted=learns,
+            **self._told_apart(settings, data),
+            normalisation=settings.weight_normalisation,
+        )
         train, meta = self._rows(settings, data.train, tokenizer, learns), self._rows(settings, data.meta, tokenizer)
         if module.domain_of == "wrong":
             train = train.add_column("wrong", np.asarray(data.wrong, int).tolist())

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metaxl_evo.bilevel import stop_gradient
 from metaxl_evo.messages import unknown
-from metaxl_evo.models.bilevel_module import Batch, BilevelModule
-from metaxl_evo.models.heads import token_places
+from metaxl_evo.models.bilevel_module import Batch
+from metaxl_evo.models.heads import token_labels, token_places
 from metaxl_evo.models.hooks import states_below_head
-from metaxl_evo.models.weighers import WeightTable, give_weigher
+from metaxl_evo.models.weighers import NORMALISATIONS, WeightTable, give_weigher, normalised
 from metaxl_evo.models.weight_net import WeightNet
+from metaxl_evo.training.watched import Watched
 from metaxl_evo.training.weight_watch import Watch
 from metaxl_evo.weighting.sampling import DRAWN
 
@@ -22,7 +22,7 @@ SUBFOLDER = "weigher"
 READS = ("number", "loss", "hidden", "columns")
 
 
-class WeightedText(BilevelModule):
+class WeightedText(Watched):
     """inner loss = mean of w_i l_i; outer loss = the plain mean over the clean rows.
 
     Items are rows, with `tokens` labelled tokens. Batches are what the base takes, with `labels`, and what the weigher
@@ -38,7 +38,8 @@ class WeightedText(BilevelModule):
         tokens: every labelled token counts the same, as in tagging and language modelling.
         per_token: tokens have weights of their own; else all tokens of a row have that of the row.
         domains: names of the domains that the log tells apart.
-        domain_of: the column of a batch that counts them, (B,).
+        domain_of: the column of a batch that counts them, (B,), or of a tagger by its tokens (B, T).
+        normalisation: of the weights of a micro-batch, as in `normalised`; 8 x 1 rows are 4 x 2 with `mean` alone.
 
     Raises:
         ValueError: for what there is not to read.
@@ -55,19 +56,24 @@ class WeightedText(BilevelModule):
         per_token: bool = False,
         domains: tuple[str, ...] = (),
         domain_of: str = "number",
+        normalisation: str = "mean",
     ) -> None:
         super().__init__(base, meta)
         if reads not in READS:
             raise ValueError(unknown("reads", reads, READS))
+        if normalisation not in NORMALISATIONS:
+            raise ValueError(unknown("weight_normalisation", normalisation, NORMALISATIONS))
         if isinstance(meta, WeightTable) != (reads == "number"):
             raise ValueError(f"a {type(meta).__name__} cannot read {reads}: a WeightTable reads number, and it alone")
         if per_token and (not tokens or reads in ("number", "columns")):
             raise ValueError(f"a token has no {reads} of its own: weigh rows, or tokens by loss or hidden")
         self.meta: WeightTable | WeightNet = meta
         self.reads, self.weighted, self.tokens, self.per_token = reads, weighted, tokens, per_token
+        self.normalisation = normalisation
         self.stop_gradients = weighted and reads in ("loss", "hidden")
-        self.watch, self.domain_of = Watch(domains, meta.floor), domain_of
-        self._training_step = False
+        relative = normalisation != "mean" or (isinstance(meta, WeightTable) and meta.form == "softmax")
+        self.watch, self.domain_of = Watch(domains, meta.floor, relative=relative), domain_of
+        self.reads_loss = reads == "loss"
 
     def counts(self, batch: Batch) -> int | dict[str, int]:
         return self.labelled_tokens(batch) if self.tokens else super().counts(batch)
@@ -78,10 +84,10 @@ class WeightedText(BilevelModule):
 
     def inner_loss(self, batch: Batch) -> Tensor:
         losses, weights = self.weighed(batch)
-        if self._training_step:
-            domains = batch[self.domain_of] if self.watch.domains else None
-            rows = self.token_rows(batch) if self.tokens and domains is not None else slice(None)
-            self.watch.note(weights, losses, None if domains is None else domains[rows])
+        if self.weighted:
+            labels = token_labels(self.plain_base, batch) if self.tokens else batch["labels"]
+            weights = normalised(weights, self.normalisation, labels)
+        self.note(weights, losses, self._domains(batch) if self.watch.domains else None)
         return weights * losses if self.weighted else losses
 
     def outer_loss(self, batch: Batch) -> Tensor:
@@ -99,18 +105,18 @@ class WeightedText(BilevelModule):
             weights = weights / batch[DRAWN].to(weights)
         return losses, weights if self.per_token or not self.tokens else weights[self.token_rows(batch)]
 
-    def forward(self, **batch: Any) -> Any:
-        self._training_step = self.training  # passes of the meta level do not come this way
-        try:
-            return super().forward(**batch)
-        finally:
-            self._training_step = False
-
     def save_meta(self, folder: str | Path) -> None:
         self.meta.save_pretrained(Path(folder) / SUBFOLDER)
 
     def load_meta(self, folder: str | Path) -> None:
         give_weigher(self.meta, Path(folder) / SUBFOLDER)
+
+    def _domains(self, batch: Batch) -> Tensor:
+        """The domain of each item, (N,): of its row, or where a batch has one a token, (B, T), its own."""
+        domains: Tensor = batch[self.domain_of]
+        if not self.tokens:
+            return domains
+        return domains[tuple(token_places(self.plain_base, batch).T) if domains.ndim == 2 else self.token_rows(batch)]
 
     def _seen(self, batch: Batch, losses: Tensor, states: list[Tensor]) -> Tensor:
         """What the weigher reads, a row an item that has a weight."""

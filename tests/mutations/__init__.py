@@ -243,8 +243,14 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "models/test_layer_trace.py::test_a_list_that_cannot_be_transformed_is_refused"),
         ("weight-net-without-sigmoid", "torch.sigmoid(self.out(", "torch.relu(self.out(",
          "vision_tasks/test_weight_net.py::test_the_inner_loss_by_hand"),
+        ("weights-sum-to-one", "weights / _or_one(weights.sum()) * len(weights)", "weights / _or_one(weights.sum())",
+         "vision_tasks/test_weight_net.py::test_the_inner_loss_by_hand"),
+        ("weights-of-a-label-by-the-batch", "groups.bincount()[groups]", "len(weights)",
+         "weighting/test_weighers.py::test_weights_of_a_micro_batch_by_pandas"),
     ],
     "metaxl_evo/training": [
+        ("chance-is-warned-of", "self._seen[kind] >= PATIENCE.get(kind, 1)", "self._seen[kind] >= 1",
+         "weighting/test_trainer.py::test_a_slope_takes_three_logs_in_a_row"),
         ("texts-that-are-scored-all-of-one-label", "row * rows // size for row", "row for row",
          "ner/test_sentiment.py::test_texts_that_are_scored_are_spread_and_sentences_the_first"),
         ("task-sharded-as-one", "*(one.base if isinstance(one, BilevelModule) else one for one in objects)",
@@ -398,8 +404,6 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "weighting/test_export.py::test_axolotl"),
         ("largest-losses-train", "losses.argsort(stable=True)[:kept]", "losses.argsort(stable=True)[-kept:]",
          "weighting/test_selection.py::test_the_smallest_losses_count_alike"),
-        ("chance-is-warned-of", "self._seen[kind] >= PATIENCE.get(kind, 1)", "self._seen[kind] >= 1",
-         "weighting/test_trainer.py::test_a_slope_takes_three_logs_in_a_row"),
     ],
     "metaxl_evo/ner": [
         ("label-on-every-sub-token", "if word is not None and word not in seen:", "if word is not None:", SENTENCES),
@@ -449,8 +453,6 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "len(true), len(found), len(found)", "ner/test_metrics.py::test_scores_bring_their_sentences"),
     ],
     "vision_tasks": [
-        ("weights-sum-to-one", "weights / total * len(costs) * costs", "weights / total * costs",
-         "vision_tasks/test_weight_net.py::test_the_inner_loss_by_hand"),
         ("weight-net-reads-live-costs", "self.meta(stop_gradient(costs))", "self.meta(costs)",
          "vision_tasks/test_weight_net.py::test_one_step_is_autograd_through_the_step"),
         ("wrong-labels-of-the-column", "matrix.cumsum(1)[labels]", "matrix.T.cumsum(1)[labels]",

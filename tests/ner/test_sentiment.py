@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -187,7 +188,8 @@ def test_a_run_its_evaluation_its_labels_and_the_pipeline_say_the_same(
     assert again["test"]["beru"] == judged
     rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if "\t" in line]
     texts, true, found = ([row[at] for row in rows] for at in range(3))
-    assert len(rows) == judged["n_sentences"] == 40
+    assert len(rows) == judged["n_sentences"] == judged["n_texts"] == 40
+    assert {name: row["n_texts"] for name, row in judged["per_type"].items()} == Counter(true)
     assert judged["accuracy"] == pytest.approx(accuracy_score(true, found))
     assert judged["macro_f1"] == pytest.approx(f1_score(true, found, average="macro", zero_division=0))
     said = pipeline("text-classification", model=str(run), device="cpu")(texts)

@@ -181,7 +181,7 @@ def test_noise_of_the_users_own_in_image_folders(tmp_path: Path) -> None:
     assert list(results["test"]["class_accuracy"]) == ["cat", "dog"]
     assert (results["run"]["train_images"], results["run"]["wrong_labels"]) == (16, None)
     assert list(results["run"]["weights"]["mean"]) == ["all"]  # which are right is not known
-    plot_weights(results["run"]["weights"], tmp_path / "weights.png")
+    plot_weights(results["run"]["weights"], None, tmp_path / "weights.png")
     assert (tmp_path / "weights.png").is_file()
     table = pd.read_csv(tmp_path / "out" / TABLE)
     assert set(table.image) == {f"train/{('cat', 'dog')[n % 2]}/{n}.png" for n in range(16)}
@@ -259,8 +259,9 @@ def test_the_noise_is_that_of_the_seed(compared: Any) -> None:
             assert (found["train_images"], found["meta_images"], found["left_out"]) == (30, 10, 0)
             assert found["wrong_labels"] == results["base"][seed]["wrong_labels"]
             assert 0.05 < found["wrong_labels"] < 0.7
-            assert ("weights" in found) == (run == "evo")
+            assert ("weights" in found) == ("weights_over_time" in found) == (run == "evo")
     assert 0 < results["evo"]["1"]["weights"]["mean"]["right"] < 1
+    assert results["evo"]["1"]["weights_over_time"].keys() == {"right", "wrong"}
 
 
 @each_script

@@ -204,8 +204,8 @@ def test_command_line_value(line, key, value):
 def test_null_unsets_what_the_file_has_set(config):
     file = config("layers: [1, 2]\ncheck: true\nname: 'null'\n")
     assert parse("--config", file).name == "null"  # a text of the file's
-    found = parse("--config", file, "--layers", "null", "--check=null", "--name", "null")
-    assert (found.layers, found.check, found.name) == (None, None, None)
+    found = parse("--config", file, "--layers", "null", "--check=null", "--name", "null", "--options", "null")
+    assert (found.layers, found.check, found.name, found.options) == (None, None, None, None)
     assert "expected an integer, found 'null'" in complaint("--steps", "null")
 
 

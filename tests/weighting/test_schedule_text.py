@@ -118,7 +118,6 @@ def test_a_row_is_a_function_of_the_training_and_its_place(tmp_path: Path) -> No
         ({"n_momentum": 1}, {}, "AdamW has betas, whose derivative forward mode does not carry.*n_momentum: 0"),
         ({}, {"warmup_steps": 0.1}, "learned in 2 windows.*warmup_steps 0.1 would do nothing: leave them out"),
         ({}, {"lr_scheduler_type": "linear"}, "lr_scheduler_type linear .*would do nothing"),
-        ({"floor": 0.1}, {}, "floor: no text is weighed here"),
         ({"validation_share": 1.0}, {}, "validation_share must be above 0 and below 1"),
         ({"validation_share": 0.9}, {}, "4 rows train, fewer than the 8 of a batch"),
         ({"n_lr": 3}, {}, "3 windows of lr do not divide the 4 inner_steps"),

@@ -84,9 +84,9 @@ def test_what_is_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_trouble_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="metaxl_evo.weighting.trainer"):
+    with caplog.at_level(logging.WARNING, logger="metaxl_evo.training.watched"):
         trained(tmp_path, -8.0, meta_learning_rate=1e-6)
-    said = [record.getMessage() for record in caplog.records if record.name == "metaxl_evo.weighting.trainer"]
+    said = [record.getMessage() for record in caplog.records if record.name == "metaxl_evo.training.watched"]
     assert len(said) == 1
     assert said[0].startswith("step 1: the weights have collapsed (their mean is 3.4e-04)")
 
@@ -102,8 +102,8 @@ def test_a_slope_takes_three_logs_in_a_row(tmp_path: Path, caplog: pytest.LogCap
     fields: dict[str, Any] = {"max_steps": 5, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
     args = MetaTrainingArguments(str(tmp_path), use_cpu=True, meta_learning_rate=1e-9, **fields)
     judge, rows = (rows_of(seed).remove_columns("number") for seed in (2, 1))
-    with caplog.at_level(logging.WARNING, logger="metaxl_evo.weighting.trainer"):
+    with caplog.at_level(logging.WARNING, logger="metaxl_evo.training.watched"):
         WeightingTrainer(module, args, train_dataset=rows, meta_dataset=judge).train()
-    said = [record.getMessage() for record in caplog.records if record.name == "metaxl_evo.weighting.trainer"]
+    said = [record.getMessage() for record in caplog.records if record.name == "metaxl_evo.training.watched"]
     assert len(said) == 1
     assert said[0].startswith("step 3: the weights are nearly alike")

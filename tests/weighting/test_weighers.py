@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.special import expit, softmax
 from scipy.stats import pearsonr
 
-from metaxl_evo.models.weighers import WeightTable, load_weigher
+from metaxl_evo.models.weighers import NORMALISATIONS, WeightTable, load_weigher, normalised
 from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.weight_watch import Watch, advice
 
@@ -40,6 +41,24 @@ def test_a_network_of_several_numbers_above_a_floor() -> None:
     hidden, out = net.hidden, net.out
     raw = expit((torch.relu(seen @ hidden.weight.T + hidden.bias) @ out.weight.T + out.bias).detach().numpy()[:, 0])
     np.testing.assert_allclose(net(seen).detach(), 0.4 + 0.6 * raw, rtol=1e-6)
+
+
+def test_weights_of_a_micro_batch_by_pandas() -> None:
+    """And Euler's rule: what all weights of a label gain alike changes nothing."""
+    weights = torch.tensor([0.1, 0.4, 0.2, 0.9, 0.3], dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([2, 0, 2, 0, 1])
+    series = pd.Series(weights.detach().numpy())
+    by_label = series / series.groupby(labels.numpy()).transform("mean")
+    for how, expected in (("mean", series), ("sum", series / series.mean()), ("label", by_label)):
+        np.testing.assert_allclose(normalised(weights, how, labels).detach(), expected, rtol=1e-12)
+        assert torch.equal(normalised(0 * weights, how, labels), 0 * weights)
+    slope = torch.autograd.grad((normalised(weights, "label", labels) * torch.arange(5).double() ** 2).sum(), weights)[
+        0
+    ]
+    gains = pd.Series((slope * weights).detach().numpy())
+    np.testing.assert_allclose(gains.groupby(labels.numpy()).sum(), 0, atol=1e-12)
+    assert gains.abs().max() > 0.1
+    assert set(NORMALISATIONS) == {"mean", "sum", "label"}
 
 
 @pytest.mark.parametrize("made", [table("softmax", 0.1), table("sigmoid"), WeightNet(4, 2, 0.3), WeightNet(5)])
@@ -75,6 +94,8 @@ def test_what_is_watched_is_what_numpy_makes_of_it() -> None:
     assert found["domain_share/tales"] == pytest.approx(weights[domains == 1].sum() / weights.sum())
     watch.note(torch.ones(3), torch.ones(3), torch.zeros(3, dtype=torch.long))
     assert "domain_loss/tales" not in watch.take()  # absent, not zero
+    watch.note(torch.zeros(3), torch.ones(3), torch.zeros(3, dtype=torch.long))
+    assert not any(name.startswith("domain_share") for name in watch.take())  # of no weight at all
     assert watch.take() == {}
 
 
@@ -94,6 +115,17 @@ def test_advice(weights: list[float], losses: list[float], kinds: list[str]) -> 
     watch = Watch()
     watch.note(torch.tensor(weights), torch.tensor(losses))
     assert [kind for kind, _ in advice(watch.take())] == kinds
+
+
+def test_relative_weights_are_not_at_one() -> None:
+    """They are 1 on average by construction, and all begin alike."""
+    watch = Watch(floor=0.3, relative=True)
+    watch.note(torch.ones(4), torch.tensor([0.5, 1.0, 2.0, 3.0]))
+    facts = watch.take()
+    assert "weights/at_one" not in facts
+    assert list(advice(facts)) == []
+    watch.note(torch.tensor([0.2, 0.2, 1.8, 1.8]), torch.tensor([0.5, 1.0, 2.0, 3.0]))
+    assert watch.take()["weights/at_floor"] == 0
 
 
 def test_nearly_equal_weights_that_grow_with_the_loss_are_trouble_of_the_loss_alone() -> None:

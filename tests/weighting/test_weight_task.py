@@ -100,6 +100,7 @@ REFUSED: dict[str, tuple[Sequence[Mapping[str, Any]], dict[str, Any], str]] = {
     "domain": (rows_of(10, of="a"), {"domain_column": "of"}, "all texts that train are of a: there is nothing"),
     "single": ([*rows_of(10, of="a"), *rows_of(1, 20, of="b")], {"domain_column": "of"}, "domain b has 1 text"),
     "words": (rows_of(10), {"feature_columns": ["id"]}, "feature_columns id must hold numbers"),
+    "unnamed": ([*rows_of(9), {**rows_of(1, 20)[0], "id": ""}], {"id_column": "id"}, "1 texts have no id: name each"),
 }
 
 
@@ -125,15 +126,35 @@ def test_a_text_without_a_domain_is_of_none(nothing: str | None, tmp_path: Path)
     [
         (rows_of(3, 4), r"meta_data overlaps the training texts: 3 of them are in .*clean.csv.* \(ids 4, 5, 6\)"),
         (rows_of(3, 1000), "the clean set overlaps the test texts: 3 are in both"),
+        (rows_of(3, 2000), "the clean set overlaps the validation texts: 3 are in both"),
+        ([{**row, "text": f" {row['text']}  "} for row in rows_of(3, 4)], "meta_data overlaps the training texts: 3"),
         (rows_of(3, 500, label="yes"), "the clean set has one class only, yes"),
         (rows_of(3, 500, label="maybe"), "unknown label of label 'maybe': Valid: no, yes"),
     ],
 )
 def test_clean_sets_that_cannot_judge(own: list[dict[str, Any]], line: str, tmp_path: Path) -> None:
     write(tmp_path / "clean.csv", own)
+    write(tmp_path / "dev.csv", rows_of(6, 2000))
     settings = settings_of(folder_of(tmp_path, rows_of(20)), meta_data=str(tmp_path / "clean.csv"))
     with pytest.raises(ValueError, match=line):
         load_labelled(settings, seed=0)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+@pytest.mark.parametrize(
+    ("scored", "line"),
+    [
+        (rows_of(3, 1000, label="no"), "all {} texts are no: a model that says nothing else has an accuracy of 1"),
+        (rows_of(3, 4), "3 {} texts are trained on, too"),
+    ],
+)
+def test_parts_that_score_little_are_told(
+    split: str, scored: list[dict[str, Any]], line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "clean.csv", rows_of(4, 500))
+    write(folder_of(tmp_path, rows_of(20)) / f"{split}.csv", scored)
+    load_labelled(settings_of(tmp_path, meta_data=str(tmp_path / "clean.csv")), seed=0)
+    assert [record.getMessage() for record in caplog.records] == [line.format(split)]
 
 
 @pytest.mark.parametrize("weigher", ["each", "loss", "hidden"])

@@ -53,6 +53,22 @@ def test_a_domain_absent_from_a_micro_batch_is_not_a_zero(head: str) -> None:
         torch.testing.assert_close(sum(found), expected, rtol=1e-11, atol=1e-14)
 
 
+def test_weights_of_a_label_are_divided_by_their_mean() -> None:
+    """Labels 0, 1, 2, 0, 1, 2: rows i and i + 3 share 2; what is watched are these weights."""
+    module, batch = module_of("rows", normalisation="label"), batch_of("rows")
+    with torch.no_grad():
+        module.meta.logits.copy_(torch.linspace(-2, 2, ROWS))  # type: ignore[operator, union-attr]
+    losses, weights = module.weighed(batch)
+    pairs = weights.view(2, 3)
+    torch.testing.assert_close(module.inner_loss(batch), (2 * pairs / pairs.sum(0)).flatten() * losses)
+    module.train()(**batch)
+    assert module.watch.take()["weights/mean"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="label divides by the label of a row, tokens have others: use sum"):
+        module_of("tagging", normalisation="label")
+    with pytest.raises(ValueError, match=r"unknown weight_normalisation 'max': .*Valid: sum, mean, label"):
+        module_of("rows", normalisation="max")
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_the_weights_of_rows_multiply_their_tokens(head: str) -> None:
     """The mean of w_row l_token, written out."""
