@@ -82,7 +82,7 @@ def _results(
             print(task.table(summary["test"]))
         for run in runs:
             if found := task.findings(results[run.key]["run"]):
-                print(f"\n{found}")
+                print(f"\n{run}\n\n{found}" if len(runs) > 1 else f"\n{found}")
     return summary
 
 
