@@ -57,7 +57,7 @@ class SourceWeights(nn.Module):
         v = weigher.weights()
         return self.factors.to(v) * v / (1 + self.first.to(v) @ (v - 1))  # 1 to the last bit at v = 1
 
-    def forward(self, weigher: WeightTable | WeightNet | None, language: Tensor, seen: Tensor | None) -> Tensor:
+    def forward(self, weigher: WeightTable | WeightNet | None, language: Tensor, seen: Tensor | None = None) -> Tensor:
         """Weights (B,) of rows of these languages (B,), by what a `WeightNet` reads of them, (B,) or (B, H)."""
         of_language = self.of_languages(weigher).to(language.device)[language]
         if seen is None or weigher is None:

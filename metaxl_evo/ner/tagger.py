@@ -50,7 +50,7 @@ class CrossLingualTagger(Watched):
         source_weights: how source rows are weighed (None: 1 each).
         languages: the names of the source languages that train; the log tells several apart.
 
-    Raises ValueError for a list that holds no encoder layers.
+    Raises ValueError for a list that holds no encoder layers, and a weigher without source_weights.
     """
 
     stop_gradients = True
@@ -69,6 +69,8 @@ class CrossLingualTagger(Watched):
         source_weights: SourceWeights | None = None,
         languages: Sequence[str] = (),
     ):
+        if weigher is not None and source_weights is None:
+            raise ValueError("a weigher learns source_weights, which say what it reads: give both")
         super().__init__(base, meta if weigher is None else TaggerMeta(meta if transform else None, weigher))
         self.meta: Any  # whose class says what it has
         self.padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED}
@@ -286,23 +288,25 @@ class CrossLingualTagger(Watched):
         if self.source_weights is None and not watched:
             return None
         language, weights, rows = batch["language"], None, places // batch["labels"].shape[1]
-        if self.source_weights is not None:
+        if self.source_weights is not None and self.weighted:
             of_source = language != TARGET  # (B,)
+            chosen = remembered("of source", lambda: of_source.nonzero().squeeze(1), language)  # (B',)
             place = (torch.cumsum(of_source, 0) - 1)[rows]  # (N,): of the row among the source rows
-            chosen = of_source.nonzero().squeeze(1)  # (B',)
-            seen = None
-            if self._reads == "loss":
-                found = torch.bincount(place, minlength=len(chosen)).clamp(min=1)
-                means = losses.new_zeros(len(chosen)).index_add(0, place, losses) / found
-                seen = stop_gradient(means, key="losses")
-            elif self._reads == "hidden":
-                mask = batch["attention_mask"][chosen].to(states[0]).unsqueeze(-1)
-                means = (states[0][chosen] * mask).sum(1) / mask.sum(1)
-                seen = stop_gradient(means, key="states")
+            seen = self._seen(losses, place, chosen, batch, states)
             weights = self.source_weights(self.weigher, language[chosen], seen)[place].to(losses)
+        elif self.source_weights is not None:
+            weights = self.source_weights(self.weigher, language[rows]).to(losses)
         if watched:
             self.note(torch.ones_like(losses) if weights is None else weights, losses, language[rows])
         return weights
+
+    def _seen(self, losses: Tensor, place: Tensor, chosen: Tensor, batch: Batch, states: Sequence[Tensor]) -> Tensor:
+        """What a network weighs source rows by: their mean losses (B',), or mean states (B', H), as they are."""
+        if self._reads == "loss":
+            sums = losses.new_zeros(2, len(chosen)).index_add(1, place, torch.stack([losses, torch.ones_like(losses)]))
+            return stop_gradient(sums[0] / sums[1].clamp(min=1), key="losses")
+        mask = batch["attention_mask"][chosen].to(states[0]).unsqueeze(-1)
+        return stop_gradient((states[0][chosen] * mask).sum(1) / mask.sum(1), key="states")
 
 
 class CrossLingualClassifier(CrossLingualTagger):

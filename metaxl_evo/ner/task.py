@@ -399,6 +399,8 @@ def _source_weights(ner: TaggingArguments, tokens: Sequence[int]) -> SourceWeigh
     proportions = proportions_of(ner.source_proportions, len(ner.sources))
     if not tokens or (ner.source_weights == "none" and proportions is None):
         return None
+    if 0 in tokens:
+        raise ValueError(f"{ner.sources[tokens.index(0)]} has no labelled word to weigh: leave it out of the sources")
     return SourceWeights(ner.source_weights, [count / sum(tokens) for count in tokens], proportions)
 
 
