@@ -85,6 +85,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "compare_cosines": {"episode_length": 5, "meta_batch": 2},
     "evaluate": {"use_cpu": "true"},
     "predict": {"use_cpu": "true"},
+    "rank-sources": {"use_cpu": "true"},
     "illustrate": {"grid": 5, "repetitions": 2, "iterations": 1},
     "benchmark": {
         "repeats": 1, "noise_draws": 2, "horizons": "1,2", "orders": "after_step", "rtn_layer": 1, "length": 8,
