@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import pandas as pd
 import torch
+from datasets import Dataset
 
 from metaxl_evo.models.weighers import WeightTable
 from metaxl_evo.training.watched import WatchingTrainer
 from metaxl_evo.training.weight_watch import DOMAIN, WEIGHT
 from metaxl_evo.weighting.sampling import MixtureRows
 from metaxl_evo.weighting.weighted_text import WeightedText
+
+logger = logging.getLogger(__name__)
 
 
 class WeightingTrainer(WatchingTrainer):
@@ -27,6 +31,9 @@ class WeightingTrainer(WatchingTrainer):
     def __init__(self, *given: Any, **further: Any) -> None:
         super().__init__(*given, **further)
         self.said: pd.DataFrame | None = None
+        rows = self.args.per_device_meta_batch_size * self.args.world_size
+        if isinstance(self.meta_dataset, Dataset) and len(self.meta_dataset) < rows:
+            logger.warning("the clean set has %d rows, fewer than a meta batch of %d", len(self.meta_dataset), rows)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """As MetaTrainer's; of `MixtureRows` those that the weights draw now, in place of those of the epoch."""

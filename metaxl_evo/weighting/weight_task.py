@@ -151,9 +151,6 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
         data = load_labelled(settings, args.seed, trained)
         if args.load_best_model_at_end and data.validation is None:
             raise ValueError("load_best_model_at_end needs a part `validation` of the data, which may choose")
-        rows = args.per_device_meta_batch_size * args.world_size
-        if self.learns(settings) and len(data.meta) < rows:
-            logger.warning("the clean set has %d texts, fewer than a meta batch of %d", len(data.meta), rows)
         return data
 
     def fit_arguments(

@@ -53,10 +53,13 @@ def test_whole_entities_are_spoilt(noise: str, rate: float) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--per_token", "true")])
-def test_the_table_has_the_weights_and_the_wrong_tags(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_table_has_the_weights_and_the_wrong_tags(
+    options: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Weights are what the saved weigher says of the losses beside them; wrong is what differs from the data."""
-    given = ["--noise_rate", "0.5", "--meta_learning_rate", "0.1", *options, "--output_dir", str(tmp_path / "run")]
-    assert main(["weight-tags", *SHORT, *given]) == 0
+    given = ["--noise_rate", "0.5", "--meta_learning_rate", "0.1", "--per_device_meta_batch_size", "24", *options]
+    assert main(["weight-tags", *SHORT, *given, "--output_dir", str(tmp_path / "run")]) == 0
+    assert "the clean set has 20 rows, fewer than a meta batch of 24" in caplog.text
     table, run = (
         pd.read_csv(tmp_path / "run/weights.csv", keep_default_na=False),
         json.loads((tmp_path / "run/results.json").read_text())["run"],
