@@ -95,6 +95,21 @@ class ImageSet:
             true_labels=true,
         )
 
+    def joined(self, others: ImageSet) -> ImageSet:
+        """These images, and others of the same classes behind them.
+
+        Raises:
+            ValueError: for images of another shape.
+        """
+        here, there = self.images.shape[1:], others.images.shape[1:]
+        if here != there:
+            raise ValueError(f"{others.where}: images are {there}, those of {self.where} {here}: resize one of them")
+        ids = np.concatenate([np.asarray(one.ids).astype(str) for one in (self, others)])
+        images, labels = (
+            np.concatenate(pair) for pair in ((self.images, others.images), (self.labels, others.labels))
+        )
+        return replace(self, images=images, labels=labels, ids=ids, true_labels=None)
+
     def clean(self) -> ImageSet:
         """With the true labels, where others are known to be wrong."""
         return self if self.true_labels is None else replace(self, labels=self.true_labels)

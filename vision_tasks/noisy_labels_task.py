@@ -40,7 +40,7 @@ from vision_tasks.pretrained import Preparation
 from vision_tasks.training_images import SHEET, TABLE, contact_sheet, judge, table_of
 from vision_tasks.weight_net import WeightedClassifier
 
-METHODS = ("meta_weight_net", "baseline")
+METHODS = ("meta_weight_net", "frozen_weight_net", "baseline")
 WEIGHTS_PICTURE, NOISE_PICTURE = "weights.png", "noise.png"
 SELECTION = ("loss", "accuracy")  # scores that choose a checkpoint
 CURVE = torch.linspace(0, 8, 65)  # losses at which the learned weight is drawn
@@ -56,7 +56,10 @@ class NoisyLabelsArguments(ClassifierArguments):
 
     method: str = field(
         default="meta_weight_net",
-        metadata={"help": "meta_weight_net: losses are weighted by a learned network; baseline: plain training."},
+        metadata={
+            "help": "meta_weight_net: losses are weighted by a learned network; frozen_weight_net: by that of "
+            "weight_net_name_or_path, the clean images train, too; baseline: plain training."
+        },
     )
     backbone: str = field(default="resnet32", metadata={"help": f"One of {', '.join(BACKBONES)}."})
     width: int | None = field(
@@ -65,6 +68,9 @@ class NoisyLabelsArguments(ClassifierArguments):
     weight_net_hidden: int = field(
         default=100,
         metadata={"help": "Hidden units of the weighting network, which has 3 times as many parameters + 1."},
+    )
+    weight_net_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder of a run whose network weighs, with method frozen_weight_net."}
     )
     weight_normalisation: str = field(
         default="mean", metadata={"help": f"Weights of a micro-batch divided by their: {', '.join(NORMALISATIONS)}."}
@@ -110,6 +116,8 @@ class NoisyLabelsArguments(ClassifierArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_known("method", self.method, METHODS)
+        if (self.method == "frozen_weight_net") != (self.weight_net_name_or_path is not None):
+            raise ValueError("weight_net_name_or_path goes with method: frozen_weight_net: set both, or neither")
         self.require_known("weight_normalisation", self.weight_normalisation, NORMALISATIONS)
         self.require_known("noise", self.noise, NOISES)
         self.require_known("augmentation", self.augmentation, AUGMENTATIONS)
@@ -151,6 +159,8 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
     )
     own_files = (*ClassificationTask.own_files, SUBFOLDER, TABLE, SHEET, WEIGHTS_PICTURE, NOISE_PICTURE)
     chooses = True  # on a validation set; without one it is refused where the data are known
+
+    inputs = (*ClassificationTask.inputs, "weight_net_name_or_path")
 
     def learns(self, settings: NoisyLabelsArguments) -> bool:
         return settings.method == "meta_weight_net"
@@ -200,14 +210,18 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
     ) -> MetaTrainer:
         train, augment = data.noisy.train, AUGMENTATIONS[settings.augmentation]
         base, processor = make_base(settings, train, data.preparation, width=settings.width)
+        frozen, weighted = settings.weight_net_name_or_path, settings.method != "baseline"
         module = WeightedClassifier(
             base,
-            WeightNet(settings.weight_net_hidden),
-            weighted=self.learns(settings),
+            WeightNet(settings.weight_net_hidden) if frozen is None else WeightNet.from_pretrained(frozen),
+            weighted=weighted,
             normalisation=settings.weight_normalisation,
-            told_apart=self.learns(settings) and data.noisy.known,
+            told_apart=weighted and data.noisy.known,
         )
         wrong = data.noisy.wrong if module.watch.domains else None
+        if frozen is not None:
+            train = train.joined(data.noisy.meta)
+            wrong = None if wrong is None else np.pad(wrong, (0, len(data.noisy.meta)))
         rows = ImageRows(train, augment, seed=2 * args.seed, wrong=wrong)
         rows[0]  # complains before the first step of images that are too small for the augmentation
         return WatchingTrainer(
@@ -242,7 +256,7 @@ class NoisyLabelsTask(ClassificationTask[NoisyLabelsArguments, NoisyLabelsData])
         }
         if data.noisy.validation is not None:
             found["validation_images"] = len(data.noisy.validation)
-        if self.learns(settings):
+        if settings.method != "baseline":
             size = trainer.args.per_device_eval_batch_size
             module = cast(WeightedClassifier, trainer.model)
             found["weights"] = weights_of(module, data.noisy, size)
