@@ -135,7 +135,7 @@ class WeightTagsTask(Task[WeightTagsArguments, TaggedData]):
             raise ValueError("clean sentences judge alone: set meta_portion to 1 (method: union trains on them, too)")
 
     def load(self, settings: WeightTagsArguments, args: MetaTrainingArguments) -> TaggedData:
-        return load_tagged(settings, args.seed, wants_dev=args.load_best_model_at_end)
+        return load_tagged(settings, args.seed, wants_dev=args.load_best_model_at_end, label_names=args.label_names)
 
     def fit_arguments(
         self, settings: WeightTagsArguments, args: MetaTrainingArguments, data: TaggedData
