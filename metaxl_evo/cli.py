@@ -176,9 +176,7 @@ COMMANDS = {
     "many-shot": Command("layers, warps or weights for many-shot image tasks", task("many_shot"), launched=True),
     "sinusoid": Command("features from which a head fits a new sinusoid", task("sinusoid"), launched=True),
     "weight-text": Command("learn which texts a classifier should train on", task("weight_text"), launched=True),
-    "weight-tags": Command(
-        "learn which sentences or words a tagger trains on", task("weight_tags"), launched=True
-    ),
+    "weight-tags": Command("learn which sentences or words a tagger trains on", task("weight_tags"), launched=True),
     "schedule": Command("learn a schedule of an optimiser's numbers over a long training", task("schedule")),
     "schedule-text": Command("learn a schedule of fine-tuning a text classifier", task("schedule_text")),
     "mix-text": Command("learn how much of each domain a language model should see", task("mix_text"), launched=True),

@@ -26,6 +26,7 @@ from metaxl_evo.training.parser import parse_arguments
 from metaxl_evo.training.schedules import steps_of
 from metaxl_evo.weighting.mix_task import MixTextTask
 from metaxl_evo.weighting.schedule_text_task import ScheduleTextTask
+from metaxl_evo.weighting.tag_task import WeightTagsTask
 from metaxl_evo.weighting.weight_task import WeightTextTask
 from tests.vision_tasks.small import PERTURBED, random_images
 from vision_tasks.fewshot_task import FewShotTask
@@ -498,6 +499,10 @@ WEIGHTING: dict[str, tuple[Task[Any, Any], dict[str, str]]] = {  # task, runs: e
     "mix_text_brown": (MixTextTask(), {"union": "none", "uniform": "none", "one_step": "one_step"}),
     "mix_text_cpu": (MixTextTask(), {"union": "none", "uniform": "none", "one_step": "one_step"}),
     "schedule_text_cpu": (ScheduleTextTask(), {"fds": "forward_mode", "random_search": "none"}),
+    "weight_tags_cpu": (
+        WeightTagsTask(),
+        {"plain": "none", "union": "none", "clean_only": "none", "sentences": "one_step", "words": "one_step"},
+    ),
     "weight_text_cpu": (
         WeightTextTask(),
         {
@@ -719,6 +724,7 @@ STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "rtn_horizon_cpu": (["sw"], 3, 3),
     "sinusoid_paper": ([""], 5, 5),
     "schedule_cpu": ([""], 3, 3),
+    "weight_tags_distant": ([""], 3, 6),
     "weight_text_polarity": (["0", "0.4"], 3, 6),
 }
 

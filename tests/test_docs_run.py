@@ -66,6 +66,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "seeds": 1, "max_steps": 5, "episode_length": 5, "meta_batch": 2, "test_tasks": 2, "hidden": 5,
     },
     "mix_text": SHORT | {"seeds": 0, "meta_size": 20, "train_size": 30, "test_size": 20},
+    "weight_tags": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 40, "eval_size": 30},
     "weight_text": SHORT | {"seeds": 1, "meta_size": 20, "train_size": 60, "eval_size": 40},
     "schedule_text": SHORT | {
         "seeds": 1, "max_steps": -1, "inner_steps": 10, "n_lr": 1, "trainings": 1, "retrain_steps": 1,

@@ -22,6 +22,7 @@ HEADS = {  # of tasks on text
     "sentiment": "rows",
     "weight_text": "rows",
     "mix_text": "language",
+    "weight_tags": "tokens",
 }
 MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}  # of the Trainer's optimisers
 

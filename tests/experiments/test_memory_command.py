@@ -55,7 +55,7 @@ REFUSED = {
     "another task": (
         "vision/rotation_cpu",
         "",
-        "no settings file of ner, pos, sentiment, weight_text, mix_text .*: give --model",
+        "no settings file of ner, pos, sentiment, weight_text, mix_text, weight_tags .*: give --model",
     ),
     "optimiser": ("", "optim: adafactor", "optim whose moments are known .adafactor"),
     "engine": ("", "estimator_kwargs: {engine: jvp}", "engine: jvp: .*finite differences alone"),

@@ -204,6 +204,8 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "estimators/test_contract.py::test_a_learned_learning_rate_needs_an_estimator_that_sees_it"),
     ],
     "metaxl_evo/models": [
+        ("labels-of-all-tokens", "return labels[labels != IGNORED]", "return labels[labels != IGNORED].clamp(max=0)",
+         "weighting/test_weighted_text.py::test_tokens_of_a_label_are_divided_by_their_mean"),
         ("swapped-in-beside-shards", "here = weights.at(w) if weights.sharded else swapped(base, w)",
          "here = swapped(base, w)", SHARDED_RUN),
         ("mean-over-the-micro-batch", "total = totals[name]", "total = counts[name]",
@@ -381,6 +383,8 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
     "metaxl_evo/weighting": [
         ("fine-tuning-drops-out", "self.base.eval()", "self.base.train(mode)",
          "weighting/test_schedule_text.py::test_nothing_is_dropped_out"),
+        ("entities-are-cut", "tags[row][first : last + 1] = [", "tags[row][first:last] = [",
+         "weighting/test_weight_tags.py::test_whole_entities_are_spoilt"),
         ("nothing-weighs", "return weights * losses if self.weighted else losses", "return losses",
          "weighting/test_weighted_text.py::test_the_weights_of_rows_multiply_their_tokens"),
         ("tokens-by-the-next-state", "return states[tuple(token_places(self.plain_base, batch).T)]",
@@ -428,8 +432,8 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "ner/test_sentiment.py::test_what_cannot_be_right_is_refused"),
         ("last-words-begin-anew", 'str.maketrans("LU", "ES")', 'str.maketrans("LU", "SS")',
          "ner/test_schemes.py::test_every_short_sentence_keeps_its_entities[bilou]"),
-        ("padding-has-a-label", 'self.pad_token_id, "attention_mask": 0, "labels": IGNORED',
-         'self.pad_token_id, "attention_mask": 0, "labels": 0', "ner/test_data.py::test_rows_are_padded_on_the_right"),
+        ("padding-has-a-label", '"attention_mask": 0, **dict.fromkeys(self.labels, IGNORED)',
+         '"attention_mask": 0, **dict.fromkeys(self.labels, 0)', "ner/test_data.py::test_rows_are_padded_on_the_right"),
         ("joined-rows-padded-with-zeros", "value=self.padding[key]", "value=0",
          "ner/test_tagger.py::test_joined_rows_are_padded_on_the_right"),
         ("one-sample-for-all-seeds", "random.Random(seed).shuffle", "random.Random(0).shuffle",

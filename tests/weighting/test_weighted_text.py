@@ -53,6 +53,14 @@ def test_a_domain_absent_from_a_micro_batch_is_not_a_zero(head: str) -> None:
         torch.testing.assert_close(sum(found), expected, rtol=1e-11, atol=1e-14)
 
 
+def test_tokens_of_a_label_are_divided_by_their_mean() -> None:
+    module, batch = module_of("tagging", "loss", per_token=True, normalisation="label"), batch_of("tagging")
+    losses, weights = module.weighed(batch)
+    labels = batch["labels"][batch["labels"] != -100]
+    means = torch.stack([weights[labels == label].mean() for label in range(3)])
+    torch.testing.assert_close(module.inner_loss(batch), weights / means[labels] * losses)
+
+
 def test_weights_of_a_label_are_divided_by_their_mean() -> None:
     """Labels 0, 1, 2, 0, 1, 2: rows i and i + 3 share 2; what is watched are these weights."""
     module, batch = module_of("rows", normalisation="label"), batch_of("rows")
@@ -63,8 +71,6 @@ def test_weights_of_a_label_are_divided_by_their_mean() -> None:
     torch.testing.assert_close(module.inner_loss(batch), (2 * pairs / pairs.sum(0)).flatten() * losses)
     module.train()(**batch)
     assert module.watch.take()["weights/mean"] == pytest.approx(1)
-    with pytest.raises(ValueError, match="label divides by the label of a row, tokens have others: use sum"):
-        module_of("tagging", normalisation="label")
     with pytest.raises(ValueError, match=r"unknown weight_normalisation 'max': .*Valid: sum, mean, label"):
         module_of("rows", normalisation="max")
 
