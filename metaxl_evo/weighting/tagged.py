@@ -203,12 +203,17 @@ def _meta_and_noisy(
                 "meta_dataset is not given: %d of the training sentences judge, and their tags are taken for right",
                 settings.meta_size,
             )
-        untested = [row for row, words in enumerate(drawn["tokens"]) if tuple(words) not in tested]
-        judging = untested[: settings.meta_size]
-        if len(judging) < settings.meta_size or len(judging) == len(drawn):
+        size = settings.meta_size
+        if size >= len(drawn):
             raise ValueError(
-                f"{settings.dataset}: meta_size {settings.meta_size} leaves none to train, or asks for more than the "
-                f"{len(untested)} of {len(drawn)} sentences that are not tested: lower it, or set meta_dataset"
+                f"{settings.dataset}: all {len(drawn)} sentences would judge, and none train: lower meta_size, or set "
+                "meta_dataset"
+            )
+        judging = [row for row, words in enumerate(drawn["tokens"][:]) if tuple(words) not in tested][:size]
+        if len(judging) < size:
+            raise ValueError(
+                f"{settings.dataset}: {len(judging)} of {len(drawn)} training sentences are not tested and may judge: "
+                f"lower meta_size ({size}), or set meta_dataset"
             )
         return drawn.select(judging), drawn.select(sorted(set(range(len(drawn))) - set(judging)))
     corpus = read_corpus(settings.meta_dataset, [settings.language], ["train"], layout)
