@@ -199,6 +199,10 @@ COMMANDS = {
         plain("metaxl_evo.ner.predict_command", "PredictionArguments", "predict"),
         launched=True,
     ),
+    "rank-sources": Command(
+        "candidate source languages by how near they are to a few sentences of a target; reads no labels",
+        plain("metaxl_evo.ner.rank_command", "RankArguments", "rank_sources"),
+    ),
     "benchmark": Command(
         "estimators side by side: time, memory, distance from the exact hypergradient",
         plain("metaxl_evo.benchmark.run", "BenchmarkArguments", "run_benchmark", "benchmark"),

@@ -20,6 +20,7 @@ from metaxl_evo.experiments.study import Study
 from metaxl_evo.experiments.task import TASKS, find_task
 from metaxl_evo.ner.evaluate_command import EvaluationArguments
 from metaxl_evo.ner.predict_command import PredictionArguments
+from metaxl_evo.ner.rank_command import RankArguments
 from metaxl_evo.training.memory_estimate import MemoryArguments
 from metaxl_evo.training.parser import given_text, parse_arguments
 from metaxl_evo.weighting.export import ExportArguments
@@ -53,6 +54,7 @@ READERS: dict[str, Reader] = {
     "compare_horizons": of_task("ner", HorizonArguments),
     "evaluate": of(EvaluationArguments),
     "predict": of(PredictionArguments),
+    "rank-sources": of(RankArguments),
     "benchmark": of(BenchmarkArguments, "benchmark"),
     "estimate-memory": lambda argv: of(MemoryArguments)(memory_command.options(argv)),
     "illustrate": of(IllustrationArguments, "vision"),

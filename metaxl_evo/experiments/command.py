@@ -80,6 +80,9 @@ def _results(
         print(f"models, cards and {RESULTS}: {', '.join(str(run.folder) for run in runs)}")
         with understood(root / RESULTS):
             print(task.table(summary["test"]))
+        for run in runs:
+            if found := task.findings(results[run.key]["run"]):
+                print(f"\n{run}\n\n{found}" if len(runs) > 1 else f"\n{found}")
     return summary
 
 

@@ -120,6 +120,10 @@ class Task(ABC, Generic[Settings, Data]):
         """What else is to be known of a trained run (plain values); `start`: its first meta parameters."""
         return {}
 
+    def findings(self, run: Mapping[str, Any]) -> str:
+        """What a run has found beside its scores, of its facts in the results: Markdown, printed and in the card."""
+        return ""
+
     def describe_check(self, trainer: MetaTrainer, settings: Settings, data: Data) -> tuple[dict[str, Any], list[str]]:
         """What `--check` finds of this task beside the findings of any: facts and problems."""
         return {}, []
@@ -153,6 +157,7 @@ class Task(ABC, Generic[Settings, Data]):
             f"## {self.title}\n\nOne training run, {weights}. {self.card_text(settings)}".strip(),
             *([f"## Use\n\n```python\n{usage}\n```"] if usage else []),
             f"## Test scores\n\n{self.card_scores(results['test'])}",
+            *([f"## Findings\n\n{found}"] if (found := self.findings(facts)) else []),
             *([f"## Meta level\n\n{outline_table(facts['meta_history'])}"] if facts.get("meta_history") else []),
             settings_section(results["settings"]),
             *(["## Citation\n\n" + "\n".join(f"- {line}" for line in cited)] if cited else []),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,3 +161,17 @@ def _check_indices(name: str, indices: Tensor, low: int, stop: int) -> None:
         raise ValueError(
             f"{name} of active() must be one whole number a row, from {low} to {stop - 1}, got {indices.tolist()}"
         )
+
+
+@contextmanager
+def states_below_head(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
+    """The states (B, T, H) that the model below the head returns inside."""
+    states: list[Tensor] = []
+    if not wanted:
+        yield states
+        return
+    hook = model.base_model.register_forward_hook(lambda module, given, out: states.append(out[0]))
+    try:
+        yield states
+    finally:
+        hook.remove()

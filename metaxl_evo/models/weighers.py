@@ -62,6 +62,19 @@ class WeightTable(nn.Module):
         save_network(folder, WEIGHT_TABLE, config, self)
 
 
+def give_weigher(weigher: WeightTable | WeightNet, folder: str | Path) -> None:
+    """Give a weigher the numbers of a saved one.
+
+    Raises:
+        ValueError: for one of other sizes, or what `load_weigher` cannot read.
+    """
+    saved = load_weigher(folder).state_dict()
+    sizes = [{name: tuple(one.shape) for name, one in state.items()} for state in (saved, weigher.state_dict())]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{folder} holds a weigher of {sizes[0]}, here is one of {sizes[1]}: give its settings")
+    weigher.load_state_dict(saved)
+
+
 def normalised(weights: Tensor, how: str, labels: Tensor) -> Tensor:
     """The weights (B,) of a micro-batch as its losses are multiplied by them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,10 +14,12 @@ from metaxl_evo.models.adapters import LoraArguments
 from metaxl_evo.models.rtn_networks import KINDS
 from metaxl_evo.ner.layout import ColumnArguments, LayoutArguments, PosLayoutArguments, TextLayoutArguments
 from metaxl_evo.ner.scorers import EntityScorer, Scorer, TextScorer, WordScorer
+from metaxl_evo.ner.source_weights import LEARNED, SOURCE_WEIGHTS, proportions_of
 from metaxl_evo.training.arguments import MetaTrainingArguments
 
 PAPER_LANGUAGES = ("qu", "cdo", "ilo", "xmf", "mhr", "mi", "tk", "gn")
 SELECTIONS = ("dev", "last")
+SHUFFLED = "shuffled"  # the name of a source language whose labels are
 SHORTEST = 8  # sub-tokens: the special ones and a word or two
 WIDEST = 65536  # of an RTN: many times any encoder's width
 UNFIT = {  # fields of TrainingArguments that cannot be on here
@@ -37,7 +39,7 @@ class Method:
     Args:
         source, target: whether source and target rows are trained on.
         transform: whether the source rows go through the RTN.
-        meta: whether the RTN is learned by hypergradients.
+        meta: whether the RTN, or weights of the source rows, are learned by hypergradients.
         all_target_rows: train on every drawn target row instead of leaving the meta part out.
         weight: of the source and the target mean in the inner loss.
     """
@@ -53,6 +55,7 @@ class Method:
 METHODS = {
     "metaxl": Method(transform=True, meta=True),
     "frozen_rtn": Method(transform=True),
+    "weighted": Method(meta=True),
     "joint_training": Method(all_target_rows=True, weight=0.5),
     "joint_training_equal": Method(),
     "target_only": Method(source=False),
@@ -125,6 +128,29 @@ class TaggingArguments(LoraArguments, ColumnArguments):
     rtn_kind: str = field(default="gated_tied", metadata={"help": f"One of {', '.join(KINDS)}."})
     rtn_bottleneck: int | None = field(default=None, metadata={"help": "Width of the RTN (default: by its kind)."})
     rtn_per_language: bool = field(default=True, metadata={"help": "A network of its own for each source language."})
+    source_weights: str = field(
+        default="none",
+        metadata={
+            "help": "Learned weights of the source rows, with method weighted, or metaxl beside its RTN: a number "
+            "a language, 1 on average (language), or a network of a row's loss or mean hidden state, in (0, 1)."
+        },
+    )
+    source_weights_floor: float = field(default=0.0, metadata={"help": "The least weight, from 0 to below 1."})
+    source_weights_units: int = field(default=100, metadata={"help": "Hidden units of a weighing network."})
+    source_proportions: str = field(
+        default="union",
+        metadata={
+            "help": "Shares of the languages in the source loss, or those that learned weights begin with: union (as "
+            "many as there are), uniform, or numbers in the order of the languages, such as 0.5,0.3,0.2."
+        },
+    )
+    shuffle: str | None = field(
+        default=None,
+        metadata={
+            "help": "Add the source language `shuffled`, to see whether it is found out: the sentences of this one, "
+            "all their labels in no order."
+        },
+    )
     rtn_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a trained RTN to begin with (default: a random one)."}
     )
@@ -148,10 +174,12 @@ class TaggingArguments(LoraArguments, ColumnArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, valid in (("method", METHODS), ("rtn_kind", KINDS), ("select", SELECTIONS)):
+        known: dict[str, Iterable[str]]
+        known = {"method": METHODS, "rtn_kind": KINDS, "select": SELECTIONS, "source_weights": SOURCE_WEIGHTS}
+        for name, valid in known.items():
             if getattr(self, name) not in valid:
                 raise ValueError(unknown(name, str(getattr(self, name)), valid))
-        counted = ("train_size", "target_train_size", "eval_size", "rtn_bottleneck")
+        counted = ("train_size", "target_train_size", "eval_size", "rtn_bottleneck", "source_weights_units")
         sizes = dict.fromkeys(counted, 1)
         for name, least in {**sizes, "max_length": SHORTEST, "eval_max_length": SHORTEST}.items():
             value = getattr(self, name)
@@ -173,6 +201,44 @@ class TaggingArguments(LoraArguments, ColumnArguments):
         both = sorted(set(self.source_languages) & set(self.target_languages))
         if both:
             raise ValueError(f"{', '.join(both)} is both a source and a target language: name it once")
+
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        """Whether weights of source rows can be as they are set."""
+        if self.shuffle is not None and self.shuffle not in self.source_languages:
+            raise ValueError(f"shuffle: {unknown('source language', self.shuffle, self.source_languages)}")
+        if self.shuffle is not None and SHUFFLED in (*self.source_languages, *self.target_languages):
+            raise ValueError(f"shuffle adds the language {SHUFFLED}, which there is already: leave one of them out")
+        weighed, recipe = self.source_weights != "none", self.recipe
+        if weighed and not recipe.meta:
+            raise ValueError(
+                f"source_weights are learned, method {self.method} learns nothing: use weighted or metaxl"
+            )
+        if self.method == "weighted" and not weighed:
+            raise ValueError(f"method weighted learns source_weights: set them to {', '.join(LEARNED)}")
+        if not 0 <= self.source_weights_floor < 1:
+            raise ValueError(f"source_weights_floor must be at least 0 and below 1, not {self.source_weights_floor}")
+        if self.source_weights_floor and not weighed:
+            raise ValueError("source_weights_floor is that of learned weights: set source_weights, or leave it out")
+        if self.source_weights == "language" and len(self.sources) < 2:
+            raise ValueError(
+                f"source_weights: {self.sources[0]} is the one source language and has the weight 1: name more "
+                "source_languages, or weigh its rows by loss or hidden"
+            )
+        if self.source_weights == "hidden" and recipe.transform and len(self.rtn_layers or ()) > 1:
+            raise ValueError(
+                "source_weights: hidden reads one state of a row, which several rtn_layers encode several times: use "
+                "language or loss, or one layer"
+            )
+        proportions = proportions_of(self.source_proportions, len(self.sources))
+        if proportions is not None and (len(self.sources) < 2 or not recipe.source):
+            raise ValueError("source_proportions are of several source languages that train: leave them out")
+
+    @property
+    def sources(self) -> list[str]:
+        """The source languages, with the shuffled one."""
+        return [*self.source_languages, *([] if self.shuffle is None else [SHUFFLED])]
 
     @property
     def recipe(self) -> Method:

@@ -12,6 +12,7 @@ from metaxl_evo.bilevel import tree
 from metaxl_evo.ner.arguments import TaggingArguments
 from metaxl_evo.ner.encoding import cut_off, lost_words
 from metaxl_evo.ner.pretrained import longest_input
+from metaxl_evo.ner.tagger import CrossLingualTagger
 from metaxl_evo.ner.target_data import TargetData
 from metaxl_evo.training.trainer import MetaTrainer
 
@@ -40,22 +41,24 @@ def sentence_findings(ner: TaggingArguments, data: TargetData, trainer: MetaTrai
 def evaluation_findings(trainer: MetaTrainer) -> tuple[dict[str, bool], list[str]]:
     """Whether another RTN changes the training loss (it should, where it acts) and the evaluation (it must not)."""
     problems: list[str] = []
-    module, dataset = trainer.model, cast(Dataset, trainer.train_dataset)
+    module, dataset = cast(CrossLingualTagger, trainer.model), cast(Dataset, trainer.train_dataset)
     rows = [dataset[index] for index in range(min(4, len(dataset)))]
     batch = send_to_device(trainer.data_collator(rows), trainer.args.device)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     module.eval()
-    before = tree.clone(module.meta_parameters())
+    before: tree.Tree = tree.clone(module.meta_parameters())
+    if module.rtn is None:
+        return {}, problems
     with torch.no_grad():
         loss, logits = module.mean_inner_loss(batch), module(**inputs).logits
-        for parameter in module.meta_parameters().values():
+        for parameter in module.rtn.parameters():
             parameter.mul_(-2.0)
         reaches, same = (
             not torch.equal(loss, module.mean_inner_loss(batch)),
             torch.equal(logits, module(**inputs).logits),
         )
-        for name, parameter in module.meta_parameters().items():
-            parameter.copy_(before[name])
+        for name, held in module.meta_parameters().items():
+            held.copy_(before[name])
     if not same:
         problems.append("the RTN changes the evaluation: please report this as a bug")
     if module.transform and not reaches:

@@ -142,6 +142,14 @@ def sample(dataset: Dataset, size: int | None, seed: int, *, name: str = "the da
     return dataset.select(order[:size], keep_in_memory=True)
 
 
+def shuffled_labels(dataset: Dataset, seed: int) -> Dataset:
+    """The same sentences, the labels of all their words permuted: as many of each label, at words of no meaning."""
+    rows = dataset["ner_tags"][:]
+    tags = iter(random.Random(seed).sample(held := [tag for row in rows for tag in row], len(held)))
+    columns = {"tokens": dataset["tokens"][:], "ner_tags": [[next(tags) for _ in row] for row in rows]}
+    return Dataset.from_dict(columns, features=dataset.features)
+
+
 def evaluated_rows(dataset: Dataset, size: int | None, layout: Layout) -> Dataset:
     """`size` rows to score (None: all), or all where there are fewer: the first sentences, or texts evenly spread.
 

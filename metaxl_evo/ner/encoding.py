@@ -77,6 +77,11 @@ def encode(
     )
 
 
+def labelled_tokens(rows: Dataset) -> int:
+    """How many positions of encoded rows have a label."""
+    return sum(label != IGNORED for row in rows["labels"] for label in row)
+
+
 def lost_words(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Lost:
     """How many words of a data set `encode` leaves without a label, by the reason."""
     words = dataset["tokens"][:]

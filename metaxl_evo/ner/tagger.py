@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metaxl_evo.models.bilevel_module import Batch, BilevelModule, Cut
-from metaxl_evo.models.hooks import encoder_layers
+from metaxl_evo.bilevel import stop_gradient
+from metaxl_evo.models.bilevel_module import Batch, Cut
+from metaxl_evo.models.hooks import encoder_layers, states_below_head
 from metaxl_evo.models.layer_trace import require_layers
 from metaxl_evo.models.remembered import on_host, remembered
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
+from metaxl_evo.models.weighers import WeightTable, give_weigher
+from metaxl_evo.models.weight_net import WeightNet
+from metaxl_evo.ner.source_weights import SUBFOLDER as WEIGHER
+from metaxl_evo.ner.source_weights import SourceWeights, TaggerMeta
+from metaxl_evo.training.watched import Watched
+from metaxl_evo.training.weight_watch import Watch
 
 IGNORED = -100
 TARGET = -1  # the `language` of a row that no network transforms
 
 
-class CrossLingualTagger(BilevelModule):
+class CrossLingualTagger(Watched):
     """Cross-lingual tagging with transformed source representations (MetaXL: Xia et al., NAACL 2021).
 
     inner loss = w_s * (mean cross-entropy of the source tokens) + w_t * (that of the target tokens), the source rows
     through the RTN; outer loss = mean cross-entropy of the meta rows, without it. Both means are over labelled first
-    sub-tokens.
+    sub-tokens. Source rows may have weights, which their losses are multiplied by; what the mean divides by stays the
+    number of source tokens, so that a language that is absent from a micro-batch changes nothing.
 
     Batches hold `input_ids, attention_mask, labels` (B, T) and `language` (B,): the index of a source language, -1 for
     target rows.
@@ -37,8 +45,12 @@ class CrossLingualTagger(BilevelModule):
         transform: False trains on untransformed source rows (joint training).
         source_weight, target_weight: of the two means (MetaXL: 1 and 1; the paper's joint training: 1/2 and 1/2).
         module_path: where the encoder's list of layers is, for models that are not found by themselves.
+        weigher: what learns weights of the source rows: the attribute `meta` is then a `TaggerMeta` with both, or with
+            the weigher alone where the RTN is off.
+        source_weights: how source rows are weighed (None: 1 each).
+        languages: the names of the source languages that train; the log tells several apart.
 
-    Raises ValueError for a list that holds no encoder layers.
+    Raises ValueError for a list that holds no encoder layers, and a weigher without source_weights.
     """
 
     stop_gradients = True
@@ -53,16 +65,44 @@ class CrossLingualTagger(BilevelModule):
         source_weight: float = 1.0,
         target_weight: float = 1.0,
         module_path: str | None = None,
+        weigher: WeightTable | WeightNet | None = None,
+        source_weights: SourceWeights | None = None,
+        languages: Sequence[str] = (),
     ):
-        super().__init__(base, meta)
-        self.meta: RepresentationTransform = meta
+        if weigher is not None and source_weights is None:
+            raise ValueError("a weigher learns source_weights, which say what it reads: give both")
+        super().__init__(base, meta if weigher is None else TaggerMeta(meta if transform else None, weigher))
+        self.meta: Any  # whose class says what it has
         self.padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED}
-        self.transform = transform
+        self.transform, self.source_weights = transform, source_weights
         self.source_weight, self.target_weight = source_weight, target_weight
         meta.attach(self.plain_base, module_path)
         layers = encoder_layers(self.plain_base, module_path)
         trace = require_layers(self.plain_base, layers)
         self._is_on_top = transform and trace.is_result and meta.layers == (len(layers),)
+        told_apart = len(languages) > 1 or weigher is not None
+        self.watch = Watch(languages if told_apart else (), 0.0 if weigher is None else weigher.floor)
+
+    @property
+    def rtn(self) -> RepresentationTransform | None:
+        """The RTN; None where weights alone are learned."""
+        found: RepresentationTransform | None = self.meta.rtn if isinstance(self.meta, TaggerMeta) else self.meta
+        return found
+
+    @property
+    def weigher(self) -> WeightTable | WeightNet | None:
+        """What learns weights of the source rows, if anything does."""
+        return self.meta.weigher if isinstance(self.meta, TaggerMeta) else None
+
+    @property
+    def weighted(self) -> bool:  # type: ignore[override]
+        """Whether rows have weights of their own, which may go wrong as those of examples do."""
+        return isinstance(self.weigher, WeightNet)
+
+    @property
+    def reads_loss(self) -> bool:  # type: ignore[override]
+        """Whether these are read off their losses."""
+        return self._reads == "loss"
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return dict(self._labelled(batch))
@@ -78,9 +118,12 @@ class CrossLingualTagger(BilevelModule):
         return remembered("counts", count, batch["labels"], batch["language"])
 
     def inner_loss(self, batch: Batch) -> dict[str, Tensor]:
-        if not self._has_plain_head or self.is_sharded:
-            return self._means(self._encode(batch, self.base).logits, batch)
-        return self._suffix_loss(self._hidden(None, batch), batch)
+        with states_below_head(self.plain_base, self._reads == "hidden") as states:
+            if not self._has_plain_head or self.is_sharded:
+                logits = self._encode(batch, self.base).logits
+            else:
+                logits = self._head(self._hidden(None, batch))
+        return self._means(logits, batch, states)
 
     def outer_loss(self, batch: Batch) -> dict[str, Tensor]:
         logits = self.base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -90,8 +133,8 @@ class CrossLingualTagger(BilevelModule):
         return {"target": losses.flatten().index_select(0, places)}
 
     def cut(self) -> Cut | None:
-        if not self._has_plain_head or (self.transform and len(self.meta.layers) > 1):
-            return None  # with several layers the loss behind the encoder reads meta parameters: their mixing weights
+        if not self._has_plain_head or self.weigher is not None or (self._layers > 1):
+            return None  # the loss behind the encoder reads meta parameters: weights, or those that mix several layers
         names = frozenset(name for name in self.base_parameters() if name.startswith("classifier."))
         return Cut(names, self._hidden, self._suffix_loss, self._untransformed if self._is_on_top else None)
 
@@ -129,10 +172,25 @@ class CrossLingualTagger(BilevelModule):
         return joined
 
     def save_meta(self, folder: str | Path) -> None:
-        self.meta.save_pretrained(Path(folder) / SUBFOLDER)
+        if self.rtn is not None:
+            self.rtn.save_pretrained(Path(folder) / SUBFOLDER)
+        if self.weigher is not None:
+            self.weigher.save_pretrained(Path(folder) / WEIGHER)
 
     def load_meta(self, folder: str | Path) -> None:
-        self.meta.load_state_dict(RepresentationTransform.from_pretrained(folder).state_dict())
+        if self.rtn is not None:
+            self.rtn.load_state_dict(RepresentationTransform.from_pretrained(folder).state_dict())
+        if self.weigher is not None:
+            give_weigher(self.weigher, Path(folder) / WEIGHER)
+
+    @property
+    def _layers(self) -> int:
+        """How often a source row is encoded."""
+        return len(self.rtn.layers) if self.transform and self.rtn is not None else 1
+
+    @property
+    def _reads(self) -> str | None:
+        return None if self.source_weights is None or self.weigher is None else self.source_weights.reads
 
     @property
     def _has_plain_head(self) -> bool:
@@ -141,8 +199,8 @@ class CrossLingualTagger(BilevelModule):
 
     def _rows(self, batch: Batch) -> tuple[Batch, Tensor | None]:
         """Several RTN layers: each source row once a layer; the layer index a row (None for a single layer)."""
-        layers = len(self.meta.layers)
-        if layers == 1 or not self.transform:
+        layers = self._layers
+        if layers == 1:
             return batch, None
         copies = torch.where(batch["language"] != TARGET, layers, 1)  # (B,)
         index = torch.arange(len(copies), device=copies.device).repeat_interleave(copies)
@@ -158,15 +216,24 @@ class CrossLingualTagger(BilevelModule):
             return run(**inputs)
         rows, layer = self._rows(batch)
         inputs = {key: rows[key] for key in inputs}
-        with self.meta.active(rows["language"], layer, rows["attention_mask"]):
+        assert self.rtn is not None
+        with self.rtn.active(self._networks(rows["language"]), layer, rows["attention_mask"]):
             return run(**inputs)
+
+    def _networks(self, language: Tensor) -> Tensor:
+        """The network of each row, (B,): that of its language, or the one that all of them share."""
+        assert self.rtn is not None
+        if len(self.rtn.languages) > 1:
+            return language
+        return remembered("networks", lambda: language.clamp(max=0), language)
 
     def _hidden(self, below: Tensor | None, batch: Batch) -> Tensor:
         """The encoder's output (B', T, H), the transform applied; `below` saves the encoder where it is on top."""
         if below is None:
             return self._encode(batch, self.plain_base.base_model).last_hidden_state
-        with self.meta.active(batch["language"], attention_mask=batch["attention_mask"]):
-            changed = self.meta.apply_layer(below, 0)
+        assert self.rtn is not None  # it is on top
+        with self.rtn.active(self._networks(batch["language"]), attention_mask=batch["attention_mask"]):
+            changed = self.rtn.apply_layer(below, 0)
         return below if changed is None else changed
 
     def _untransformed(self, batch: Batch) -> Tensor:
@@ -176,15 +243,21 @@ class CrossLingualTagger(BilevelModule):
         ).last_hidden_state
 
     def _suffix_loss(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return self._means(self.plain_base.classifier(self.plain_base.dropout(hidden)), batch)
+        return self._means(self._head(hidden), batch)
 
-    def _means(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits (B', T, C)."""
+        logits: Tensor = self.plain_base.classifier(self.plain_base.dropout(hidden))
+        return logits
+
+    def _means(self, logits: Tensor, batch: Batch, states: Sequence[Tensor] = ()) -> dict[str, Tensor]:
         """The weighted losses of the labelled tokens of either side, of logits (B', T, C)."""
         rows, layer = self._rows(batch)
         losses = _token_loss(logits, rows["labels"])  # (B', T), of a wider type than the logits under autocast
         if layer is not None:  # a row's losses are the mixture of those of its copies
             language = rows["language"]
-            mixing = self.meta.mixing()[language.clamp(min=0), layer]
+            assert self.rtn is not None
+            mixing = self.rtn.mixing()[self._networks(language).clamp(min=0), layer]
             mixed = losses * torch.where(language == TARGET, 1.0, mixing)[:, None]
             first = torch.cumsum(layer == 0, 0) - 1  # (B',): the row that each is a copy of
             losses = mixed.new_zeros(batch["labels"].shape).index_add(0, first, mixed)
@@ -196,10 +269,44 @@ class CrossLingualTagger(BilevelModule):
             return _places(labelled & of_source, counts["source"]), _places(labelled & ~of_source, counts["target"])
 
         source, target = remembered("sides", sides, labels, language)
+        of_source = losses.flatten().index_select(0, source)
+        weights = self._weights(of_source, source, batch, states)
         return {
-            "source": self.source_weight * losses.flatten().index_select(0, source),
+            "source": self.source_weight * (of_source if weights is None else weights * of_source),
             "target": self.target_weight * losses.flatten().index_select(0, target),
         }
+
+    def _weights(self, losses: Tensor, places: Tensor, batch: Batch, states: Sequence[Tensor]) -> Tensor | None:
+        """The weights of source tokens (N,), each of which has that of its row; None where all are 1.
+
+        Args:
+            losses: of the tokens, (N,).
+            places: of the tokens in the flat batch, (N,).
+            states: below the head, (B, T, H), where the weigher reads them.
+        """
+        watched = self._training_step and bool(self.watch.domains)
+        if self.source_weights is None and not watched:
+            return None
+        language, weights, rows = batch["language"], None, places // batch["labels"].shape[1]
+        if self.source_weights is not None and self.weighted:
+            of_source = language != TARGET  # (B,)
+            chosen = remembered("of source", lambda: of_source.nonzero().squeeze(1), language)  # (B',)
+            place = (torch.cumsum(of_source, 0) - 1)[rows]  # (N,): of the row among the source rows
+            seen = self._seen(losses, place, chosen, batch, states)
+            weights = self.source_weights(self.weigher, language[chosen], seen)[place].to(losses)
+        elif self.source_weights is not None:
+            weights = self.source_weights(self.weigher, language[rows]).to(losses)
+        if watched:
+            self.note(torch.ones_like(losses) if weights is None else weights, losses, language[rows])
+        return weights
+
+    def _seen(self, losses: Tensor, place: Tensor, chosen: Tensor, batch: Batch, states: Sequence[Tensor]) -> Tensor:
+        """What a network weighs source rows by: their mean losses (B',), or mean states (B', H), as they are."""
+        if self._reads == "loss":
+            sums = losses.new_zeros(2, len(chosen)).index_add(1, place, torch.stack([losses, torch.ones_like(losses)]))
+            return stop_gradient(sums[0] / sums[1].clamp(min=1), key="losses")
+        mask = batch["attention_mask"][chosen].to(states[0]).unsqueeze(-1)
+        return stop_gradient((states[0][chosen] * mask).sum(1) / mask.sum(1), key="states")
 
 
 class CrossLingualClassifier(CrossLingualTagger):

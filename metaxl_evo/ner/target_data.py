@@ -7,8 +7,16 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from metaxl_evo.ner.arguments import TaggingArguments
-from metaxl_evo.ner.data import evaluated_rows, label_corpus, overlap, read_corpus, require_types, sample
+from metaxl_evo.ner.arguments import SHUFFLED, TaggingArguments
+from metaxl_evo.ner.data import (
+    evaluated_rows,
+    label_corpus,
+    overlap,
+    read_corpus,
+    require_types,
+    sample,
+    shuffled_labels,
+)
 from metaxl_evo.ner.pretrained import head_of, trained_labels
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.meta_rows import MetaRows
@@ -64,8 +72,11 @@ def load_target(
     dev = None
     if wants_dev:  # a zero-shot run knows no target labels, not even for choosing a checkpoint
         dev = of_target["validation"] if recipe.target else loaded[sources[0]]["validation"]
+    samples = {one: sample(loaded[one]["train"], ner.train_size, ner.sample_seed, name=one) for one in sources}
+    if ner.shuffle is not None:
+        samples[SHUFFLED] = shuffled_labels(samples[ner.shuffle], ner.sample_seed)
     return TargetData(
-        sources={one: sample(loaded[one]["train"], ner.train_size, ner.sample_seed, name=one) for one in sources},
+        sources=samples,
         target=train,
         dev=None if dev is None else evaluated_rows(dev, ner.eval_size, layout),
         test=evaluated_rows(of_target["test"], ner.eval_size, layout),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub import EvalResult
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +21,8 @@ from metaxl_evo.experiments.task import Task
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.hooks import encoder_layers
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
+from metaxl_evo.models.weighers import WeightTable
+from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.ner.arguments import (
     NerArguments,
     NerTrainingArguments,
@@ -31,7 +34,7 @@ from metaxl_evo.ner.arguments import (
     refuse_metric,
 )
 from metaxl_evo.ner.check import evaluation_findings, sentence_findings
-from metaxl_evo.ner.encoding import PadRight, encode
+from metaxl_evo.ner.encoding import PadRight, encode, labelled_tokens
 from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
 from metaxl_evo.ner.pretrained import (
     SYNTHETIC,
@@ -43,21 +46,27 @@ from metaxl_evo.ner.pretrained import (
     require_readable,
 )
 from metaxl_evo.ner.scorers import EntityScorer, Scorer, TextScorer, WordScorer
+from metaxl_evo.ner.source_weights import SUBFOLDER as WEIGHER
+from metaxl_evo.ner.source_weights import SourceWeights, last_logged, proportions_of, sources_table
 from metaxl_evo.ner.spacing import as_in_text
 from metaxl_evo.ner.tagger import TARGET, CrossLingualClassifier, CrossLingualTagger
 from metaxl_evo.ner.target_data import TargetData, load_for_model, require_enough
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
+from metaxl_evo.training.figures import figure
 from metaxl_evo.training.schedules import steps_of
 from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.training.watched import WatchingTrainer
+from metaxl_evo.training.weight_watch import WEIGHT, draw_over_time, over_time
 
 logger = logging.getLogger(__name__)
 
 METAXL = "Xia et al., MetaXL: Meta Representation Transformation for Low-resource Cross-lingual Learning, NAACL 2021"
+PICTURE = "source_weights.png"
 Settings = TypeVar("Settings", bound=TaggingArguments)
 
 
-class NerTrainer(WordTrainer, MetaTrainer):
-    """A MetaTrainer that is scored by words.
+class NerTrainer(WordTrainer, WatchingTrainer):
+    """A MetaTrainer that is scored by words; its logs tell several source languages apart.
 
     Attributes:
         evaluation: `test`, and `dev` where one is used.
@@ -77,7 +86,15 @@ class TaggingTask(Task[Settings, TargetData]):
     pipeline: ClassVar = "token-classification"  # the Hub's word for the task
     case = "target_languages"
     sources = (METAXL,)
-    own_files = (SUBFOLDER, ADAPTER, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    own_files = (
+        SUBFOLDER,
+        WEIGHER,
+        PICTURE,
+        ADAPTER,
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    )
 
     def learns(self, settings: Settings) -> bool:
         return settings.recipe.meta
@@ -131,10 +148,26 @@ class TaggingTask(Task[Settings, TargetData]):
         return summary | {"run": {target: found["run"] for target, found in results.items()}}
 
     def describe(self, trainer: MetaTrainer, settings: Settings, data: TargetData, start: Tree) -> dict[str, Any]:
-        return {
-            "rtn_relative_change": cast(CrossLingualTagger, trainer.model).meta.relative_change(start),
-            "test_sentences_in_train": data.overlap,
-        }
+        tagger, found = cast(CrossLingualTagger, trainer.model), dict[str, Any]()
+        if tagger.rtn is not None:
+            of_rtn = {
+                name.removeprefix("rtn."): leaf for name, leaf in start.items() if not name.startswith("weigher.")
+            }
+            found["rtn_relative_change"] = tagger.rtn.relative_change(of_rtn)
+        found["test_sentences_in_train"] = data.overlap
+        if tagger.watch.domains:
+            history = trainer.state.log_history
+            found["sources"] = source_facts(tagger, data, history)
+            found["source_weights_over_time"] = over_time(history, tagger.watch.domains)
+        return found
+
+    def findings(self, run: Mapping[str, Any]) -> str:
+        return f"Source languages, by their weight:\n\n{sources_table(run['sources'])}" if "sources" in run else ""
+
+    def plot(self, folder: Path, results: Mapping[str, Any]) -> None:
+        if results["settings"]["source_weights"] != "none":
+            with figure(folder / PICTURE) as (axis,):
+                draw_over_time(axis, results["run"]["source_weights_over_time"])
 
     def describe_check(
         self, trainer: MetaTrainer, settings: Settings, data: TargetData
@@ -147,15 +180,21 @@ class TaggingTask(Task[Settings, TargetData]):
         """What the card says that the scores are of."""
 
     def card_text(self, settings: Settings) -> str:
-        sources = ", ".join(settings.source_languages) if settings.recipe.source else "none"
+        sources = ", ".join(settings.sources) if settings.recipe.source else "none"
         data = hub_id(settings.dataset) or Path(settings.dataset).name
         adapted = " Its LoRA adapter is merged into it, and in `adapter/` by itself." if settings.use_peft else ""
         return (
             f"Method `{settings.method}`, source {sources}, data `{data}`. "
-            f"The model here is a plain {head_of(self.scorer).what}; the representation transformation network of the "
-            f"training is in `rtn/` and is not needed for prediction.{adapted} Scores are {self.scored_by(settings)}, "
-            "in percent."
+            f"The model here is a plain {head_of(self.scorer).what}. The training left {self._meta_files(settings)}; "
+            f"prediction needs no more than the model.{adapted} Scores are {self.scored_by(settings)}, in percent."
         )
+
+    @staticmethod
+    def _meta_files(settings: Settings) -> str:
+        """What the training had on the meta level, and where it is."""
+        rtn = [] if settings.method == "weighted" else ["the representation transformation network in `rtn/`"]
+        weigher = f"the weights of the source sentences (by {settings.source_weights}) in `{WEIGHER}/`"
+        return " and ".join([*rtn, *([] if settings.source_weights == "none" else [weigher])])
 
     def card_metadata(self, settings: Settings) -> dict[str, Any]:
         (target,) = settings.target_languages
@@ -247,9 +286,9 @@ def build_trainer(ner: TaggingArguments, args: MetaTrainingArguments, data: Targ
     trained = [*(data.sources.values() if ner.recipe.source else ()), *([data.target] if data.target else ())]
     words = [words for part in (data.test, *trained) for words in part["tokens"][:100]]
     tokenizer = as_in_text(tokenizer, words, base.config, trust_remote_code=trusted)
-    tagger = build_tagger(ner, base, tokenizer)
     evaluation = _evaluation_sets(ner, args, data, base, tokenizer)
     sources, target = _training_rows(ner, data, base, tokenizer)
+    tagger = build_tagger(ner, base, tokenizer, [labelled_tokens(rows) for rows in sources])
     train = concatenate_datasets(sources) if sources else target
     assert train is not None  # every method trains on one or the other
     batch = args.per_device_train_batch_size * args.world_size
@@ -301,7 +340,7 @@ def _training_rows(
     """The encoded rows of each source language that is trained on, and of the target."""
     max_length = min(ner.max_length, longest_input(base))
     sources = [
-        _with_language(encode(sentences, tokenizer, max_length), index if ner.rtn_per_language else 0)
+        _with_language(encode(sentences, tokenizer, max_length), index)
         for index, sentences in enumerate(data.sources.values() if ner.recipe.source else ())
     ]
     target = None if data.target is None else _with_language(encode(data.target, tokenizer, max_length), TARGET)
@@ -311,16 +350,20 @@ def _training_rows(
 
 
 def build_tagger(
-    ner: TaggingArguments, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ner: TaggingArguments, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] = ()
 ) -> CrossLingualTagger:
-    """The two-level module: an RTN for the source languages on the chosen layers of the encoder."""
+    """The two-level module: an RTN for the source languages on the chosen layers of the encoder, and what weighs rows.
+
+    Args:
+        tokens: labelled ones of each source language that trains.
+    """
     last = len(encoder_layers(base, ner.rtn_module_path))
     rtn = RepresentationTransform(
         base.config.hidden_size,
         layers=ner.rtn_layers or [last],
         kind=ner.rtn_kind,
         bottleneck=ner.rtn_bottleneck,
-        languages=ner.source_languages if ner.rtn_per_language else ["source"],
+        languages=ner.sources if ner.rtn_per_language else ["source"],
     )
     if ner.rtn_name_or_path is not None:
         _load_rtn(rtn, ner.rtn_name_or_path)
@@ -336,7 +379,52 @@ def build_tagger(
         source_weight=recipe.weight,
         target_weight=recipe.weight,
         module_path=ner.rtn_module_path,
+        weigher=_weigher(ner, base.config.hidden_size),
+        source_weights=_source_weights(ner, tokens),
+        languages=ner.sources if tokens else (),
     )
+
+
+def _weigher(ner: TaggingArguments, hidden_size: int) -> WeightTable | WeightNet | None:
+    if ner.source_weights == "none":
+        return None
+    if ner.source_weights == "language":
+        return WeightTable(len(ner.sources), "softmax", ner.source_weights_floor)
+    inputs = hidden_size if ner.source_weights == "hidden" else 1
+    return WeightNet(ner.source_weights_units, inputs, ner.source_weights_floor)
+
+
+def _source_weights(ner: TaggingArguments, tokens: Sequence[int]) -> SourceWeights | None:
+    """None where all rows weigh 1."""
+    proportions = proportions_of(ner.source_proportions, len(ner.sources))
+    if not tokens or (ner.source_weights == "none" and proportions is None):
+        return None
+    if 0 in tokens:
+        raise ValueError(f"{ner.sources[tokens.index(0)]} has no labelled word to weigh: leave it out of the sources")
+    return SourceWeights(ner.source_weights, [count / sum(tokens) for count in tokens], proportions)
+
+
+def source_facts(
+    tagger: CrossLingualTagger, data: TargetData, history: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Source language -> its sentences, the weight of one, its share of the source loss, and its loss without weights.
+
+    Weights of rows and losses are means over the tokens since the log before the last; None where nothing was logged.
+    """
+    names, of_rows = tagger.watch.domains, isinstance(tagger.weigher, WeightNet)
+    held = tagger.source_weights
+    weights = torch.ones(len(names)) if held is None else held.of_languages(tagger.weigher)
+    rows = {name: {"weight": float(weight)} for name, weight in zip(names, weights, strict=True)}
+    if held is not None and not of_rows:
+        for row, share in zip(rows.values(), (held.first / held.factors).to(weights) * weights, strict=True):
+            row["share"] = float(share)
+    logged = {"share": "domain_share/", "loss": "domain_loss/", "weight": WEIGHT}
+    return {
+        name: {"sentences": len(data.sources[name])}
+        | {key: last_logged(history, f"{kind}{name}") for key, kind in logged.items()}
+        | ({} if of_rows else row)
+        for name, row in rows.items()
+    }
 
 
 def _load_rtn(rtn: RepresentationTransform, place: str) -> None:

@@ -89,17 +89,18 @@ class WeightTextArguments(LabelledArguments):
     form: str = field(
         default="sigmoid", metadata={"help": f"Of weigher each or domain, one of {', '.join(FORMS)} (1 on average)."}
     )
-    weight_normalisation: str = field(
-        default="mean",
+    weight_normalisation: str | None = field(
+        default=None,
         metadata={
             "help": f"One of {', '.join(NORMALISATIONS)}: mean leaves the weights of a micro-batch as they are, sum "
-            "divides by their mean, label by the mean of those with the same label."
+            "divides by their mean, label by the mean of those with the same label (default: label of weigher each, "
+            "else mean)."
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_known("weight_normalisation", self.weight_normalisation, NORMALISATIONS)
+        self.require_known("weight_normalisation", self.normalisation, NORMALISATIONS)
         self.require_known("method", self.method, METHODS)
         self.require_known("weigher", self.weigher, WEIGHERS)
         self.require_known("form", self.form, FORMS)
@@ -110,6 +111,11 @@ class WeightTextArguments(LabelledArguments):
             raise ValueError("weigher columns reads feature_columns: set both, or neither")
         if self.weigher == "domain" and self.domain_column is None:
             raise ValueError("weigher domain reads a text's domain: set domain_column")
+
+    @property
+    def normalisation(self) -> str:
+        """That of a micro-batch's weights: by label where each text has a number, as measured."""
+        return self.weight_normalisation or ("label" if self.weigher == "each" else "mean")
 
     @property
     def left_out(self) -> float:
@@ -175,7 +181,7 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
             reads=reads,
             weighted=learns,
             **self._told_apart(settings, data),
-            normalisation=settings.weight_normalisation,
+            normalisation=settings.normalisation,
         )
         train, meta = self._rows(settings, data.train, tokenizer, learns), self._rows(settings, data.meta, tokenizer)
         if module.domain_of == "wrong":

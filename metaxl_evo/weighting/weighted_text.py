@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +11,8 @@ from metaxl_evo.bilevel import stop_gradient
 from metaxl_evo.messages import unknown
 from metaxl_evo.models.bilevel_module import Batch
 from metaxl_evo.models.heads import token_labels, token_places
-from metaxl_evo.models.weighers import NORMALISATIONS, WeightTable, load_weigher, normalised
+from metaxl_evo.models.hooks import states_below_head
+from metaxl_evo.models.weighers import NORMALISATIONS, WeightTable, give_weigher, normalised
 from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.watched import Watched
 from metaxl_evo.training.weight_watch import Watch
@@ -100,7 +98,7 @@ class WeightedText(Watched):
         if not self.weighted:
             losses = self.losses(batch, tokens=self.tokens)
             return losses, torch.ones_like(losses)
-        with _watched(self.plain_base, self.reads == "hidden") as states:
+        with states_below_head(self.plain_base, self.reads == "hidden") as states:
             losses = self.losses(batch, tokens=self.tokens)
         weights = self.meta(self._seen(batch, losses, states))
         if DRAWN in batch:  # 1, with the derivative of the probability
@@ -111,11 +109,7 @@ class WeightedText(Watched):
         self.meta.save_pretrained(Path(folder) / SUBFOLDER)
 
     def load_meta(self, folder: str | Path) -> None:
-        saved = load_weigher(Path(folder) / SUBFOLDER).state_dict()
-        sizes = [{name: tuple(one.shape) for name, one in state.items()} for state in (saved, self.meta.state_dict())]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"{folder} holds a weigher of {sizes[0]}, here is one of {sizes[1]}: give its settings")
-        self.meta.load_state_dict(saved)
+        give_weigher(self.meta, Path(folder) / SUBFOLDER)
 
     def _domains(self, batch: Batch) -> Tensor:
         """The domain of each item, (N,): of its row, or where a batch has one a token, (B, T), its own."""
@@ -166,17 +160,3 @@ def _refuse_packed(reads: str, seen: Tensor, batch: Batch) -> None:
             f"{reads} has the shape {tuple(seen.shape)} where a batch has {len(batch['labels'])} rows, as of packed "
             "texts: leave packing off, or pack the texts of one domain together and give a row one number"
         )
-
-
-@contextmanager
-def _watched(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
-    """The states (B, T, H) that the model below the head returns inside."""
-    states: list[Tensor] = []
-    if not wanted:
-        yield states
-        return
-    hook = model.base_model.register_forward_hook(lambda module, given, out: states.append(out[0]))
-    try:
-        yield states
-    finally:
-        hook.remove()

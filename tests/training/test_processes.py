@@ -76,6 +76,11 @@ TAGGERS = {
 TAGGERS["one_sided after_step"] = {
     "estimator_kwargs": {"engine": "finite_difference", "radius": 1e-4, "differences": "one_sided"}
 }
+SOURCES = {"languages": ("a", "b", "c")}
+TAGGERS |= {
+    f"weights by {reads}": {**ESTIMATES[name], "task": {"reads": reads, **SOURCES}}
+    for reads, name in [("language", "jvp"), ("loss", "finite_difference"), ("hidden", "double_backward")]
+}
 ROUGH = ("evograd", "finite_difference")  # whose own rounding in float32 is of the order of 1e-4
 LOGGED = ("loss", "grad_norm", "meta_loss", "meta_cosine_to_exact", "meta_norm_by_exact")
 LEARNERS: list[tuple[str, dict[str, Any]]] = [
@@ -131,10 +136,12 @@ def taggers(processes: int, accumulation: int, dtype: torch.dtype) -> dict[str, 
     """Rows of very different numbers of tokens; the touched rows of the embeddings differ from process to process."""
 
     def trainer(folder: str, settings: dict[str, Any]) -> MetaTrainer:
+        task = settings.get("task", {})
+        settings = {key: value for key, value in settings.items() if key != "task"}
         return tiny_trainer(
             folder,
-            tagger=tiny_tagger(dtype, dropout=False),
-            train=random_rows(24, seed=1, language=0, length=20),
+            tagger=tiny_tagger(dtype, dropout=False, **task),
+            train=random_rows(24, seed=1, language=[0, 2, 2, 1] if task else 0, length=20),
             meta=random_rows(24, seed=2, length=20),
             optim="sgd",
             learning_rate=0.05,
@@ -203,7 +210,7 @@ def assert_as_one(ranks: list[dict[str, Record]], one: dict[str, Record], bound:
 
 def test_every_estimator_is_driven() -> None:
     assert {settings["estimator"] for settings in REGRESSIONS.values()} == ESTIMATORS.keys()
-    assert (len(REGRESSIONS), len(TAGGERS)) == (16, 7)
+    assert (len(REGRESSIONS), len(TAGGERS)) == (16, 10)
 
 
 @pytest.mark.parametrize("layout", CUT_UP)

@@ -158,6 +158,8 @@ RESUMED: dict[str, dict[str, Any]] = {  # other engines and estimators remember 
     "sign halving": {"meta_optim": "SignHalving", "meta_learning_rate": 0.1},
     "diagnostics": {"meta_diagnostics_every": 3, **ESTIMATES["evograd"]},
     "float64": {"task": {"dtype": torch.float64}},
+    "weights of sources": {"task": {"languages": ["a", "b"], "reads": "language"}, "meta_learning_rate": 0.1},
+    "weights alone": {"task": {"languages": ["a", "b"], "reads": "loss", "transform": False}},
     "best model": {
         "eval_strategy": "steps",
         "eval_steps": 2,

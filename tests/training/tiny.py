@@ -17,6 +17,9 @@ from transformers import XLMRobertaConfig, XLMRobertaForTokenClassification
 
 from metaxl_evo.bilevel import Hypergradient, Tree, tree
 from metaxl_evo.models.rtn import RepresentationTransform
+from metaxl_evo.models.weighers import WeightTable
+from metaxl_evo.models.weight_net import WeightNet
+from metaxl_evo.ner.source_weights import SourceWeights
 from metaxl_evo.ner.tagger import IGNORED, TARGET, CrossLingualTagger
 from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.callbacks import MetaCallback
@@ -69,8 +72,11 @@ def tiny_tagger(
     languages: Sequence[str] = ("source",),
     kind: str = "gated_tied",
     base: dict[str, Any] | None = None,
+    reads: str | None = None,
+    proportions: Sequence[float] | None = None,
     **settings: Any,
 ) -> CrossLingualTagger:
+    """With `reads` its source rows have learned weights: those of the languages, or of a small network."""
     model = tiny_base(dtype, **({} if dropout else NO_DROPOUT), **(base or {}))
     torch.manual_seed(1)
     rtn = RepresentationTransform(HIDDEN, layers=layers, languages=languages, kind=kind).to(dtype)
@@ -78,6 +84,15 @@ def tiny_tagger(
         # biases and mixing logits start at 0, where their effects would hide
         if name.endswith("bias") or name == "mixing_logits":
             torch.nn.init.normal_(parameter, std=0.3)
+    if reads is not None:
+        table = reads == "language"
+        weigher = WeightTable(len(languages), "softmax") if table else WeightNet(5, 1 if reads == "loss" else HIDDEN)
+        for parameter in weigher.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        count = len(languages)
+        shares = [2 * (number + 1) / count / (count + 1) for number in range(count)]
+        weights = SourceWeights(reads, shares, proportions)
+        settings = {"weigher": weigher.to(dtype), "source_weights": weights, "languages": languages} | settings
     return CrossLingualTagger(model, rtn, pad_token_id=PAD, **settings)
 
 

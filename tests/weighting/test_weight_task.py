@@ -211,6 +211,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
         (["--form", "softmax"], "form softmax is over all texts, weigher loss sees one: use sigmoid"),
         (["--weigher", "domain"], "weigher domain reads a text's domain: set domain_column"),
         (["--weigher", "columns"], "weigher columns reads feature_columns: set both, or neither"),
+        (["--weight_normalisation", "labels"], "unknown weight_normalisation 'labels': did you mean 'label'"),
         (["--floor", "1"], "floor must be at least 0 and below 1, not 1.0"),
         (["--data", "here.csv"], "the synthetic model knows the drawn words alone"),
         (["--meta_portion", "0.5"], "clean texts judge alone: set meta_portion to 1"),
