@@ -34,7 +34,9 @@ NOT_RUN = {  # lines -> why
     r"pip install .*": "asks a registry; tests/test_package.py installs the wheel",
     r"python -m pytest .*": "tests of their own",
     r".* \.\.\.|python scripts/\.\.\.": "not a whole command",
-    r"metaxl-evo (configs|study|run|weight-text|mix-text|schedule-text)|accelerate launch": "a command's name",
+    r"metaxl-evo (configs|study|run|ner|rank-sources|(weight|mix|schedule)-text|weight-tags)|accelerate launch": (
+        "a command's name"
+    ),
     r"python examples/watch_a_run\.py trackio": "tests/examples/test_examples.py",
     r"python -m metaxl_evo\.estimators\.table docs/estimators\.md": "tests/test_estimator_docs.py",
     r"tensorboard --logdir runs/watched|trackio show --project mine": "of other packages, and they stay open",

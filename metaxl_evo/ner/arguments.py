@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -316,3 +316,16 @@ def refuse_fields(args: TrainingArguments) -> None:
         raise ValueError(
             "dispatch_batches cannot send batches of unequal lengths, as sentences make them: leave it out"
         )
+
+
+def refuse_metric(args: TrainingArguments, metrics: Sequence[str]) -> None:
+    """Refuse to choose a checkpoint by what is no score, or by the worst.
+
+    Raises:
+        ValueError: one line with the valid choices.
+    """
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in metrics:
+        raise ValueError(unknown("metric_for_best_model", metric, metrics))
+    if metric is not None and args.greater_is_better == metric.endswith("loss"):
+        raise ValueError(f"greater_is_better would choose the checkpoint with the worst {metric}: leave it out")

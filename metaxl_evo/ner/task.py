@@ -18,7 +18,6 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from metaxl_evo.bilevel.tree import Tree
 from metaxl_evo.experiments.folders import RESULTS, hub_id, read_results
 from metaxl_evo.experiments.task import Task
-from metaxl_evo.messages import unknown
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.hooks import encoder_layers
 from metaxl_evo.models.rtn import SUBFOLDER, RepresentationTransform
@@ -32,6 +31,7 @@ from metaxl_evo.ner.arguments import (
     SentimentArguments,
     TaggingArguments,
     refuse_fields,
+    refuse_metric,
 )
 from metaxl_evo.ner.check import evaluation_findings, sentence_findings
 from metaxl_evo.ner.encoding import PadRight, encode, labelled_tokens
@@ -463,12 +463,7 @@ def fit_arguments(ner: TaggingArguments, args: MetaTrainingArguments, data: Targ
         args.meta_portion = 0.0
     if data.dev is None:
         args.eval_strategy, args.load_best_model_at_end, args.metric_for_best_model = "no", False, None
-    metric = args.metric_for_best_model
-    metrics = (*ner.scorer.units, "loss")
-    if metric is not None and metric.removeprefix("eval_") not in metrics:
-        raise ValueError(unknown("metric_for_best_model", metric, metrics))
-    if metric is not None and args.greater_is_better == metric.endswith("loss"):
-        raise ValueError(f"greater_is_better would choose the checkpoint with the worst {metric}: leave it out")
+    refuse_metric(args, (*ner.scorer.units, "loss"))
     if not recipe.source:
         _keep_source_schedule(args, sum(map(len, data.sources.values())))
     return args

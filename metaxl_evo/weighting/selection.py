@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from metaxl_evo.models.bilevel_module import Batch
+from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.weighting.trainer import WeightingTrainer
 from metaxl_evo.weighting.weighted_text import WeightedText
 
@@ -25,7 +26,7 @@ FOLDS = 3
 
 
 class SmallLossText(WeightedText):
-    """inner loss = mean of the smallest losses of a micro-batch.
+    """inner loss = mean of the smallest losses of a micro-batch: of its items, or of the tokens of whole rows.
 
     Source: Han et al., Co-teaching, NeurIPS 2018, Algorithm 1, with one network.
 
@@ -37,7 +38,11 @@ class SmallLossText(WeightedText):
 
     def inner_loss(self, batch: Batch) -> Tensor:
         losses = self.losses(batch, tokens=self.tokens)
-        return smallest(losses.detach(), self.left_out) * losses
+        if self.per_token or not self.tokens:
+            return smallest(losses.detach(), self.left_out) * losses
+        of_rows = smallest(self._row_means(batch, losses.detach()), self.left_out)
+        kept = of_rows[self.token_rows(batch)] > 0
+        return kept * losses * (len(losses) / kept.sum().clamp(min=1))
 
 
 def smallest(losses: Tensor, left_out: float) -> Tensor:
@@ -133,6 +138,30 @@ def doubted(labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
     probabilities = np.exp(log_softmax(logits, axis=1))
     found: np.ndarray = find_label_issues(labels, probabilities, n_jobs=1)  # one process: ours may be one of several
     return found
+
+
+def refuse_drops(method: str, drop_rate: float | None, drop_warmup: float, left_out: float | None) -> None:
+    """Refuse shares that cannot be, and small losses of which none is left out.
+
+    Raises:
+        ValueError: one line.
+    """
+    if drop_rate is not None and not 0 < drop_rate < 1:
+        raise ValueError(f"drop_rate must be above 0 and below 1, not {drop_rate}")
+    if not 0 < drop_warmup <= 1:
+        raise ValueError(f"drop_warmup must be above 0 and at most 1, not {drop_warmup}")
+    if method == "small_loss" and not left_out:
+        raise ValueError("method small_loss leaves out drop_rate of a batch: set it to the share of wrong labels")
+
+
+def refuse_lone_rows(method: str, per_token: bool, args: MetaTrainingArguments) -> None:
+    """Refuse small losses of batches with one row, where rows are compared.
+
+    Raises:
+        ValueError: one line.
+    """
+    if method == "small_loss" and args.per_device_train_batch_size < 2 and not per_token:
+        raise ValueError("small_loss compares the losses of a batch: set per_device_train_batch_size above 1")
 
 
 def require_cleanlab() -> None:

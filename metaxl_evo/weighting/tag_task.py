@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -17,8 +20,8 @@ from metaxl_evo.experiments.task import Task
 from metaxl_evo.models.adapters import ADAPTER
 from metaxl_evo.models.weighers import FORMS, NORMALISATIONS, WeightTable
 from metaxl_evo.models.weight_net import WeightNet
-from metaxl_evo.ner.arguments import NerTrainingArguments, refuse_fields
-from metaxl_evo.ner.encoding import PadRight, encode
+from metaxl_evo.ner.arguments import NerTrainingArguments, refuse_fields, refuse_metric
+from metaxl_evo.ner.encoding import IGNORED, PadRight, cut_off, encode
 from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
 from metaxl_evo.ner.pretrained import load_classifier, longest_input, require_padding_unseen, require_readable
 from metaxl_evo.ner.scorers import EntityScorer
@@ -28,6 +31,7 @@ from metaxl_evo.training.schedules import steps_of
 from metaxl_evo.training.trainer import MetaTrainer
 from metaxl_evo.training.weight_watch import LABELS, over_time
 from metaxl_evo.weighting.drawn import SYNTHETIC
+from metaxl_evo.weighting.selection import SmallLossText, SmallLossTrainer, refuse_drops, refuse_lone_rows
 from metaxl_evo.weighting.tagged import TaggedArguments, TaggedData, load_tagged
 from metaxl_evo.weighting.trainer import WeightingTrainer
 from metaxl_evo.weighting.verdict import (
@@ -39,7 +43,9 @@ from metaxl_evo.weighting.verdict import (
 )
 from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
 
-METHODS = ("weighted", "plain", "union", "clean_only")
+logger = logging.getLogger(__name__)
+
+METHODS = ("weighted", "plain", "union", "clean_only", "small_loss")
 WEIGHERS = {"each": "number", "loss": "loss", "hidden": "hidden"}
 
 
@@ -55,19 +61,27 @@ class WeightTagsArguments(TaggedArguments):
         default="weighted",
         metadata={
             "help": "weighted: losses are weighted, clean sentences judge the weights; without weights: plain (the "
-            "noisy sentences), union (the clean ones too), clean_only; all on the same number of steps."
+            "noisy sentences), union (the clean ones too), clean_only, small_loss (the noisy ones but for a batch's "
+            "largest losses, of sentences or words); all on the same number of steps."
         },
+    )
+    drop_rate: float | None = field(
+        default=None, metadata={"help": "Share of a batch that method small_loss leaves out, below 1."}
+    )
+    drop_warmup: float = field(
+        default=0.1,
+        metadata={"help": "Part of the steps in which that share grows from 0: a model at chance keeps what it says."},
     )
     weigher: str = field(
         default="loss",
         metadata={
-            "help": "A number for each sentence (each), or a network of the loss (loss: Meta-Weight-Net) or of the "
-            "model's own states (hidden) of a sentence or a word."
+            "help": "A number for each (each), or a network of the loss (loss: Meta-Weight-Net) or of the model's own "
+            "states (hidden), of a sentence or a word."
         },
     )
     per_token: bool = field(
         default=False,
-        metadata={"help": "Of weigher loss or hidden: words are weighed, each by its own."},
+        metadata={"help": "Words are weighed, each by its own number, loss or state; else sentences."},
     )
     form: str = field(default="sigmoid", metadata={"help": f"Of weigher each, one of {', '.join(FORMS)}."})
     weight_normalisation: str = field(
@@ -80,14 +94,15 @@ class WeightTagsArguments(TaggedArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.method == "confident":
+            raise ValueError("method confident doubts the one label of a text, not the tags of words: use small_loss")
         self.require_known("method", self.method, METHODS)
+        refuse_drops(self.method, self.drop_rate, self.drop_warmup, self.drop_rate)
         self.require_known("weigher", self.weigher, WEIGHERS)
         self.require_known("form", self.form, FORMS)
         self.require_known("weight_normalisation", self.weight_normalisation, NORMALISATIONS)
         if self.form != "sigmoid" and self.weigher != "each":
             raise ValueError(f"form {self.form} is over all sentences, weigher {self.weigher} sees one: use sigmoid")
-        if self.per_token and self.weigher == "each":
-            raise ValueError("per_token: weigher each sees no words: take loss or hidden, or leave it out")
 
 
 @dataclass
@@ -104,9 +119,15 @@ class TagsTrainer(WordTrainer, WeightingTrainer):
 
     Attributes:
         evaluation: `test`, and `dev` where one is used.
+        cut_off: set of sentences -> the share of which the model reads only a part.
     """
 
     evaluation: dict[str, EvaluationSet]
+    cut_off: dict[str, float]
+
+
+class SmallLossTagsTrainer(TagsTrainer, SmallLossTrainer):
+    """A SmallLossTrainer that is scored by words."""
 
 
 class WeightTagsTask(Task[WeightTagsArguments, TaggedData]):
@@ -133,9 +154,11 @@ class WeightTagsTask(Task[WeightTagsArguments, TaggedData]):
         refuse_fields(args)
         if args.meta_portion != 1:
             raise ValueError("clean sentences judge alone: set meta_portion to 1 (method: union trains on them, too)")
+        refuse_lone_rows(settings.method, settings.per_token, args)
+        refuse_metric(args, (*self.units, "loss"))
 
     def load(self, settings: WeightTagsArguments, args: MetaTrainingArguments) -> TaggedData:
-        return load_tagged(settings, args.seed, wants_dev=args.load_best_model_at_end)
+        return load_tagged(settings, args.seed, wants_dev=args.load_best_model_at_end, label_names=args.label_names)
 
     def fit_arguments(
         self, settings: WeightTagsArguments, args: MetaTrainingArguments, data: TaggedData
@@ -164,13 +187,18 @@ class WeightTagsTask(Task[WeightTagsArguments, TaggedData]):
         if told:
             flags = [list(map(int, row)) for row in data.wrong or ()]
             train = train.add_column("wrong", _labelled(data.train, flags, tokenizer, longest))
-        if learns and settings.weigher == "each":
-            train = train.add_column("number", list(range(len(train))))
+        entries = len(train)
+        if learns and settings.weigher == "each" and settings.per_token:
+            numbers, entries = _numbers(train["labels"][:])
+            train = train.add_column("number", numbers)
+        elif learns and settings.weigher == "each":
+            train = train.add_column("number", list(range(entries)))
         evaluation = self._evaluation(settings, args, data, base, tokenizer)
         config: Any = base.config
-        module = WeightedText(
+        made = SmallLossText if settings.method == "small_loss" else WeightedText
+        module = made(
             settings.adapted(base),
-            _make_weigher(settings, len(train), config.hidden_size),
+            _make_weigher(settings, entries, config.hidden_size),
             reads=WEIGHERS[settings.weigher],
             weighted=learns,
             tokens=True,
@@ -180,17 +208,23 @@ class WeightTagsTask(Task[WeightTagsArguments, TaggedData]):
             normalisation=settings.weight_normalisation,
         )
         trained = {"union": lambda: concatenate_datasets([train, meta]), "clean_only": lambda: meta}
-        trainer = TagsTrainer(
+        trainers: dict[str, Callable[..., TagsTrainer]] = {
+            "small_loss": partial(
+                SmallLossTagsTrainer, drop_rate=settings.drop_rate or 0.0, drop_warmup=settings.drop_warmup
+            )
+        }
+        columns = ("labels", "wrong", *["number"] * settings.per_token)
+        trainer = trainers.get(settings.method, TagsTrainer)(
             module,
             args,
             train_dataset=trained.get(settings.method, lambda: train)(),
             meta_dataset=meta if learns else None,
             eval_dataset=evaluation["dev"].rows if "dev" in evaluation else None,
-            data_collator=PadRight(tokenizer.pad_token_id, ("labels", "wrong")),
+            data_collator=PadRight(tokenizer.pad_token_id, columns),
             processing_class=tokenizer,
             compute_metrics=evaluation["dev"].compute_metrics if "dev" in evaluation else None,
         )
-        trainer.evaluation = evaluation
+        trainer.evaluation, trainer.cut_off = evaluation, _cut_off(settings, data, tokenizer, longest_input(base))
         return trainer
 
     def _evaluation(
@@ -224,6 +258,7 @@ class WeightTagsTask(Task[WeightTagsArguments, TaggedData]):
             "train_sentences": len(data.train),
             "meta_sentences": len(data.meta),
             "test_sentences_seen": data.seen,
+            "sentences_cut_off": cast(TagsTrainer, trainer).cut_off,
             "wrong_tags": None if data.wrong is None else sum(map(sum, data.wrong)),
         }
         weighing = cast(TagsTrainer, trainer)
@@ -233,6 +268,16 @@ class WeightTagsTask(Task[WeightTagsArguments, TaggedData]):
             wrong = weighing.said["wrong"].to_numpy() if data.wrong is not None else None
             found["weights"] = weights_facts(weighing.said, wrong)
         return found
+
+    def describe_check(
+        self, trainer: MetaTrainer, settings: WeightTagsArguments, data: TaggedData
+    ) -> tuple[dict[str, Any], list[str]]:
+        sizes = {"train": len(data.train), "clean": len(data.meta), "test": len(data.test)}
+        return {
+            "sentences": sizes,
+            "labels": data.names,
+            "sentences_cut_off": cast(TagsTrainer, trainer).cut_off,
+        }, []
 
     def write_files(self, folder: Path, trainer: MetaTrainer, settings: WeightTagsArguments, data: TaggedData) -> None:
         said = cast(TagsTrainer, trainer).said
@@ -259,10 +304,32 @@ class WeightTagsTask(Task[WeightTagsArguments, TaggedData]):
         }
 
 
-def _make_weigher(settings: WeightTagsArguments, sentences: int, hidden_size: int) -> WeightTable | WeightNet:
+def _make_weigher(settings: WeightTagsArguments, entries: int, hidden_size: int) -> WeightTable | WeightNet:
     if settings.weigher == "each":
-        return WeightTable(sentences, settings.form, settings.floor)
+        return WeightTable(entries, settings.form, settings.floor)
     return WeightNet(settings.weigher_hidden, 1 if settings.weigher == "loss" else hidden_size, settings.floor)
+
+
+def _numbers(labels: list[list[int]]) -> tuple[list[list[int]], int]:
+    """The labelled tokens of all rows numbered from 0, -100 elsewhere; and how many there are."""
+    counted = count()
+    numbers = [[IGNORED if label == IGNORED else next(counted) for label in row] for row in labels]
+    return numbers, next(counted)
+
+
+def _cut_off(settings: WeightTagsArguments, data: TaggedData, tokenizer: Any, longest: int) -> dict[str, float]:
+    """The share of sentences that are longer than what the model reads of them, warned of where there are some."""
+    found = {}
+    for name, part, setting in (
+        ("train", data.train, "max_length"),
+        ("clean", data.meta, "max_length"),
+        ("test", data.test, "eval_max_length"),
+    ):
+        length = min(getattr(settings, setting), longest)
+        found[name] = share = cut_off(part, tokenizer, length) / len(part)
+        if share:
+            logger.warning("%.1f%% of the %s sentences are cut off: %s is %d", 100 * share, name, setting, length)
+    return found
 
 
 def _labelled(sentences: Dataset, values: list[list[int]], tokenizer: Any, max_length: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,7 @@ from metaxl_evo.ner.data import evaluated_rows, label_corpus, overlap, read_corp
 from metaxl_evo.ner.layout import Layout, LayoutArguments
 from metaxl_evo.ner.metrics import entities
 from metaxl_evo.ner.pretrained import trained_labels
+from metaxl_evo.ner.schemes import TagScheme
 from metaxl_evo.weighting.arguments import WeigherArguments
 from metaxl_evo.weighting.drawn import SYNTHETIC
 
@@ -84,7 +86,7 @@ class TaggedData:
 
     Args:
         wrong: which words of `train` have a wrong tag, a list a sentence; None where nobody knows.
-        seen: test sentences that train or judge, too.
+        seen: test sentences that train, too; none judges.
     """
 
     train: Dataset
@@ -96,34 +98,38 @@ class TaggedData:
     seen: int
 
 
-def load_tagged(settings: TaggedArguments, seed: int, *, wants_dev: bool = False) -> TaggedData:
+def load_tagged(
+    settings: TaggedArguments, seed: int, *, wants_dev: bool = False, label_names: Sequence[str] | None = None
+) -> TaggedData:
     """Read, split and spoil the sentences.
 
     Args:
         seed: of what is spoilt.
+        label_names: of tags that are integers.
 
     Raises:
         ValueError: one line for data that cannot serve.
     """
     trained = trained_labels(settings.model_name_or_path, trust_remote_code=settings.trust_remote_code)
-    layout, language = settings.layout(), settings.language
+    layout, language = settings.layout(label_names), settings.language
     splits = ["train", *["validation"] * wants_dev, "test"]
     corpus = read_corpus(settings.dataset, [language], splits, layout)
     require_types(layout, corpus)
     parts = label_corpus(corpus, layout, trained)[language]
     names: list[str] = parts["train"].features["ner_tags"].feature.names
-    meta, noisy = _meta_and_noisy(settings, parts["train"], layout, names)
+    meta, noisy = _meta_and_noisy(settings, parts["train"], parts["test"], layout, names)
     noisy = _without_twins(noisy, meta)
     noisy = noisy.select(range(min(len(noisy), settings.train_size or len(noisy))))
     if not len(noisy):
         raise ValueError(f"all sentences of {settings.dataset} are among the clean ones: none is left to train")
     if not any(tag for tags in meta["ner_tags"] for tag in tags):
         raise ValueError("the clean sentences have no entity: they would teach the model to say O: give others")
-    if seen := overlap(parts["test"], meta):
-        logger.warning("%d test sentences judge, too", seen)
+    if seen := overlap(parts["test"], noisy):
+        logger.warning("%d test sentences train, too", seen)
     clean = noisy
     if settings.noise_rate:
-        noisy = spoilt(noisy, names, settings.noise, settings.noise_rate, np.random.default_rng(seed))
+        clean = well_formed(noisy, names)
+        noisy = spoilt(clean, names, settings.noise, settings.noise_rate, np.random.default_rng(seed))
     return TaggedData(
         train=noisy,
         wrong=_differing(clean, noisy) if settings.noise_rate else None,
@@ -131,12 +137,12 @@ def load_tagged(settings: TaggedArguments, seed: int, *, wants_dev: bool = False
         dev=evaluated_rows(parts["validation"], settings.eval_size, layout) if wants_dev else None,
         test=evaluated_rows(parts["test"], settings.eval_size, layout),
         names=names,
-        seen=seen + overlap(parts["test"], noisy),
+        seen=seen,
     )
 
 
 def spoilt(rows: Dataset, names: list[str], noise: str, rate: float, generator: np.random.Generator) -> Dataset:
-    """The same sentences, round(rate * n) of their n entities dropped or of another type, whole ones.
+    """The same well-formed sentences, round(rate * n) of their n entities dropped or of another type, whole ones.
 
     Args:
         names: of the tags, IOB2.
@@ -162,8 +168,22 @@ def spoilt(rows: Dataset, names: list[str], noise: str, rate: float, generator: 
         tags[row][first : last + 1] = [
             OUTSIDE if other is None else f"{'B' if word == first else 'I'}-{other}" for word in range(first, last + 1)
         ]
-    columns = {"tokens": rows["tokens"][:], "ner_tags": [[number[tag] for tag in row] for row in tags]}
-    return Dataset.from_dict(columns, features=rows.features)
+    return _with_tags(rows, [[number[tag] for tag in row] for row in tags])
+
+
+def well_formed(rows: Dataset, names: list[str]) -> Dataset:
+    """The same entities, each begun by B-: one that a stray I- begins would join what is spoilt before it."""
+    number = {name: place for place, name in enumerate(names)}
+    tags = [TagScheme("iob1").to_iob2([names[tag] for tag in row]) for row in rows["ner_tags"][:]]
+    if lacking := sorted({tag for row in tags for tag in row} - set(names)):
+        raise ValueError(
+            f"noise_rate: the labels lack {', '.join(lacking)}, by which an entity begins: give it to them"
+        )
+    return _with_tags(rows, [[number[tag] for tag in row] for row in tags])
+
+
+def _with_tags(rows: Dataset, tags: list[list[int]]) -> Dataset:
+    return Dataset.from_dict({"tokens": rows["tokens"][:], "ner_tags": tags}, features=rows.features)
 
 
 def _differing(right: Dataset, given: Dataset) -> list[list[bool]]:
@@ -172,9 +192,10 @@ def _differing(right: Dataset, given: Dataset) -> list[list[bool]]:
 
 
 def _meta_and_noisy(
-    settings: TaggedArguments, train: Dataset, layout: Layout, names: list[str]
+    settings: TaggedArguments, train: Dataset, test: Dataset, layout: Layout, names: list[str]
 ) -> tuple[Dataset, Dataset]:
-    """The clean sentences, the user's own or split off, and all the others."""
+    """The clean sentences, the user's own or split off from those that are not tested, and all the others."""
+    tested = set(map(tuple, test["tokens"]))
     drawn = sample(train, len(train), settings.sample_seed)
     if settings.meta_dataset is None:
         if not settings.noise_rate:
@@ -188,9 +209,19 @@ def _meta_and_noisy(
                 f"{settings.dataset}: all {len(drawn)} sentences would judge, and none train: lower meta_size, or set "
                 "meta_dataset"
             )
-        return drawn.select(range(size)), drawn.select(range(size, len(drawn)))
+        judging = [row for row, words in enumerate(drawn["tokens"][:]) if tuple(words) not in tested][:size]
+        if len(judging) < size:
+            raise ValueError(
+                f"{settings.dataset}: {len(judging)} of {len(drawn)} training sentences are not tested and may judge: "
+                f"lower meta_size ({size}), or set meta_dataset"
+            )
+        return drawn.select(judging), drawn.select(sorted(set(range(len(drawn))) - set(judging)))
     corpus = read_corpus(settings.meta_dataset, [settings.language], ["train"], layout)
     own = label_corpus(corpus, layout, names, settings.dataset)[settings.language]["train"]
+    if leaked := overlap(own, test):
+        raise ValueError(
+            f"meta_dataset: {leaked} sentences of {settings.meta_dataset} are tested, too: take them out of one"
+        )
     return sample(own, settings.meta_size, settings.sample_seed, name="meta_dataset"), drawn
 
 

@@ -29,7 +29,14 @@ from metaxl_evo.weighting.drawn import SYNTHETIC
 from metaxl_evo.weighting.encoding import encode
 from metaxl_evo.weighting.labelled import LabelledArguments, LabelledData, load_labelled
 from metaxl_evo.weighting.pretrained import SEQUENCE, load_classifier, trained_labels
-from metaxl_evo.weighting.selection import ConfidentTrainer, SmallLossText, SmallLossTrainer, require_cleanlab
+from metaxl_evo.weighting.selection import (
+    ConfidentTrainer,
+    SmallLossText,
+    SmallLossTrainer,
+    refuse_drops,
+    refuse_lone_rows,
+    require_cleanlab,
+)
 from metaxl_evo.weighting.trainer import WeightingTrainer
 from metaxl_evo.weighting.verdict import (
     WEIGHTS_PICTURE,
@@ -97,12 +104,7 @@ class WeightTextArguments(LabelledArguments):
         self.require_known("method", self.method, METHODS)
         self.require_known("weigher", self.weigher, WEIGHERS)
         self.require_known("form", self.form, FORMS)
-        if self.drop_rate is not None and not 0 < self.drop_rate < 1:
-            raise ValueError(f"drop_rate must be above 0 and below 1, not {self.drop_rate}")
-        if not 0 < self.drop_warmup <= 1:
-            raise ValueError(f"drop_warmup must be above 0 and at most 1, not {self.drop_warmup}")
-        if self.method == "small_loss" and not self.left_out:
-            raise ValueError("method small_loss leaves out drop_rate of a batch: set it to the share of wrong labels")
+        refuse_drops(self.method, self.drop_rate, self.drop_warmup, self.left_out)
         if self.form != "sigmoid" and WEIGHERS[self.weigher] != "number":
             raise ValueError(f"form {self.form} is over all texts, weigher {self.weigher} sees one: use sigmoid")
         if (self.weigher == "columns") != bool(self.feature_columns):
@@ -143,8 +145,7 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
             raise ValueError("clean texts judge alone: set meta_portion to 1 (method: union trains on them, too)")
         if settings.method == "confident":
             require_cleanlab()
-        if settings.method == "small_loss" and args.per_device_train_batch_size < 2:
-            raise ValueError("small_loss compares the losses of a batch: set per_device_train_batch_size above 1")
+        refuse_lone_rows(settings.method, False, args)
 
     def load(self, settings: WeightTextArguments, args: MetaTrainingArguments) -> LabelledData:
         trained = trained_labels(settings, SEQUENCE)

@@ -26,9 +26,9 @@ class WeightedText(Watched):
     """inner loss = mean of w_i l_i; outer loss = the plain mean over the clean rows.
 
     Items are rows, with `tokens` labelled tokens. Batches are what the base takes, with `labels`, and what the weigher
-    reads: `number` (B,) of an example or its domain, `columns` (B, F). A loss or hidden state is read as it is: no
-    derivative goes through it. Rows of `MixtureRows` bring the weight by which they were drawn, (B,), which
-    theirs is divided by.
+    reads: `columns` (B, F), or `number` (B,) of an example or its domain, with `per_token` (B, T) of each token. A
+    loss or hidden state is read as it is: no derivative goes through it. Rows of `MixtureRows` bring the weight by
+    which they were drawn, (B,), which theirs is divided by.
 
     Args:
         base: a Hugging Face model with a head whose losses are known, also one that peft wraps.
@@ -65,8 +65,8 @@ class WeightedText(Watched):
             raise ValueError(unknown("weight_normalisation", normalisation, NORMALISATIONS))
         if isinstance(meta, WeightTable) != (reads == "number"):
             raise ValueError(f"a {type(meta).__name__} cannot read {reads}: a WeightTable reads number, and it alone")
-        if per_token and (not tokens or reads in ("number", "columns")):
-            raise ValueError(f"a token has no {reads} of its own: weigh rows, or tokens by loss or hidden")
+        if per_token and (not tokens or reads == "columns"):
+            raise ValueError(f"a token has no {reads} of its own: weigh rows, or tokens by number, loss or hidden")
         self.meta: WeightTable | WeightNet = meta
         self.reads, self.weighted, self.tokens, self.per_token = reads, weighted, tokens, per_token
         self.normalisation = normalisation
@@ -116,12 +116,22 @@ class WeightedText(Watched):
         domains: Tensor = batch[self.domain_of]
         if not self.tokens:
             return domains
-        return domains[tuple(token_places(self.plain_base, batch).T) if domains.ndim == 2 else self.token_rows(batch)]
+        return self._of_tokens(batch, domains) if domains.ndim == 2 else domains[self.token_rows(batch)]
+
+    def _of_tokens(self, batch: Batch, values: Tensor) -> Tensor:
+        """What stands (B, T, ...) where the labelled tokens are predicted, (N, ...)."""
+        return values[tuple(token_places(self.plain_base, batch).T)]
 
     def _seen(self, batch: Batch, losses: Tensor, states: list[Tensor]) -> Tensor:
         """What the weigher reads, a row an item that has a weight."""
         if self.reads in ("number", "columns"):
             seen: Tensor = batch[self.reads]
+            if self.per_token:
+                if seen.shape != batch["labels"].shape:
+                    raise ValueError(
+                        f"number must be of each token, {tuple(batch['labels'].shape)}, not {tuple(seen.shape)}"
+                    )
+                return self._of_tokens(batch, seen)
             _refuse_packed(self.reads, seen, batch)
             return seen
         if self.reads == "hidden":
@@ -138,7 +148,7 @@ class WeightedText(Watched):
     def _pooled(self, batch: Batch, states: Tensor) -> Tensor:
         """States (B, T, H) -> (B, H), or those that the labelled tokens are predicted from, (N, H)."""
         if self.per_token:
-            return states[tuple(token_places(self.plain_base, batch).T)]
+            return self._of_tokens(batch, states)
         mask = batch["attention_mask"].to(states) if "attention_mask" in batch else torch.ones_like(states[..., 0])
         return (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 

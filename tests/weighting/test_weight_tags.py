@@ -90,7 +90,10 @@ def test_the_table_has_the_weights_and_the_wrong_tags(
     [
         ({"noise": "swap"}, "unknown noise 'swap': .*Valid: drop, type, both"),
         ({"noise_rate": 1.5}, "noise_rate must be from 0 to 1, not 1.5"),
-        ({"per_token": True, "weigher": "each"}, "per_token: weigher each sees no words"),
+        ({"weigher": "columns"}, "unknown weigher 'columns': Valid: each, loss, hidden"),
+        ({"method": "confident"}, "method confident doubts the one label of a text, not the tags of words"),
+        ({"method": "small_loss"}, "method small_loss leaves out drop_rate of a batch"),
+        ({"drop_rate": 1.0}, "drop_rate must be above 0 and below 1"),
         ({"form": "softmax"}, "form softmax is over all sentences, weigher loss sees one"),
         ({"max_length": 2}, "max_length must be a whole number of at least 8"),
         ({"dataset": "folder"}, "the synthetic model knows the synthetic words alone"),

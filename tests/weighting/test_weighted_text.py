@@ -143,7 +143,7 @@ def test_engines_agree_on_the_hypergradient(head: str, reads: str, per_token: bo
     [
         ("entropy", {}, "unknown reads 'entropy'"),
         ("loss", {"reads": "number"}, "a WeightNet cannot read number"),
-        ("number", {"per_token": True}, "a token has no number of its own"),
+        ("columns", {"per_token": True}, "a token has no columns of its own"),
     ],
 )
 def test_what_there_is_not_to_read(reads: str, further: dict[str, Any], line: str) -> None:
