@@ -43,6 +43,7 @@ DISTILLATION = "estimators/test_distillation.py"
 FIRST_WEIGHTS = "estimators/test_learned_steps.py::test_the_derivative_through_the_first_weights_is_in"
 TRAINER = "training/test_trainer.py"
 REAL_STEP = f"{TRAINER}::test_one_step_is_the_derivative_of_the_real_step[double_backward-{{}}-after_step-clip 0.3]"
+WARPS = "models/test_warp_layers.py::test_a_warp_stands_behind_every_layer_but_the_last"
 RTN_FORMULA = "models/test_rtn.py::test_transform_is_the_closed_form"
 ROW_LOSSES = "models/test_losses.py::test_row_losses_are_the_models_own_loss_of_each_row"
 RESUMED = "training/test_resume.py::test_a_tagger_resumes_bit_by_bit[every other step-2-4]"
@@ -243,6 +244,12 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
          "models/test_layer_trace.py::test_where_no_list_or_several_could_be_the_layers_all_are_named"),
         ("layers-called-more-than-once", "trace.order != [*range(1, len(layers) + 1)]", "not trace.order",
          "models/test_layer_trace.py::test_a_list_that_cannot_be_transformed_is_refused"),
+        ("warps-begin-at-random", 'nn.init.eye_(warp.get_parameter("weight"))', "pass", WARPS),
+        ("warp-behind-the-last-layer", "dict(enumerate(list(layers)[:-1]))", "dict(enumerate(list(layers)[1:]))",
+         WARPS),
+        ("warps-act-for-good", "self._acts = before\n", "pass\n", WARPS),
+        ("copies-pass-unwarped", "if self.hooks_in(model) != len(self.warps):", "if False:",
+         "models/test_warp_layers.py::test_what_would_pass_unwarped_is_refused"),
         ("weight-net-without-sigmoid", "torch.sigmoid(self.out(", "torch.relu(self.out(",
          "vision_tasks/test_weight_net.py::test_the_inner_loss_by_hand"),
         ("weights-sum-to-one", "weights / _or_one(weights.sum()) * len(weights)", "weights / _or_one(weights.sum())",
