@@ -25,6 +25,15 @@ from metaxl_evo.experiments.folders import RESULTS
 from metaxl_evo.experiments.run_folder import HOLDER, MARK, PASSING, State, state_of
 from metaxl_evo.training.checkpoint import require_whole
 from metaxl_evo.training.trainer import MetaTrainer
+from metaxl_evo.weighting.drawn import (
+    CLASSES as TEXT_CLASSES,
+)
+from metaxl_evo.weighting.drawn import (
+    draw_classifier,
+    draw_documents,
+    draw_language_model,
+    draw_sentences,
+)
 from scripts.train_fewshot import main as train_fewshot
 from scripts.train_hyper_cleaning import main as train_hyper_cleaning
 from scripts.train_ner import main as train_ner
@@ -39,7 +48,8 @@ from tests.vision_tasks.small import pack, random_images
 from vision_tasks.images import ImageSet
 
 FORK = multiprocessing.get_context("fork")
-TEST_OF_NER, IMAGES = "family/beru/test", "images.npz"
+TEST_OF_NER, TEST_OF_TEXTS, IMAGES = "family/beru/test", "texts/test.csv", "images.npz"
+DOMAINS_OF_TEXT = ("twos", "fives")
 TRAINING = {"max_steps": 4, "learning_rate": 1e-2, "use_cpu": "true", "disable_tqdm": "true", "report_to": "none"}
 SAVED = {"logging_steps": 1, "meta_history": "false", "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
 RUN = TRAINING | SAVED | {"push_to_hub": "true", "hub_model_id": "me/run", "hub_strategy": "end"}
@@ -73,8 +83,35 @@ CLASSES = {"train_classes": 4, "validation_classes": 3, "test_classes": 3, "n_wa
 NET = {"image_size": 8, "conv_layers": 2, "conv_channels": 2, "batch_images": 4, "test_images": 4}
 TASKS = {"meta_batch": 2, "test_tasks": 3, "validation_tasks": 2, "lr_scheduler_type": "constant"}
 MANY_SHOT = TASK | CLASSES | NET | TASKS
+SINUSOID = TASK | TASKS | {"shots": 3, "test_points": 4, "hidden": 5}
+TEXTS = BATCHES | {"train_size": 40, "eval_size": 20, "meta_size": 20}
+MIXED = BATCHES | {"target": "twos", "domains": "twos,fives", "train_size": 30, "meta_size": 20, "test_size": 20}
+OF_TEXTS = {"data": "texts", "model_name_or_path": "classifier"}
+SCHEDULE_TEXT = BATCHES | {
+    "train_size": 40, "eval_size": 20, "inner_steps": 2, "outer_steps": 2, "n_lr": 2, "retrain_steps": 1,
+    "validation_share": 0.2, "max_grad_norm": 0, "max_steps": -1,
+}  # fmt: skip
 SCRIPTS = {
     "many_shot": Script(metaxl_evo, MANY_SHOT, {"data": "."}, "start", words=("many-shot",)),
+    "sinusoid": Script(metaxl_evo, SINUSOID, {}, "start", words=("sinusoid",)),
+    "weight_text": Script(metaxl_evo, TEXTS, OF_TEXTS, "weights.csv", words=("weight-text",)),
+    "weight_tags": Script(
+        metaxl_evo,
+        TEXTS | {"language": "beru", "meta_size": 6, "max_length": 64},
+        {"dataset": "family", "model_name_or_path": "model"},
+        "weights.csv",
+        words=("weight-tags",),
+    ),
+    "mix_text": Script(
+        metaxl_evo,
+        MIXED,
+        {"data": "domains", "model_name_or_path": "language_model"},
+        "mixture.csv",
+        words=("mix-text",),
+    ),
+    "schedule_text": Script(
+        metaxl_evo, SCHEDULE_TEXT, OF_TEXTS, "schedule.json", words=("schedule-text",), further=(0,)
+    ),
     "ner": Script(train_ner, NER, {"dataset": "family", "model_name_or_path": "model"}, "rtn"),
     "noisy_labels": Script(train_noisy_labels, NOISY, sign="weight_net"),
     "rotation": Script(train_rotation, ROTATION, sign="rotation"),
@@ -254,6 +291,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(folder / "family")
     write_model(folder / "model")
     pack_images(folder / IMAGES, random_images(20, seed=2))
+    (folder / "texts").mkdir()
+    draw_sentences(60, seed=1).to_csv(folder / "texts/train.csv", index=False)
+    of_other_sentences(folder / TEST_OF_TEXTS, seed=2)
+    (folder / "domains").mkdir()
+    for domain in DOMAINS_OF_TEXT:
+        of_other_documents(folder / f"domains/{domain}.txt", seed=2)
+    for name, parts in (("classifier", draw_classifier(TEXT_CLASSES)), ("language_model", draw_language_model())):
+        for part in parts:
+            part.save_pretrained(folder / name)
     (folder / "study.yaml").write_text("task: rotation", encoding="utf-8")
     return folder
 
@@ -354,13 +400,30 @@ def of_other_pixels(file: Path) -> None:
     pack_images(file, random_images(20, seed=5))
 
 
-@each_script
+def of_other_sentences(file: Path, seed: int = 5) -> None:
+    draw_sentences(20, seed).to_csv(file, index=False)
+
+
+def of_other_documents(file: Path, seed: int = 5) -> None:
+    file.write_text("\n".join(draw_documents(file.stem, 80, seed)["text"][:]), encoding="utf-8")
+
+
+EDITS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "ner": (TEST_OF_NER, of_dev),
+    "weight_tags": (TEST_OF_NER, of_dev),
+    "weight_text": (TEST_OF_TEXTS, of_other_sentences),
+    "schedule_text": (TEST_OF_TEXTS, of_other_sentences),
+    "mix_text": ("domains/twos.txt", of_other_documents),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "sinusoid"])  # whose data are its settings
 def test_changed_data_are_refused(
     tmp_path: Path, data: Path, whole: Callable[[str], Whole], steps: list[int], name: str
 ) -> None:
     """By the results of a finished run, and by the mark of one that was cut off."""
     script, out = SCRIPTS[name], whole(name).folder
-    file, edit = (TEST_OF_NER, of_dev) if name == "ner" else (IMAGES, of_other_pixels)
+    file, edit = EDITS.get(name, (IMAGES, of_other_pixels))
     steps.clear()
     with edited(data / file, edit):
         for kept in (RESULTS, MARK):
