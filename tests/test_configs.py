@@ -728,7 +728,7 @@ STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "sinusoid_paper": ([""], 5, 5),
     "schedule_cpu": ([""], 3, 3),
     "sources_mt": (["mt"], 3, 7),
-    "weight_tags_distant": ([""], 3, 6),
+    "weight_tags_distant": ([""], 3, 5),
     "weight_text_polarity": (["0", "0.4"], 3, 8),
 }
 
