@@ -728,7 +728,7 @@ STUDIES = {  # cases, seeds, runs, the first of which is a baseline
     "sinusoid_paper": ([""], 5, 5),
     "schedule_cpu": ([""], 3, 3),
     "sources_mt": (["mt"], 3, 7),
-    "weight_tags_distant": ([""], 3, 6),
+    "weight_tags_distant": ([""], 3, 5),
     "weight_text_polarity": (["0", "0.4"], 3, 8),
 }
 
@@ -816,3 +816,18 @@ def test_the_constants_of_few_shot_omniglot() -> None:
     made = {run.name: run.args.make_estimator() for run in plan_runs(ManyShotTask(), which, *settings)}
     assert list(made) == ["first_order", "one_step", "neumann", "greedy"]
     assert (made["neumann"].terms, made["neumann"].step, made["greedy"].decay) == (2, 0.1, 0.9)
+
+
+def test_the_constants_of_one_long_training() -> None:
+    """HyperDistill, appendix H: half of CIFAR-10 judges."""
+    expected = {
+        "meta_size": 25_000, "noise_rate": 0.4, "weight_net_hidden": 200, "max_steps": 10_000, "learning_rate": 0.01,
+        "optimizer_class": "SGD", "optimizer_kwargs": {"momentum": 0.9}, "meta_learning_rate": 0.01,
+        "meta_optim": "SGD", "meta_optim_kwargs": {"momentum": 0.9},
+    }  # fmt: skip
+    which, *settings = parsed(NoisyLabelsTask(), "long_horizon/one_training_cifar10_paper", "--output_dir", "unused")
+    assert constants(settings, expected) == expected
+    made = {run.name: run.args for run in plan_runs(NoisyLabelsTask(), which, *settings)}
+    assert list(made) == ["one_step", "neumann", "hyperdistill"]
+    neumann, hyperdistill = made["neumann"].make_estimator(), made["hyperdistill"].make_estimator()
+    assert (neumann.terms, made["neumann"].meta_every, hyperdistill.decay) == (5, 5, 0.9)

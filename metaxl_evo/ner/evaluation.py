@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from metaxl_evo.ner.encoding import IGNORED, encode, lost_words, plain_labels
 from metaxl_evo.ner.metrics import Scores, numbers_of, word_predictions
+from metaxl_evo.ner.pretrained import longest_input, require_padding_unseen, require_readable
 from metaxl_evo.ner.scorers import Scorer
 
 
@@ -87,6 +88,33 @@ class EvaluationSet:
         finally:
             trainer.compute_metrics = previous
         return self.score(found.predictions, found.label_ids)
+
+
+def evaluation_sets(
+    parts: Mapping[str, Dataset | None],
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    batch_size: int,
+    *,
+    names: Sequence[str],
+    scorer: Scorer,
+) -> dict[str, EvaluationSet]:
+    """Those of `parts` that there are, of at most `max_length` sub-tokens or what the model can read.
+
+    Raises:
+        ValueError: for sentences that the model cannot read, or reads with their padding.
+    """
+    longest = min(max_length, longest_input(base))
+    found = {
+        name: EvaluationSet(sentences, tokenizer, longest, names, scorer)
+        for name, sentences in parts.items()
+        if sentences is not None
+    }
+    for one in found.values():
+        require_readable(base, one.rows, "eval_max_length")
+        require_padding_unseen(base, one.rows, tokenizer.pad_token_id, "per_device_eval_batch_size", batch_size)
+    return found
 
 
 class WordTrainer(Trainer):

@@ -35,14 +35,13 @@ from metaxl_evo.ner.arguments import (
 )
 from metaxl_evo.ner.check import evaluation_findings, sentence_findings
 from metaxl_evo.ner.encoding import PadRight, encode, labelled_tokens
-from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
+from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer, evaluation_sets
 from metaxl_evo.ner.pretrained import (
     SYNTHETIC,
     TEXTS,
     head_of,
     load_classifier,
     longest_input,
-    require_padding_unseen,
     require_readable,
 )
 from metaxl_evo.ner.scorers import EntityScorer, Scorer, TextScorer, WordScorer
@@ -286,7 +285,15 @@ def build_trainer(ner: TaggingArguments, args: MetaTrainingArguments, data: Targ
     trained = [*(data.sources.values() if ner.recipe.source else ()), *([data.target] if data.target else ())]
     words = [words for part in (data.test, *trained) for words in part["tokens"][:100]]
     tokenizer = as_in_text(tokenizer, words, base.config, trust_remote_code=trusted)
-    evaluation = _evaluation_sets(ner, args, data, base, tokenizer)
+    evaluation = evaluation_sets(
+        {"dev": data.dev, "test": data.test},
+        base,
+        tokenizer,
+        ner.eval_max_length,
+        args.per_device_eval_batch_size,
+        names=data.names,
+        scorer=ner.scorer,
+    )
     sources, target = _training_rows(ner, data, base, tokenizer)
     tagger = build_tagger(ner, base, tokenizer, [labelled_tokens(rows) for rows in sources])
     train = concatenate_datasets(sources) if sources else target
@@ -312,26 +319,6 @@ def build_trainer(ner: TaggingArguments, args: MetaTrainingArguments, data: Targ
     )
     trainer.evaluation, trainer.of_texts = evaluation, head_of(ner.scorer) is TEXTS
     return trainer
-
-
-def _evaluation_sets(
-    ner: TaggingArguments,
-    args: MetaTrainingArguments,
-    data: TargetData,
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, EvaluationSet]:
-    longest = min(ner.eval_max_length, longest_input(base))
-    found = {
-        split: EvaluationSet(sentences, tokenizer, longest, data.names, ner.scorer)
-        for split, sentences in (("dev", data.dev), ("test", data.test))
-        if sentences is not None
-    }
-    for one in found.values():
-        require_readable(base, one.rows, "eval_max_length")
-        size = args.per_device_eval_batch_size
-        require_padding_unseen(base, one.rows, tokenizer.pad_token_id, "per_device_eval_batch_size", size)
-    return found
 
 
 def _training_rows(

@@ -17,7 +17,7 @@ LABELS = ("right", "wrong")  # as the log tells them apart, where it is known wh
 COLOURS = {"right": "C0", "wrong": "C3", "all": "C0"}
 PATIENCE = {"drift": 3}  # logs in a row, of what chance makes at the start; of other trouble one
 MEAN, STD, EFFECTIVE, CORRELATION = (f"weights/{one}" for one in ("mean", "std", "effective", "loss_correlation"))
-DOMAIN, WEIGHT = "domain_", "domain_weight/"
+DOMAIN, WEIGHT, LOSS, SHARE = "domain_", "domain_weight/", "domain_loss/", "domain_share/"
 LOW, HIGH = "weights/at_floor", "weights/at_one"
 
 
@@ -65,8 +65,8 @@ class Watch:
         size, found, whole = len(self.domains), dict[str, float](), sum(sums[len(self.domains) : -len(self.domains)])
         for name, loss, weight, count in zip(self.domains, sums, sums[size:], sums[2 * size :], strict=False):
             if count:
-                found |= {f"domain_loss/{name}": loss / count, f"{WEIGHT}{name}": weight / count}
-                found |= {f"domain_share/{name}": weight / whole} if whole else {}
+                found |= {f"{LOSS}{name}": loss / count, f"{WEIGHT}{name}": weight / count}
+                found |= {f"{SHARE}{name}": weight / whole} if whole else {}
         return found
 
 

@@ -25,6 +25,7 @@ from metaxl_evo.training.arguments import MetaTrainingArguments
 from metaxl_evo.training.figures import figure
 from metaxl_evo.training.trainer import MetaTrainer
 from metaxl_evo.training.weight_watch import WEIGHT
+from metaxl_evo.weighting.bandit import BanditText, BanditTrainer
 from metaxl_evo.weighting.domains import DomainArguments, DomainData, load_domains
 from metaxl_evo.weighting.drawn import SYNTHETIC
 from metaxl_evo.weighting.encoding import encode
@@ -51,7 +52,8 @@ from metaxl_evo.weighting.verdict import (
 )
 from metaxl_evo.weighting.weighted_text import SUBFOLDER, WeightedText
 
-METHODS = ("mixture", "union", "uniform", "fixed")
+METHODS = ("mixture", "bandit", "union", "uniform", "fixed")
+MOVING = ("mixture", "bandit")  # whose mixture changes in the training
 STARTS = ("union", "uniform")
 MIXINGS = ("loss_weights", "sampling")
 WEIGHERS = {"domain": "number", "each": "number", "loss": "loss", "hidden": "hidden"}
@@ -70,7 +72,7 @@ class MixTextArguments(DomainArguments):
         default="mixture",
         metadata={
             "help": "mixture: what weigher learns; union: all texts alike (domains by size); uniform: all domains "
-            "alike, however large; fixed: the mixture of mixture_from."
+            "alike, however large; fixed: the mixture of mixture_from; bandit: large losses are drawn more often."
         },
     )
     weigher: str = field(
@@ -115,6 +117,11 @@ class MixTextArguments(DomainArguments):
         if self.method == "union" and self.sampled:
             raise ValueError(
                 "method union samples all texts alike as it is: set mixing to loss_weights, or leave it out"
+            )
+        if self.method == "bandit" and not (self.sampled and self.floor):
+            raise ValueError(
+                "method bandit draws domains, by chance alone as often as floor says: set mixing: sampling and floor, "
+                "to 0.1 for one"
             )
         if self.weigher != "domain" and (self.method != "mixture" or self.sampled or self.start != "union"):
             raise ValueError(
@@ -170,7 +177,8 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
     ) -> WeightingTrainer:
         base, tokenizer = _base(settings, data)
         config: Any = base.config
-        module = WeightedText(
+        bandit = settings.method == "bandit"
+        module = (BanditText if bandit else WeightedText)(
             base,
             self._weigher(settings, data, config.hidden_size),
             reads=WEIGHERS[settings.weigher],
@@ -183,7 +191,7 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
         rows = self._rows(settings, data.train, tokenizer, args)
         if settings.weigher == "each":
             rows = rows.rename_column("number", "domain").add_column("number", list(range(len(rows))))
-        return WeightingTrainer(
+        return (BanditTrainer if bandit else WeightingTrainer)(
             module,
             args,
             train_dataset=MixtureRows(rows) if settings.sampled else rows,
@@ -197,7 +205,8 @@ class MixTextTask(Task[MixTextArguments, DomainData]):
             return WeightTable(len(data.train), floor=settings.floor)
         if settings.weigher != "domain":
             return WeightNet(settings.weigher_hidden, 1 if settings.weigher == "loss" else hidden_size, settings.floor)
-        mixture = WeightTable(len(data.sizes), "softmax", settings.floor if self.learns(settings) else 0.0)
+        moves = settings.method in MOVING
+        mixture = WeightTable(len(data.sizes), "softmax", settings.floor if moves else 0.0)
         mixture.logits.data = first_logits(_first_shares(settings, data.sizes), data.sizes, settings.sampled)
         return mixture
 
@@ -276,7 +285,7 @@ def _base(settings: MixTextArguments, data: DomainData) -> tuple[nn.Module, PreT
 def _first_shares(settings: MixTextArguments, sizes: Mapping[str, int]) -> dict[str, float]:
     if settings.mixture_from is not None:
         return shares_for(settings.mixture_from, sizes)
-    uniform = settings.method == "uniform" or (settings.method == "mixture" and settings.start == "uniform")
+    uniform = settings.method == "uniform" or (settings.start == "uniform" and settings.method in MOVING)
     return uniform_shares(sizes) if uniform else union_shares(sizes)
 
 

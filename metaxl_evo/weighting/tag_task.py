@@ -22,8 +22,8 @@ from metaxl_evo.models.weighers import FORMS, NORMALISATIONS, WeightTable
 from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.ner.arguments import NerTrainingArguments, refuse_fields, refuse_metric
 from metaxl_evo.ner.encoding import IGNORED, PadRight, cut_off, encode
-from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer
-from metaxl_evo.ner.pretrained import load_classifier, longest_input, require_padding_unseen, require_readable
+from metaxl_evo.ner.evaluation import EvaluationSet, WordTrainer, evaluation_sets
+from metaxl_evo.ner.pretrained import load_classifier, longest_input, require_readable
 from metaxl_evo.ner.scorers import EntityScorer
 from metaxl_evo.ner.spacing import as_in_text
 from metaxl_evo.training.arguments import NO_ESTIMATOR, MetaTrainingArguments
@@ -193,7 +193,15 @@ class WeightTagsTask(Task[WeightTagsArguments, TaggedData]):
             train = train.add_column("number", numbers)
         elif learns and settings.weigher == "each":
             train = train.add_column("number", list(range(entries)))
-        evaluation = self._evaluation(settings, args, data, base, tokenizer)
+        evaluation = evaluation_sets(
+            {"dev": data.dev, "test": data.test},
+            base,
+            tokenizer,
+            settings.eval_max_length,
+            args.per_device_eval_batch_size,
+            names=data.names,
+            scorer=self.scorer,
+        )
         config: Any = base.config
         made = SmallLossText if settings.method == "small_loss" else WeightedText
         module = made(
@@ -226,21 +234,6 @@ class WeightTagsTask(Task[WeightTagsArguments, TaggedData]):
         )
         trainer.evaluation, trainer.cut_off = evaluation, _cut_off(settings, data, tokenizer, longest_input(base))
         return trainer
-
-    def _evaluation(
-        self, settings: WeightTagsArguments, args: MetaTrainingArguments, data: TaggedData, base: Any, tokenizer: Any
-    ) -> dict[str, EvaluationSet]:
-        longest = min(settings.eval_max_length, longest_input(base))
-        found = {
-            split: EvaluationSet(sentences, tokenizer, longest, data.names, self.scorer)
-            for split, sentences in (("dev", data.dev), ("test", data.test))
-            if sentences is not None
-        }
-        size = args.per_device_eval_batch_size
-        for one in found.values():
-            require_readable(base, one.rows, "eval_max_length")
-            require_padding_unseen(base, one.rows, tokenizer.pad_token_id, "per_device_eval_batch_size", size)
-        return found
 
     def score(self, trainer: MetaTrainer, settings: WeightTagsArguments, data: TaggedData) -> dict[str, Any]:
         return cast(TagsTrainer, trainer).evaluation["test"].predict(trainer)

@@ -390,6 +390,8 @@ _ROOMS: dict[str, list[tuple[str, ...]]] = {  # name, old, new, tests
     "metaxl_evo/weighting": [
         ("fine-tuning-drops-out", "self.base.eval()", "self.base.train(mode)",
          "weighting/test_schedule_text.py::test_nothing_is_dropped_out"),
+        ("rewards-are-not-weighted", "shares * rewards / table.mixture()", "shares * rewards",
+         "weighting/test_bandit.py::test_a_round_of_a_training_by_hand"),
         ("entities-are-cut", "tags[row][first : last + 1] = [", "tags[row][first:last] = [",
          "weighting/test_weight_tags.py::test_whole_entities_are_spoilt"),
         ("nothing-weighs", "return weights * losses if self.weighted else losses", "return losses",

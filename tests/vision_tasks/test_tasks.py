@@ -12,6 +12,7 @@ import torch
 
 from metaxl_evo.experiments.arguments import RunsArguments
 from metaxl_evo.experiments.plan import plan_runs
+from metaxl_evo.models.weight_net import WeightNet
 from metaxl_evo.training.trainer import MetaTrainer
 from tests.training.test_resume import assert_same_run, resumed
 from tests.training.tiny import base_weights, different, meta_weights
@@ -28,6 +29,7 @@ from vision_tasks.rotation_task import RotationArguments, RotationData, Rotation
         (RotationArguments, {"method": "rotate"}, "unknown method 'rotate': .*Valid: rotation, baseline"),
         (RotationArguments, {"backbone": "vgg"}, "unknown backbone 'vgg': Valid: lenet, convnet, resnet32"),
         (NoisyLabelsArguments, {"weight_net_hidden": True}, "weight_net_hidden must be a whole number"),
+        (NoisyLabelsArguments, {"method": "frozen_weight_net"}, "weight_net_name_or_path goes with method: frozen_w"),
         (NoisyLabelsArguments, {"image_size": 2**31}, r"image_size must be a whole number of .* below 2\*\*31"),
     ],
 )
@@ -216,3 +218,28 @@ def test_how_right_and_wrong_labels_are_weighted(tmp_path: Path) -> None:
 def test_what_these_tasks_cannot_use(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_runs(RotationTask(), RunsArguments(), RotationArguments(), arguments(tmp_path, **TRAINING | fields))
+
+
+def test_a_frozen_network_weighs_noisy_and_clean_images(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = WeightNet(7)
+    net.save_pretrained(tmp_path / "net")
+    settings = NoisyLabelsArguments(
+        data=str(pack(tmp_path / "a.npz")),
+        image_size=4,
+        meta_size=10,
+        backbone="convnet",
+        method="frozen_weight_net",
+        weight_net_name_or_path=str(tmp_path / "net"),
+    )
+    task, args = NoisyLabelsTask(), arguments(tmp_path, estimator="none", estimator_kwargs=None)
+    data = task.load(settings, args)
+    trainer = task.build_trainer(settings, args, data)
+    labels = [row["labels"] for row in trainer.train_dataset]
+    assert labels == [*data.noisy.train.labels.tolist(), *data.noisy.meta.labels.tolist()]
+    trainer.train()
+    assert not different(meta_weights(trainer), dict(net.named_parameters()))
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in (0, 1, -1)])
+    module: Any = trainer.model.eval()
+    costs = module.costs(batch["images"], batch["labels"])
+    torch.testing.assert_close(module.inner_loss(batch), net(costs) * costs)
