@@ -26,7 +26,7 @@ def found_by(owner: str, pattern: str | None, w: Tree) -> tuple[str, ...]:
         ValueError: where it finds none.
     """
     names = tuple(name for name in w if pattern is None or re.search(pattern, name))
-    if not names:
+    if not names and pattern is not None:
         examples = ", ".join(list(w)[:2] + list(w)[-2:])
         raise ValueError(f"{owner}: parameters={pattern!r} finds none of the base parameters, such as {examples}")
     return names

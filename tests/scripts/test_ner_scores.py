@@ -166,7 +166,7 @@ def test_a_sentence_longer_than_the_positions_is_cut_and_counted(
 
 def test_a_limit_that_no_configuration_tells(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_short(tmp_path / "model", 12)
-    monkeypatch.setattr("metaxl_evo.ner.task.longest_input", lambda base: 10**6)
+    monkeypatch.setattr("metaxl_evo.ner.evaluation.longest_input", lambda base: 10**6)
     with pytest.raises(ValueError, match=r"eval_max_length: the model cannot read a sentence of \d+ sub-tokens \("):
         train(model, data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
