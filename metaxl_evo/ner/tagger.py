@@ -80,6 +80,7 @@ class CrossLingualTagger(Watched):
         layers = encoder_layers(self.plain_base, module_path)
         trace = require_layers(self.plain_base, layers)
         self._is_on_top = transform and trace.is_result and meta.layers == (len(layers),)
+        self._languages = len(languages)
         told_apart = len(languages) > 1 or weigher is not None
         self.watch = Watch(languages if told_apart else (), 0.0 if weigher is None else weigher.floor)
 
@@ -223,7 +224,7 @@ class CrossLingualTagger(Watched):
     def _networks(self, language: Tensor) -> Tensor:
         """The network of each row, (B,): that of its language, or the one that all of them share."""
         assert self.rtn is not None
-        if len(self.rtn.languages) > 1:
+        if self._languages < 2 or len(self.rtn.languages) > 1:
             return language
         return remembered("networks", lambda: language.clamp(max=0), language)
 
