@@ -26,7 +26,8 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str],
         notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
         notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({expression}))"))
         nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
-        streams = (one for one in notebook.cells[-1].outputs if one.get("name") == "stdout")  # several, on a busy machine
+        # A busy machine gets what is printed in several parts.
+        streams = (one for one in notebook.cells[-1].outputs if one.get("name") == "stdout")
         return json.loads("".join(one.text for one in streams))
 
     return run
