@@ -69,6 +69,9 @@ class RankArguments(LayoutArguments):
             raise ValueError("give the target once: target_language (of the data) or text_file (a sentence a line)")
         if self.target_language in self.source_languages:
             raise ValueError(f"{self.target_language} is both a source and the target: name it once")
+        places = [Path(one).resolve() for one in (self.output_file, self.text_file) if one is not None]
+        if len(places) > len(set(places)):
+            raise ValueError("output_file: it is text_file, which would be lost: choose another")
         if self.output_file is not None and Path(self.output_file).exists() and not self.overwrite:
             raise ValueError(f"output_file: {self.output_file} exists: choose another, or set overwrite: true")
 

@@ -55,6 +55,8 @@ class Watch:
         if self.sums is None:
             return {}
         sums, self.sums = over_processes(self.sums).tolist(), None
+        if not sums[0]:  # no item was labelled
+            return {}
         facts = _facts(*sums[:8])
         if self.relative:
             del facts[HIGH]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from metaxl_evo.models.bilevel_module import Batch
 from metaxl_evo.models.weighers import WeightTable
 from metaxl_evo.training.weight_watch import LOSS, SHARE, Watch
 from metaxl_evo.weighting.trainer import WeightingTrainer
@@ -41,10 +42,12 @@ class BanditText(WeightedText):
         super().__init__(*given, **further)
         self.step = Watch(self.watch.domains)
 
-    def note(self, weights: Tensor, losses: Tensor, domains: Tensor | None = None) -> None:
-        super().note(weights, losses, domains)
-        if self._training_step:
-            self.step.note(weights, losses, domains)
+    def inner_loss(self, batch: Batch) -> Tensor:
+        found = super().inner_loss(batch)  # its weights are 1
+        if self._training_step:  # rows are drawn, so that rows count alike, however long
+            losses = self._row_means(batch, found.detach())
+            self.step.note(torch.ones_like(losses), losses, batch["number"])
+        return found
 
 
 class BanditTrainer(WeightingTrainer):

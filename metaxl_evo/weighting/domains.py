@@ -66,6 +66,8 @@ class DomainArguments(TextArguments, WeigherArguments):
         self.require_known("data_format", self.data_format, DATA_FORMATS)
         if self.data_format == "sft" and (self.data == SYNTHETIC or self.shuffle is not None):
             raise ValueError("data_format: the drawn texts, and those of shuffle, are plain: leave sft out")
+        if self.shuffle is not None and self.shuffle == self.target:
+            raise ValueError("shuffle: the target's texts judge and test, and would train: name another domain")
         for name in self.domains or ():
             if self.domains is not None and self.domains.count(name) > 1:
                 raise ValueError(f"domains: {name} is named twice: name it once")

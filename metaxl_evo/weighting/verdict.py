@@ -21,7 +21,7 @@ from metaxl_evo.weighting.labelled import LabelledData
 from metaxl_evo.weighting.weighted_text import WeightedText
 
 WEIGHTS_TABLE, WEIGHTS_PICTURE = "weights.csv", "weights.png"
-BINS = np.linspace(0, 1, 41)
+BINS = 40
 POINTS = 1000  # texts of a kind in the picture at most
 
 
@@ -82,10 +82,11 @@ def weights_facts(said: pd.DataFrame, wrong: np.ndarray | None) -> dict[str, Any
     if wrong is not None and 0 < wrong.sum() < len(wrong):
         found |= {name: weights[which].mean() for name, which in groups.items()}
         found["auc"] = mannwhitneyu(weights[~wrong], weights[wrong]).statistic / (wrong.sum() * (~wrong).sum())
-    counted = {name: np.histogram(weights[which], BINS)[0].tolist() for name, which in groups.items()}
+    bins = np.linspace(0, max(1.0, weights.max()), BINS + 1)
+    counted = {name: np.histogram(weights[which], bins)[0].tolist() for name, which in groups.items()}
     pairs = {name: said[["loss", "weight"]][which].iloc[:POINTS].to_numpy().tolist() for name, which in groups.items()}
     plain = {name: float(value) for name, value in found.items()}
-    return plain | {"histogram": {"bins": BINS.tolist(), **counted}, "against_loss": pairs}
+    return plain | {"histogram": {"bins": bins.tolist(), **counted}, "against_loss": pairs}
 
 
 def plot_weights(facts: Mapping[str, Any], path: Mapping[str, Any] | None, file: Path, what: str = "text") -> None:

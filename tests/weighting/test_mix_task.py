@@ -63,6 +63,7 @@ def test_stretches_of_the_target_judge_and_test(folder: Path) -> None:
         ({"domains": ["tales", "tales"]}, "tales is named twice"),
         ({"meta_size": 26}, "the target news has 30 texts, 31 are to judge and test"),
         ({"floor": 1.0}, "floor must be at least 0 and below 1"),
+        ({"shuffle": "news"}, "shuffle: the target's texts judge and test, and would train"),
     ],
 )
 def test_domains_that_cannot_be_mixed(fields: dict[str, Any], line: str, folder: Path) -> None:

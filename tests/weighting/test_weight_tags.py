@@ -115,5 +115,8 @@ def test_sentences_that_cannot_serve(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         load_tagged(WeightTagsArguments(**SMALL), seed=0)
     assert "20 of the training sentences judge, and their tags are taken for right" in caplog.text
+    alone = ["--weight_normalisation", "sum", "--per_device_train_batch_size", "1", "--use_cpu", "true"]
+    with pytest.raises(SettingsError, match="weights of a micro-batch of one are 1 once divided"):
+        main(["weight-tags", *alone, "--output_dir", str(tmp_path / "run")])
     with pytest.raises(SettingsError, match="clean sentences judge alone: set meta_portion to 1"):
         main(["weight-tags", *SHORT, "--meta_portion", "0.5", "--output_dir", str(tmp_path / "run")])
