@@ -154,13 +154,17 @@ def refuse_drops(method: str, drop_rate: float | None, drop_warmup: float, left_
         raise ValueError("method small_loss leaves out drop_rate of a batch: set it to the share of wrong labels")
 
 
-def refuse_lone_rows(method: str, per_token: bool, args: MetaTrainingArguments) -> None:
-    """Refuse small losses of batches with one row, where rows are compared.
+def refuse_lone_rows(method: str, normalisation: str, per_token: bool, args: MetaTrainingArguments) -> None:
+    """Refuse batches with one row, where rows are compared: small losses, and weights that are divided by a mean.
 
     Raises:
         ValueError: one line.
     """
-    if method == "small_loss" and args.per_device_train_batch_size < 2 and not per_token:
+    if per_token or args.per_device_train_batch_size > 1:
+        return
+    if method == "weighted" and normalisation != "mean":
+        raise ValueError("weights of a micro-batch of one are 1 once divided: set weight_normalisation to mean")
+    if method == "small_loss":
         raise ValueError("small_loss compares the losses of a batch: set per_device_train_batch_size above 1")
 
 

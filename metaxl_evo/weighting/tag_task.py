@@ -154,10 +154,7 @@ class WeightTagsTask(Task[WeightTagsArguments, TaggedData]):
         refuse_fields(args)
         if args.meta_portion != 1:
             raise ValueError("clean sentences judge alone: set meta_portion to 1 (method: union trains on them, too)")
-        compared = self.learns(settings) and settings.weight_normalisation != "mean" and not settings.per_token
-        if compared and args.per_device_train_batch_size < 2:
-            raise ValueError("weights of a micro-batch of one are 1 once divided: set weight_normalisation to mean")
-        refuse_lone_rows(settings.method, settings.per_token, args)
+        refuse_lone_rows(settings.method, settings.weight_normalisation, settings.per_token, args)
         refuse_metric(args, (*self.units, "loss"))
 
     def load(self, settings: WeightTagsArguments, args: MetaTrainingArguments) -> TaggedData:

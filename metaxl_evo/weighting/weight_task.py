@@ -145,9 +145,7 @@ class WeightTextTask(Task[WeightTextArguments, LabelledData]):
             raise ValueError("clean texts judge alone: set meta_portion to 1 (method: union trains on them, too)")
         if settings.method == "confident":
             require_cleanlab()
-        if self.learns(settings) and settings.normalisation != "mean" and args.per_device_train_batch_size < 2:
-            raise ValueError("weights of a micro-batch of one are 1 once divided: set weight_normalisation to mean")
-        refuse_lone_rows(settings.method, False, args)
+        refuse_lone_rows(settings.method, settings.normalisation, False, args)
 
     def load(self, settings: WeightTextArguments, args: MetaTrainingArguments) -> LabelledData:
         trained = trained_labels(settings, SEQUENCE)
